@@ -1,0 +1,145 @@
+"""Settings: arguments over `STEPSPAN_*` variables over a YAML file. One place for each default.
+
+Who a process is (job, rank, attempt) is `stepspan.identity`'s; where OTLP goes by the standard variables is
+`stepspan.otlp.endpoint`'s. A file is named by `config=` or STEPSPAN_CONFIG; a key that nobody knows is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from stepspan.errors import ConfigError
+from stepspan.journal.writer import Limits
+
+PREFIX = "STEPSPAN_"
+
+
+def _words(value: Any) -> Any:
+    """`a, b` in a variable is a list."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+def _mapping(value: Any) -> Any:
+    """`{"team": "vision"}` or `team=vision,tier=a` in a variable is a mapping."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("{"):
+        return json.loads(value)
+    return dict(pair.strip().split("=", 1) for pair in value.split(",") if pair.strip())
+
+
+def _listing(value: Any) -> Any:
+    """JSON in a variable is a list."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
+Words = Annotated[list[str], BeforeValidator(_words)]
+Table = Annotated[dict[str, Any], BeforeValidator(_mapping)]
+Listing = Annotated[list[dict[str, Any]], BeforeValidator(_listing)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class OtlpSettings(_Strict):
+    """Where one OTLP exporter sends, beyond what the OTEL_EXPORTER_OTLP_* variables say."""
+
+    endpoint: str | None = None
+    protocol: Literal["http/protobuf", "grpc", "http/json"] | None = None
+    headers: Table | None = None
+    compression: Literal["none", "gzip"] | None = None
+    timeout: float | None = Field(default=None, gt=0)
+    processors: Listing = []
+
+
+class Settings(_Strict):
+    """Everything that can be set, with its default."""
+
+    enabled: bool = True
+    name: str | None = None
+    group: str | None = None
+    tags: Words = []
+    service_name: str | None = None
+    resource: Table = {}
+    directory: Path = Path("stepspan-runs")
+    endpoint: str | None = None
+    protocol: Literal["http/protobuf", "grpc", "http/json"] | None = None
+    delivery: Literal["process", "thread", "off"] = "process"
+    durability: Literal["process", "disk"] = "process"
+    sync_every: float = Field(default=1.0, ge=0)
+    """Seconds between fdatasync calls with durability `disk`; 0: after each event."""
+    segment_bytes: int = Field(default=64 << 20, ge=4096)
+    session_bytes: int = Field(default=10 << 30, ge=65536)
+    free_bytes: int = Field(default=1 << 30, ge=0)
+    free_ratio: float = Field(default=0.02, ge=0, lt=1)
+    group_readable: bool = False
+    redact: bool = True
+    redact_names: Words = []
+    propagate: bool | None = None
+    """Make steps the parents of the user's own spans; None: unless a global TracerProvider is installed."""
+    processors: Listing = []
+    """Shared processors in order, each `{name: {argument: value}}`: attributes, rename, redact."""
+    exporters: list[OtlpSettings] = []
+    """Further OTLP destinations, each with processors of its own: drop, sample_steps, attributes, rename."""
+
+    def limits(self) -> Limits:
+        """What the journal may take."""
+        return Limits(
+            segment_bytes=self.segment_bytes,
+            session_bytes=self.session_bytes,
+            free_bytes=self.free_bytes,
+            free_ratio=self.free_ratio,
+            sync_every=self.sync_every if self.durability == "disk" else None,
+            group_readable=self.group_readable,
+        )
+
+
+def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | Path | None = None) -> Settings:
+    """The settings in force. None among the arguments means not given. Raises `ConfigError`."""
+    path = config or env.get(f"{PREFIX}CONFIG")
+    values: dict[str, Any] = _read(Path(path)) if path else {}
+    origin = dict.fromkeys(values, str(path))
+    for field in Settings.model_fields:
+        text = env.get(f"{PREFIX}{field.upper()}", "")
+        if text:
+            values[field], origin[field] = text, f"{PREFIX}{field.upper()}"
+    if env.get(f"{PREFIX}DISABLED", "").strip().lower() in {"1", "true", "yes", "on"}:
+        values["enabled"], origin["enabled"] = False, f"{PREFIX}DISABLED"
+    for field, value in arguments.items():
+        if value is not None:
+            values[field], origin[field] = value, "argument"
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        found = error.errors()[0]
+        field = ".".join(map(str, found["loc"]))
+        source = origin.get(str(found["loc"][0]), "argument") if found["loc"] else "argument"
+        if found["type"] == "extra_forbidden":
+            raise ConfigError(field, found["input"], f"unknown ({source}); known are {', '.join(Settings.model_fields)}") from None
+        raise ConfigError(field if source == "argument" else f"{field} ({source})", found["input"], found["msg"]) from None
+    except (ValueError, TypeError) as error:
+        raise ConfigError("settings", dict(values), f"a variable holds no JSON or pairs: {error}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"the file cannot be read: {error}") from None
+    try:
+        import yaml
+    except ImportError:
+        raise ConfigError("config", str(path), "reading YAML needs `pip install 'stepspan[yaml]'`") from None
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError("config", str(path), f"not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError("config", str(path), "the file must hold `key: value` lines")
+    return content

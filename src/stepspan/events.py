@@ -1,0 +1,97 @@
+"""The events of a run and their JSON line: the schema of the journal.
+
+An event is a plain dict, because it is made in the training thread: no class is built and nothing is copied on its way
+to the disk. Whoever makes one leaves `ts` and `seq` at 0; the journal's writer fills them in under its lock. Every
+begin event carries `parent`, the `seq` of the begin line it lies in (0: none), every end event `begin`, that of its own.
+
+Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity", "-Infinity".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+from zlib import crc32
+
+import orjson
+
+from stepspan.errors import Damaged
+
+SCHEMA_MAJOR = 1
+SCHEMA = "1.0"
+
+Event: TypeAlias = dict[str, Any]
+
+FIELDS: Mapping[str, str] = {
+    "header": "schema, session, run_key, job_id, rank, role, started, boot_id, pid, host, resource",
+    "run_begin": "parent, name, group, tags, attempt",
+    "run_end": "begin, status",
+    "epoch_begin": "parent, epoch",
+    "epoch_end": "begin, status?",
+    "step_begin": "parent, step, split, epoch?, lap?",
+    "step_end": "begin, status?, data_wait? (s), ended? (ns, where the line was written later)",
+    "span_begin": "parent, name, collective?, attributes?",
+    "span_end": "begin, status?",
+    "metrics": "step?, split, attributes?, metrics {key: number}",
+    "hyperparams": "params {key: value}",
+    "artifact": "name, path, kind, step?",
+    "event": "parent, name, status?, attributes?",
+    "error": "parent, type, message, stack, attributes",
+    "gap": "dropped, why: so many events before this one could not be written",
+}
+"""Tag -> the tag's own fields, beside `ts` (Unix ns), `seq` and `crc`. `?`: left out where there is nothing to say.
+
+A reader passes over tags and fields that it does not know: they come with minor versions of the schema."""
+
+NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+DEEPEST = 32
+
+
+def encode(event: Event) -> bytes:
+    """One event as its line. The CRC-32 covers all bytes before `,"crc":`."""
+    try:
+        body = orjson.dumps(event)[:-1]
+    except TypeError:  # an object, a huge integer, a lone surrogate: text keeps it
+        body = orjson.dumps(plain(event))[:-1]
+    return b'%b,"crc":%d}\n' % (body, crc32(body))
+
+
+def decode(line: bytes) -> Event:
+    """The event of a line without its newline; raises `Damaged`."""
+    body, mark, tail = line.rpartition(b',"crc":')
+    try:
+        if mark and crc32(body) == int(tail[:-1]):
+            event: Event = orjson.loads(line)
+            return event
+    except ValueError:
+        pass
+    raise Damaged(f"not a journal line: {line[:60]!r}")
+
+
+def number_text(value: float) -> float | str:
+    """A float as JSON can hold it."""
+    if value - value == 0.0:
+        return value
+    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+
+
+def plain(value: Any, depth: int = 0) -> Any:
+    """Any object as JSON: numbers, text, lists and dicts stay; everything else becomes its `str`."""
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
+    if isinstance(value, float):
+        return number_text(float(value))
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if depth < DEEPEST:
+        if isinstance(value, Mapping):
+            return {plain(str(key)): plain(item, depth + 1) for key, item in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [plain(item, depth + 1) for item in value]
+    try:
+        return plain(str(value))
+    except Exception as error:  # a user's __str__ may do anything
+        return f"<{type(value).__name__}: {type(error).__name__} in __str__>"

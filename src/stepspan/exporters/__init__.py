@@ -1,0 +1,1 @@
+"""Where events go: `jsonl` (the journal, inline and durable), `otlp`, `sdk`, `memory` (each follows the journal)."""

@@ -1,0 +1,152 @@
+"""A durable cursor: how far one signal of one session has been answered by one destination, and the ledger of it.
+
+A file of two slots of 2 KiB, allocated when it is made, so that it can be moved on a full disk. A move writes the older
+slot with the next generation; a torn or foreign slot fails its checksum and the other one holds. Losing a move costs
+sending again what was answered, which is harmless: the mapping gives the same points.
+
+Slot: 4 bytes CRC-32 of the rest, 4 bytes length, JSON, zeros.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import orjson
+
+from stepspan.journal.layout import open_directory, open_file
+
+SLOT = 2048
+LONGEST_MESSAGE = 600
+
+
+@dataclass(slots=True)
+class Ledger:
+    """What became of lines and records.
+
+    Lines: journaled = read + damaged + pruned + dropped + pending.
+    Records: mapped = delivered + rejected + filtered + in flight.
+    """
+
+    read: int = 0
+    damaged: int = 0
+    pruned: int = 0
+    dropped: int = 0
+    mapped: int = 0
+    delivered: int = 0
+    rejected: int = 0
+    filtered: int = 0
+
+    def plus(self, other: Ledger) -> Ledger:
+        """The sum of two ledgers."""
+        return Ledger(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)))
+
+
+@dataclass(slots=True)
+class Position:
+    """Where to read on: everything before has been answered for."""
+
+    segment: int = 0
+    offset: int = 0
+    seq: int = 0
+    ts: int = 0
+    finished: bool = False
+    """The session has ended and its end has been delivered."""
+
+
+@dataclass(slots=True)
+class CursorState:
+    """All that a cursor keeps."""
+
+    position: Position = field(default_factory=Position)
+    ledger: Ledger = field(default_factory=Ledger)
+    answered: float = 0.0
+    """When the receiver last took something, Unix seconds."""
+    state: str = "new"
+    """new, ok, retry or hold."""
+    message: str = ""
+    """What the receiver said, and what to fix."""
+    needs: int = 0
+    """The oldest segment that a restart would read."""
+
+    @classmethod
+    def load(cls, content: dict[str, Any]) -> CursorState:
+        """From a slot's JSON. TypeError or KeyError where it is something else."""
+        return cls(
+            position=Position(**content["position"]),
+            ledger=Ledger(**content["ledger"]),
+            answered=float(content["answered"]),
+            state=str(content["state"]),
+            message=str(content["message"]),
+            needs=int(content["needs"]),
+        )
+
+
+def _unpack(slot: bytes) -> tuple[int, CursorState] | None:
+    if len(slot) < 8:
+        return None
+    checksum, length = struct.unpack_from("<II", slot)
+    content = slot[8 : 8 + length]
+    if crc32(slot[4 : 8 + length]) != checksum:
+        return None
+    try:
+        found = orjson.loads(content)
+        return int(found["generation"]), CursorState.load(found)
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+class Cursor:
+    """The cursor file at `path`. OSError where it can't be made; a file nobody can read starts from zero."""
+
+    def __init__(self, path: Path) -> None:
+        directory = open_directory(path.parent)
+        try:
+            self._fd = open_file(path.name, os.O_RDWR | os.O_CREAT, dir_fd=directory)
+        finally:
+            os.close(directory)
+        if os.fstat(self._fd).st_size < 2 * SLOT:
+            os.pwrite(self._fd, bytes(2 * SLOT), 0)
+        self._generation = 0
+        self.state = CursorState()
+        for slot in (os.pread(self._fd, SLOT, 0), os.pread(self._fd, SLOT, SLOT)):
+            found = _unpack(slot)
+            if found and found[0] >= self._generation:
+                self._generation, self.state = found
+
+    def write(self, state: CursorState) -> None:
+        """Move: from here on `state` is what a restart finds."""
+        self.state = state
+        self._generation += 1
+        message = state.message
+        while True:
+            content = orjson.dumps({"generation": self._generation, **asdict(replace(state, message=message))})
+            if len(content) <= SLOT - 8:
+                break
+            message = message[: min(len(message) // 2, LONGEST_MESSAGE)]
+        rest = struct.pack("<I", len(content)) + content
+        slot = struct.pack("<I", crc32(rest)) + rest
+        os.pwrite(self._fd, slot.ljust(SLOT, b"\0"), SLOT * (self._generation % 2))
+
+    def close(self) -> None:
+        """Release the file."""
+        os.close(self._fd)
+
+
+def read_cursor(path: Path) -> CursorState | None:
+    """What a cursor file says, without making or changing it."""
+    try:
+        with open(path, "rb") as file:
+            found = [state for state in (_unpack(file.read(SLOT)), _unpack(file.read(SLOT))) if state]
+    except OSError:
+        return None
+    return max(found, key=lambda state: state[0])[1] if found else None
+
+
+def cursor_name(destination: str, signal: str) -> str:
+    """The file of one signal's cursor for one destination."""
+    return f"{destination}.{signal}"

@@ -1,0 +1,128 @@
+"""Names and places: where a session lies, how it is found, how its files are opened.
+
+Names are slugs; the true ids stand in the header. Files are opened relative to a directory's descriptor, never through
+a link, and only regular ones: a journal may lie where others can write.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+SEGMENT = re.compile(r"(\d{6,})\.jsonl")
+SESSION = re.compile(r"rank-(\d{5,})(\.[\w-]+)?-([0-9a-f]{16})")
+DEEPEST = 3  # <directory>/<job>/<host>/<session>
+
+
+def slug(name: str) -> str:
+    """A file name for any text: itself where it is harmless, else its harmless part and a hash of the whole."""
+    clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].lstrip(".-")
+    if clean == name:
+        return clean
+    return f"{clean or 'x'}-{blake2b(name.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
+
+
+def segment_name(number: int) -> str:
+    """The file name of a segment."""
+    return f"{number:06d}.jsonl"
+
+
+def session_name(rank: int, role: str, session: str) -> str:
+    """The directory name of a session."""
+    return f"rank-{rank:05d}{'.' + slug(role) if role else ''}-{session}"
+
+
+def open_directory(path: str | Path, *, dir_fd: int | None = None) -> int:
+    """A descriptor of a directory that is not a link."""
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+
+
+def open_file(name: str, flags: int, *, dir_fd: int, mode: int = 0o600) -> int:
+    """A descriptor of a regular file that is not a link. OSError otherwise; never blocks on a FIFO."""
+    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=dir_fd)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(f"{name} is not a regular file")
+    return fd
+
+
+def read_file(path: Path) -> bytes | None:
+    """The whole of a small regular file; None where there is none."""
+    try:
+        directory = open_directory(path.parent)
+    except OSError:
+        return None
+    try:
+        with open(open_file(path.name, os.O_RDONLY, dir_fd=directory), "rb") as file:
+            return file.read()
+    except OSError:
+        return None
+    finally:
+        os.close(directory)
+
+
+def writable_by_us(path: Path) -> bool:
+    """Whether a directory is ours to write in: it exists, is no link and has our owner."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and os.access(path, os.W_OK | os.X_OK)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPath:
+    """One session on disk."""
+
+    path: Path
+    rank: int
+    session: str
+
+    @classmethod
+    def of(cls, path: Path) -> SessionPath | None:
+        """The session at this path, judged by its name."""
+        match = SESSION.fullmatch(path.name)
+        return cls(path, int(match[1]), match[3]) if match else None
+
+    def segments(self) -> list[int]:
+        """The numbers of the segments that are there, ascending."""
+        try:
+            names = os.listdir(self.path)
+        except OSError:
+            return []
+        return sorted(int(match[1]) for match in map(SEGMENT.fullmatch, names) if match)
+
+
+def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPath]:
+    """All sessions at or below a path, in name order; with `host` only those in a folder of that host's name."""
+    start = SessionPath.of(root)
+    if start:
+        yield start
+        return
+    yield from _descend(root, DEEPEST, slug(host) if host else None)
+
+
+def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]:
+    try:
+        with os.scandir(path) as entries:
+            names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False))
+    except OSError:
+        return
+    for name in names:
+        found = SessionPath.of(path / name)
+        if found:
+            if host is None or path.name == host:
+                yield found
+        elif levels > 1:
+            yield from _descend(path / name, levels - 1, host)
+
+
+def sessions_of_rank(directory: Path, job_id: str, rank: int) -> list[SessionPath]:
+    """Earlier sessions of one rank of a job, without those of its forked workers."""
+    prefix = f"rank-{rank:05d}-"
+    return [found for found in find_sessions(directory / slug(job_id)) if found.path.name.startswith(prefix)]

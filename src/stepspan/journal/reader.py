@@ -1,0 +1,212 @@
+"""Reading a session that may still be written: whole lines only, never past what is known to be settled.
+
+A batch always ends between two milliseconds, so that "several points of a series in one millisecond" can be judged
+within a batch, whatever the batches are. At the live tail the newest millisecond waits until a later line exists, the
+session has ended, or the file has been quiet for `SETTLE` seconds.
+
+A damaged line costs that line: it shows as a hole in `seq` and is counted; its bytes stay where they are.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepspan.errors import Damaged, NewerSchema
+from stepspan.events import SCHEMA_MAJOR, Event, decode
+from stepspan.journal.cursor import Ledger, Position
+from stepspan.journal.layout import SessionPath, open_directory, open_file, segment_name
+from stepspan.journal.liveness import Closed
+
+SETTLE = 0.2
+MILLISECOND = 1_000_000
+LONGEST_HEADER = 1 << 20
+
+
+@dataclass(slots=True)
+class Batch:
+    """Events, where to read on after them, and what the ledger gains. `at_end`: nothing more can be read now."""
+
+    events: list[Event]
+    position: Position
+    counts: Ledger
+    at_end: bool
+
+
+class JournalReader:
+    """Reads one session. The constructor raises OSError, `Damaged` (no header) or `NewerSchema`."""
+
+    def __init__(self, session: SessionPath, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.session = session
+        self._clock = clock
+        self._number, self._fd = 0, -1
+        self._tail = (0, 0)
+        self._grew_at = clock()
+        self._directory = open_directory(session.path)
+        try:
+            self.header = self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, start: Position, *, size: int, until: int | None = None, closed: Closed | None = None) -> Batch:
+        """Events from `start` on: about `size` bytes, none later than `until` (ns), none past the end."""
+        number, offset, seq = start.segment or self._successor(0), start.offset, start.seq
+        events: list[Event] = []
+        ends: list[tuple[int, int]] = []
+        unsettled: int | None = None  # events of this millisecond may have siblings that we have not seen
+        taken, at_end, full = 0, False, False
+        while number and not full:
+            successor = self._successor(number)  # looked up first: if it exists, what we read now is all of this one
+            data = self._pread(number, offset, size - taken)
+            whole = data.rfind(b"\n") + 1
+            for line in data[:whole].split(b"\n")[:-1]:
+                offset += len(line) + 1
+                try:
+                    event = decode(line)
+                except Damaged:
+                    continue
+                if event["seq"] <= seq:
+                    continue  # a copy: nothing of ours goes backwards
+                if closed is not None and event["seq"] > closed.seq:
+                    at_end = full = True
+                    break
+                if until is not None and event["ts"] > until:
+                    unsettled, full = event["ts"] // MILLISECOND, True
+                    break
+                seq = event["seq"]
+                events.append(event)
+                ends.append((number, offset))
+            if full:
+                break
+            taken += whole
+            if len(data) == size - (taken - whole):
+                if events and events[0]["ts"] // MILLISECOND != events[-1]["ts"] // MILLISECOND:
+                    unsettled, full = events[-1]["ts"] // MILLISECOND, True
+                else:
+                    size *= 2  # one line, or one millisecond, is larger than a batch
+            elif successor:
+                number, offset = successor, 0
+            else:
+                at_end = full = True
+                if closed is None and not self._quiet(number, offset + len(data) - whole) and events:
+                    unsettled = events[-1]["ts"] // MILLISECOND
+        while events and events[-1]["ts"] // MILLISECOND == unsettled:
+            events.pop()
+            ends.pop()
+        return self._batch(start, events, ends, at_end or not number)
+
+    def _batch(self, start: Position, events: list[Event], ends: list[tuple[int, int]], at_end: bool) -> Batch:
+        if not events:
+            return Batch(events, start, Ledger(), at_end)
+        last = events[-1]
+        counts = Ledger(read=len(events))
+        if last["seq"] - start.seq != len(events):
+            self._count_holes(start, events, ends, counts)
+        return Batch(events, Position(*ends[-1], last["seq"], last["ts"]), counts, at_end)
+
+    def _count_holes(self, start: Position, events: list[Event], ends: list[tuple[int, int]], counts: Ledger) -> None:
+        present = set(self.session.segments())
+        number, seq = max(start.segment, 1), start.seq
+        for event, (here, _) in zip(events, ends, strict=True):
+            hole = event["seq"] - seq - 1
+            if hole and not present.issuperset(range(number, here + 1)):
+                counts.pruned += hole
+            elif hole:
+                dropped = min(hole, int(event["dropped"])) if event["tag"] == "gap" else 0
+                counts.dropped += dropped
+                counts.damaged += hole - dropped
+            number, seq = here, event["seq"]
+
+    def close(self) -> None:
+        """Release the files."""
+        for fd in (self._fd, self._directory):
+            if fd >= 0:
+                os.close(fd)
+        self._number, self._fd, self._directory = 0, -1, -1
+
+    def _successor(self, number: int) -> int:
+        """The next segment that is there; 0 for none."""
+        if number:  # the usual one, without listing the directory
+            try:
+                os.stat(segment_name(number + 1), dir_fd=self._directory, follow_symlinks=False)
+            except OSError:
+                if number == self._number and os.fstat(self._fd).st_nlink:  # not removed, so nothing after it is
+                    return 0
+            else:
+                return number + 1
+        return next((found for found in self.session.segments() if found > number), 0)
+
+    def _pread(self, number: int, offset: int, size: int) -> bytes:
+        if number != self._number:
+            if self._fd >= 0:
+                os.close(self._fd)
+            self._number, self._fd = 0, -1
+            try:
+                self._fd = open_file(segment_name(number), os.O_RDONLY, dir_fd=self._directory)
+            except FileNotFoundError:  # pruned: its successor shows by how much
+                return b""
+            self._number = number
+        return os.pread(self._fd, size, offset)
+
+    def _quiet(self, number: int, end: int) -> bool:
+        now = self._clock()
+        if (number, end) != self._tail:
+            self._tail, self._grew_at = (number, end), now
+        return now - self._grew_at >= SETTLE
+
+    def _read_header(self) -> Event:
+        for number in self.session.segments():
+            line = self._pread(number, 0, LONGEST_HEADER).partition(b"\n")[0]
+            try:
+                event = decode(line)
+            except Damaged:
+                continue
+            if event.get("tag") == "header":
+                check_schema(event, self.session.path)
+                return event
+        raise Damaged(f"{self.session.path}: no segment begins with a header that can be read")
+
+
+def check_schema(header: Event, path: Path) -> None:
+    """Refuse a journal of a newer major version: `NewerSchema`."""
+    found = str(header.get("schema", ""))
+    if not found.split(".")[0].isdigit():
+        raise Damaged(f"{path}: the header's schema is {found!r}")
+    if int(found.split(".")[0]) > SCHEMA_MAJOR:
+        raise NewerSchema(str(path), found, SCHEMA_MAJOR)
+
+
+def last_event(session: SessionPath) -> tuple[int, int]:
+    """`seq` and `ts` (ns) of the last whole line of a session; (0, 0) where there is none."""
+    for number in reversed(session.segments()):
+        data = _tail(session, number)
+        for line in reversed(data.split(b"\n")[:-1]):
+            try:
+                event = decode(line)
+            except Damaged:
+                continue
+            return event["seq"], event["ts"]
+    return 0, 0
+
+
+def _tail(session: SessionPath, number: int) -> bytes:
+    """The end of a segment, from the beginning of a line on; the last line may have any length."""
+    directory = open_directory(session.path)
+    try:
+        with open(open_file(segment_name(number), os.O_RDONLY, dir_fd=directory), "rb") as file:
+            end, size = file.seek(0, os.SEEK_END), 1 << 16
+            while True:
+                start = max(0, end - size)
+                file.seek(start)
+                data = file.read(end - start)
+                if not start or data.count(b"\n") > 2:
+                    return data
+                size *= 2
+    except OSError:
+        return b""
+    finally:
+        os.close(directory)

@@ -1,0 +1,319 @@
+"""Writing a session: one event, one line, one `write(2)`, under one lock with its time and its `seq`.
+
+- A thread that holds the lock and is interrupted by a signal handler that logs would wait for itself: the handler's
+  event goes to a pending list, and the holder writes it before it returns.
+- `os.write` gives up the GIL, and beside a busy Python thread takes milliseconds to get it back. While other threads
+  exist lines are written through `ctypes.PyDLL`, which keeps it.
+- When the disk is full or broken, lines wait in bounded memory; what does not fit is counted, and a `gap` line says so
+  once the disk takes lines again. A line cut in the middle is followed by a newline, and written again whole.
+- Upkeep (is the session still ours, is the disk filling up, do lines wait) is done at most once a second of event time,
+  by the call that crosses it. There is no thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from stepspan.errors import JournalError
+from stepspan.events import Event, encode
+from stepspan.journal.cursor import read_cursor
+from stepspan.journal.layout import open_directory, open_file, segment_name, session_name
+from stepspan.journal.liveness import CLOSED, Closed, take_lock, write_closed
+
+SECOND = 1_000_000_000
+LONGEST_BACKLOG = 16 << 20  # bytes of lines that wait for the disk
+
+
+class SessionTaken(JournalError):
+    """Somebody found this session silent for so long that they closed it: go on in a new one."""
+
+
+class Scope(Protocol):
+    """What begins and ends: it takes its begin line's `seq` and `ts`, and hands the `seq` to its end."""
+
+    seq: int
+    ts: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much of a disk a session may take, and how hard it holds on to what it wrote."""
+
+    segment_bytes: int = 64 << 20
+    session_bytes: int = 10 << 30
+    free_bytes: int = 1 << 30
+    free_ratio: float = 0.02
+    sync_every: float | None = None
+    """Seconds between fdatasync calls; 0: each event; None: never (survives the process, not the power)."""
+    group_readable: bool = False
+
+
+class Disk:
+    """The system calls that can fail under load; tests inject faults here."""
+
+    def __init__(self) -> None:
+        self._keep_gil = ctypes.PyDLL(None).write
+        self._keep_gil.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+        self._keep_gil.restype = ctypes.c_ssize_t
+
+    def writer(self) -> Callable[[int, bytes, int], int]:
+        """The best write for the threads there are now: (fd, data, length) -> bytes written, -1 for an error."""
+        return self._keep_gil if threading.active_count() > 1 else self._release_gil
+
+    @staticmethod
+    def _release_gil(fd: int, data: bytes, length: int) -> int:
+        return os.write(fd, data)
+
+    def write(self, fd: int, data: bytes) -> int:
+        """Bytes written by one call; OSError."""
+        return os.write(fd, data)
+
+    def sync(self, fd: int) -> None:
+        """Until the data is on the disk."""
+        getattr(os, "fdatasync", os.fsync)(fd)
+
+    def low(self, fd: int, limits: Limits) -> bool:
+        """Whether less is free than the limits allow."""
+        found = os.fstatvfs(fd)
+        free = found.f_bavail * found.f_frsize
+        return free < max(limits.free_bytes, limits.free_ratio * found.f_blocks * found.f_frsize)
+
+
+class Clock:
+    """The wall clock at its making plus monotonic time: never goes back, never jumps."""
+
+    def __init__(self) -> None:
+        self._offset = time.time_ns() - time.monotonic_ns()
+
+    def __call__(self) -> int:
+        """Unix nanoseconds."""
+        return self._offset + time.monotonic_ns()
+
+
+class JournalWriter:
+    """A session being written. The constructor raises OSError; `append` raises only `SessionTaken`."""
+
+    def __init__(
+        self,
+        place: Path,
+        header: Event,
+        *,
+        limits: Limits | None = None,
+        clock: Callable[[], int] | None = None,
+        disk: Disk | None = None,
+        upkeep: Callable[[], None] | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.session: str = header["session"]
+        self.path = place / session_name(header["rank"], header["role"], self.session)
+        self.seq = 0
+        self.lost = 0
+        self.trouble: OSError | None = None
+        self._header = header
+        self._disk = disk or Disk()
+        self._clock = clock or Clock()
+        self._upkeep = upkeep
+        self._lock = threading.RLock()
+        self._busy = False
+        self._pending: deque[tuple[Event, Scope | None]] = deque()
+        self._backlog: deque[bytes] = deque()
+        self._backlog_size = self._dropped = 0
+        self._torn = self._low = False
+        self._sizes: dict[int, int] = {}
+        self._last = self._next_tick = 0
+        self._write = self._disk.writer()
+        self._fd = -1
+        self._mode = 0o640 if self.limits.group_readable else 0o600
+
+        draft = place / f".{self.path.name}"
+        draft.mkdir(mode=0o750 if self.limits.group_readable else 0o700)
+        self._directory = open_directory(draft)
+        try:
+            lock = take_lock(draft)
+            if lock is None:
+                raise OSError(f"{draft}: another process holds the lock of a session just made")
+            self._lock_fd = lock
+            self._rotate()
+            if self._backlog or not self._sizes:
+                raise self.trouble or OSError("the header could not be written")
+            os.rename(draft, self.path)
+        except BaseException:
+            self.forget()
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+    def append(self, event: Event, scope: Scope | None = None) -> None:
+        """Write one event, filling in `ts` and `seq`; the `seq` of a scope's begin is kept for its end."""
+        with self._lock:
+            if self._busy:
+                self._pending.append((event, scope))
+                return
+            self._busy = True
+            try:
+                self._append(event, scope)
+            finally:
+                self._busy = False
+            while self._pending:  # after `busy` is down: a handler that comes now writes for itself
+                self.append(*self._pending.popleft())
+
+    def _append(self, event: Event, scope: Scope | None) -> None:
+        ts = self._clock()
+        if ts >= self._next_tick:
+            self._tick(ts)
+            ts = self._clock()
+        if ts <= self._last:
+            ts = self._last + 1
+        self._last = ts
+        self.seq = seq = self.seq + 1
+        event["ts"] = ts
+        event["seq"] = seq
+        if scope is not None:
+            if "begin" in event:
+                event["begin"] = scope.seq
+            else:
+                scope.seq, scope.ts = seq, ts
+        line = encode(event)
+        length = len(line)
+        if self._backlog or self._torn or self._low:
+            self._wait(line)
+            return
+        try:
+            written = self._write(self._fd, line, length)
+        except OSError:
+            written = -1
+        if written != length:
+            self._complete(line, max(written, 0))
+        self._sizes[self._number] += length
+        if self._sizes[self._number] >= self.limits.segment_bytes:
+            self._rotate()
+        if self.limits.sync_every == 0:
+            self._sync()
+
+    def _complete(self, line: bytes, written: int) -> None:
+        """After a short or failed write: the rest of the line or, failing that, a memory of the whole."""
+        try:
+            while written < len(line):
+                written += self._disk.write(self._fd, line[written:])
+        except OSError as error:
+            self.trouble = error
+            self._torn = written > 0
+            self._wait(line)
+
+    def _wait(self, line: bytes) -> None:
+        if self._dropped or self._backlog_size + len(line) > LONGEST_BACKLOG:
+            self._dropped += 1
+            self.lost += 1
+        else:
+            self._backlog.append(line)
+            self._backlog_size += len(line)
+
+    def _catch_up(self) -> None:
+        """Write what waits; stops at the first line that the disk does not take."""
+        try:
+            if self._torn:
+                self._disk.write(self._fd, b"\n")
+                self._torn = False
+            while self._backlog:
+                line, written = self._backlog[0], 0
+                while written < len(line):
+                    written += self._disk.write(self._fd, line[written:])
+                    self._torn = written < len(line)
+                self._backlog.popleft()
+                self._backlog_size -= len(line)
+                self._sizes[self._number] += len(line)
+        except OSError as error:
+            self.trouble = error
+            return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            self._append({"ts": 0, "seq": 0, "tag": "gap", "dropped": dropped, "why": str(self.trouble)}, None)
+
+    def _tick(self, ts: int) -> None:
+        self._next_tick = ts + SECOND
+        self._write = self._disk.writer()
+        with contextlib.suppress(OSError):
+            os.stat(CLOSED, dir_fd=self._directory)
+            raise SessionTaken(str(self.path))
+        self._low = self._disk.low(self._directory, self.limits) and not self._prune_delivered()
+        if self._low:
+            self.trouble = OSError(f"less free disk than max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})")
+        elif self._backlog or self._torn or self._dropped:
+            self._catch_up()
+        if self._upkeep:
+            self._upkeep()
+        if self.limits.sync_every:
+            self._next_tick = ts + min(SECOND, int(self.limits.sync_every * SECOND))
+            self._sync()
+
+    def _rotate(self) -> None:
+        """Begin the next segment, and remove the oldest ones beyond the session's limit."""
+        number = max(self._sizes, default=0) + 1
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
+        try:
+            fd = open_file(segment_name(number), flags, dir_fd=self._directory, mode=self._mode)
+        except OSError as error:  # no room for a new file: the old one goes on
+            self.trouble = error
+            return
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd, self._number = fd, number
+        self._sizes[number] = 0
+        ts = max(self._clock(), self._last + 1)
+        self._last, self.seq = ts, self.seq + 1
+        line = encode({**self._header, "ts": ts, "seq": self.seq})
+        self._complete(line, 0)
+        self._sizes[number] += len(line)
+        if self.limits.sync_every is not None:
+            self._disk.sync(self._directory)
+        while sum(self._sizes.values()) > self.limits.session_bytes and len(self._sizes) > 1:
+            self._remove(min(self._sizes))
+
+    def _prune_delivered(self) -> bool:
+        """Remove the segments that no cursor needs; whether the disk is no longer low."""
+        states = [read_cursor(path) for path in (self.path / "cursors").glob("*.*") if path.suffix != ".state"]
+        needed = min((state.needs for state in states if state), default=0)
+        for number in sorted(self._sizes)[:-1]:
+            if number < needed:
+                self._remove(number)
+        return not self._disk.low(self._directory, self.limits)
+
+    def _remove(self, number: int) -> None:
+        del self._sizes[number]
+        with contextlib.suppress(OSError):
+            os.unlink(segment_name(number), dir_fd=self._directory)
+
+    def _sync(self) -> None:
+        try:
+            self._disk.sync(self._fd)
+        except OSError as error:
+            self.trouble = error
+
+    def close(self, status: str) -> None:
+        """The end of the session: everything that waits is written if it can be, and the end is said."""
+        with self._lock:
+            if self._fd < 0:
+                return
+            self._catch_up()
+            if self.limits.sync_every is not None:
+                self._sync()
+            with contextlib.suppress(OSError):
+                write_closed(self.path, Closed(self.seq, self._last, status), by="writer", mode=self._mode)
+            self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""
+        for name in ("_fd", "_lock_fd", "_directory"):
+            fd = getattr(self, name, -1)
+            if fd >= 0:
+                os.close(fd)
+            setattr(self, name, -1)

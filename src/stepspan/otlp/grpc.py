@@ -1,0 +1,132 @@
+"""OTLP over gRPC: one unary call a request, with the bytes as they are.
+
+The channel is opened by the first send and dropped when the connection fails, because a channel that has failed answers
+from its own back-off for up to two minutes: when to try again is the deliverer's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from stepspan.otlp.endpoint import Endpoint
+from stepspan.otlp.transport import (
+    GRPC_OTHER,
+    GRPC_ROWS,
+    NAME_FAULT,
+    PHRASES,
+    PROTOCOL_FAULT,
+    TLS_FAULT,
+    USER_AGENT,
+    Outcome,
+    Phrase,
+    Verdict,
+    delivered,
+    judge,
+    partial_success,
+    status_details,
+    uninstrumented,
+)
+
+_METHODS = {
+    "metrics": "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
+    "traces": "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+    "logs": "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
+}
+_CONNECTION_FAILED = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
+)
+_UNAVAILABLE = frozenset({Verdict.RETRY})
+
+GRPC_PHRASES: tuple[Phrase, ...] = (
+    # gRPC has one code, UNAVAILABLE, for all that keeps it from connecting. By the words of 1.50 to 1.85.
+    Phrase("errors resolving", NAME_FAULT, _UNAVAILABLE),
+    Phrase("dns resolution failed", NAME_FAULT, _UNAVAILABLE),
+    Phrase("ssl_error_ssl", TLS_FAULT, _UNAVAILABLE),
+    Phrase("certificate_verify_failed", TLS_FAULT, _UNAVAILABLE),
+    Phrase("hostname verification", TLS_FAULT, _UNAVAILABLE),
+    Phrase("security handshaker", TLS_FAULT, _UNAVAILABLE),
+    Phrase("expected settings frame", PROTOCOL_FAULT, _UNAVAILABLE),
+    Phrase("http1.x server", PROTOCOL_FAULT, _UNAVAILABLE),
+    *PHRASES,
+)
+
+
+class GrpcTransport:
+    """Calls one endpoint's Export, on a channel that is kept."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+        self._channel: grpc.Channel | None = None
+        self._metadata = tuple(
+            (name, value.encode() if name.endswith("-bin") else value) for name, value in endpoint.headers.items()
+        )
+
+    def send(self, body: bytes) -> Outcome:
+        """Call Export once."""
+        with uninstrumented():
+            try:
+                answer = self._export()(body, timeout=self._endpoint.timeout, metadata=self._metadata)
+            except OSError as error:  # a certificate file
+                return judge(self._endpoint, "", TLS_FAULT, str(error))
+            except grpc.RpcError as error:
+                return self._refused(error)
+        return delivered(*partial_success(self._endpoint, answer), self._endpoint)
+
+    def close(self) -> None:
+        """Close the channel."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _export(self) -> Callable[..., bytes]:
+        if self._channel is None:
+            self._channel = _open_channel(self._endpoint)
+        export: Callable[..., bytes] = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
+        return export
+
+    def _refused(self, error: Any) -> Outcome:
+        code = error.code()
+        if code in _CONNECTION_FAILED:
+            self.close()
+        return judge(
+            self._endpoint,
+            code.name,
+            GRPC_ROWS.get(code.name, GRPC_OTHER),
+            error.details() or "",
+            phrases=GRPC_PHRASES,
+            retry_after=_retry_delay(error.trailing_metadata() or ()),
+        )
+
+
+def _open_channel(endpoint: Endpoint) -> grpc.Channel:
+    options = (
+        ("grpc.primary_user_agent", USER_AGENT),
+        # Otherwise a new channel inherits the failed connection of the one that was dropped, and its back-off.
+        ("grpc.use_local_subchannel_pool", 1),
+    )
+    compression = grpc.Compression.Gzip if endpoint.compression == "gzip" else grpc.Compression.NoCompression
+    if endpoint.insecure:
+        return grpc.insecure_channel(endpoint.url, options=options, compression=compression)
+    credentials = grpc.ssl_channel_credentials(
+        root_certificates=_read(endpoint.certificate),
+        # As with HTTP, one file may hold both.
+        private_key=_read(endpoint.client_key or endpoint.client_certificate),
+        certificate_chain=_read(endpoint.client_certificate),
+    )
+    return grpc.secure_channel(endpoint.url, credentials, options=options, compression=compression)
+
+
+def _read(path: str | None) -> bytes | None:
+    return None if path is None else Path(path).read_bytes()
+
+
+def _retry_delay(trailing: Iterable[tuple[str, str | bytes]]) -> float | None:
+    """Seconds to wait by the google.rpc.RetryInfo in a status' details."""
+    for name, value in trailing:
+        if name == "grpc-status-details-bin" and isinstance(value, bytes):
+            return (status_details(value) or ("", None))[1]
+    return None

@@ -1,0 +1,32 @@
+"""Trace and span ids that need no communication: every rank computes the same ones from what it knows anyway.
+
+A step's ids hash what names the step within its run, so all ranks' spans of a step meet in one trace and each rank knows
+rank 0's span id, its parent. Every other span id hashes the session and the `seq` of its begin line. No random numbers:
+a user's `random.seed(42)` in every rank changes nothing, and sending twice gives the same span twice.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+HOUR = 3600 * 1_000_000_000
+
+
+def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: int) -> bytes:
+    """The trace that all ranks' spans of one step share."""
+    return blake2b(f"step\0{run_key}\0{split}\0{epoch}\0{lap}\0{step}".encode(), digest_size=16).digest()
+
+
+def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
+    """One rank's span of a step; rank 0's without a role is the root."""
+    return blake2b(trace_id + b"%d\0%b" % (rank, role.encode()), digest_size=8).digest()
+
+
+def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: int) -> bytes:
+    """The trace of what one rank does outside steps: one for each epoch and hour, so that none grows without end."""
+    return blake2b(f"rank\0{run_key}\0{rank}\0{role}\0{epoch}\0{ts // HOUR}".encode(), digest_size=16).digest()
+
+
+def span_id(session: str, seq: int) -> bytes:
+    """Any other span, by the `seq` of its begin line."""
+    return blake2b(b"%b\0%d" % (session.encode(), seq), digest_size=8).digest()

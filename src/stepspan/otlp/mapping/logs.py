@@ -1,0 +1,92 @@
+"""Logs: hyperparameters, artifacts, milestones, errors and gaps as log records with an event name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from stepspan.events import Event
+from stepspan.journal.liveness import Closed
+from stepspan.otlp.mapping.open_scopes import OpenScopes
+from stepspan.otlp.mapping.values import flat, short
+from stepspan.otlp.records import Log, Record
+
+INFO, WARN, ERROR = 9, 13, 17
+FAILED = frozenset({"failed", "error", "failure"})
+
+
+class LogMapper:
+    """One session's events as log records, each with the ids of the span it was logged in."""
+
+    def __init__(self, header: Event) -> None:
+        self.filtered = 0
+        self._scopes = OpenScopes(header)
+        self._logs: list[Log] = []
+        self._handlers: dict[str, Callable[[Event], None]] = {
+            "hyperparams": self._hyperparams,
+            "artifact": self._artifact,
+            "event": self._event,
+            "error": self._error,
+            "gap": self._gap,
+            **dict.fromkeys(("run_begin", "epoch_begin", "step_begin", "span_begin"), self._scopes.begin),
+            **dict.fromkeys(("run_end", "epoch_end", "step_end", "span_end"), self._end),
+        }
+
+    def map(self, events: Sequence[Event]) -> list[Record]:
+        """The log records of the next events."""
+        self._logs = []
+        for event in events:
+            handler = self._handlers.get(event["tag"])
+            if handler:
+                handler(event)
+        return list(self._logs)
+
+    def finish(self, closed: Closed) -> list[Record]:
+        """Nothing: the run's span says how the session ended."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """What is carried on."""
+        return {"filtered": self.filtered, "scopes": self._scopes.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self.filtered = state["filtered"]
+        self._scopes.restore(state["scopes"])
+
+    def _end(self, event: Event) -> None:
+        self._scopes.end(event["begin"])
+
+    def _add(self, event: Event, severity: int, name: str, body: str, attributes: dict[str, Any]) -> None:
+        trace_id, span_id = self._scopes.ids_of(event.get("parent", 0)) or self._scopes.run_ids or (None, None)
+        self._logs.append(Log(event["ts"], severity, short(body), name, attributes, trace_id, span_id))
+
+    def _hyperparams(self, event: Event) -> None:
+        params = event["params"]
+        self._add(event, INFO, "training.hyperparams", orjson.dumps(params).decode(), flat(params))
+
+    def _artifact(self, event: Event) -> None:
+        fields = {name: event[name] for name in ("name", "path", "kind", "step") if name in event}
+        self._add(event, INFO, "training.artifact", f"{event['kind']} {event['name']}: {event['path']}", flat(fields))
+
+    def _event(self, event: Event) -> None:
+        status = event.get("status")
+        severity = ERROR if status is not None and status.lower() in FAILED else INFO
+        told = {"status": status} if status is not None else {}
+        body = event["name"] if status is None else f"{event['name']}: {status}"
+        self._add(event, severity, event["name"], body, {**flat(event.get("attributes", {})), **told})
+
+    def _error(self, event: Event) -> None:
+        exception = {
+            "exception.type": event["type"],
+            "exception.message": short(event["message"]),
+            "exception.stacktrace": short(event["stack"]),
+        }
+        body = f"{event['type']}: {event['message']}"
+        self._add(event, ERROR, "exception", body, {**flat(event.get("attributes", {})), **exception})
+
+    def _gap(self, event: Event) -> None:
+        body = f"{event['dropped']} events could not be written: {event['why']}"
+        self._add(event, WARN, "stepspan.gap", body, {"dropped": event["dropped"]})

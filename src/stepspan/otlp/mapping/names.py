@@ -1,0 +1,38 @@
+"""From a user's metric key to a metric's name, such that no two keys share a series.
+
+Prometheus turns every other character into `_`, folds `__` and trims the ends, so a key that is not itself after that
+carries attribute `key` as well.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+SPLITS = ("train", "val", "eval", "test")
+RESERVED = re.compile(r"(?:step|run|phase|memory)[./]")
+OURS = frozenset(
+    "step_number step_time step_time_seconds step_wait step_wait_seconds step_duration step_duration_seconds run_epoch"
+    " run_info run_errors run_errors_total phase_time phase_time_seconds".split()
+)
+ITSELF = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*")
+LONGEST = 255
+
+
+class MetricName(NamedTuple):
+    """A metric's name, its `split`, and the key where the name alone does not tell it."""
+
+    name: str
+    split: str
+    key: str | None
+
+
+def metric_name(key: str, split: str) -> MetricName:
+    """The name of a user's metric. A leading `train/`, `val/`, `eval/` or `test/` is its split."""
+    head, slash, rest = key.partition("/")
+    if slash and rest and head in SPLITS:
+        key, split = rest, head
+    space = "training.user." if RESERVED.match(key) or key in OURS else "training."
+    name = space + key
+    plain = ITSELF.fullmatch(key) is not None and len(name) <= LONGEST
+    return MetricName(name[:LONGEST], split, None if plain else key)

@@ -1,0 +1,55 @@
+"""Which steps' traces go out: all of them up to 10 a second, then every 2^k-th, and the slow and the failed ones.
+
+The sets nest (every 4th is among every 2nd), so ranks that chose different k still share the traces of the larger one.
+Decided from the journal's own times, so the same journal keeps the same traces. Above `RANKS` ranks a trace holds a
+hashed subset of them.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from typing import Any
+
+from stepspan.events import Event
+
+WINDOW = 10_000_000_000  # ns
+KEPT = 100  # a window
+SLOW = 2.0  # times the moving mean
+SLOW_KEPT = 10  # a window
+LEARNING = 16  # steps before "slow" means anything
+RANKS = 2000
+
+
+class Thinning:
+    """Keeps or leaves out each step as it ends. `state` is plain JSON."""
+
+    def __init__(self, header: Event) -> None:
+        self._rank: int = header["rank"]
+        self._world: int = header["world_size"]
+        self.state: dict[str, Any] = {"window": 0, "kept": 0, "slow": 0, "k": 0, "means": {}}
+
+    def keeps(self, begin: Event, end: Event, duration: float, trace_id: bytes) -> bool:
+        """Whether the trace of this step goes out. Call it once for each step, in order."""
+        state = self.state
+        if end["ts"] // WINDOW != state["window"]:
+            if state["kept"] <= KEPT // 2 and state["k"]:
+                state["k"] -= 1
+            state["window"], state["kept"], state["slow"] = end["ts"] // WINDOW, 0, 0
+        count, mean = state["means"].get(begin["split"], (0, duration))
+        slow = count >= LEARNING and duration > SLOW * mean and state["slow"] < SLOW_KEPT
+        state["means"][begin["split"]] = (count + 1, mean + (duration - mean) / 32)
+        if begin.get("thin"):
+            return False
+        if slow or "status" in end:
+            state["slow"] += slow
+            return True
+        if begin["step"] % (1 << state["k"]):
+            return False
+        state["kept"] += 1
+        if state["kept"] > KEPT:
+            state["k"] += 1
+        return self._world <= RANKS or self._rank == 0 or self._drawn(trace_id)
+
+    def _drawn(self, trace_id: bytes) -> bool:
+        hashed = blake2b(trace_id + self._rank.to_bytes(8, "big"), digest_size=8).digest()
+        return int.from_bytes(hashed, "big") * self._world < RANKS << 64

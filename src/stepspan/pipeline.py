@@ -1,0 +1,64 @@
+"""The whole data path of an event, on one page.
+
+    event ─► shared processors ─► first exporter (durable, inline: the journal) ─► the call returns
+                                        ▲
+                                        └── every other exporter follows the journal from a cursor of its own
+
+`Pipeline(processors=[Redact()], exporters=[JsonlExporter(directory), OtlpExporter(endpoint)])`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from stepspan.errors import ConfigError
+from stepspan.events import FIELDS, Event
+from stepspan.exporters.jsonl import JsonlExporter
+from stepspan.journal.writer import Scope
+from stepspan.processors import Processor
+
+
+class Pipeline:
+    """Processors in order, then exporters; the first exporter must be a `JsonlExporter`.
+
+    `tell(kind, message)` is called for each thing that goes wrong.
+    """
+
+    def __init__(
+        self,
+        processors: Sequence[Processor],
+        exporters: Sequence[Any],
+        *,
+        tell: Callable[[str, str], None] = lambda kind, message: None,
+    ) -> None:
+        if not exporters or not isinstance(exporters[0], JsonlExporter):
+            raise ConfigError("exporters", exporters, "the first exporter keeps the journal: put a JsonlExporter there")
+        self.journal: JsonlExporter = exporters[0]
+        self.followers = tuple(exporters[1:])
+        self._tell = tell
+        self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in FIELDS}
+        self._append = self.journal.append
+
+    def emit(self, event: Event, scope: Scope | None = None) -> None:
+        """Take one event to the journal. When this returns it survives the process."""
+        stages = self._stages[event["tag"]]
+        if stages:
+            processed = self.process(event)
+            if processed is None:
+                return
+            event = processed
+        self._append(event, scope)
+
+    def process(self, event: Event) -> Event | None:
+        """The event after the shared processors; None where one dropped it."""
+        for stage in self._stages[event["tag"]]:
+            try:
+                processed = stage(event)
+            except Exception as error:  # a user's processor may raise anything; the event matters more
+                self._tell("processor", f"{type(stage).__name__} failed on a {event['tag']} event: {error!r}")
+                continue
+            if processed is None:
+                return None
+            event = processed
+        return event

@@ -1,0 +1,24 @@
+"""Fixed attributes on everything that can carry some."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepspan.events import Event, plain
+
+
+class Attributes:
+    """Adds `values` to spans, events and errors, and with `metrics=True` to metrics, as attributes.
+
+    What the event already says stays. On metrics an attribute with many values makes many series.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, metrics: bool = False) -> None:
+        self.values: dict[str, Any] = plain(values)
+        self.tags = frozenset({"span_begin", "event", "error"} | ({"metrics"} if metrics else set()))
+
+    def __call__(self, event: Event) -> Event:
+        """The event with the attributes."""
+        event["attributes"] = {**self.values, **event.get("attributes", {})}
+        return event

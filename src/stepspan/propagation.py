@@ -1,0 +1,53 @@
+"""A scope as the current span of the OpenTelemetry context, so that spans made by the user's code are its children.
+
+Imported only in a process that has imported OpenTelemetry itself. The ids are computed when somebody asks for them.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from contextvars import Token
+from typing import TYPE_CHECKING
+
+from opentelemetry import context, trace
+from opentelemetry.context import _RUNTIME_CONTEXT, Context
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+
+if TYPE_CHECKING:
+    from stepspan.scopes import Scope
+
+
+class ScopeSpan(NonRecordingSpan):
+    """Stands for a span that the journal, not an SDK, records."""
+
+    def __init__(self, scope: Scope) -> None:
+        self._scope = scope
+        self._known: SpanContext | None = None
+
+    def get_span_context(self) -> SpanContext:
+        """The ids that the mapping will give this scope; sampled."""
+        if self._known is None:
+            trace_id, span_id = self._scope.run._ids(self._scope)
+            self._known = SpanContext(
+                int.from_bytes(trace_id, "big"),
+                int.from_bytes(span_id, "big"),
+                is_remote=True,
+                trace_flags=TraceFlags(TraceFlags.SAMPLED),
+            )
+        return self._known
+
+
+def foreign_provider() -> bool:
+    """Whether somebody has installed a global TracerProvider, whose sampler a sampled parent would overrule."""
+    return trace._TRACER_PROVIDER is not None
+
+
+def attach(scope: Scope) -> Token[Context]:
+    """Make a scope the current span."""
+    return context.attach(trace.set_span_in_context(ScopeSpan(scope)))
+
+
+def detach(token: Token[Context]) -> None:
+    """Take it back. A scope may end in another task than it began in: there nothing is to be taken back."""
+    with suppress(ValueError):
+        _RUNTIME_CONTEXT.detach(token)

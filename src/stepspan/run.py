@@ -1,0 +1,286 @@
+"""A training run as its code sees it: what a `Run` can be told. `stepspan.start` makes one.
+
+Nothing here raises into training. What goes wrong is counted in `stats()` and told once, by local rank 0 (other ranks
+say it at DEBUG).
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from stepspan.events import SCHEMA, Event, number_text, plain
+from stepspan.scopes import Scope, Scopes, Steps, is_failure
+
+if TYPE_CHECKING:
+    from stepspan.deliver.handle import Delivery
+    from stepspan.identity import Identity
+    from stepspan.pipeline import Pipeline
+
+T = TypeVar("T")
+log = logging.getLogger("stepspan")
+
+LONGEST_STACK = 64 << 10
+CLOSE_WAIT = 5.0
+
+
+class Run:
+    """An open run: a context manager, usable from any thread, asyncio task and forked child."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        resource: Mapping[str, Any],
+        pipeline: Pipeline,
+        delivery: Delivery,
+        *,
+        boot_id: str,
+        name: str | None = None,
+        tags: Sequence[str] = (),
+        propagate: bool | None = None,
+    ) -> None:
+        self.identity = identity
+        self.pipeline = pipeline
+        self.delivery = delivery
+        self.closed = False
+        self._resource = dict(resource)
+        self._boot_id = boot_id
+        self._journal = pipeline.journal
+        self._emit = pipeline.emit
+        self._troubles: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._scopes = Scopes(
+            identity, pipeline, tell=self.tell, record_error=self.log_error, propagate=propagate
+        )
+        self._journal.upkeep = self._upkeep
+        self._journal.start(self._header, job_id=identity.job_id, host=identity.host)
+        about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
+        self._scope = Scope(self._scopes, "run", {**plain(about), "attempt": list(identity.attempt), "status": "completed"})
+        self._scopes.begin(self._scope)
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
+        """One point per key at this instant.
+
+        `metrics`: key -> number (int, float, bool, or anything with `__float__`, such as a numpy scalar or a 0-d array).
+        `step`: the current step's number unless given. `split`: the current step's split unless given, else "train";
+        a leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
+        """
+        try:
+            values: dict[str, float | str] = {}
+            for key, value in metrics.items():
+                if type(value) is float and value - value == 0.0 and type(key) is str:
+                    values[key] = value
+                else:
+                    number = self._number(key, value)
+                    if number is not None:
+                        values[str(key)] = number
+            if not values:
+                return
+            scope = self._scopes.innermost()
+            event: Event = {"ts": 0, "seq": 0, "tag": "metrics"}
+            if step is not None:
+                step = self._whole("step", step)
+            elif scope is not None:
+                step = scope.step
+            if step is not None:
+                event["step"] = step
+            event["split"] = str(split) if split else (scope.split if scope is not None else None) or "train"
+            event["metrics"] = values
+            self._emit(event)
+        except Exception as error:
+            self.tell("metrics", f"metrics were lost: {error!r}")
+
+    def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
+        """One point at this instant."""
+        self.log_metrics({key: value}, step)
+
+    def log_hyperparams(self, params: Any) -> None:
+        """Hyperparameters (a mapping, or an object with attributes), merged with those logged before.
+
+        Values that JSON can't hold are written as text.
+        """
+        self._record("hyperparams", lambda: {"params": plain(params if isinstance(params, Mapping) else vars(params))})
+
+    def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
+        """That an artifact (a checkpoint, a plot) lies at `path`; the file itself is not read."""
+        scope = self._scopes.innermost()
+        step = {} if scope is None or scope.step is None else {"step": scope.step}
+        self._record("artifact", lambda: {"name": plain(str(name)), "path": os.fsdecode(path), "kind": str(kind), **step})
+
+    def log_event(self, name: str, *, status: str | None = None, **attributes: Any) -> None:
+        """A named milestone."""
+        state = {} if status is None else {"status": str(status)}
+        self._record("event", lambda: {"name": str(name), **state, "attributes": plain(attributes)}, inside=True)
+
+    def log_error(self, error: BaseException, **attributes: Any) -> None:
+        """An exception with its stack trace; the innermost open span becomes an error."""
+        self._record("error", lambda: {**describe(error), "attributes": plain(attributes)}, inside=True)
+
+    def epoch(self, n: int) -> Scope:
+        """A context manager: epoch `n`."""
+        number = self._whole("epoch", n)
+        scope = Scope(self._scopes, "epoch", {"epoch": number or 0})
+        scope.epoch = number or 0
+        return scope
+
+    def step(self, n: int, *, split: str = "train") -> Scope:
+        """A context manager: step `n`. All ranks' steps of one number share a trace."""
+        return self._scopes.step(n if type(n) is int and 0 <= n < 1 << 63 else self._whole("step", n), str(split))
+
+    def span(self, name: str, *, collective: bool = False, **attributes: Any) -> Scope:
+        """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`)."""
+        begin: Event = {"name": str(name)}
+        if collective:
+            begin["collective"] = True
+        if attributes:
+            begin["attributes"] = plain(attributes)
+        return Scope(self._scopes, "span", begin)
+
+    def steps(
+        self, iterable: Iterable[T], *, start: int | None = None, accumulate: int = 1, split: str = "train"
+    ) -> Steps[T]:
+        """Iterate over batches, one step for each `accumulate` of them, timing the wait for data and then the step.
+
+        The number goes on across epochs; `start` sets it, for resuming.
+        """
+        first = None if start is None else self._whole("start", start)
+        return Steps(self._scopes, iterable, start=first, accumulate=max(1, accumulate), split=str(split))
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""
+        writer = self._journal.writer
+        return writer is None or self.delivery.wait(writer.path, writer.seq, timeout)
+
+    def close(self, status: str = "completed") -> None:
+        """End the run: "completed", "failed" or "interrupted". Waits for delivery only while the receiver answers."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+        try:
+            self._scope.begin["status"] = str(status)
+            self._scopes.end(self._scope, None)
+            writer = self._journal.writer
+            self._journal.close(str(status))
+            self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)
+        except Exception as error:
+            self.tell("close", f"the run was not closed well: {error!r}")
+
+    def stats(self) -> dict[str, Any]:
+        """The ledgers: what was journaled, what was lost or refused, and what each destination has taken."""
+        writer = self._journal.writer
+        return {
+            "journaled": writer.seq if writer else 0,
+            "lost": writer.lost if writer else 0,
+            "durable": self._journal.durable,
+            "journal": str(writer.path) if writer else None,
+            "troubles": dict(self._troubles),
+            "delivery": self.delivery.ledgers(writer.path) if writer else {},
+        }
+
+    def tell(self, kind: str, message: str) -> None:
+        """Count a trouble, and say it the first time."""
+        self._troubles[kind] += 1
+        if self._troubles[kind] == 1:
+            first = self.identity.local_rank == 0 and not self.identity.role
+            log.log(logging.WARNING if first else logging.DEBUG, "%s (told once; run.stats() counts)", message)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        failed = error is not None and is_failure(error)
+        if failed:
+            self._scopes.end(self._scope, error)
+        self.close("failed" if failed else "completed")
+
+    def after_fork(self, role: str) -> None:
+        """In a forked child, whose first event begins a session of its own under `role`."""
+        self._lock = threading.Lock()
+        self.identity = replace(self.identity, role=f"{self.identity.role}{role}")
+        self._scopes.after_fork(self.identity)
+        self._journal.after_fork()
+        self.delivery.after_fork()
+
+    def _upkeep(self) -> None:
+        writer = self._journal.writer
+        if writer is not None and writer.trouble is not None:
+            self.tell("journal", f"the journal at {writer.path} cannot be written: {writer.trouble}; lines wait in memory")
+            writer.trouble = None
+        self.delivery.watch()
+
+    def _record(self, tag: str, fields: Any, *, inside: bool = False) -> None:
+        """Emit a rare event. `fields()` may run a user's code, so it runs where nothing it raises gets out."""
+        try:
+            parent = {"parent": self._scopes.parent()} if inside else {}
+            self._emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
+        except Exception as error:
+            self.tell(tag, f"{tag} was lost: {error!r}")
+
+    def _number(self, key: Any, value: Any) -> float | str | None:
+        try:
+            if isinstance(value, (str, bytes)):
+                raise TypeError("text")
+            return number_text(float(value))
+        except Exception as error:  # a user's __float__ may raise anything
+            self.tell("value", f"metric {plain(key)!s:.80}={plain(value)!s:.80}: not a number: {error}")
+            return None
+
+    def _whole(self, field: str, value: Any) -> int | None:
+        try:
+            number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+            if 0 <= number < 1 << 63:
+                return number
+        except Exception as error:  # a user's __index__ may raise anything
+            self.tell("step", f"{field}={plain(value)!s:.80}: not a whole number: {error}; recorded without it")
+            return None
+        self.tell("step", f"{field}={number}: below 0 or beyond 64 bits; recorded without it")
+        return None
+
+    def _header(self) -> Event:
+        """The header of a session that begins now, in this process."""
+        me = self.identity
+        header: Event = {
+            "ts": 0,
+            "seq": 0,
+            "tag": "header",
+            "schema": SCHEMA,
+            "session": os.urandom(8).hex(),
+            "run_key": me.run_key,
+            "job_id": me.job_id,
+            "rank": me.rank,
+            "local_rank": me.local_rank,
+            "world_size": me.world_size,
+            "role": me.role,
+            "attempt": list(me.attempt),
+            "launcher": me.launcher,
+            "started": self._journal.clock(),
+            "pid": os.getpid(),
+            "host": me.host,
+            "boot_id": self._boot_id,
+            "resource": {**self._resource, "service.instance.id": me.instance},
+        }
+        return self.pipeline.process(header) or header
+
+
+def describe(error: BaseException) -> Event:
+    """An exception as the fields of an error event."""
+    try:
+        stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    except Exception as failure:  # an exception's own __str__ may raise
+        stack = f"<no stack trace: {failure!r}>"
+    if len(stack) > LONGEST_STACK:  # its end says what happened
+        stack = f"…{stack[-LONGEST_STACK:]}"
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return {"type": name, "message": plain(error), "stack": plain(stack)}
