@@ -20,6 +20,7 @@ import os
 import socket
 import ssl
 import struct
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 from received import Point, attributes, decode, logs, once, points, spans
+from stack import free_address
 
 from stepspan.otlp.records import SIGNALS, Signal
 
@@ -54,13 +56,14 @@ RESPONSES: dict[Signal, Any] = {
     "logs": ExportLogsServiceResponse,
 }
 REJECTED = {"metrics": "rejected_data_points", "traces": "rejected_spans", "logs": "rejected_log_records"}
+# The code that the delivery table treats as it treats the status; FAILED_PRECONDITION, and so a hold, for all others.
 GRPC_CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",
     403: "PERMISSION_DENIED",
     404: "UNIMPLEMENTED",
     408: "DEADLINE_EXCEEDED",
-    413: "RESOURCE_EXHAUSTED",
+    413: "INVALID_ARGUMENT",
     415: "UNIMPLEMENTED",
     422: "INVALID_ARGUMENT",
     429: "RESOURCE_EXHAUSTED",
@@ -122,7 +125,7 @@ class Answer:
     @property
     def grpc_code(self) -> str:
         """The code's name over gRPC."""
-        return self.code or ("OK" if 200 <= self.status < 300 else GRPC_CODES.get(self.status, "UNKNOWN"))
+        return self.code or ("OK" if 200 <= self.status < 300 else GRPC_CODES.get(self.status, "FAILED_PRECONDITION"))
 
 
 OK = Answer()
@@ -164,7 +167,7 @@ class ScriptedReceiver:
         self._released: set[threading.Event] = set()
         self._tls, self._client_certificate = tls, client_certificate
         self._http: _HttpServer | None = None
-        self._http_port = self._grpc_port = 0
+        self._http_port, self._grpc_port = _free_port(), 0
         self._grpc: tuple[Any, ThreadPoolExecutor] | None = None
         self._files = tempfile.TemporaryDirectory(prefix="receiver-")
         self.certificate_file = self._write("certificate.pem", CERTIFICATE)
@@ -203,7 +206,6 @@ class ScriptedReceiver:
         """Listen; after a `stop`, on the same ports."""
         if self._http is None:
             self._http = _HttpServer(self, self._http_port, self._server_context() if self._tls else None)
-            self._http_port = self._http.server_address[1]
         if self._grpc_port:
             self._start_grpc()
 
@@ -281,6 +283,7 @@ class ScriptedReceiver:
     def _start_grpc(self) -> None:
         import grpc
 
+        self._grpc_port = self._grpc_port or _free_port()
         pool = ThreadPoolExecutor(8, "receiver-grpc")
         server = grpc.server(pool, options=(("grpc.so_reuseport", 0),))
         for method, signal in METHODS.items():
@@ -294,9 +297,9 @@ class ScriptedReceiver:
                 root_certificates=CERTIFICATE.encode() if self._client_certificate else None,
                 require_client_auth=self._client_certificate,
             )
-            self._grpc_port = server.add_secure_port(address, credentials)
+            server.add_secure_port(address, credentials)
         else:
-            self._grpc_port = server.add_insecure_port(address)
+            server.add_insecure_port(address)
         server.start()
         self._grpc = server, pool
 
@@ -326,8 +329,6 @@ class _HttpServer(ThreadingHTTPServer):
         self.close_request(request)  # without the shutdown that would put a FIN before a reset
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        import sys
-
         error = sys.exc_info()[1]
         if error is not None and not isinstance(error, OSError):
             self.receiver.failures.append(error)
@@ -442,6 +443,10 @@ def _cut(peer: str) -> None:
         if connection.raddr and connection.raddr.port == port and connection.fd >= 0:
             with socket.socket(fileno=os.dup(connection.fd)) as end:
                 end.shutdown(socket.SHUT_RDWR)
+
+
+def _free_port() -> int:
+    return int(free_address().rpartition(":")[2])
 
 
 def _in_order(answers: tuple[Answer, ...]) -> Callable[[Any], Answer]:

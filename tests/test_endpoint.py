@@ -42,11 +42,21 @@ ROWS = {
         },
     ),
     "general, every signal has its path": (HTTP, {}, "logs", {"url": "http://c:4318/v1/logs"}),
-    "general with a path and a slash": ({f"{E}ENDPOINT": "https://c/otlp/"}, {}, "traces", {"url": "https://c/otlp/v1/traces"}),
+    "general with a path and a slash": (
+        {f"{E}ENDPOINT": "https://c/otlp/"},
+        {},
+        "traces",
+        {"url": "https://c/otlp/v1/traces"},
+    ),
     "general with a query": ({f"{E}ENDPOINT": "http://c/o?a=b"}, {}, "traces", {"url": "http://c/o/v1/traces?a=b"}),
     "IPv6": ({f"{E}ENDPOINT": "http://[::1]:4318"}, {}, "traces", {"url": "http://[::1]:4318/v1/traces"}),
     "a signal's own, as it is": (HTTP | {f"{E}TRACES_ENDPOINT": "http://t/x/"}, {}, "traces", {"url": "http://t/x/"}),
-    "another signal's own": (HTTP | {f"{E}TRACES_ENDPOINT": "http://t/x"}, {}, "logs", {"url": "http://c:4318/v1/logs"}),
+    "another signal's own": (
+        HTTP | {f"{E}TRACES_ENDPOINT": "http://t/x"},
+        {},
+        "logs",
+        {"url": "http://c:4318/v1/logs"},
+    ),
     "only one signal has one": ({f"{E}TRACES_ENDPOINT": "http://t/x"}, {}, "logs", None),
     "the argument over all variables": (
         HTTP | {f"{E}TRACES_ENDPOINT": "http://t/x"},
@@ -131,8 +141,13 @@ ROWS = {
     ),
     "compression argument": (HTTP, {"compression": "gzip"}, "logs", {"compression": "gzip"}),
     "certificates": (
-        HTTP
-        | {f"{E}CERTIFICATE": "/ca", f"{E}LOGS_CERTIFICATE": "/l", f"{E}CLIENT_KEY": "/k", f"{E}CLIENT_CERTIFICATE": "/c"},
+        {
+            f"{E}ENDPOINT": "http://c:4318",
+            f"{E}CERTIFICATE": "/ca",
+            f"{E}LOGS_CERTIFICATE": "/l",
+            f"{E}CLIENT_KEY": "/k",
+            f"{E}CLIENT_CERTIFICATE": "/c",
+        },
         {},
         "logs",
         {"certificate": "/l", "client_key": "/k", "client_certificate": "/c"},
@@ -143,15 +158,30 @@ ROWS = {
         "logs",
         {"headers": {"api-key": "a b", "x-scope-orgid": "t=1", "authorization": "Bearer x y"}},
     ),
-    "headers, the signal's own instead": (HTTP | {f"{E}HEADERS": "a=1", f"{E}LOGS_HEADERS": "b=2"}, {}, "logs", {"headers": {"b": "2"}}),
-    "headers argument added": (HTTP | {f"{E}HEADERS": "a=1,b=2"}, {"headers": {"B": "3"}}, "logs", {"headers": {"a": "1", "b": "3"}}),
+    "headers, the signal's own instead": (
+        HTTP | {f"{E}HEADERS": "a=1", f"{E}LOGS_HEADERS": "b=2"},
+        {},
+        "logs",
+        {"headers": {"b": "2"}},
+    ),
+    "headers argument added": (
+        HTTP | {f"{E}HEADERS": "a=1,b=2"},
+        {"headers": {"B": "3"}},
+        "logs",
+        {"headers": {"a": "1", "b": "3"}},
+    ),
     "credentials in the URL": (
         {f"{E}ENDPOINT": "https://me:p%40ss@c/o"},
         {},
         "logs",
         {"url": "https://c/o/v1/logs", "headers": {"authorization": basic("me:p@ss")}},
     ),
-    "a token in the URL": ({f"{E}ENDPOINT": "https://tok@c"}, {}, "logs", {"headers": {"authorization": basic("tok:")}}),
+    "a token in the URL": (
+        {f"{E}ENDPOINT": "https://tok@c"},
+        {},
+        "logs",
+        {"headers": {"authorization": basic("tok:")}},
+    ),
     "credentials in a gRPC target": (
         GRPC | {f"{E}ENDPOINT": "me:pw@c:1"},
         {},
@@ -164,7 +194,7 @@ ROWS = {
         "logs",
         {"headers": {"authorization": "Bearer x"}},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("env", "arguments", "signal", "expected"), ROWS.values(), ids=ROWS)
@@ -207,7 +237,7 @@ WRONG = {
     "headers argument, not text": (HTTP, {"headers": {"a": 1}}, "headers", "header a"),
     "headers argument, name": (HTTP, {"headers": {"a b": "secret"}}, "headers", "name"),
     "client key alone": (HTTP | {f"{E}CLIENT_KEY": "/k"}, {}, f"{E}CLIENT_KEY", "CLIENT_CERTIFICATE"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("env", "arguments", "field", "fix"), WRONG.values(), ids=WRONG)

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -157,6 +159,7 @@ PHRASES = {
     "future": (400, "out of bounds: timestamp is too far in the future", Verdict.HOLD, "clock"),
     "too old, behind a collector": (500, 'HTTP 400: "too old sample"', Verdict.HOLD, "out_of_order_time_window"),
     "out of bounds, 422": (422, "x out of bounds y", Verdict.HOLD, "out_of_order_time_window"),
+    "opaque, behind a collector": (400, "responded with HTTP Status Code 400", Verdict.ISOLATE, "behind the collector"),
     "duplicate": (400, "duplicate sample for timestamp", Verdict.ISOLATE, "refuses something"),
     "too old, while busy": (503, "too old", Verdict.RETRY, "busy"),
     "size": (429, "grpc: received message larger than max (5 vs. 4)", Verdict.HALVE, "larger"),
@@ -571,6 +574,28 @@ def test_grpc_refuses_a_message_over_4_mib_by_its_own_words(receiver):
 
 
 # Beside other OpenTelemetry
+
+
+LOADED = {"http/json": ["requests"], "http/protobuf": ["requests"], "grpc": ["google.protobuf", "grpc"]}
+
+
+@pytest.mark.parametrize(("protocol", "loaded"), LOADED.items())
+def test_only_what_a_protocol_needs_is_imported(receiver, protocol, loaded):
+    script = """
+import sys
+from stepspan.otlp.endpoint import resolve_endpoints
+from stepspan.otlp.transport import open_transport
+watched = {"grpc", "requests", "google.protobuf", "opentelemetry.sdk", "pydantic"}
+endpoints = resolve_endpoints({}, endpoint=sys.argv[1], protocol=sys.argv[2])
+print(sorted(watched & set(sys.modules)))
+transport = open_transport(endpoints["logs"])
+print(transport.send(bytes.fromhex(sys.argv[3])).verdict.name)
+transport.close()
+print(sorted(watched & set(sys.modules)))
+"""
+    arguments = [target(receiver, protocol), protocol, body("logs", protocol).hex()]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[]", "DELIVERED", str(loaded)]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

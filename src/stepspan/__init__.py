@@ -1,3 +1,49 @@
-"""stepspan: the bridge between machine-learning training and OpenTelemetry."""
+"""stepspan: the bridge between machine-learning training and OpenTelemetry.
+
+with stepspan.start_run() as run:
+    for batch in run.steps(loader):
+        run.log_metrics({"loss": train(batch)})
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from stepspan.errors import ConfigError as ConfigError
+    from stepspan.errors import StepspanError as StepspanError
+    from stepspan.exporters.jsonl import JsonlExporter as JsonlExporter
+    from stepspan.exporters.memory import MemoryExporter as MemoryExporter
+    from stepspan.exporters.otlp import OtlpExporter as OtlpExporter
+    from stepspan.exporters.sdk import SdkExporter as SdkExporter
+    from stepspan.pipeline import Pipeline as Pipeline
+    from stepspan.run import Run as Run
+    from stepspan.start import current_run as current_run
+    from stepspan.start import start_run as start_run
+
+_HOME = {
+    "ConfigError": "stepspan.errors",
+    "JsonlExporter": "stepspan.exporters.jsonl",
+    "MemoryExporter": "stepspan.exporters.memory",
+    "OtlpExporter": "stepspan.exporters.otlp",
+    "Pipeline": "stepspan.pipeline",
+    "Run": "stepspan.run",
+    "SdkExporter": "stepspan.exporters.sdk",
+    "StepspanError": "stepspan.errors",
+    "current_run": "stepspan.start",
+    "start_run": "stepspan.start",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'stepspan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -121,8 +121,12 @@ def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | 
         field = ".".join(map(str, found["loc"]))
         source = origin.get(str(found["loc"][0]), "argument") if found["loc"] else "argument"
         if found["type"] == "extra_forbidden":
-            raise ConfigError(field, found["input"], f"unknown ({source}); known are {', '.join(Settings.model_fields)}") from None
-        raise ConfigError(field if source == "argument" else f"{field} ({source})", found["input"], found["msg"]) from None
+            raise ConfigError(
+                field, found["input"], f"unknown ({source}); known are {', '.join(Settings.model_fields)}"
+            ) from None
+        raise ConfigError(
+            field if source == "argument" else f"{field} ({source})", found["input"], found["msg"]
+        ) from None
     except (ValueError, TypeError) as error:
         raise ConfigError("settings", dict(values), f"a variable holds no JSON or pairs: {error}") from None
 

@@ -35,9 +35,7 @@ class NewerSchema(JournalError):
     def __init__(self, path: str, found: object, known: int) -> None:
         self.path = path
         self.found = found
-        super().__init__(
-            f"{path}: journal schema {found}, this stepspan reads up to {known}: upgrade stepspan"
-        )
+        super().__init__(f"{path}: journal schema {found}, this stepspan reads up to {known}: upgrade stepspan")
 
 
 class Damaged(JournalError):

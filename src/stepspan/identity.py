@@ -164,8 +164,9 @@ class Launcher:
     restarts: str | None = None  # counts restarts; "" where the scheduler does; None: nobody but the journal
     unique: str = ""  # equal on all ranks, and any one of them on no other launch
     shared: str = ""  # equal on all ranks, but maybe on other launches as well
-    in_batch: bool = True  # all ranks see the scheduler's variables (over ssh they do not)
+    batch: str = "SLURM_JOB_ID"  # names the job around it, if all ranks see it (ssh would not carry it)
     master: bool = True  # MASTER_ADDR and MASTER_PORT are the same on all ranks
+    outlives: bool = False  # its process outlives one launch, as a shell or a daemon does
 
 
 _TASKS = "SLURM_STEP_NUM_TASKS SLURM_NTASKS"
@@ -176,14 +177,14 @@ LAUNCHERS: tuple[Launcher, ...] = (
              job=_run_id, agents="GROUP_WORLD_SIZE", restarts="TORCHELASTIC_RESTART_COUNT"),
     # Open MPI's job number has 16 random bits: too few to name a job, so the others are hashed in with it.
     Launcher("openmpi", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE",
-             "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", in_batch=False, master=False,
+             "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE", batch="", master=False,
              unique="OMPI_MCA_orte_precondition_transports PMIX_NAMESPACE OMPI_MCA_ess_base_jobid"),
     # MPICH, Intel MPI, Cray, MVAPICH. Before SLURM: in a SLURM job their mpirun starts one task a node, and all ranks
     # on it see that task's SLURM_PROCID.
     Launcher("pmi", "PMI_RANK", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID PMI_LOCAL_RANK SLURM_LOCALID",
              "MPI_LOCALNRANKS PMI_LOCAL_SIZE", agents="PMI_SIZE", unique="PMI_JOBID PALS_APID"),
     Launcher("slurm", "SLURM_STEP_ID", "SLURM_PROCID", _TASKS, "SLURM_LOCALID",
-             agents=_TASKS, must_name=True, restarts="", master=False),
+             agents=_TASKS, must_name=True, restarts="", shared="SLURM_CLUSTER_NAME", master=False),
     # Kubernetes tells no size: the manifest does. RANK comes first for pods that start several ranks.
     Launcher("kubernetes", "JOB_COMPLETION_INDEX", "RANK JOB_COMPLETION_INDEX", "WORLD_SIZE", "LOCAL_RANK",
              "LOCAL_WORLD_SIZE", job=_indexed_job, master=False),
@@ -192,12 +193,13 @@ LAUNCHERS: tuple[Launcher, ...] = (
              job=_pytorch_job, must_name=True, master=False),
     # Every new local cluster begins with job 01000000, and concurrent trials share a job: not a name for one run.
     Launcher("ray", "RAY_JOB_ID", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
-             shared="RAY_JOB_ID MASTER_ADDR MASTER_PORT", in_batch=False),
+             shared="MASTER_ADDR MASTER_PORT", batch="RAY_JOB_ID", outlives=True),
     # torch's env://, DeepSpeed, and whoever exports the same variables
-    Launcher("env", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE LOCAL_SIZE"),
+    Launcher("env", "RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE LOCAL_SIZE",
+             shared="MASTER_PORT", outlives=True),
 )
 # fmt: on
-_NO_LAUNCHER = Launcher("none", "STEPSPAN_RANK", "", "")
+_NO_LAUNCHER = Launcher("none", "STEPSPAN_RANK", "", "", outlives=True)
 
 
 # --- from variables to an identity ------------------------------------------------------------------------------------
@@ -213,10 +215,10 @@ def resolve(
 ) -> Identity:
     """The identity of this process.
 
-    `arguments` are `job_id`, `rank`, `local_rank`, `world_size`, `attempt` and `group` of `start_run`; None is not given.
-    `earlier_sessions` tells how many sessions of a job id and rank the journal directory holds. `ordinal` is how many runs
-    this process has started before. Raises `ConfigError` for an argument or STEPSPAN_* variable that is of the wrong
-    type, out of range or only half of rank and world size.
+    `arguments` are `job_id`, `rank`, `local_rank`, `world_size`, `attempt` and `group` of `start_run`; None is not
+    given. `earlier_sessions` tells how many sessions of a job id and rank the journal directory holds, `ordinal` how
+    many runs this process has started before. Raises `ConfigError` for an argument or STEPSPAN_* variable that is of
+    the wrong type, out of range, or only half of rank and world size.
     """
     variables = _Variables(env)
     given = {field: _given(field, arguments, variables) for field in ("rank", "world_size", "local_rank", "attempt")}
@@ -244,10 +246,9 @@ def resolve(
     attempt = scheduler.value if scheduler else 0, launcher.value if launcher else 0
     # Only what every rank knows alike goes into the key. A journal may hold sessions of one rank and not of another, so
     # its count is there only if nothing better tells launches apart; and ssh does not carry the scheduler's variables.
-    counted = (
-        attempt[0] if given["attempt"] or row.in_batch else 0,
-        attempt[1] if row.restarts is not None or not launch.certain else 0,
-    )
+    by_scheduler = given["attempt"] is not None or row.batch == "SLURM_JOB_ID"
+    by_launcher = row.restarts is not None or not launch.certain
+    counted = attempt[0] if by_scheduler else 0, attempt[1] if by_launcher else 0
     return Identity(
         job_id=job_id,
         rank=rank.value,
@@ -355,14 +356,15 @@ def _launch(row: Launcher, env: _Variables, facts: HostFacts, size: int) -> _Lau
     if size == 1:
         return _Launch([facts.token], True, process, one_host, True)
 
-    names = f"{row.unique} {row.shared}"
-    names += " SLURM_CLUSTER_NAME SLURM_JOB_ID" if row.in_batch else ""
+    names = f"{row.unique} {row.shared} {row.batch}"
     names += " MASTER_ADDR MASTER_PORT" if one_host is False and row.master else ""
     step, job = _step(row, env), row.job(env)
     known = [row.name, *(f"{name}={env.get(name)}" for name in names.split() if env.get(name))]
     known += [name.value for name in (job, step) if name]
-    known += [process] if one_host and process else []
-    return _Launch(known, bool(env.text(row.unique) or step or (one_host and process)), process, one_host, False)
+    if one_host and process and row is not _NO_LAUNCHER:  # ranks that are told by argument may have started one another
+        known.append(process)
+    certain = bool(step or env.text(row.unique) or (process in known and not row.outlives))
+    return _Launch(known, certain, process, one_host, False)
 
 
 def _local_rank(row: Launcher, env: _Variables, rank: _Number, size: _Number, launch: _Launch) -> _Number:
@@ -384,13 +386,12 @@ def _job_id(
         job = step  # torchrun made that id up, and makes up another one after a requeue; the step stays the same
     if named := env.text("STEPSPAN_JOB_ID") or job or step:
         return named
-    batch = env.get("SLURM_JOB_ID") if row.in_batch else ""
+    batch = env.get(row.batch)
     if launch.alone and not (row.restarts and launch.process):
         script = PurePath(facts.script).stem if facts.script and not facts.script.startswith("-") else "python"
-        time_ = time.strftime("%Y%m%dT%H%M%S", time.gmtime(facts.now_ns // 10**9))
-        parts = (batch, script) if batch else (script, time_)
-        return "-".join((*parts, facts.token[:6])), "generated"
-    prefix = batch or env.get(row.shared.partition(" ")[0]) or (row.name if row.rank else "ranks")
+        begin = (script, time.strftime("%Y%m%dT%H%M%S", time.gmtime(facts.now_ns // 10**9)))
+        return "-".join((*((batch, script) if batch else begin), facts.token[:6])), "generated"
+    prefix = batch or ("ranks" if row is _NO_LAUNCHER else row.name)
     unique = ", ".join(name for name in row.unique.split() if env.get(name))
     source = "launcher process" if launch.process else unique or _ADDRESS
     return f"{prefix}-{_digest(6, [] if launch.alone else launch.known, launch.process)}", source
@@ -429,7 +430,7 @@ def resource_attributes(
     for key, value in (resource or {}).items():
         theirs[_string("resource key", key)] = _attribute(f"resource[{key!r}]", value)
     if service_name is not None:
-        theirs["service.name"] = service_name
+        theirs["service.name"] = _string("service_name", service_name)
     ours: dict[str, Attribute] = {
         "service.name": _string("service_name", theirs.get("service.name") or "training"),
         "service.instance.id": identity.instance,
@@ -486,11 +487,11 @@ def host_facts() -> HostFacts:
     """The facts of this call. Of other processes' environments only the names of launchers' marks are kept."""
     marks = frozenset(row.mark for row in (*LAUNCHERS, _NO_LAUNCHER))
     boot_file = Path("/proc/sys/kernel/random/boot_id")
-    ancestors, boot_id = (_from_proc(os.getppid(), marks), "") if boot_file.exists() else _from_psutil(marks)
+    linux = boot_file.exists()
     return HostFacts(
         host=socket.gethostname(),
-        boot_id=boot_id or boot_file.read_text().strip(),
-        ancestors=tuple(ancestors),
+        boot_id=boot_file.read_text().strip() if linux else _boot_time(),
+        ancestors=tuple(_from_proc(os.getppid(), marks) if linux else _from_psutil(marks)),
         script=sys.argv[0] if sys.argv else "",
         now_ns=time.time_ns(),
         token=secrets.token_hex(16),
@@ -514,15 +515,19 @@ def _from_proc(pid: int, marks: frozenset[str]) -> Iterator[Process]:
         pid = int(stat[1])
 
 
-def _from_psutil(marks: frozenset[str]) -> tuple[list[Process], str]:
-    """Where there is no /proc (macOS)."""
+def _from_psutil(marks: frozenset[str]) -> Iterator[Process]:
+    """The same where there is no /proc (macOS)."""
     import psutil
 
-    found = []
     for process in psutil.Process().parents():
         try:
-            seen = marks.intersection(process.environ())
+            names = set(process.environ())
         except psutil.Error:
-            seen = frozenset()
-        found.append(Process(process.pid, str(process.create_time()), seen))
-    return found, str(int(psutil.boot_time()))
+            names = set()
+        yield Process(process.pid, str(process.create_time()), marks & names)
+
+
+def _boot_time() -> str:
+    import psutil
+
+    return str(int(psutil.boot_time()))

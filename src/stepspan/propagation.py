@@ -27,7 +27,7 @@ class ScopeSpan(NonRecordingSpan):
     def get_span_context(self) -> SpanContext:
         """The ids that the mapping will give this scope; sampled."""
         if self._known is None:
-            trace_id, span_id = self._scope.run._ids(self._scope)
+            trace_id, span_id = self._scope.owner.ids(self._scope)
             self._known = SpanContext(
                 int.from_bytes(trace_id, "big"),
                 int.from_bytes(span_id, "big"),

@@ -17,11 +17,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stepspan.deliver.handle import Delivery
 from stepspan.events import SCHEMA, Event, number_text, plain
 from stepspan.scopes import Scope, Scopes, Steps, is_failure
 
 if TYPE_CHECKING:
-    from stepspan.deliver.handle import Delivery
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
 
@@ -57,13 +57,13 @@ class Run:
         self._emit = pipeline.emit
         self._troubles: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._scopes = Scopes(
-            identity, pipeline, tell=self.tell, record_error=self.log_error, propagate=propagate
-        )
+        self._scopes = Scopes(identity, pipeline, tell=self.tell, record_error=self.log_error, propagate=propagate)
         self._journal.upkeep = self._upkeep
         self._journal.start(self._header, job_id=identity.job_id, host=identity.host)
         about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
-        self._scope = Scope(self._scopes, "run", {**plain(about), "attempt": list(identity.attempt), "status": "completed"})
+        self._scope = Scope(
+            self._scopes, "run", {**plain(about), "attempt": list(identity.attempt), "status": "completed"}
+        )
         self._scopes.begin(self._scope)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
@@ -113,7 +113,9 @@ class Run:
         """That an artifact (a checkpoint, a plot) lies at `path`; the file itself is not read."""
         scope = self._scopes.innermost()
         step = {} if scope is None or scope.step is None else {"step": scope.step}
-        self._record("artifact", lambda: {"name": plain(str(name)), "path": os.fsdecode(path), "kind": str(kind), **step})
+        self._record(
+            "artifact", lambda: {"name": plain(str(name)), "path": os.fsdecode(path), "kind": str(kind), **step}
+        )
 
     def log_event(self, name: str, *, status: str | None = None, **attributes: Any) -> None:
         """A named milestone."""
@@ -210,12 +212,14 @@ class Run:
         self.identity = replace(self.identity, role=f"{self.identity.role}{role}")
         self._scopes.after_fork(self.identity)
         self._journal.after_fork()
-        self.delivery.after_fork()
+        self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
 
     def _upkeep(self) -> None:
         writer = self._journal.writer
         if writer is not None and writer.trouble is not None:
-            self.tell("journal", f"the journal at {writer.path} cannot be written: {writer.trouble}; lines wait in memory")
+            self.tell(
+                "journal", f"the journal at {writer.path} cannot be written: {writer.trouble}; lines wait in memory"
+            )
             writer.trouble = None
         self.delivery.watch()
 

@@ -6,18 +6,17 @@ import atexit
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepspan.errors import StepspanError
-from stepspan.journal.layout import sessions_of_rank, slug
-from stepspan.journal.liveness import is_held
 from stepspan.run import Run
 
 if TYPE_CHECKING:
+    from stepspan.config import Settings
+    from stepspan.deliver.handle import Delivery
+    from stepspan.exporters.jsonl import JsonlExporter
     from stepspan.identity import Identity
     from stepspan.processors import Processor
 
@@ -50,25 +49,18 @@ def start_run(
     """Begin a run in this process. All arguments are optional; a run that is still open is closed first.
 
     Identity (`job_id`, `rank`, `local_rank`, `world_size`, `attempt`) comes from the launcher: torchrun, SLURM, MPI and
-    others. `directory` is where the journal goes (default `stepspan-runs`). `endpoint` is an OTLP endpoint; without one,
-    here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent. `resource` adds resource attributes. `processors` run
-    before the journal, after redaction. `exporters` follow the journal: `OtlpExporter`, `SdkExporter`, or your own.
-    `config` is a YAML file with any of `stepspan.config.Settings`.
+    others. `directory` is where the journal goes, "stepspan-runs" by default. `endpoint` is an OTLP endpoint; without
+    one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent. `resource` adds resource attributes.
+    `processors` run before the journal, after redaction. `exporters` follow the journal: `OtlpExporter`, `SdkExporter`
+    or your own; a `JsonlExporter` in the first place says where and how the journal is kept. `config` is a YAML file
+    with any of `stepspan.config.Settings`.
 
     Raises `ConfigError` where an argument, variable or file entry is wrong.
     """
-    from stepspan import assemble
-
     global _open, _started
-    identity_arguments = {
-        "job_id": job_id,
-        "rank": rank,
-        "local_rank": local_rank,
-        "world_size": world_size,
-        "attempt": attempt,
-        "group": group,
-    }
-    settings = assemble.settings(
+    from stepspan import config as settings_of
+
+    settings = settings_of.load(
         {
             "name": name,
             "group": group,
@@ -79,14 +71,23 @@ def start_run(
             "resource": None if resource is None else dict(resource),
             "enabled": enabled,
         },
-        config,
+        os.environ,
+        config=config,
     )
     if not settings.enabled:
         return DISABLED
-    if _open is not None:
+    if _open is not None and not _open.closed:
         log.warning("start_run() closes the run that was open: %s", _open.identity.job_id)
         _open.close()
-    _open = assemble.run(settings, identity_arguments, processors=processors, exporters=exporters, ordinal=_started)
+    who = {
+        "job_id": job_id,
+        "rank": rank,
+        "local_rank": local_rank,
+        "world_size": world_size,
+        "attempt": attempt,
+        "group": settings.group,
+    }
+    _open = _assemble(settings, who, processors or (), exporters)
     _started += 1
     return _open
 
@@ -94,3 +95,183 @@ def start_run(
 def current_run() -> Run:
     """The open run, or one that does nothing."""
     return _open if _open is not None and not _open.closed else DISABLED
+
+
+def _assemble(
+    settings: Settings, who: Mapping[str, Any], processors: Sequence[Processor], exporters: Sequence[Any] | None
+) -> Run:
+    from stepspan import identity as identity_of
+    from stepspan.exporters.jsonl import JsonlExporter
+    from stepspan.journal.layout import sessions_of_rank
+    from stepspan.pipeline import Pipeline
+    from stepspan.processors import Redact, build
+
+    journal: JsonlExporter
+    if exporters and isinstance(exporters[0], JsonlExporter):
+        journal, followers = exporters[0], list(exporters[1:])
+    else:
+        journal = JsonlExporter(settings.directory, limits=settings.limits())
+        followers = list(exporters) if exporters is not None else _exporters_of(settings)
+    facts = identity_of.host_facts()
+    identity = identity_of.resolve(
+        who,
+        os.environ,
+        facts,
+        earlier_sessions=lambda job, rank: len(sessions_of_rank(journal.directory, job, rank)),
+        ordinal=_started,
+    )
+    identity = _apart_from_living(identity, journal, facts.boot_id)
+    attributes, warnings = identity_of.resource_attributes(
+        identity, os.environ, service_name=settings.service_name, resource=settings.resource
+    )
+    redact = [Redact(settings.redact_names)] if settings.redact else []
+    teller = _Teller()
+    pipeline = Pipeline([*redact, *build(settings.processors), *processors], [journal, *followers], tell=teller)
+    delivery = _delivery(settings, identity, journal, followers, facts.boot_id, teller)
+    run = Run(
+        identity,
+        attributes,
+        pipeline,
+        delivery,
+        boot_id=facts.boot_id,
+        name=settings.name,
+        tags=settings.tags,
+        propagate=settings.propagate,
+    )
+    teller.run = run
+    for warning in (*identity.warnings, *warnings):
+        run.tell(warning, warning)
+    if not journal.durable:
+        run.tell(
+            "memory", f"{settings.directory} cannot be written: the journal lies in memory, at {journal.directory}"
+        )
+    elif identity.rank == 0:
+        log.info("journal: %s", journal.writer.path if journal.writer else journal.directory)
+    return run
+
+
+class _Teller:
+    """Passes on what goes wrong in the parts of a run to the run, once there is one."""
+
+    run: Run | None = None
+
+    def __call__(self, kind: str, message: str) -> None:
+        if self.run is not None:
+            self.run.tell(kind, message)
+        else:
+            log.warning("%s", message)
+
+
+def _exporters_of(settings: Settings) -> list[Any]:
+    """The destinations that settings and standard variables name. None: no network at all."""
+    from stepspan.exporters.otlp import OtlpExporter
+    from stepspan.processors import build
+
+    found = [OtlpExporter(settings.endpoint, protocol=settings.protocol)]
+    for further in settings.exporters:
+        given = further.model_dump(exclude={"processors"})
+        found.append(OtlpExporter(**given, processors=build(further.processors)))
+    return [exporter for exporter in found if exporter.signals]
+
+
+def _delivery(
+    settings: Settings,
+    identity: Identity,
+    journal: JsonlExporter,
+    followers: Sequence[Any],
+    boot_id: str,
+    tell: Any,
+) -> Delivery:
+    from stepspan.deliver.handle import Delivery, ProcessDelivery, ThreadDelivery
+    from stepspan.exporters.otlp import OtlpExporter
+
+    if settings.delivery == "off" or not followers:
+        return Delivery()
+    portable = all(isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors) for e in followers)
+    if settings.delivery == "process" and portable:
+        return ProcessDelivery(journal.directory, identity.host, followers, first=identity.local_rank == 0, tell=tell)
+    return ThreadDelivery(followers, lambda: journal.writer.path if journal.writer else None, boot_id)
+
+
+def _apart_from_living(identity: Identity, journal: JsonlExporter, boot_id: str) -> Identity:
+    """A series identity of its own where another live process has this job id and rank: two would mix in one series."""
+    from stepspan.journal.layout import sessions_of_rank
+    from stepspan.journal.liveness import is_alive_here
+
+    for session in sessions_of_rank(journal.directory, identity.job_id, identity.rank):
+        if is_alive_here(session.path):
+            warning = f"another live process is rank {identity.rank} of {identity.job_id}: {session.path}"
+            role = f"twin{os.getpid()}"
+            return replace(identity, role=role, warnings=(*identity.warnings, f"{warning}; this one goes by {role}"))
+    return identity
+
+
+class _Nothing:
+    """A scope that nobody records."""
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+class _DisabledRun(Run):
+    """Takes everything and does nothing."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def log_metrics(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    log_scalar = log_hyperparams = log_artifact = log_event = log_error = tell = log_metrics  # type: ignore[assignment]
+
+    def epoch(self, *_: Any, **__: Any) -> Any:
+        """Nothing."""
+        return _NOTHING
+
+    step = span = epoch
+
+    def steps(self, iterable: Iterable[Any], **_: Any) -> Any:
+        """The iterable as it is."""
+        return iterable
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Nothing waits."""
+        return True
+
+    def close(self, status: str = "completed") -> None:
+        """Nothing."""
+
+    def stats(self) -> dict[str, Any]:
+        """As a run that has done nothing."""
+        return {"journaled": 0, "lost": 0, "durable": True, "journal": None, "troubles": {}, "delivery": {}}
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+DISABLED = _DisabledRun()
+
+
+def _close_at_exit() -> None:
+    if _open is not None and not _open.closed:
+        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
+        _open.__exit__(type(error) if error else None, error, None)
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _after_fork_in_child() -> None:
+    if _open is not None and not _open.closed:
+        _open.after_fork(f"worker{_forks}")
+
+
+atexit.register(_close_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_count_fork, after_in_child=_after_fork_in_child)

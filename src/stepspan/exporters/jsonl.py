@@ -66,7 +66,7 @@ class JsonlExporter:
         except OSError:
             pass
         if not writable_by_us(self.directory):
-            shared = Path("/dev/shm")  # noqa: S108 - memory is what is wanted
+            shared = Path("/dev/shm")
             base = shared if shared.is_dir() else Path(tempfile.gettempdir())
             self.directory = base / f"stepspan-{os.geteuid()}"
             self.directory.mkdir(mode=0o700, exist_ok=True)

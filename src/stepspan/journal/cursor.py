@@ -72,6 +72,8 @@ class CursorState:
     """What the receiver said, and what to fix."""
     needs: int = 0
     """The oldest segment that a restart would read."""
+    session: str = ""
+    """Whose cursor it is."""
 
     @classmethod
     def load(cls, content: dict[str, Any]) -> CursorState:
@@ -83,6 +85,7 @@ class CursorState:
             state=str(content["state"]),
             message=str(content["message"]),
             needs=int(content["needs"]),
+            session=str(content["session"]),
         )
 
 

@@ -49,6 +49,18 @@ def take_lock(directory: Path) -> int | None:
     return fd
 
 
+def is_alive_here(directory: Path) -> bool:
+    """Whether a process of this host holds the session's lock."""
+    try:
+        fd = take_lock(directory)
+    except OSError:
+        return False
+    if fd is None:
+        return True
+    os.close(fd)
+    return False
+
+
 def read_closed(directory: Path) -> Closed | None:
     """What `closed.json` says, if there is one."""
     raw = read_file(directory / CLOSED)

@@ -55,6 +55,7 @@ FAULTS: tuple[tuple[type[BaseException], Row], ...] = (
     (requests.exceptions.Timeout, Row(Verdict.RETRY, "no answer from {url} in time")),
     (ValueError, Row(Verdict.HOLD, "{url} cannot be asked: check OTEL_EXPORTER_OTLP_ENDPOINT and the proxy's URL")),
     (requests.exceptions.RequestException, Row(Verdict.RETRY, "no connection to {url}")),
+    (urllib3.exceptions.HTTPError, Row(Verdict.RETRY, "no connection to {url}")),
     (OSError, TLS_FAULT),  # requests' error for a certificate file that is not there
 )
 """Why there is no answer, by the first type that stands in the chain of errors."""

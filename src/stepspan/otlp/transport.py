@@ -150,7 +150,7 @@ class Phrase(typing.NamedTuple):
 
 
 _REFUSED = frozenset({Verdict.ISOLATE, Verdict.RETRY_THEN_HOLD})
-_TOO_EARLY = Row(
+_TOO_OLD = Row(
     Verdict.HOLD,
     "the points are older than the receiver takes: widen storage.tsdb.out_of_order_time_window "
     "(Mimir and others: out_of_order_time_window), then they go out by themselves",
@@ -164,17 +164,23 @@ PHRASES: tuple[Phrase, ...] = (
         Row(Verdict.HOLD, "the points are in the receiver's future: set the clocks of this host and of the receiver"),
         _REFUSED,
     ),
-    Phrase("out of bounds", _TOO_EARLY, _REFUSED),
-    Phrase("too old", _TOO_EARLY, _REFUSED),
-    Phrase("out of order", _TOO_EARLY, _REFUSED),
+    Phrase("out of bounds", _TOO_OLD, _REFUSED),
+    Phrase("too old", _TOO_OLD, _REFUSED),
+    Phrase("out of order", _TOO_OLD, _REFUSED),
     # VictoriaMetrics' 400; no record of the request is to blame.
     Phrase(
         "json encoding isn't supported",
         Row(Verdict.HOLD, "the receiver does not read {protocol}: try protocol {other}"),
         _REFUSED,
     ),
+    # The Collector's otlp_http exporter passes a 400 on without Prometheus' words: too old looks like any other reason.
+    Phrase(
+        "responded with http status code 400",
+        Row(Verdict.ISOLATE, "what is behind the collector refuses something in the request: its own log says why"),
+        frozenset({Verdict.ISOLATE}),
+    ),
 )
-"""By the first that fits, also behind a 500: a collector in between may have wrapped the 400."""
+"""By the first that fits, also behind a 500: what is in between may have wrapped the 400."""
 
 
 def judge(
@@ -249,7 +255,7 @@ def status_details(content: bytes) -> tuple[str, float | None] | None:
 
 def junk(content: bytes) -> str:
     """The note on a success whose body is not what OTLP says."""
-    return f"taken, with an answer that is not OTLP: {content[:TEXT_LIMIT].decode('utf-8', 'replace')}"
+    return f"taken, with an answer that is not OTLP: {content[:4096].decode('utf-8', 'replace')}"
 
 
 def clean(endpoint: Endpoint, text: str) -> str:

@@ -6,8 +6,10 @@ the event in place. One that raises is skipped for that event, counted, and told
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
+from stepspan.errors import ConfigError
 from stepspan.events import Event
 from stepspan.processors.attributes import Attributes
 from stepspan.processors.drop import Drop
@@ -15,7 +17,7 @@ from stepspan.processors.redact import Redact
 from stepspan.processors.rename import Rename
 from stepspan.processors.sample_steps import SampleSteps
 
-__all__ = ["Attributes", "Drop", "Processor", "Redact", "Rename", "SampleSteps"]
+__all__ = ["Attributes", "Drop", "Processor", "Redact", "Rename", "SampleSteps", "build", "specs"]
 
 
 class Processor(Protocol):
@@ -27,3 +29,34 @@ class Processor(Protocol):
     def __call__(self, event: Event) -> Event | None:
         """The event to go on with."""
         ...
+
+
+NAMED: Mapping[str, type] = {
+    "attributes": Attributes,
+    "drop": Drop,
+    "redact": Redact,
+    "rename": Rename,
+    "sample_steps": SampleSteps,
+}
+"""Name in a settings file -> processor."""
+
+
+def build(entries: Sequence[Mapping[str, Any]]) -> list[Processor]:
+    """Processors from settings: each entry is `{name: {argument: value}}`. Raises `ConfigError`."""
+    found: list[Processor] = []
+    for entry in entries:
+        if len(entry) != 1:
+            raise ConfigError("processors", dict(entry), "each entry is one `name: {argument: value}`")
+        name, arguments = next(iter(entry.items()))
+        if name not in NAMED:
+            raise ConfigError("processors", name, f"unknown; known are {', '.join(NAMED)}")
+        try:
+            found.append(NAMED[name](**(arguments or {})))
+        except TypeError as error:
+            raise ConfigError(f"processors.{name}", arguments, str(error)) from None
+    return found
+
+
+def specs(processors: Sequence[Processor]) -> list[dict[str, Any]]:
+    """What `build` would make them from again; of somebody else's only the type is known."""
+    return [getattr(p, "spec", None) or {f"{type(p).__module__}.{type(p).__qualname__}": {}} for p in processors]

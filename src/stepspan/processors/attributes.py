@@ -17,6 +17,7 @@ class Attributes:
     def __init__(self, values: Mapping[str, Any], *, metrics: bool = False) -> None:
         self.values: dict[str, Any] = plain(values)
         self.tags = frozenset({"span_begin", "event", "error"} | ({"metrics"} if metrics else set()))
+        self.spec = {"attributes": {"values": self.values, "metrics": metrics}}
 
     def __call__(self, event: Event) -> Event:
         """The event with the attributes."""

@@ -11,14 +11,13 @@ from stepspan.events import FIELDS, Event
 class Drop:
     """Drops metrics whose key matches a pattern (`"grad/*"`), and whole events by `tag` or by `name`."""
 
-    def __init__(
-        self, metrics: Sequence[str] = (), *, tags: Sequence[str] = (), events: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, metrics: Sequence[str] = (), *, tags: Sequence[str] = (), events: Sequence[str] = ()) -> None:
         self.patterns = tuple(metrics)
         self.dropped_tags = frozenset(tags)
         self.names = tuple(events)
         wanted = {"metrics"} if metrics else set()
         self.tags = frozenset(wanted | ({"event"} if events else set()) | (self.dropped_tags & FIELDS.keys()))
+        self.spec = {"drop": {"metrics": list(metrics), "tags": list(tags), "events": list(events)}}
         self._known: dict[str, bool] = {}
 
     def __call__(self, event: Event) -> Event | None:

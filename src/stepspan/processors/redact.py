@@ -24,7 +24,9 @@ IN_TEXT: Sequence[tuple[re.Pattern[str], str]] = (
     (re.compile(r"(\w://)[^\s/@:'\"]*:[^\s/@'\"]+@"), rf"\1{REDACTED}@"),  # https://user:password@host
     (re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{REDACTED}"),
     (
-        re.compile(rf"((?<![A-Za-z0-9])[\w-]*?{_NAME}['\"]?\s*[:=]\s*['\"]?)(?!\[redacted)[^\s'\",;&)]+", re.IGNORECASE),
+        re.compile(
+            rf"((?<![A-Za-z0-9])[\w-]*?{_NAME}['\"]?\s*[:=]\s*['\"]?)(?!\[redacted)[^\s'\",;&)]+", re.IGNORECASE
+        ),
         rf"\1{REDACTED}",
     ),
     (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|glpat-|xox[abprs]-|AKIA)[\w-]{16,}"), REDACTED),  # tokens by their shape
@@ -41,6 +43,7 @@ class Redact:
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         self._names = frozenset(name.lower() for name in names)
+        self.spec = {"redact": {"names": list(names)}}
 
     def __call__(self, event: Event) -> Event:
         """The event without secrets."""

@@ -14,6 +14,7 @@ class Rename:
 
     def __init__(self, metrics: Mapping[str, str]) -> None:
         self.metrics = dict(metrics)
+        self.spec = {"rename": {"metrics": self.metrics}}
 
     def __call__(self, event: Event) -> Event:
         """The event under its new names."""

@@ -15,6 +15,7 @@ class SampleSteps:
         if every < 1:
             raise ConfigError("sample_steps.every", every, "give a whole number of at least 1")
         self.every = every
+        self.spec = {"sample_steps": {"every": every}}
 
     def __call__(self, event: Event) -> Event | None:
         """The event, marked `thin` if it is a step whose trace is not wanted; None for metrics that are not."""

@@ -8,7 +8,7 @@ a session, never because a batch ended.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from stepspan.events import Event
@@ -47,4 +47,7 @@ class Mapper(Protocol):
 
 def mapper(signal: Signal, header: Event) -> Mapper:
     """A mapper for one signal of the session that begins with `header`."""
-    return {"metrics": MetricMapper, "traces": TraceMapper, "logs": LogMapper}[signal](header)
+    return MAPPERS[signal](header)
+
+
+MAPPERS: dict[Signal, Callable[[Event], Mapper]] = {"metrics": MetricMapper, "traces": TraceMapper, "logs": LogMapper}

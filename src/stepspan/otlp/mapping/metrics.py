@@ -40,7 +40,7 @@ class MetricMapper:
         self._millisecond = 0
         self._open: dict[int, Event] = {}
         self._boundary = 0
-        self._epoch: int | None = None
+        self._epoch: float | None = None
         self._info: dict[str, str] = {}
         self._errors: dict[str, int] = {}
         self._durations: dict[str, dict[str, Any]] = {}
@@ -135,8 +135,8 @@ class MetricMapper:
             if found is None:
                 found = known[key] = self._user_series(key, split, attributes)
             series, number = found
-            if type(value) is str:
-                value = NONFINITE[value]
+            if type(value) is not float:
+                value = NONFINITE[value] if type(value) is str else float(value)
             index = now.get(series)
             if index is None:
                 now[series] = len(points)
@@ -145,7 +145,7 @@ class MetricMapper:
                 points[index] = (series, ts, value)
                 self.filtered += 1
             if step is not None and number is not numbered:
-                self._put(number, ts, step)
+                self._put(number, ts, float(step))
                 numbered = number
 
     def _user_series(self, key: str, split: str, attributes: Attributes | None) -> tuple[Series, Series]:
@@ -216,7 +216,7 @@ class MetricMapper:
         if self._info:
             self._put(self._of("training.run.info", self._info), ts, None)
         self._info = told
-        self._put(self._of("training.run.info", told), ts, 1)
+        self._put(self._of("training.run.info", told), ts, 1.0)
 
     def _error(self, event: Event) -> None:
         self._errors[event["type"]] = self._errors.get(event["type"], 0) + 1
@@ -229,7 +229,7 @@ class MetricMapper:
 
     def _cumulative(self, ts: int) -> None:
         if self._info:
-            self._put(self._of("training.run.info", self._info), ts, 1)
+            self._put(self._of("training.run.info", self._info), ts, 1.0)
         if self._epoch is not None:
             self._put(self._of("training.run.epoch", {}), ts, self._epoch)
         for kind, count in self._errors.items():

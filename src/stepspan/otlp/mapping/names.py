@@ -12,8 +12,21 @@ from typing import NamedTuple
 SPLITS = ("train", "val", "eval", "test")
 RESERVED = re.compile(r"(?:step|run|phase|memory)[./]")
 OURS = frozenset(
-    "step_number step_time step_time_seconds step_wait step_wait_seconds step_duration step_duration_seconds run_epoch"
-    " run_info run_errors run_errors_total phase_time phase_time_seconds".split()
+    [
+        "step_number",
+        "step_time",
+        "step_time_seconds",
+        "step_wait",
+        "step_wait_seconds",
+        "step_duration",
+        "step_duration_seconds",
+        "run_epoch",
+        "run_info",
+        "run_errors",
+        "run_errors_total",
+        "phase_time",
+        "phase_time_seconds",
+    ]
 )
 ITSELF = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*")
 LONGEST = 255

@@ -7,7 +7,6 @@ from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp import ids
 from stepspan.otlp.mapping.open_scopes import OpenScopes
 from stepspan.otlp.mapping.thinning import Thinning
 from stepspan.otlp.mapping.values import flat, short

@@ -31,7 +31,11 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar | list
             found[name] = short(value)
         elif isinstance(value, (bool, int, float)):
             found[name] = value
-        elif isinstance(value, list) and len(value) <= MOST_ATTRIBUTES and all(isinstance(v, (str, int, float)) for v in value):
+        elif (
+            isinstance(value, list)
+            and len(value) <= MOST_ATTRIBUTES
+            and all(isinstance(v, (str, int, float)) for v in value)
+        ):
             found[name] = [short(item) if isinstance(item, str) else item for item in value]
         elif value is not None:
             found[name] = short(str(value))

@@ -1,0 +1,156 @@
+"""What a run holds of its delivery: nothing, a process of its own, or a thread."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepspan.deliver import ledgers
+from stepspan.journal.cursor import CursorState
+from stepspan.journal.layout import SessionPath
+
+if TYPE_CHECKING:
+    from stepspan.deliver.deliverer import Deliverer
+    from stepspan.exporters import Exporter
+    from stepspan.exporters.otlp import OtlpExporter
+
+log = logging.getLogger("stepspan")
+
+POLL = 0.02
+CHECK = 5.0  # seconds between looks at the deliverer's lock
+ANSWERING = 5.0  # seconds since its last answer for which a receiver counts as there
+
+
+class Delivery:
+    """No delivery: the journal is all there is. The base of the others; `targets` are (destination, signal)."""
+
+    def __init__(self, targets: Iterable[tuple[str, str]] = ()) -> None:
+        self.targets = frozenset(targets)
+
+    def watch(self) -> None:
+        """Called about once a second by the thread that logs."""
+
+    def wait(self, session: Path, seq: int, timeout: float, *, only_while_answering: bool = False) -> bool:
+        """Wait until all targets have everything up to `seq`; whether they do."""
+        deadline = time.monotonic() + timeout
+        while True:
+            states = self._states(session)
+            if len(states) == len(self.targets) and all(state.position.seq >= seq for state in states):
+                return True
+            answered = max((state.answered for state in states), default=0.0)
+            if time.monotonic() >= deadline or (only_while_answering and time.time() - answered > ANSWERING):
+                return False
+            time.sleep(POLL)
+
+    def close(self, session: Path | None, seq: int, timeout: float) -> None:
+        """The run has ended: wait a little for a receiver that answers."""
+        if session is not None and self.targets:
+            self.wait(session, seq, timeout, only_while_answering=True)
+
+    def ledgers(self, session: Path) -> dict[str, Any]:
+        """Destination -> signal -> ledger."""
+        found = SessionPath.of(session)
+        destinations: dict[str, Any] = ledgers.session_ledger(found)["destinations"] if found else {}
+        return destinations
+
+    def _states(self, session: Path) -> list[CursorState]:
+        found = ledgers.cursors(session)
+        return [found[d][s] for d, s in self.targets if s in found.get(d, {})]
+
+
+class ProcessDelivery(Delivery):
+    """A deliverer process for this host, started again by whoever finds its lock free."""
+
+    def __init__(
+        self,
+        directory: Path,
+        host: str,
+        exporters: Sequence[OtlpExporter],
+        *,
+        first: bool,
+        tell: Callable[[str, str], None],
+    ) -> None:
+        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
+        self._directory, self._host, self._exporters = directory, host, exporters
+        self._tell = tell
+        self._process: subprocess.Popen[bytes] | None = None
+        self._next = 0.0 if first else time.monotonic() + 2 * CHECK
+
+    def watch(self) -> None:
+        """Start a deliverer where none is at work."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + CHECK
+        try:
+            self._start_where_free()
+        except Exception as error:  # a run that can't start a process still has its journal
+            self._tell(
+                "deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends the journal later"
+            )
+
+    def close(self, session: Path | None, seq: int, timeout: float) -> None:
+        """As the base; a run shorter than the first look starts its deliverer now."""
+        self._next = min(self._next, time.monotonic()) if self._process is None else self._next
+        self.watch()
+        super().close(session, seq, timeout)
+        if self._process is not None and self._process.poll() is None:
+            self._process.returncode = 0  # it outlives us, and is nobody's zombie then
+
+    def _start_where_free(self) -> None:
+        from stepspan.deliver import process
+
+        if self._process is not None and self._process.poll() is None:
+            return
+        free = []
+        for exporter in self._exporters:
+            lock = process.Lock(self._directory, self._host, exporter.destination)
+            if lock.take():
+                free.append(exporter)
+                lock.release()
+        if free:
+            self._process = process.start(self._directory, self._host, free)
+
+
+class ThreadDelivery(Delivery):
+    """Exporters that are objects, on threads of this process that take at most a tenth of the time."""
+
+    BATCH = 16 << 10
+    SHARE = 0.1
+
+    def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
+        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
+        self._exporters, self._session, self._boot_id = exporters, session, boot_id
+        self._deliverer: Deliverer | None = None
+        self._closing = threading.Event()
+
+    def watch(self) -> None:
+        """Start the threads, once."""
+        if self._deliverer is None:
+            from stepspan.deliver.deliverer import Deliverer
+            from stepspan.deliver.lane import Options
+
+            options = Options(boot_id=self._boot_id, batch=self.BATCH)
+            self._deliverer = Deliverer(self._exporters, self._sessions, options, pace=self._pace)
+            self._deliverer.start()
+
+    def close(self, session: Path | None, seq: int, timeout: float) -> None:
+        """As the base, at full speed; then the threads end."""
+        self._closing.set()
+        self.watch()
+        super().close(session, seq, timeout)
+        if self._deliverer is not None:
+            self._deliverer.stop(timeout=1.0)
+
+    def _sessions(self) -> list[SessionPath]:
+        path = self._session()
+        found = SessionPath.of(path) if path else None
+        return [found] if found else []
+
+    def _pace(self, busy: float) -> None:
+        self._closing.wait(busy * (1 / self.SHARE - 1))

@@ -1,0 +1,67 @@
+"""Finding the records that a receiver refuses among those it takes.
+
+A batch that is refused is sent in halves until the refused record stands alone. Alone is not enough to call it bad: a
+receiver that was set up wrongly refuses everything. So a record is rejected only if the receiver took another one of the
+same signal meanwhile, if need be one that it has taken before and is sent again; and after `ROW` single refusals in a row
+the signal is held, with the server's words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from stepspan.otlp.records import Record
+from stepspan.otlp.transport import Outcome, Verdict
+
+ROW = 16
+
+Send = Callable[[Sequence[Record]], Outcome]
+
+
+@dataclass(slots=True)
+class Isolation:
+    """One batch on its way. After `run`, an outcome of DELIVERED means that every record is accounted for."""
+
+    send: Send
+    witness: Record | None = None
+    """A record that the receiver has taken."""
+    delivered: int = 0
+    dropped: int = 0
+    """Records of accepted requests that the receiver says it did not take, without saying which."""
+    rejected: list[tuple[Record, str]] = field(default_factory=list)
+    took: bool = False
+    _row: int = 0
+
+    def run(self, records: Sequence[Record]) -> Outcome:
+        """Send all of them; anything but DELIVERED means: nothing counts, do as it says."""
+        stopped = self._offer(records)
+        if stopped is not None:
+            return stopped
+        if self.rejected and not self.took:
+            message = self.rejected[0][1]
+            if self.witness is None:
+                return Outcome(Verdict.HOLD, f"it has taken nothing yet, and refuses this: {message}")
+            answer = self.send([self.witness])
+            if answer.verdict is not Verdict.DELIVERED:
+                return Outcome(Verdict.HOLD, f"it refuses what it took before: {message}")
+        return Outcome(Verdict.DELIVERED, self.rejected[-1][1] if self.rejected else "")
+
+    def _offer(self, records: Sequence[Record]) -> Outcome | None:
+        """Send some; None when each was taken or refused alone, an outcome to stop with otherwise."""
+        outcome = self.send(records)
+        if outcome.verdict is Verdict.DELIVERED:
+            self.delivered += len(records) - outcome.rejected
+            self.dropped += outcome.rejected
+            self.witness, self.took, self._row = records[-1], True, 0
+            return None
+        if outcome.verdict not in (Verdict.HALVE, Verdict.ISOLATE):
+            return outcome
+        if len(records) == 1:
+            self.rejected.append((records[0], outcome.message))
+            self._row += 1
+            if self._row == ROW:
+                return Outcome(Verdict.HOLD, f"{ROW} records in a row were refused one by one: {outcome.message}")
+            return None
+        half = len(records) // 2
+        return self._offer(records[:half]) or self._offer(records[half:])

@@ -1,0 +1,343 @@
+"""One session's signal on its way to one destination: read, process, map, send, move the cursor.
+
+The cursor moves when every record of a batch is accounted for: taken, filtered or rejected. What is in between is sent
+again after a crash, the same as before. The mapper's state is rebuilt by reading on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from stepspan.deliver.isolation import Isolation
+from stepspan.errors import JournalError
+from stepspan.events import Event
+from stepspan.exporters import Exporter
+from stepspan.journal.cursor import Cursor, CursorState, Ledger, Position, cursor_name
+from stepspan.journal.layout import SessionPath, open_directory, open_file, read_file, segment_name, writable_by_us
+from stepspan.journal.liveness import Closed, is_dead, quiet_for, read_closed, write_closed
+from stepspan.journal.reader import JournalReader, last_event
+from stepspan.otlp import json as otlp_json
+from stepspan.otlp.mapping import VERSION, Mapper, mapper
+from stepspan.otlp.records import Record, Signal
+from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.processors import specs
+
+log = logging.getLogger("stepspan.deliver")
+
+BATCH = 256 << 10
+CHECKPOINT = 16 << 20
+LIVENESS = 1.0
+RETRY_FIRST, RETRY_LONGEST = 0.25, 30.0
+HOLD_FIRST, HOLD_LONGEST = 15.0, 300.0
+PATIENCE = 5
+"""Failures of the "retry, then hold" kind before it is a hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the lanes of a deliverer have in common."""
+
+    boot_id: str
+    dead_after: float = 900.0
+    state_directory: Path | None = None
+    batch: int = BATCH
+    clock: Callable[[], float] = time.monotonic
+    jitter: Callable[[], float] = random.SystemRandom().random
+
+
+@dataclass(frozen=True, slots=True)
+class Parcel:
+    """A batch as records, where the cursor will stand, and what the ledger gains besides the receiver's answer."""
+
+    records: list[Record]
+    position: Position
+    counts: Ledger
+
+
+class Lane:
+    """A session's signal. `advance` does one batch; OSError or `JournalError` from it means: this session can't be read."""
+
+    def __init__(self, session: SessionPath, signal: Signal, exporter: Exporter, options: Options) -> None:
+        self.session = session
+        self.signal: Signal = signal
+        self.at_end = False
+        """Nothing more stood there when we last looked."""
+        self.not_before = 0.0
+        """When to try again, by the options' clock."""
+        self.failing_since: float | None = None
+        self._exporter = exporter
+        self._options = options
+        self._failures = 0
+        self._witness: Record | None = None
+        self._since_checkpoint = 0
+        self._looked = self._listened = -LIVENESS
+        self._parcel: Parcel | None = None
+        self._closed: Closed | None = None
+        self._reader = JournalReader(session, clock=options.clock)
+        self.header: Event = self._reader.header
+        self.home = session.path
+        if options.state_directory is not None:
+            self.home = options.state_directory / session.path.name
+        elif not writable_by_us(session.path):
+            raise JournalError(f"{session.path}: not ours to write in: name a --state-directory for the cursors")
+        place = self.home / "cursors"
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._cursor = Cursor(place / cursor_name(exporter.destination, signal))
+        self._checkpoint = place / f"{cursor_name(exporter.destination, signal)}.state"
+        self._mapper: Mapper | None
+        self.position, self._mapper = self._restore()
+
+    @property
+    def state(self) -> CursorState:
+        """The cursor's."""
+        return self._cursor.state
+
+    @property
+    def held(self) -> bool:
+        """Whether it waits for a person."""
+        return self._cursor.state.state == "hold"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the session has ended and all of it has been delivered."""
+        return self.position.finished
+
+    @property
+    def time(self) -> int:
+        """The event time that delivery has reached, Unix ns."""
+        return self.position.ts or int(self.header["started"])
+
+    @property
+    def alive(self) -> bool:
+        """Whether more may come: nobody has said that the session ended, and its writer is not dead."""
+        return self._look() is None and not self._find_dead()
+
+    def advance(self, until: int) -> bool:
+        """Deliver the next batch, of events no later than `until` (ns). Whether the cursor moved."""
+        parcel = self._parcel or self._read(until)
+        if parcel is None:
+            return False
+        isolation = Isolation(self._send, witness=self._witness)
+        outcome = isolation.run(parcel.records) if parcel.records else Outcome(Verdict.DELIVERED)
+        if outcome.verdict is Verdict.DELIVERED:
+            self._parcel = None
+            self._set_aside(isolation.rejected)
+            self._move(parcel, isolation, outcome.message)
+            return True
+        self._wait(outcome)
+        self._parcel = None if self.held else parcel
+        self._mapper = None if self.held else self._mapper
+        return False
+
+    def _read(self, until: int) -> Parcel | None:
+        """The next batch as records."""
+        if self._mapper is None:
+            self.position, self._mapper = self._restore()
+        closed = self._look()
+        batch = self._reader.read(self.position, size=self._options.batch, until=until, closed=closed)
+        if batch.at_end and closed is None and self._find_dead():
+            closed = self._closed
+            batch = self._reader.read(self.position, size=self._options.batch, until=until, closed=closed)
+        self.at_end = batch.at_end
+        finishing = batch.at_end and closed is not None and not self.finished
+        if not batch.events and not finishing:
+            return None
+        before = self._mapper.filtered
+        records = self._mapper.map(self._process(batch.events))
+        counts, position = batch.counts, batch.position
+        if finishing and closed is not None:
+            records += self._mapper.finish(closed)
+            counts.damaged += max(0, closed.seq - position.seq)  # the end was damaged: no later line shows the hole
+            position = replace(position, seq=max(closed.seq, position.seq), finished=True)
+        counts.filtered = self._mapper.filtered - before
+        counts.mapped = len(records) + counts.filtered
+        return Parcel(records, position, counts)
+
+    def close(self) -> None:
+        """Release the files."""
+        self._reader.close()
+        self._cursor.close()
+
+    def _process(self, events: list[Event]) -> list[Event]:
+        """The events after the exporter's own processors."""
+        for processor in self._exporter.processors:
+            kept: list[Event] = []
+            for event in events:
+                processed = processor(event) if event["tag"] in processor.tags else event
+                if processed is not None:
+                    kept.append(processed)
+            events = kept
+        return events
+
+    def _send(self, records: Sequence[Record]) -> Outcome:
+        return self._exporter.export(self.signal, self.header["resource"], records)
+
+    def _move(self, parcel: Parcel, isolation: Isolation, message: str) -> None:
+        """Everything in a parcel is accounted for."""
+        state, position = self._cursor.state, parcel.position
+        if state.state in {"retry", "hold"}:
+            log.info("%s %s: delivering again", self.session.path, self.signal)
+        self._since_checkpoint += max(0, position.offset - self.position.offset)
+        if position.segment != self.position.segment or self._since_checkpoint >= CHECKPOINT:
+            self._save(position)
+        rejected = len(isolation.rejected) + isolation.dropped
+        self.position, self._witness = position, isolation.witness
+        self._failures, self.not_before, self.failing_since = 0, 0.0, None
+        self._cursor.write(
+            replace(
+                state,
+                position=position,
+                ledger=state.ledger.plus(replace(parcel.counts, delivered=isolation.delivered, rejected=rejected)),
+                answered=time.time() if parcel.records else state.answered,
+                state="ok",
+                message=message or state.message if rejected else state.message if state.state == "ok" else "",
+                session=self.session.session,
+            )
+        )
+
+    def _wait(self, outcome: Outcome) -> None:
+        """The batch was not taken: when to try again, and what to say."""
+        self._failures += 1
+        now = self._options.clock()
+        hold = outcome.verdict is Verdict.HOLD or (
+            outcome.verdict is Verdict.RETRY_THEN_HOLD and self._failures >= PATIENCE
+        )
+        first, longest = (HOLD_FIRST, HOLD_LONGEST) if hold else (RETRY_FIRST, RETRY_LONGEST)
+        delay = min(longest, first * 2 ** min(self._failures - 1, 16)) * (0.5 + self._options.jitter() / 2)
+        self.not_before = now + max(delay, outcome.retry_after or 0.0)
+        if self.failing_since is None:
+            self.failing_since = now
+        state = "hold" if hold else "retry"
+        if (state, outcome.message) != (self.state.state, self.state.message):
+            log.warning("%s %s: %s: %s", self.session.path, self.signal, state, outcome.message)
+        self._cursor.write(replace(self.state, state=state, message=outcome.message, session=self.session.session))
+
+    def _look(self) -> Closed | None:
+        """The session's end, if somebody has said it."""
+        now = self._options.clock()
+        if self._closed is None and now - self._looked >= LIVENESS:
+            self._looked = now
+            self._closed = read_closed(self.session.path) or read_closed(self.home)
+        return self._closed
+
+    def _find_dead(self) -> bool:
+        """At the end of what is there: has the writer died? Who finds that says so, for everyone."""
+        now = self._options.clock()
+        if self._closed is not None:
+            return True
+        if now - self._listened < LIVENESS:
+            return False
+        self._listened = now
+        if not self._is_dead():
+            return False
+        seq, ts = last_event(self.session)
+        self._closed = write_closed(self.home, Closed(seq, ts, "interrupted"), by="deliverer")
+        return True
+
+    def _is_dead(self) -> bool:
+        last = self.session.segments()[-1:]
+        silence = quiet_for(self.session.path / segment_name(last[0])) if last else 0.0
+        options = self._options
+        return is_dead(
+            self.session.path, self.header, boot_id=options.boot_id, quiet_for=silence, dead_after=options.dead_after
+        )
+
+    def _set_aside(self, rejected: list[tuple[Record, str]]) -> None:
+        """Keep what was refused, with the receiver's words, as OTLP JSON."""
+        if not rejected:
+            return
+        lines = b"".join(
+            orjson.dumps(
+                {
+                    "destination": self._exporter.destination,
+                    "signal": self.signal,
+                    "why": why,
+                    "request": orjson.Fragment(otlp_json.encode(self.signal, self.header["resource"], [record])),
+                }
+            )
+            + b"\n"
+            for record, why in rejected
+        )
+        directory = open_directory(self.home)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with open(open_file("rejected.jsonl", flags, dir_fd=directory), "ab") as file:
+                file.write(lines)
+        finally:
+            os.close(directory)
+        log.warning("%s %s: %d refused for good: %s", self.session.path, self.signal, len(rejected), rejected[-1][1])
+
+    def _save(self, position: Position) -> None:
+        """A checkpoint: the mapper's state at a position. Without one a restart reads from the beginning."""
+        assert self._mapper is not None
+        content = orjson.dumps({**self._key(), "position": position, "mapper": self._mapper.state()})
+        draft = self._checkpoint.with_suffix(".draft")
+        with contextlib.suppress(OSError):
+            draft.write_bytes(content)
+            os.replace(draft, self._checkpoint)
+            self._cursor.state.needs = position.segment
+            self._since_checkpoint = 0
+
+    def _restore(self) -> tuple[Position, Mapper]:
+        """Where the cursor stands, and a mapper that has seen everything before."""
+        state = self._cursor.state
+        if state.session not in {"", self.session.session} or not self._fits(state.position):
+            log.warning(
+                "%s %s: the cursor is not of this journal: delivering from its beginning",
+                self.session.path,
+                self.signal,
+            )
+            self._cursor.state = state = CursorState()
+        target = state.position
+        fold = mapper(self.signal, self.header)
+        position = Position()
+        checkpoint = self._load()
+        if checkpoint and checkpoint[0].seq <= target.seq:
+            position = checkpoint[0]
+            fold.restore(checkpoint[1])
+        while position.seq < target.seq:
+            batch = self._reader.read(position, size=BATCH, closed=Closed(target.seq, target.ts, ""))
+            if not batch.events:
+                break
+            fold.map(self._process(batch.events))
+            position = batch.position
+        return target, fold
+
+    def _fits(self, position: Position) -> bool:
+        """Whether a position lies at the beginning of a line of this journal."""
+        if not position.offset:
+            return True
+        directory = open_directory(self.session.path)
+        try:
+            with open(open_file(segment_name(position.segment), os.O_RDONLY, dir_fd=directory), "rb") as file:
+                file.seek(position.offset - 1)
+                return file.read(1) == b"\n"
+        except FileNotFoundError:  # pruned
+            return True
+        finally:
+            os.close(directory)
+
+    def _load(self) -> tuple[Position, dict[str, Any]] | None:
+        try:
+            found = orjson.loads(read_file(self._checkpoint) or b"null")
+            if found and {key: found[key] for key in self._key()} == self._key():
+                return Position(**found["position"]), found["mapper"]
+        except (ValueError, TypeError, KeyError):
+            pass
+        return None
+
+    def _key(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        processors = blake2b(orjson.dumps(specs(self._exporter.processors)), digest_size=8).hexdigest()
+        return {"version": VERSION, "session": self.session.session, "processors": processors}

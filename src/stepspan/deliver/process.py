@@ -1,0 +1,138 @@
+"""The deliverer as a process: one for each host and destination, started by a run, outliving it until all is delivered.
+
+A busy Python thread in the training process makes every GIL-releasing call wait for the switch interval; a process does
+not. It is started with exec, in a session of its own (Ctrl-C ends the run, not the delivery), niced, and holds an flock
+for each destination; any rank that finds the lock free starts another. What it is to do reaches it by environment,
+because headers may hold secrets and arguments are seen by everyone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stepspan.deliver.deliverer import Deliverer, run_is_over
+from stepspan.deliver.lane import Options
+from stepspan.exporters.otlp import OtlpExporter
+from stepspan.journal.layout import find_sessions, open_directory, open_file, slug
+from stepspan.processors import build
+
+log = logging.getLogger("stepspan.deliver")
+
+PLACE = ".deliverers"
+TASK = "STEPSPAN_DELIVERER"
+LONGEST_LOG = 1 << 20
+
+
+class Lock:
+    """The right to deliver to one destination from one host."""
+
+    def __init__(self, directory: Path, host: str, destination: str) -> None:
+        self._place = directory / PLACE
+        self._name = f"{slug(host)}-{destination}.lock"
+        self._fd = -1
+
+    def take(self) -> bool:
+        """Whether it is ours now. OSError where there is no place for it."""
+        self._place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = open_directory(self._place)
+        try:
+            fd = open_file(self._name, os.O_RDWR | os.O_CREAT, dir_fd=directory)
+        finally:
+            os.close(directory)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            return False
+        self._fd = fd
+        return True
+
+    def release(self) -> None:
+        """Let somebody else have it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def start(directory: Path, host: str, exporters: Sequence[OtlpExporter]) -> subprocess.Popen[bytes]:
+    """Start a deliverer for the sessions of this host below `directory`. OSError."""
+    task = [
+        {**e.settings, "destination": e.destination, "processors": [p.spec for p in e.processors]}  # type: ignore[attr-defined]
+        for e in exporters
+    ]
+    place = directory / PLACE
+    place.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(_log_file(place, f"{slug(host)}.log"), "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stepspan.deliver.process", str(directory), host],
+            env=_environment(os.environ, task),
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    return process
+
+
+def _log_file(place: Path, name: str) -> int:
+    directory = open_directory(place)
+    try:
+        fd = open_file(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, dir_fd=directory)
+    finally:
+        os.close(directory)
+    if os.fstat(fd).st_size > LONGEST_LOG:
+        os.truncate(fd, 0)
+    return fd
+
+
+def _environment(env: Mapping[str, str], task: Any) -> dict[str, str]:
+    """Ours, with this package importable, and without what would instrument the deliverer."""
+    package = str(Path(__file__).parents[2])
+    paths = [package, *env.get("PYTHONPATH", "").split(os.pathsep)]
+    kept = [path for path in paths if path and "auto_instrumentation" not in path]
+    return {**env, "PYTHONPATH": os.pathsep.join(kept), TASK: json.dumps(task), "OTEL_PYTHON_CONFIGURATOR": ""}
+
+
+def serve(directory: Path, host: str, task: Sequence[Mapping[str, Any]], boot_id: str) -> None:
+    """Deliver until the run is over."""
+    exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in task]
+    locks = {e.destination: Lock(directory, host, e.destination) for e in exporters}
+    ours = [e for e in exporters if locks[e.destination].take()]
+    if not ours:
+        return
+    log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in ours))
+    deliverer = Deliverer(ours, lambda: find_sessions(directory, host=host), Options(boot_id=boot_id))
+    on_signal(deliverer.interrupt)
+    deliverer.start()
+    deliverer.wait(run_is_over)
+    deliverer.stop()
+    log.info("done")
+
+
+def on_signal(interrupt: Callable[[], None]) -> None:
+    """Stop between two requests when asked to."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: interrupt())
+
+
+def main() -> None:
+    """`python -m stepspan.deliver.process DIRECTORY HOST`, with the task in the environment."""
+    from stepspan.identity import host_facts
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    os.nice(10)
+    serve(Path(sys.argv[1]), sys.argv[2], json.loads(os.environ[TASK]), host_facts().boot_id)
+
+
+if __name__ == "__main__":
+    main()

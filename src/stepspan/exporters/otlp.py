@@ -1,0 +1,69 @@
+"""The OTLP exporter: records as requests to a Collector, Prometheus, Tempo or whatever else speaks OTLP."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from stepspan.otlp.endpoint import destination_name, resolve_endpoints
+from stepspan.otlp.records import Attributes, Record, Signal
+from stepspan.otlp.transport import Outcome, Transport, open_transport
+from stepspan.processors import Processor
+
+
+class OtlpExporter:
+    """Sends to `endpoint`, else to where the OTEL_EXPORTER_OTLP_* variables say.
+
+    `protocol`: "http/protobuf", "grpc" or "http/json". `timeout`: seconds for a request. `processors`: of this exporter
+    alone. `destination` names its cursors; by default a hash of the endpoints. Raises `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        *,
+        protocol: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        compression: str | None = None,
+        timeout: float | None = None,
+        processors: Sequence[Processor] = (),
+        destination: str | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.endpoints = resolve_endpoints(
+            os.environ if env is None else env,
+            endpoint=endpoint,
+            protocol=protocol,
+            headers=headers,
+            compression=compression,
+            timeout=timeout,
+        )
+        self.processors = tuple(processors)
+        self.destination = destination or destination_name(self.endpoints)
+        self.signals: tuple[Signal, ...] = tuple(self.endpoints)
+        self.settings: dict[str, Any] = {
+            "endpoint": endpoint,
+            "protocol": protocol,
+            "headers": None if headers is None else dict(headers),
+            "compression": compression,
+            "timeout": timeout,
+        }
+        self._transports: dict[Signal, Transport] = {}
+
+    def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
+        """One request."""
+        endpoint = self.endpoints[signal]
+        if signal not in self._transports:
+            self._transports[signal] = open_transport(endpoint)
+        if endpoint.protocol == "http/json":
+            from stepspan.otlp.json import encode
+        else:
+            from stepspan.otlp.protobuf import encode
+        return self._transports[signal].send(encode(signal, resource, records))
+
+    def close(self) -> None:
+        """Close the connections."""
+        for transport in self._transports.values():
+            transport.close()
+        self._transports.clear()

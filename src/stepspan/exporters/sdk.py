@@ -1,0 +1,68 @@
+"""Any exporter of the OpenTelemetry SDK as an exporter of stepspan.
+
+Runs on a thread of the training process, because an object can't be handed to another one. What it can tell of a
+failure is what the SDK's exporters tell: success or not. So a failure is retried and then held, never isolated; one bad
+record stops its signal. `OtlpExporter` has no such ceiling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from stepspan.errors import ConfigError
+from stepspan.otlp.records import Attributes, Record, Signal
+from stepspan.otlp.transport import Outcome, Verdict, uninstrumented
+from stepspan.processors import Processor
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk._logs.export import LogRecordExporter
+    from opentelemetry.sdk.metrics.export import MetricExporter
+    from opentelemetry.sdk.trace.export import SpanExporter
+
+
+class SdkExporter:
+    """Exports through SDK exporters, one for each signal that is wanted.
+
+    `SdkExporter(span=OTLPSpanExporter(), metric=OTLPMetricExporter())`. Raises `ConfigError` without any.
+    """
+
+    def __init__(
+        self,
+        *,
+        span: SpanExporter | None = None,
+        metric: MetricExporter | None = None,
+        log: LogRecordExporter | None = None,
+        processors: Sequence[Processor] = (),
+        destination: str = "sdk",
+    ) -> None:
+        given: dict[Signal, Any] = {"metrics": metric, "traces": span, "logs": log}
+        self._exporters = {signal: exporter for signal, exporter in given.items() if exporter is not None}
+        if not self._exporters:
+            raise ConfigError("SdkExporter", None, "give at least one of span=, metric=, log=")
+        self.destination = destination
+        self.signals: tuple[Signal, ...] = tuple(self._exporters)
+        self.processors = tuple(processors)
+
+    def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
+        """One call of the SDK exporter."""
+        from stepspan.exporters import _sdk_objects as objects
+
+        convert: dict[Signal, Any] = {
+            "metrics": objects.metrics_data,
+            "traces": objects.readable_spans,
+            "logs": objects.log_records,
+        }
+        with uninstrumented():
+            try:
+                result = self._exporters[signal].export(convert[signal](resource, records))
+            except Exception as error:  # an exporter of somebody else's may raise anything
+                return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(self._exporters[signal]).__name__}: {error!r}")
+        if getattr(result, "name", "") == "SUCCESS":
+            return Outcome(Verdict.DELIVERED)
+        return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(self._exporters[signal]).__name__} answered {result!s}")
+
+    def close(self) -> None:
+        """Shut the SDK exporters down."""
+        for exporter in self._exporters.values():
+            exporter.shutdown()
