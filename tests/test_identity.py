@@ -661,6 +661,7 @@ BAD = {
     "rank is a string": ({"rank": "3"}, {}, "rank='3': give a whole number from 0"),
     "rank is a boolean": ({"rank": True, "world_size": 2}, {}, "rank=True: give a whole number"),
     "rank is a float": ({"rank": 1.0, "world_size": 2}, {}, "rank=1.0: give a whole number"),
+    "rank is a type": ({"rank": int, "world_size": 2}, {}, "rank=<class 'int'>: give a whole number"),
     "rank is negative": ({"rank": -1, "world_size": 2}, {}, "rank=-1: give a whole number from 0"),
     "rank is too large": ({"rank": 2**31, "world_size": 2}, {}, "rank=2147483648: give a whole number"),
     "rank at world size": (

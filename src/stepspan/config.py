@@ -121,9 +121,8 @@ def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | 
         field = ".".join(map(str, found["loc"]))
         source = origin.get(str(found["loc"][0]), "argument") if found["loc"] else "argument"
         if found["type"] == "extra_forbidden":
-            raise ConfigError(
-                field, found["input"], f"unknown ({source}); known are {', '.join(Settings.model_fields)}"
-            ) from None
+            known = ", ".join(Settings.model_fields)
+            raise ConfigError(field, found["input"], f"unknown ({source}); known are {known}") from None
         raise ConfigError(
             field if source == "argument" else f"{field} ({source})", found["input"], found["msg"]
         ) from None

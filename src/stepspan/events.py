@@ -2,7 +2,7 @@
 
 An event is a plain dict, because it is made in the training thread: no class is built and nothing is copied on its way
 to the disk. Whoever makes one leaves `ts` and `seq` at 0; the journal's writer fills them in under its lock. Every
-begin event carries `parent`, the `seq` of the begin line it lies in (0: none), every end event `begin`, that of its own.
+begin event carries `parent`, the `seq` of the begin line it lies in (0: none), every end event `begin`, its own one's.
 
 Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity", "-Infinity".
 """

@@ -24,6 +24,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path, PurePath
@@ -279,8 +280,8 @@ def _given(field: str, arguments: Mapping[str, Any], env: _Variables) -> _Number
     least, number = 1 if field == "world_size" else 0, -1
     value, source = arguments.get(field), "argument"
     if value is not None:
-        if not isinstance(value, bool) and hasattr(value, "__index__"):
-            number = operator.index(value)  # numpy's integers as well
+        with suppress(TypeError):
+            number = -1 if isinstance(value, bool) else operator.index(value)  # numpy's integers as well
     elif found := env.text(f"STEPSPAN_{field.upper()}"):
         value, source = found
         number = int(found.value) if _DIGITS.fullmatch(found.value) else -1

@@ -22,6 +22,8 @@ from stepspan.events import SCHEMA, Event, number_text, plain
 from stepspan.scopes import Scope, Scopes, Steps, is_failure
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
 
@@ -69,7 +71,7 @@ class Run:
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
         """One point per key at this instant.
 
-        `metrics`: key -> number (int, float, bool, or anything with `__float__`, such as a numpy scalar or a 0-d array).
+        `metrics`: key -> number (int, float, bool, or anything with `__float__`: a numpy scalar, a 0-d array).
         `step`: the current step's number unless given. `split`: the current step's split unless given, else "train";
         a leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
         """
@@ -195,7 +197,7 @@ class Run:
             first = self.identity.local_rank == 0 and not self.identity.role
             log.log(logging.WARNING if first else logging.DEBUG, "%s (told once; run.stats() counts)", message)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

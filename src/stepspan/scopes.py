@@ -18,6 +18,8 @@ from stepspan.events import Event
 from stepspan.otlp import ids
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
 
@@ -51,7 +53,7 @@ class Scope:
         """Seconds that a step waited for its data."""
         self.token: Any = None
 
-    def __enter__(self) -> Scope:
+    def __enter__(self) -> Self:
         self.owner.begin(self)
         return self
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from stepspan.run import Run
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from stepspan.config import Settings
     from stepspan.deliver.handle import Delivery
     from stepspan.exporters.jsonl import JsonlExporter
@@ -209,7 +211,7 @@ def _apart_from_living(identity: Identity, journal: JsonlExporter, boot_id: str)
 class _Nothing:
     """A scope that nobody records."""
 
-    def __enter__(self) -> _Nothing:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -225,7 +227,7 @@ class _DisabledRun(Run):
     def log_metrics(self, *_: Any, **__: Any) -> None:
         """Nothing."""
 
-    log_scalar = log_hyperparams = log_artifact = log_event = log_error = tell = log_metrics  # type: ignore[assignment]
+    log_scalar = log_hyperparams = log_artifact = log_event = log_error = tell = log_metrics
 
     def epoch(self, *_: Any, **__: Any) -> Any:
         """Nothing."""

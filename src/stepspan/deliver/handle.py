@@ -90,9 +90,7 @@ class ProcessDelivery(Delivery):
         try:
             self._start_where_free()
         except Exception as error:  # a run that can't start a process still has its journal
-            self._tell(
-                "deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends the journal later"
-            )
+            self._tell("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
         """As the base; a run shorter than the first look starts its deliverer now."""

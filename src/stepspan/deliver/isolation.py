@@ -1,9 +1,9 @@
 """Finding the records that a receiver refuses among those it takes.
 
 A batch that is refused is sent in halves until the refused record stands alone. Alone is not enough to call it bad: a
-receiver that was set up wrongly refuses everything. So a record is rejected only if the receiver took another one of the
-same signal meanwhile, if need be one that it has taken before and is sent again; and after `ROW` single refusals in a row
-the signal is held, with the server's words.
+receiver that was set up wrongly refuses everything. So a record is rejected only if the receiver took another one of
+the same signal meanwhile, if need be one that it has taken before and is sent again; and after `ROW` single refusals in
+a row the signal is held, with the server's words.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ class Parcel:
 
 
 class Lane:
-    """A session's signal. `advance` does one batch; OSError or `JournalError` from it means: this session can't be read."""
+    """A session's signal. Raises OSError or `JournalError` where the session can't be read."""
 
     def __init__(self, session: SessionPath, signal: Signal, exporter: Exporter, options: Options) -> None:
         self.session = session
@@ -294,7 +294,7 @@ class Lane:
         state = self._cursor.state
         if state.session not in {"", self.session.session} or not self._fits(state.position):
             log.warning(
-                "%s %s: the cursor is not of this journal: delivering from its beginning",
+                "%s %s: the cursor is of another journal: starting anew",
                 self.session.path,
                 self.signal,
             )

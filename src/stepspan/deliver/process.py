@@ -72,7 +72,7 @@ def start(directory: Path, host: str, exporters: Sequence[OtlpExporter]) -> subp
     place = directory / PLACE
     place.mkdir(mode=0o700, parents=True, exist_ok=True)
     with open(_log_file(place, f"{slug(host)}.log"), "ab") as output:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "stepspan.deliver.process", str(directory), host],
             env=_environment(os.environ, task),
             cwd="/",
@@ -81,7 +81,6 @@ def start(directory: Path, host: str, exporters: Sequence[OtlpExporter]) -> subp
             stderr=output,
             start_new_session=True,
         )
-    return process
 
 
 def _log_file(place: Path, name: str) -> int:

@@ -13,12 +13,20 @@ from stepspan.processors import Processor
 class Exporter(Protocol):
     """Something that follows the journal. Each signal is used by one thread at a time."""
 
-    destination: str
-    """Names its cursors: letters, digits, `-` and `_`; the same after a restart."""
-    signals: Sequence[Signal]
-    """What it takes."""
-    processors: Sequence[Processor]
-    """Its own, after the journal."""
+    @property
+    def destination(self) -> str:
+        """Names its cursors: letters, digits, `-` and `_`; the same after a restart."""
+        ...
+
+    @property
+    def signals(self) -> Sequence[Signal]:
+        """What it takes."""
+        ...
+
+    @property
+    def processors(self) -> Sequence[Processor]:
+        """Its own, after the journal."""
+        ...
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Send records of one session, once, and say what became of them."""

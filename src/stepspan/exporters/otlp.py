@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from stepspan.otlp.endpoint import destination_name, resolve_endpoints
 from stepspan.otlp.records import Attributes, Record, Signal
 from stepspan.otlp.transport import Outcome, Transport, open_transport
 from stepspan.processors import Processor
+
+SWITCH = re.compile(r"OTEL_(TRACES|METRICS|LOGS)_EXPORTER")
 
 
 class OtlpExporter:
@@ -31,17 +34,6 @@ class OtlpExporter:
         destination: str | None = None,
         env: Mapping[str, str] | None = None,
     ) -> None:
-        self.endpoints = resolve_endpoints(
-            os.environ if env is None else env,
-            endpoint=endpoint,
-            protocol=protocol,
-            headers=headers,
-            compression=compression,
-            timeout=timeout,
-        )
-        self.processors = tuple(processors)
-        self.destination = destination or destination_name(self.endpoints)
-        self.signals: tuple[Signal, ...] = tuple(self.endpoints)
         self.settings: dict[str, Any] = {
             "endpoint": endpoint,
             "protocol": protocol,
@@ -49,6 +41,13 @@ class OtlpExporter:
             "compression": compression,
             "timeout": timeout,
         }
+        env = os.environ if env is None else env
+        self.endpoints = resolve_endpoints(env, **self.settings)
+        self.processors = tuple(processors)
+        self.signals: tuple[Signal, ...] = tuple(self.endpoints)
+        everything = {name: value for name, value in env.items() if not SWITCH.fullmatch(name)}
+        # Named by all signals, also those switched off: switching one must not start the others anew.
+        self.destination = destination or destination_name(resolve_endpoints(everything, **self.settings))
         self._transports: dict[Signal, Transport] = {}
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:

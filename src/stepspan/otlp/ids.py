@@ -1,8 +1,8 @@
 """Trace and span ids that need no communication: every rank computes the same ones from what it knows anyway.
 
-A step's ids hash what names the step within its run, so all ranks' spans of a step meet in one trace and each rank knows
-rank 0's span id, its parent. Every other span id hashes the session and the `seq` of its begin line. No random numbers:
-a user's `random.seed(42)` in every rank changes nothing, and sending twice gives the same span twice.
+A step's ids hash what names the step within its run, so all ranks' spans of a step meet in one trace and each rank
+knows rank 0's span id, its parent. Every other span id hashes the session and the `seq` of its begin line. No random
+numbers: a user's `random.seed(42)` in every rank changes nothing, and sending twice gives the same span twice.
 """
 
 from __future__ import annotations

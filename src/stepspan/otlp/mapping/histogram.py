@@ -1,7 +1,7 @@
 """A cumulative exponential histogram of fixed scale, kept as plain JSON.
 
-Scale 3: eight buckets for each doubling, 9% wide. Fixed, because a scale that adapts to the values would make the points
-depend on when they were taken. From a microsecond to a day that is under 300 buckets.
+Scale 3: eight buckets for each doubling, 9% wide. Fixed, because a scale that adapts to the values would make the
+points depend on when they were taken. From a microsecond to a day that is under 300 buckets.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import orjson
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.otlp.mapping.open_scopes import OpenScopes
-from stepspan.otlp.mapping.values import flat, short
+from stepspan.otlp.mapping.values import ARTIFACT, flat, short
 from stepspan.otlp.records import Log, Record
 
 INFO, WARN, ERROR = 9, 13, 17
@@ -68,7 +68,7 @@ class LogMapper:
         self._add(event, INFO, "training.hyperparams", orjson.dumps(params).decode(), flat(params))
 
     def _artifact(self, event: Event) -> None:
-        fields = {name: event[name] for name in ("name", "path", "kind", "step") if name in event}
+        fields: dict[str, Any] = {name: event[name] for name in ARTIFACT if name in event}
         self._add(event, INFO, "training.artifact", f"{event['kind']} {event['name']}: {event['path']}", flat(fields))
 
     def _event(self, event: Event) -> None:

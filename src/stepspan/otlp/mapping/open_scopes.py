@@ -1,4 +1,4 @@
-"""What is open at a point of the journal, and the ids of each: as the process that began it would have computed them."""
+"""What is open at a point of the journal, and its ids: the same that the process which began it computes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MOST_OPEN = 10_000
 
 
 class OpenScopes:
-    """Folds begin and end events. A scope is plain JSON: its begin event, `trace`, `span`, `parent`, `step` and more."""
+    """Folds begin and end events. A scope is plain JSON: its begin event and its ids, in hex."""
 
     def __init__(self, header: Event) -> None:
         self._header = header
@@ -76,5 +76,5 @@ class OpenScopes:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.open = {seq: scope for seq, scope in state["open"]}
+        self.open = dict(state["open"])
         self.run = state["run"]

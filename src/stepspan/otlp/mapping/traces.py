@@ -9,7 +9,7 @@ from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.otlp.mapping.open_scopes import OpenScopes
 from stepspan.otlp.mapping.thinning import Thinning
-from stepspan.otlp.mapping.values import flat, short
+from stepspan.otlp.mapping.values import ARTIFACT, flat, short
 from stepspan.otlp.records import Attributes, Link, Record, Span, SpanEvent
 
 SECOND = 1_000_000_000
@@ -174,7 +174,7 @@ class TraceMapper:
         if run is None:
             return
         if event["tag"] == "artifact":
-            fields = {name: event[name] for name in ("name", "path", "kind", "step") if name in event}
+            fields: dict[str, Any] = {name: event[name] for name in ARTIFACT if name in event}
             self._add(run, "training.artifact", event["ts"], flat(fields))
         else:
             status = {"status": event["status"]} if "status" in event else {}

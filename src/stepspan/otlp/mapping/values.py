@@ -9,6 +9,7 @@ from stepspan.otlp.records import Scalar
 
 LONGEST_TEXT = 16 << 10
 MOST_ATTRIBUTES = 128
+ARTIFACT = ("name", "path", "kind", "step")
 
 
 def short(text: str) -> str:
