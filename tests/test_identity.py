@@ -27,11 +27,11 @@ from stepspan.identity import (
     HostFacts,
     Identity,
     Process,
-    _from_psutil,
     host_facts,
     resolve,
     resource_attributes,
 )
+from stepspan.identity.host import _from_psutil
 
 SHELL, NEXT_SHELL = Process(100, "1000"), Process(101, "1100")
 LAUNCHER, NEXT_LAUNCHER = Process(200, "2000"), Process(201, "2100")

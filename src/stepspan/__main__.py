@@ -1,0 +1,5 @@
+"""`python -m stepspan`."""
+
+from stepspan.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""The commands and their options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Training runs as OpenTelemetry: look at journals, and send them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Paths = Annotated[list[Path], typer.Argument(help="Journal directories: all runs, one job, or one session.")]
+Endpoint = Annotated[
+    str | None, typer.Option(help="OTLP endpoint; by default what the OTEL_EXPORTER_OTLP_* variables say.")
+]
+
+
+@app.command()
+def demo(
+    ranks: Annotated[int, typer.Option(min=1, max=64, help="Data-parallel processes.")] = 2,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
+    directory: Annotated[Path, typer.Option(help="Where the journal goes.")] = Path("stepspan-runs"),
+) -> None:
+    """Train a small classifier on images of digits in several ranks, and record it.
+
+    Without an endpoint the run ends at once and says where its journal lies. With OTEL_EXPORTER_OTLP_ENDPOINT it is
+    delivered, and the ledger is printed. Needs the extra `demo`.
+    """
+    from stepspan.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(ranks, epochs, directory))
+
+
+@app.command()
+def sync(
+    paths: Paths,
+    endpoint: Endpoint = None,
+    protocol: Annotated[str | None, typer.Option(help="http/protobuf, grpc or http/json.")] = None,
+    follow: Annotated[bool, typer.Option(help="Go on with what is written from now on, until stopped.")] = False,
+    this_host: Annotated[bool, typer.Option(help="Only sessions that were written on this host.")] = False,
+    destination: Annotated[
+        str | None, typer.Option(help="A name for the cursors, instead of a hash of the endpoints.")
+    ] = None,
+    rejected: Annotated[bool, typer.Option(help="Send again what the receiver refused, and nothing else.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only say what waits, and how old it is. Nothing is sent.")] = False,
+    state_directory: Annotated[
+        Path | None, typer.Option(help="Where cursors go for journals that we may not write to.")
+    ] = None,
+    dead_after: Annotated[
+        float,
+        typer.Option(min=1.0, help="Seconds of silence after which a session of another host counts as dead."),
+    ] = 900.0,
+) -> None:
+    """Send journals to an OTLP receiver: what no receiver has taken yet, exactly as live delivery would have.
+
+    Interrupt it at any time; it goes on where it was. Exit code 0: all is delivered; 1: something waits, is held or
+    cannot be read, and the last lines say why; 2: wrong arguments.
+    """
+    from stepspan.cli.sync import Sync
+
+    command = Sync(
+        paths,
+        endpoint=endpoint,
+        protocol=protocol,
+        this_host=this_host,
+        destination=destination,
+        state_directory=state_directory,
+        dead_after=dead_after,
+    )
+    if dry_run:
+        raise typer.Exit(command.dry_run())
+    raise typer.Exit(command.resend() if rejected else command.run(follow=follow))
+
+
+@app.command()
+def status(
+    path: Annotated[Path, typer.Argument(help="A journal directory: all runs, one job, or one session.")] = Path(
+        "stepspan-runs"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    state_directory: Annotated[
+        Path | None, typer.Option(help="Where `sync --state-directory` keeps its cursors.")
+    ] = None,
+) -> None:
+    """Show the ledgers: for each session, destination and signal, what was journaled, delivered, and what waits."""
+    from stepspan.cli.status import show_status
+
+    raise typer.Exit(show_status(path, as_json=as_json, state_directory=state_directory))
+
+
+@app.command()
+def doctor(
+    directory: Annotated[Path | None, typer.Option(help="Where the journal would go.")] = None,
+    endpoint: Endpoint = None,
+) -> None:
+    """Check whether a run would work here: identity, journal, endpoints, GPU libraries, versions.
+
+    Exit code 0: it would; 1: the lines marked FAIL say what is wrong.
+    """
+    from stepspan.cli.doctor import examine
+
+    raise typer.Exit(examine(directory, endpoint))

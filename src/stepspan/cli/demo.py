@@ -1,0 +1,78 @@
+"""`stepspan demo`: starts the ranks of a small training, and shows what became of their telemetry."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from stepspan.cli.status import ledger_table
+from stepspan.deliver.ledgers import session_ledger
+from stepspan.exporters.otlp import OtlpExporter
+from stepspan.journal.layout import find_sessions, slug
+
+PATIENCE = 30.0  # seconds that delivery may take after the training
+
+
+def run_demo(ranks: int, epochs: int, directory: Path) -> int:
+    """Train, then say where the journal lies, or what the receiver has taken. The exit code."""
+    try:
+        from stepspan.cli.training import shared_memory, train
+    except ImportError as error:
+        print(f"stepspan demo: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
+        return 2
+    job_id = f"demo-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
+    exporter = OtlpExporter()
+    directory = directory.absolute()
+    print(f"training in {ranks} ranks as job {job_id}", flush=True)
+    context = multiprocessing.get_context("spawn")
+    memory, barrier = shared_memory(ranks), context.Barrier(ranks)
+    processes = []
+    for rank in range(ranks):
+        process = context.Process(target=_rank, args=(job_id, rank, ranks, epochs, directory, memory, barrier, train))
+        process.start()
+        processes.append(process)
+    for process in processes:
+        process.join()
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed:
+        print(f"stepspan demo: a rank ended with exit code {failed[0]}", file=sys.stderr)
+        return 1
+    job = directory / slug(job_id)
+    if not exporter.signals:
+        print(f"\njournal: {job}\nsend it: stepspan sync {job} --endpoint http://localhost:4318")
+        return 0
+    return _await_delivery(job, exporter)
+
+
+def _rank(job_id: str, rank: int, ranks: int, *arguments: object) -> None:
+    """One rank's process: what a launcher does, and then the training."""
+    os.environ.update(
+        STEPSPAN_JOB_ID=job_id, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1"
+    )
+    *given, train = arguments
+    train(rank, ranks, *given)  # type: ignore[operator]
+
+
+def _await_delivery(job: Path, exporter: OtlpExporter) -> int:
+    """Wait while the deliverer works, then print the ledger."""
+    deadline = time.monotonic() + PATIENCE
+    print("\ndelivering ...", flush=True)
+    while True:
+        found = [session_ledger(session) for session in find_sessions(job)]
+        states = [
+            ledger["destinations"].get(exporter.destination, {}).get(signal)
+            for ledger in found
+            for signal in exporter.signals
+        ]
+        delivered = all(state and state["finished"] for state in states)
+        if delivered or any(state and state["state"] == "hold" for state in states) or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    ledger_table(found)
+    if not delivered:
+        print(f"\nnot all is delivered: the deliverer goes on; later: stepspan sync {job}")
+    return 0 if delivered else 1

@@ -1,0 +1,215 @@
+"""`stepspan sync`: the deliverer, started by hand."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up
+from stepspan.deliver.lane import Options
+from stepspan.deliver.ledgers import cursors, session_ledger
+from stepspan.deliver.process import Lock, on_signal
+from stepspan.errors import ConfigError, JournalError
+from stepspan.exporters.otlp import OtlpExporter
+from stepspan.identity import host_facts
+from stepspan.journal.cursor import Position
+from stepspan.journal.layout import SessionPath, find_sessions
+from stepspan.journal.reader import JournalReader
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+LOCK_PATIENCE = SILENCE + 5.0
+REPORT_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+class Sync:
+    """One call of `stepspan sync`. Raises `ConfigError` on wrong arguments."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        *,
+        endpoint: str | None,
+        protocol: str | None,
+        this_host: bool,
+        destination: str | None,
+        state_directory: Path | None,
+        dead_after: float,
+    ) -> None:
+        for path in paths:
+            if not path.is_dir():
+                raise ConfigError("PATH", str(path), "not a directory: name a journal, a job or a session")
+        self._paths = [path.absolute() for path in paths]
+        facts = host_facts()
+        self._host = facts.host
+        self._only_host = facts.host if this_host else None
+        self._exporter = OtlpExporter(endpoint, protocol=protocol, destination=destination)
+        self._options = Options(boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory)
+
+    def run(self, *, follow: bool) -> int:
+        """Deliver. The exit code."""
+        self._need_endpoint()
+        with self._locks():
+            before = self._totals()
+            deliverer = Deliverer([self._exporter], self._sessions, self._options)
+            on_signal(deliverer.interrupt)
+            deliverer.start()
+            with _Progress(deliverer, self._journaled() * len(deliverer.shippers), follow) as progress:
+                deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)
+            deliverer.stop()
+            unreadable = {f"{p}: {why}" for shipper in deliverer.shippers for p, why in shipper.unreadable.items()}
+            return self._summary(before, unreadable)
+
+    def resend(self) -> int:
+        """Send again what was refused. The exit code."""
+        from stepspan.deliver.dead_letters import resend
+
+        self._need_endpoint()
+        sent = kept = 0
+        with self._locks():
+            for session in self._sessions():
+                taken, left = resend(self._home(session), self._exporter)
+                sent, kept = sent + taken, kept + left
+        print(f"sent again: {sent} taken, {kept} refused again or not answered")
+        return 1 if kept else 0
+
+    def dry_run(self) -> int:
+        """Say what waits. The exit code."""
+        oldest: float | None = None
+        now = time.time()
+        for session in self._sessions():
+            states = cursors(self._home(session)).get(self._exporter.destination, {})
+            ledger = session_ledger(session, self._options.state_directory and self._home(session))
+            for signal in self._exporter.signals or ("all signals",):
+                position = states[signal].position if signal in states else Position()
+                waiting = max(0, ledger["journaled"] - position.seq)
+                if not waiting:
+                    continue
+                try:
+                    age = now - self._first_pending(session, position) / 1e9
+                except (OSError, JournalError) as error:
+                    print(f"{session.path}  {signal}: cannot be read: {error}")
+                    continue
+                oldest = max(age, oldest or 0.0)
+                print(f"{session.path}  {signal}: {waiting} lines wait, the oldest for {age:,.0f} s")
+        print("nothing waits" if oldest is None else f"the oldest pending point is {oldest:,.0f} s old")
+        return 0
+
+    @staticmethod
+    def _first_pending(session: SessionPath, position: Position) -> int:
+        """The time of the first event after a position, Unix ns."""
+        reader = JournalReader(session)
+        try:
+            events = reader.read(position, size=4096).events
+        finally:
+            reader.close()
+        return events[0]["ts"] if events else time.time_ns()
+
+    def _need_endpoint(self) -> None:
+        if not self._exporter.signals:
+            raise ConfigError("--endpoint", None, "nowhere to send: give it, or OTEL_EXPORTER_OTLP_ENDPOINT")
+
+    def _sessions(self) -> Iterable[SessionPath]:
+        for path in self._paths:
+            yield from find_sessions(path, host=self._only_host)
+
+    def _home(self, session: SessionPath) -> Path:
+        """Where a session's cursors lie."""
+        state = self._options.state_directory
+        return state / session.path.name if state else session.path
+
+    @contextmanager
+    def _locks(self) -> Iterator[None]:
+        """The right to deliver to this destination, for every journal directory that is touched."""
+        state = self._options.state_directory
+        roots = {state} if state else {session.path.parents[2] for session in self._sessions()}
+        locks = [Lock(root, self._host, self._exporter.destination) for root in sorted(roots)]
+        try:
+            for lock in locks:
+                self._take(lock)
+            yield
+        finally:
+            for lock in locks:
+                lock.release()
+
+    def _take(self, lock: Lock) -> None:
+        deadline, told = time.monotonic() + LOCK_PATIENCE, False
+        while not lock.take():
+            if time.monotonic() > deadline:
+                raise JournalError("another deliverer is still sending to this destination: let it, or end it first")
+            if not told:
+                print("another deliverer is sending to this destination: waiting for it to finish", file=sys.stderr)
+                told = True
+            time.sleep(0.2)
+
+    def _journaled(self) -> int:
+        return sum(session_ledger(session)["journaled"] for session in self._sessions())
+
+    def _totals(self) -> Counter[str]:
+        totals: Counter[str] = Counter()
+        for session in self._sessions():
+            ledger = session_ledger(session, self._options.state_directory and self._home(session))
+            for signal, state in ledger["destinations"].get(self._exporter.destination, {}).items():
+                totals[f"{signal} delivered"] += state["delivered"]
+                totals["rejected"] += state["rejected"]
+                totals["pending"] += state["pending"]
+                totals[f"{signal}: {state['state']}: {state['message']}"] += state["state"] in {"hold", "retry"}
+        return totals
+
+    def _summary(self, before: Counter[str], unreadable: set[str]) -> int:
+        after = self._totals()
+        sent = [f"{after[f'{s} delivered'] - before[f'{s} delivered']:,} {s}" for s in self._exporter.signals]
+        rejected = after["rejected"] - before["rejected"]
+        print(f"delivered {', '.join(sent)}; rejected {rejected:,}; {after['pending']:,} lines wait")
+        stuck = [key for key, count in after.items() if count and (": hold: " in key or ": retry: " in key)]
+        for line in (*stuck, *sorted(unreadable)):
+            print(line)
+        return 1 if stuck or unreadable else 0
+
+
+class _Progress:
+    """How far delivery is: a bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, deliverer: Deliverer, total: int, follow: bool) -> None:
+        self._deliverer = deliverer
+        self._total = total
+        self._follow = follow
+        self._seen: dict[tuple[str, Path], int] = {}
+        self._reported = time.monotonic()
+        self._bar = None
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn("delivering"), BarColumn(), MofNCompleteColumn(), TextColumn("lines"), TimeRemainingColumn()
+            )
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=None if self._follow else self._total)
+        return self
+
+    def tick(self) -> None:
+        """Show where delivery stands now."""
+        for shipper in self._deliverer.shippers:
+            for path, lane in list(shipper.lanes.items()):
+                self._seen[shipper.signal, path] = lane.position.seq
+        done = sum(self._seen.values())
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._reported >= REPORT_EVERY:
+            self._reported = time.monotonic()
+            print(f"delivered {done:,} of {self._total:,} lines", flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            if not self._follow and caught_up(self._deliverer):
+                self._bar.update(self._task, completed=self._total)
+            self._bar.stop()

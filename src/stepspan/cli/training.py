@@ -1,0 +1,144 @@
+"""The demo's training: a two-layer classifier of digit images, data-parallel over processes, in numpy.
+
+Each rank takes its share of every batch, and the gradients are averaged across the ranks through shared memory: what
+`all_reduce` does on a cluster.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import stepspan
+
+Array = NDArray[np.float64]
+
+HIDDEN, CLASSES, PIXELS = 64, 10, 64
+LEARNING_RATE, BATCH, SEED = 0.8, 96, 7
+
+
+@dataclass
+class AllReduce:
+    """The mean of an array over all ranks. Shared memory of `ranks` rows and a barrier."""
+
+    ranks: int
+    rank: int
+    memory: Any
+    barrier: Barrier
+
+    def __call__(self, values: Array) -> Array:
+        """Every rank's `values` in, their mean out."""
+        rows: Array = np.frombuffer(self.memory).reshape(self.ranks, -1)
+        rows[self.rank] = values
+        self.barrier.wait()
+        mean: Array = rows.mean(axis=0)
+        self.barrier.wait()  # nobody writes the next one before all have read this one
+        return mean
+
+
+def shared_memory(ranks: int) -> Any:
+    """Room for every rank's gradients."""
+    return RawArray(ctypes.c_double, ranks * Model.SIZE)
+
+
+class Model:
+    """Pixels to classes through one hidden layer; all weights are views of one flat array."""
+
+    SHAPES = ((PIXELS, HIDDEN), (HIDDEN,), (HIDDEN, CLASSES), (CLASSES,))
+    SIZE = sum(int(np.prod(shape)) for shape in SHAPES)
+
+    def __init__(self) -> None:
+        self.weights = np.random.default_rng(SEED).normal(0.0, 0.15, self.SIZE)
+
+    def _parts(self, flat: Array) -> list[Array]:
+        parts, start = [], 0
+        for shape in self.SHAPES:
+            size = int(np.prod(shape))
+            parts.append(flat[start : start + size].reshape(shape))
+            start += size
+        return parts
+
+    def forward(self, pixels: Array) -> tuple[Array, Array]:
+        """Activations of the hidden layer, and the probability of each class."""
+        w1, b1, w2, b2 = self._parts(self.weights)
+        hidden: Array = np.maximum(pixels @ w1 + b1, 0.0)
+        scores = hidden @ w2 + b2
+        exponentials = np.exp(scores - scores.max(axis=1, keepdims=True))
+        return hidden, exponentials / exponentials.sum(axis=1, keepdims=True)
+
+    def gradients(self, pixels: Array, labels: NDArray[np.int64]) -> tuple[float, Array]:
+        """Mean cross-entropy, and its gradient by the weights."""
+        hidden, probability = self.forward(pixels)
+        rows = np.arange(len(labels))
+        loss = float(-np.log(probability[rows, labels] + 1e-12).mean())
+        error = probability.copy()
+        error[rows, labels] -= 1.0
+        error /= len(labels)
+        gradient = np.empty_like(self.weights)
+        w1, b1, w2, b2 = self._parts(gradient)
+        w2[...], b2[...] = hidden.T @ error, error.sum(axis=0)
+        back = (error @ self._parts(self.weights)[2].T) * (hidden > 0.0)
+        w1[...], b1[...] = pixels.T @ back, back.sum(axis=0)
+        return loss, gradient
+
+    def evaluate(self, pixels: Array, labels: NDArray[np.int64]) -> tuple[float, float]:
+        """Mean cross-entropy and accuracy."""
+        _, probability = self.forward(pixels)
+        loss = float(-np.log(probability[np.arange(len(labels)), labels] + 1e-12).mean())
+        return loss, float((probability.argmax(axis=1) == labels).mean())
+
+
+def batches(pixels: Array, labels: NDArray[np.int64], epoch: int, rank: int, ranks: int) -> Iterator[Any]:
+    """One rank's share of each batch, in an order that all ranks agree on."""
+    order = np.random.default_rng([SEED, epoch]).permutation(len(labels))
+    for start in range(0, len(order) - BATCH + 1, BATCH):
+        mine = order[start : start + BATCH][rank::ranks]
+        yield pixels[mine], labels[mine]
+
+
+def train(
+    rank: int, ranks: int, epochs: int, directory: Path, memory: Any, barrier: Barrier, exporters: Any = None
+) -> None:
+    """One rank's training, instrumented."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels, labels = digits.data / 16.0, digits.target
+    held_out = len(labels) // 5
+    all_reduce = AllReduce(ranks, rank, memory, barrier)
+    model = Model()
+
+    with stepspan.start_run(directory=directory, name="digits", tags=["demo"], exporters=exporters) as run:
+        run.log_hyperparams(
+            {"learning_rate": LEARNING_RATE, "batch_size": BATCH, "hidden": HIDDEN, "seed": SEED, "epochs": epochs}
+        )
+        for epoch in range(epochs):
+            with run.epoch(epoch):
+                learning_rate = LEARNING_RATE * 0.5 * (1.0 + np.cos(np.pi * epoch / epochs))
+                for x, y in run.steps(batches(pixels[held_out:], labels[held_out:], epoch, rank, ranks)):
+                    with run.span("forward_backward"):
+                        loss, gradient = model.gradients(x, y)
+                    with run.span("all_reduce", collective=True):
+                        gradient = all_reduce(gradient)
+                    with run.span("optimizer"):
+                        model.weights -= learning_rate * gradient
+                    norm = float(np.linalg.norm(gradient))
+                    run.log_metrics({"loss": loss, "learning_rate": learning_rate, "grad_norm": norm})
+                for x, y in run.steps([(pixels[:held_out], labels[:held_out])], split="val"):
+                    loss, accuracy = model.evaluate(x, y)
+                    run.log_metrics({"loss": loss, "accuracy": accuracy})
+                if rank == 0:
+                    print(f"epoch {epoch + 1}/{epochs}  val loss {loss:.3f}  accuracy {accuracy:.1%}", flush=True)
+        if rank == 0:
+            checkpoint = directory / "demo-checkpoint.npz"
+            with run.span("checkpoint"):
+                np.savez(checkpoint, weights=model.weights)
+            run.log_artifact("model", checkpoint, kind="checkpoint")

@@ -1,0 +1,85 @@
+"""The OpenTelemetry Resource of a session: what every signal carries."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+from urllib.parse import unquote
+
+from stepspan.errors import ConfigError
+from stepspan.identity.resolution import Identity
+from stepspan.identity.variables import Variables, text_of
+
+Scalar: TypeAlias = "str | bool | int | float"
+Attribute: TypeAlias = "Scalar | list[Scalar]"
+
+
+def resource_attributes(
+    identity: Identity,
+    env: Mapping[str, str],
+    *,
+    service_name: str | None = None,
+    resource: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Attribute], tuple[str, ...]]:
+    """The attributes of every signal of this session, and warnings about what was left out.
+
+    Ours, then OTEL_RESOURCE_ATTRIBUTES, then `resource`; but nobody overrides which job and rank it is. The service's
+    name: `service_name`, `resource`, OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, "training". Attempt, process and
+    session are no part of it: each restart would begin new series. Raises `ConfigError` for a value of no OTLP type.
+    """
+    variables = Variables(env)
+    theirs: dict[str, Attribute] = {**_from_variable(variables)}
+    if name := variables.get("OTEL_SERVICE_NAME"):
+        theirs["service.name"] = name
+    for key, value in (resource or {}).items():
+        theirs[text_of("resource key", key)] = _attribute(f"resource[{key!r}]", value)
+    if service_name is not None:
+        theirs["service.name"] = text_of("service_name", service_name)
+    ours: dict[str, Attribute] = {
+        "service.name": text_of("service_name", theirs.get("service.name") or "training"),
+        "service.instance.id": identity.instance,
+        "job_id": identity.job_id,
+        "rank": identity.rank,
+        "local_rank": identity.local_rank,
+        "world_size": identity.world_size,
+    }
+    for key in ours.keys() & theirs.keys() - {"service.name"}:
+        if theirs[key] != ours[key]:
+            variables.warnings.append(f"resource attribute {key}={theirs[key]!r} ignored: it is {ours[key]!r} here")
+    return {**ours, "host.name": identity.host, **theirs, **ours}, tuple(variables.warnings)
+
+
+def _from_variable(env: Variables) -> dict[str, str]:
+    """OTEL_RESOURCE_ATTRIBUTES: `key=value,...`, the values percent-encoded, and strings by specification."""
+    found: dict[str, str] = {}
+    for pair in filter(str.strip, env.get("OTEL_RESOURCE_ATTRIBUTES").split(",")):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        try:
+            if not (key and equals):
+                raise ValueError
+            found[key] = unquote(value, errors="strict")
+        except ValueError:
+            env.warnings.append(f"OTEL_RESOURCE_ATTRIBUTES: {pair.strip()!r} is not key=value: ignored")
+    return found
+
+
+def _attribute(field: str, value: object) -> Attribute:
+    items = [_scalar(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    known = [item for item in items if item is not None]
+    if len(known) < len(items) or len({type(item) for item in known}) > 1:
+        raise ConfigError(
+            field, value, "give a string, boolean, 64-bit integer or finite number, or a list of one of them"
+        )
+    return known if isinstance(value, (list, tuple)) else known[0]
+
+
+def _scalar(value: object) -> Scalar | None:
+    """The plain value, also of a subclass (numpy's float64, an enum's member), which JSON encoders refuse."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**63 else None
+    return float(value) if isinstance(value, float) and math.isfinite(value) else None

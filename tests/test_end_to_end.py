@@ -1,0 +1,176 @@
+"""The demo's two ranks against a real Collector and a real Prometheus: every point arrives, and one trace a step."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from stack import Collector, Prometheus
+
+import stepspan
+from stepspan.events import decode
+from stepspan.journal.layout import find_sessions
+
+pytestmark = pytest.mark.stack
+
+MILLISECOND = 1_000_000
+
+
+def demo(directory: Path, **variables: str) -> str:
+    """Run `stepspan demo`, and return what it printed."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    command = [sys.executable, "-m", "stepspan", "demo", "--directory", str(directory)]
+    done = subprocess.run(command, env={**env, **variables}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def journaled(directory: Path) -> dict[int, list[dict]]:
+    """Rank -> the events of its journal."""
+    return {
+        session.rank: [decode(line) for line in (session.path / "000001.jsonl").read_bytes().splitlines()]
+        for session in find_sessions(directory)
+    }
+
+
+def logged(events: list[dict], key: str) -> dict[tuple[str, int], float]:
+    """(split, millisecond) -> the last value that was logged in it."""
+    return {
+        (event["split"], event["ts"] // MILLISECOND): event["metrics"][key]
+        for event in events
+        if event["tag"] == "metrics" and key in event["metrics"]
+    }
+
+
+def arrived(prometheus: Prometheus, job_id: str, key: str) -> dict[str, dict[tuple[str, int], float]]:
+    """Rank -> (split, millisecond) -> value, as Prometheus has it."""
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for labels, samples in prometheus.series(f'training_{key}{{job_id="{job_id}"}}[1h]'):
+        found.setdefault(labels["rank"], {}).update({(labels["split"], ms): value for ms, value in samples})
+    return found
+
+
+def assert_every_point(prometheus: Prometheus, directory: Path) -> str:
+    """That Prometheus holds exactly what both ranks logged; the job's id."""
+    ranks = journaled(directory)
+    job_id = ranks[0][0]["job_id"]
+    for key in ("loss", "learning_rate", "grad_norm", "accuracy"):
+        expected = {str(rank): logged(events, key) for rank, events in ranks.items()}
+        assert all(expected.values())
+        assert arrived(prometheus, job_id, key) == expected
+    return job_id
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "http/json", "grpc"])
+def test_every_point_of_the_demo_arrives(collector: Collector, prometheus: Prometheus, tmp_path: Path, protocol: str):
+    endpoint = collector.grpc_endpoint if protocol == "grpc" else collector.http_endpoint
+    printed = demo(tmp_path / "runs", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_EXPORTER_OTLP_PROTOCOL=protocol)
+    assert printed.count(" ok") == 6, "two ranks, three signals, all delivered"
+    job_id = assert_every_point(prometheus, tmp_path / "runs")
+    assert_one_trace_a_step(collector, tmp_path / "runs")
+    assert {log["eventName"] for log in collector.logs()} == {"training.hyperparams", "training.artifact"}
+    ended = prometheus.query(f'count({{job_id="{job_id}",__name__=~"training_.*"}})', at=time.time() + 2)
+    assert ended == [], "a run that has ended leaves no series that looks alive"
+
+
+def assert_one_trace_a_step(collector: Collector, directory: Path) -> None:
+    ranks = len(journaled(directory))
+    spans = collector.spans()
+    assert max(Counter(span["spanId"] for span in spans).values()) == 1, "no two spans share an id"
+    runs = {span["resource"]["rank"]: span for span in spans if span["name"] == "training.run"}
+    traces: dict[str, list[dict]] = {}
+    for span in spans:
+        if span["name"] == "training.step":
+            traces.setdefault(span["traceId"], []).append(span)
+    assert len({(s["attributes"]["split"], s["attributes"]["step"]) for t in traces.values() for s in t}) == len(traces)
+    for trace in traces.values():
+        by_rank = {span["resource"]["rank"]: span for span in trace}
+        assert len(trace) == len(by_rank) == ranks
+        root = by_rank.pop(0)
+        assert not root.get("parentSpanId")
+        assert {span["parentSpanId"] for span in by_rank.values()} == {root["spanId"]}
+        for rank, span in {0: root, **by_rank}.items():
+            assert [(link["traceId"], link["spanId"]) for link in span["links"]] == [
+                (runs[rank]["traceId"], runs[rank]["spanId"])
+            ]
+    phases = {span["name"] for span in spans if span["traceId"] in traces and span["name"] != "training.step"}
+    assert phases == {"forward_backward", "all_reduce", "optimizer"}
+
+
+def _rank_with_sdk_exporters(rank, ranks, epochs, directory, memory, barrier, endpoint):
+    os.environ.update(STEPSPAN_JOB_ID="official", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
+    from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    from stepspan.cli.training import train
+
+    exporter = stepspan.SdkExporter(
+        span=OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces"),
+        metric=OTLPMetricExporter(endpoint=f"{endpoint}/v1/metrics"),
+        log=OTLPLogExporter(endpoint=f"{endpoint}/v1/logs"),
+    )
+    train(rank, ranks, epochs, directory, memory, barrier, exporters=[exporter])
+
+
+def test_every_point_arrives_through_the_official_exporters(
+    collector: Collector, prometheus: Prometheus, tmp_path: Path
+):
+    from stepspan.cli.training import shared_memory
+
+    context = multiprocessing.get_context("spawn")
+    shared = (shared_memory(2), context.Barrier(2))
+    processes = [
+        context.Process(
+            target=_rank_with_sdk_exporters, args=(rank, 2, 2, tmp_path / "runs", *shared, collector.http_endpoint)
+        )
+        for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+        process.close()
+    assert_every_point(prometheus, tmp_path / "runs")
+    assert_one_trace_a_step(collector, tmp_path / "runs")
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "http/json", "grpc"])
+def test_nan_and_infinity_arrive_as_themselves(
+    collector: Collector, prometheus: Prometheus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
+):
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
+    endpoint = collector.grpc_endpoint if protocol == "grpc" else collector.http_endpoint
+    with stepspan.start_run(directory=tmp_path / "runs", job_id="diverged", endpoint=endpoint) as run:
+        run.log_metrics({"loss": math.nan, "up": math.inf, "down": -math.inf})
+        assert run.flush(20)
+    values = {
+        labels["__name__"]: [value for _, value in samples]
+        for labels, samples in prometheus.series('{job_id="diverged",split="train"}[1h]')
+    }
+    assert math.isnan(values["training_loss"][0])
+    assert values["training_up"] == [math.inf]
+    assert values["training_down"] == [-math.inf]
+
+
+def test_the_demo_without_an_endpoint_says_how_to_send_it_and_that_works(
+    collector: Collector, prometheus: Prometheus, tmp_path: Path
+):
+    printed = demo(tmp_path / "runs")
+    line = next(line for line in printed.splitlines() if line.startswith("send it: stepspan "))
+    arguments = line.removeprefix("send it: stepspan ").replace("http://localhost:4318", collector.http_endpoint)
+    command = [sys.executable, "-m", "stepspan", *arguments.split()]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert_every_point(prometheus, tmp_path / "runs")
+    second = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert second.returncode == 0
+    assert second.stdout == "delivered 0 metrics, 0 traces, 0 logs; rejected 0; 0 lines wait\n"
