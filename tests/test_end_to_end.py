@@ -174,3 +174,45 @@ def test_the_demo_without_an_endpoint_says_how_to_send_it_and_that_works(
     second = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert second.returncode == 0
     assert second.stdout == "delivered 0 metrics, 0 traces, 0 logs; rejected 0; 0 lines wait\n"
+
+
+KILLED = """
+import os, signal, sys, time
+import stepspan
+
+run = stepspan.start_run(directory=sys.argv[1], job_id="killed")
+with run.epoch(0):
+    for _ in run.steps(range(800, 900), start=800):
+        with run.span("forward"):
+            run.log_metrics({"loss": 0.5})
+            if run.stats()["journaled"] > 60:
+                if sys.argv[2] == "forked" and os.fork() == 0:
+                    print(os.getpid(), flush=True)
+                    os.close(1)
+                    time.sleep(60)
+                os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("child", ["alone", "forked"])
+def test_a_rank_killed_in_a_step_leaves_that_step_as_an_error(collector: Collector, tmp_path: Path, child: str):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "runs"), child]
+    killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert killed.returncode == -9
+    try:
+        events = journaled(tmp_path / "runs")[0]
+        last = max((event for event in events if event["tag"] == "step_begin"), key=lambda event: event["step"])
+        sync = [sys.executable, "-m", "stepspan", "sync", str(tmp_path / "runs"), "--endpoint", collector.http_endpoint]
+        done = subprocess.run(sync, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+    finally:
+        for pid in killed.stdout.split():
+            os.kill(int(pid), 9)
+    failed = {span["name"]: span for span in collector.spans() if span["status"].get("code") == 2}
+    assert failed.keys() == {"training.run", "training.epoch", "training.step", "forward"}
+    assert failed["training.step"]["attributes"]["step"] == last["step"]
+    assert {span["endTimeUnixNano"] for span in failed.values()} == {events[-1]["ts"]}
+    assert failed["training.run"]["attributes"]["status"] == "interrupted"
+    assert failed["forward"]["traceId"] == failed["training.step"]["traceId"]
+    steps = [span for span in collector.spans() if span["name"] == "training.step"]
+    assert len(steps) == len([event for event in events if event["tag"] == "step_begin"])

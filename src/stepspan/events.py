@@ -63,8 +63,9 @@ def decode(line: bytes) -> Event:
     try:
         if mark and crc32(body) == int(tail[:-1]):
             event: Event = orjson.loads(line)
-            return event
-    except ValueError:
+            if type(event["seq"]) is int and type(event["ts"]) is int and type(event["tag"]) is str:
+                return event
+    except (ValueError, KeyError):
         pass
     raise Damaged(f"not a journal line: {line[:60]!r}")
 
@@ -76,22 +77,27 @@ def number_text(value: float) -> float | str:
     return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """Any object as JSON: numbers, text, lists and dicts stay; everything else becomes its `str`."""
+def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
+    """Any object as JSON: numbers, text, lists and dicts stay; everything else becomes its `str`.
+
+    `inside` are the ids of what it lies in: what contains itself, or lies deeper than `DEEPEST`, becomes text too.
+    """
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
         return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
     if isinstance(value, float):
         return number_text(float(value))
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if depth < DEEPEST:
+    if len(inside) < DEEPEST and id(value) not in inside:
         if isinstance(value, Mapping):
-            return {plain(str(key)): plain(item, depth + 1) for key, item in value.items()}
+            return {_text(key): plain(item, (*inside, id(value))) for key, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
-            return [plain(item, depth + 1) for item in value]
+            return [plain(item, (*inside, id(value))) for item in value]
+    return _text(value)
+
+
+def _text(value: Any) -> str:
     try:
-        return plain(str(value))
+        return str(value).encode("utf-8", "replace").decode()
     except Exception as error:  # a user's __str__ may do anything
         return f"<{type(value).__name__}: {type(error).__name__} in __str__>"

@@ -13,15 +13,17 @@ import os
 import struct
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 import orjson
 
-from stepspan.journal.layout import open_directory, open_file
+from stepspan.journal.layout import open_directory, open_file, read_file
 
 SLOT = 2048
 LONGEST_MESSAGE = 600
+
+T = TypeVar("T", bound="Position | Ledger")
 
 
 @dataclass(slots=True)
@@ -77,16 +79,20 @@ class CursorState:
 
     @classmethod
     def load(cls, content: dict[str, Any]) -> CursorState:
-        """From a slot's JSON. TypeError or KeyError where it is something else."""
+        """From a slot's JSON, less what a newer version added. TypeError or KeyError where it is something else."""
         return cls(
-            position=Position(**content["position"]),
-            ledger=Ledger(**content["ledger"]),
+            position=_known(Position, content["position"]),
+            ledger=_known(Ledger, content["ledger"]),
             answered=float(content["answered"]),
             state=str(content["state"]),
             message=str(content["message"]),
             needs=int(content["needs"]),
             session=str(content["session"]),
         )
+
+
+def _known(kind: type[T], content: dict[str, Any]) -> T:
+    return kind(**{f.name: content[f.name] for f in fields(kind)})
 
 
 def _unpack(slot: bytes) -> tuple[int, CursorState] | None:
@@ -112,8 +118,9 @@ class Cursor:
             self._fd = open_file(path.name, os.O_RDWR | os.O_CREAT, dir_fd=directory)
         finally:
             os.close(directory)
-        if os.fstat(self._fd).st_size < 2 * SLOT:
-            os.pwrite(self._fd, bytes(2 * SLOT), 0)
+        size = os.fstat(self._fd).st_size
+        if size < 2 * SLOT:
+            os.pwrite(self._fd, bytes(2 * SLOT - size), size)
         self._generation = 0
         self.state = CursorState()
         for slot in (os.pread(self._fd, SLOT, 0), os.pread(self._fd, SLOT, SLOT)):
@@ -122,18 +129,20 @@ class Cursor:
                 self._generation, self.state = found
 
     def write(self, state: CursorState) -> None:
-        """Move: from here on `state` is what a restart finds."""
+        """Move: from here on `state` is what a restart finds. OSError: it is not, and the older slot still holds."""
         self.state = state
-        self._generation += 1
-        message = state.message
+        generation = self._generation + 1
+        message = state.message.encode("utf-8", "replace").decode()
         while True:
-            content = orjson.dumps({"generation": self._generation, **asdict(replace(state, message=message))})
+            content = orjson.dumps({"generation": generation, **asdict(replace(state, message=message))})
             if len(content) <= SLOT - 8:
                 break
             message = message[: min(len(message) // 2, LONGEST_MESSAGE)]
         rest = struct.pack("<I", len(content)) + content
         slot = struct.pack("<I", crc32(rest)) + rest
-        os.pwrite(self._fd, slot.ljust(SLOT, b"\0"), SLOT * (self._generation % 2))
+        if os.pwrite(self._fd, slot.ljust(SLOT, b"\0"), SLOT * (generation % 2)) != SLOT:
+            raise OSError("the disk took only a part of the cursor")
+        self._generation = generation  # a move that failed is repeated on the same slot, never on the good one
 
     def close(self) -> None:
         """Release the file."""
@@ -142,11 +151,8 @@ class Cursor:
 
 def read_cursor(path: Path) -> CursorState | None:
     """What a cursor file says, without making or changing it."""
-    try:
-        with open(path, "rb") as file:
-            found = [state for state in (_unpack(file.read(SLOT)), _unpack(file.read(SLOT))) if state]
-    except OSError:
-        return None
+    raw = read_file(path, 2 * SLOT) or b""
+    found = [state for state in (_unpack(raw[:SLOT]), _unpack(raw[SLOT:])) if state]
     return max(found, key=lambda state: state[0])[1] if found else None
 
 

@@ -51,15 +51,15 @@ def open_file(name: str, flags: int, *, dir_fd: int, mode: int = 0o600) -> int:
     return fd
 
 
-def read_file(path: Path) -> bytes | None:
-    """The whole of a small regular file; None where there is none."""
+def read_file(path: Path, longest: int = -1) -> bytes | None:
+    """A small regular file, whole or its first bytes; None where there is none."""
     try:
         directory = open_directory(path.parent)
     except OSError:
         return None
     try:
         with open(open_file(path.name, os.O_RDONLY, dir_fd=directory), "rb") as file:
-            return file.read()
+            return file.read(longest)
     except OSError:
         return None
     finally:

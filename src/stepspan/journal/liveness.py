@@ -34,31 +34,43 @@ class Closed:
     status: str
 
 
-def take_lock(directory: Path) -> int | None:
-    """Take the session's lock; a descriptor to keep, or None where another process holds it."""
-    dir_fd = open_directory(directory)
-    try:
-        fd = open_file(LOCK, os.O_RDWR | os.O_CREAT, dir_fd=dir_fd)
-    finally:
-        os.close(dir_fd)
-    try:
+def take_lock(directory: Path) -> int:
+    """Make and take the lock of a session that is being made: a descriptor to keep. OSError: it can't be made."""
+    fd = _open_lock(directory, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    with contextlib.suppress(OSError):  # a file system without locks: only silence will tell
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(fd)
-        return None
     return fd
 
 
-def is_alive_here(directory: Path) -> bool:
-    """Whether a process of this host holds the session's lock."""
+def lock_is_held(directory: Path) -> bool:
+    """Whether a process of this host holds the session's lock. OSError where that can't be told.
+
+    Asks for a share of it, so that two who ask at once don't take each other for the writer.
+    """
+    fd = _open_lock(directory, os.O_RDONLY)
     try:
-        fd = take_lock(directory)
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _open_lock(directory: Path, flags: int) -> int:
+    dir_fd = open_directory(directory)
+    try:
+        return open_file(LOCK, flags, dir_fd=dir_fd)
+    finally:
+        os.close(dir_fd)
+
+
+def is_alive_here(directory: Path) -> bool:
+    """Whether a process of this host is known to hold the session's lock."""
+    try:
+        return lock_is_held(directory)
     except OSError:
         return False
-    if fd is None:
-        return True
-    os.close(fd)
-    return False
 
 
 def read_closed(directory: Path) -> Closed | None:
@@ -79,9 +91,10 @@ def write_closed(directory: Path, closed: Closed, *, by: str, mode: int = 0o600)
     dir_fd = open_directory(directory)
     draft = f".{CLOSED}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
-        with open(open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd, mode=mode), "wb") as file:
-            file.write(content)
+        file = open(open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd, mode=mode), "wb")
         try:
+            with file:
+                file.write(content)
             with contextlib.suppress(FileExistsError):
                 os.link(draft, CLOSED, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
         finally:
@@ -93,16 +106,10 @@ def write_closed(directory: Path, closed: Closed, *, by: str, mode: int = 0o600)
 
 def is_dead(directory: Path, header: Mapping[str, Any], *, boot_id: str, quiet_for: float, dead_after: float) -> bool:
     """Whether a session without a `closed.json` has ended. `quiet_for`: seconds since its last byte."""
-    if header.get("boot_id") != boot_id:
-        return quiet_for >= dead_after
-    try:
-        fd = take_lock(directory)
-    except OSError:  # not ours to lock
-        return quiet_for >= dead_after
-    if fd is None:
-        return False
-    os.close(fd)
-    return True
+    if header.get("boot_id") == boot_id:
+        with contextlib.suppress(OSError):  # no lock there, or not ours to read: only silence can tell
+            return not lock_is_held(directory)
+    return quiet_for >= dead_after
 
 
 def quiet_for(path: Path) -> float:

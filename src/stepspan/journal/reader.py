@@ -9,6 +9,7 @@ A damaged line costs that line: it shows as a hole in `seq` and is counted; its 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from stepspan.journal.liveness import Closed
 
 SETTLE = 0.2
 MILLISECOND = 1_000_000
-LONGEST_HEADER = 1 << 20
+USUAL_HEADER = 1 << 16
 
 
 @dataclass(slots=True)
@@ -130,15 +131,12 @@ class JournalReader:
 
     def _successor(self, number: int) -> int:
         """The next segment that is there; 0 for none."""
-        if number:  # the usual one, without listing the directory
-            try:
+        found = min((there for there in self.session.segments() if there > number), default=0)
+        if number and found > number + 1:  # is one missing, or did it appear while the directory was read?
+            with contextlib.suppress(OSError):
                 os.stat(segment_name(number + 1), dir_fd=self._directory, follow_symlinks=False)
-            except OSError:
-                if number == self._number and os.fstat(self._fd).st_nlink:  # not removed, so nothing after it is
-                    return 0
-            else:
                 return number + 1
-        return next((found for found in self.session.segments() if found > number), 0)
+        return found
 
     def _pread(self, number: int, offset: int, size: int) -> bytes:
         if number != self._number:
@@ -160,9 +158,11 @@ class JournalReader:
 
     def _read_header(self) -> Event:
         for number in self.session.segments():
-            line = self._pread(number, 0, LONGEST_HEADER).partition(b"\n")[0]
+            size = USUAL_HEADER
+            while b"\n" not in (data := self._pread(number, 0, size)) and len(data) == size:
+                size *= 2
             try:
-                event = decode(line)
+                event = decode(data.partition(b"\n")[0])
             except Damaged:
                 continue
             if event.get("tag") == "header":
@@ -182,31 +182,30 @@ def check_schema(header: Event, path: Path) -> None:
 
 def last_event(session: SessionPath) -> tuple[int, int]:
     """`seq` and `ts` (ns) of the last whole line of a session; (0, 0) where there is none."""
-    for number in reversed(session.segments()):
-        data = _tail(session, number)
-        for line in reversed(data.split(b"\n")[:-1]):
-            try:
-                event = decode(line)
-            except Damaged:
-                continue
-            return event["seq"], event["ts"]
+    directory = open_directory(session.path)
+    try:
+        for number in reversed(session.segments()):
+            with contextlib.suppress(OSError):
+                fd = open_file(segment_name(number), os.O_RDONLY, dir_fd=directory)
+                try:
+                    event = _last_line(fd)
+                finally:
+                    os.close(fd)
+                if event:
+                    return event["seq"], event["ts"]
+    finally:
+        os.close(directory)
     return 0, 0
 
 
-def _tail(session: SessionPath, number: int) -> bytes:
-    """The end of a segment, from the beginning of a line on; the last line may have any length."""
-    directory = open_directory(session.path)
-    try:
-        with open(open_file(segment_name(number), os.O_RDONLY, dir_fd=directory), "rb") as file:
-            end, size = file.seek(0, os.SEEK_END), 1 << 16
-            while True:
-                start = max(0, end - size)
-                file.seek(start)
-                data = file.read(end - start)
-                if not start or data.count(b"\n") > 2:
-                    return data
-                size *= 2
-    except OSError:
-        return b""
-    finally:
-        os.close(directory)
+def _last_line(fd: int) -> Event | None:
+    """The last whole line of a segment; it may have any length, and any number of damaged ones may follow it."""
+    end, size = os.fstat(fd).st_size, 1 << 16
+    while True:
+        start = max(0, end - size)
+        for line in reversed(os.pread(fd, end - start, start).split(b"\n")[:-1]):
+            with contextlib.suppress(Damaged):
+                return decode(line)
+        if not start:
+            return None
+        size *= 2

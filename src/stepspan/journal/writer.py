@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import os
 import shutil
+import sys
 import threading
 import time
 from collections import deque
@@ -101,7 +102,10 @@ class Clock:
 
 
 class JournalWriter:
-    """A session being written. The constructor raises OSError; `append` raises only `SessionTaken`."""
+    """A session being written. The constructor raises OSError; `append` raises only `SessionTaken`.
+
+    `upkeep` is called about once a second of event time, by the thread that logs, and must not raise.
+    """
 
     def __init__(
         self,
@@ -128,7 +132,7 @@ class JournalWriter:
         self._pending: deque[tuple[Event, Scope | None]] = deque()
         self._backlog: deque[bytes] = deque()
         self._backlog_size = self._dropped = 0
-        self._torn = self._low = False
+        self._torn = self._low = self._taken = False
         self._sizes: dict[int, int] = {}
         self._last = self._next_tick = 0
         self._write = self._disk.writer()
@@ -139,14 +143,12 @@ class JournalWriter:
         draft.mkdir(mode=0o750 if self.limits.group_readable else 0o700)
         self._directory = open_directory(draft)
         try:
-            lock = take_lock(draft)
-            if lock is None:
-                raise OSError(f"{draft}: another process holds the lock of a session just made")
-            self._lock_fd = lock
+            self._lock_fd = take_lock(draft)
             self._rotate()
             if self._backlog or not self._sizes:
                 raise self.trouble or OSError("the header could not be written")
             os.rename(draft, self.path)
+            self._sync_directory(place)
         except BaseException:
             self.forget()
             shutil.rmtree(draft, ignore_errors=True)
@@ -155,8 +157,8 @@ class JournalWriter:
     def append(self, event: Event, scope: Scope | None = None) -> None:
         """Write one event, filling in `ts` and `seq`; the `seq` of a scope's begin is kept for its end."""
         with self._lock:
-            if self._busy:
-                self._pending.append((event, scope))
+            if self._busy or self._fd < 0:
+                self._put_off(event, scope)
                 return
             self._busy = True
             try:
@@ -174,7 +176,7 @@ class JournalWriter:
         if ts <= self._last:
             ts = self._last + 1
         self._last = ts
-        self.seq = seq = self.seq + 1
+        seq = self.seq + 1
         event["ts"] = ts
         event["seq"] = seq
         if scope is not None:
@@ -184,6 +186,7 @@ class JournalWriter:
                 scope.seq, scope.ts = seq, ts
         line = encode(event)
         length = len(line)
+        self.seq = seq
         if self._backlog or self._torn or self._low:
             self._wait(line)
             return
@@ -191,15 +194,23 @@ class JournalWriter:
             written = self._write(self._fd, line, length)
         except OSError:
             written = -1
-        if written != length:
-            self._complete(line, max(written, 0))
+        if written != length and not self._complete(line, max(written, 0)):
+            return
         self._sizes[self._number] += length
         if self._sizes[self._number] >= self.limits.segment_bytes:
             self._rotate()
         if self.limits.sync_every == 0:
             self._sync()
 
-    def _complete(self, line: bytes, written: int) -> None:
+    def _put_off(self, event: Event, scope: Scope | None) -> None:
+        if self._busy:  # this thread is in here already: a signal handler logs
+            self._pending.append((event, scope))
+        elif self._taken:
+            raise SessionTaken(str(self.path))
+        else:  # after the end
+            self.lost += 1
+
+    def _complete(self, line: bytes, written: int) -> bool:
         """After a short or failed write: the rest of the line or, failing that, a memory of the whole."""
         try:
             while written < len(line):
@@ -208,6 +219,8 @@ class JournalWriter:
             self.trouble = error
             self._torn = written > 0
             self._wait(line)
+            return False
+        return True
 
     def _wait(self, line: bytes) -> None:
         if self._dropped or self._backlog_size + len(line) > LONGEST_BACKLOG:
@@ -239,12 +252,13 @@ class JournalWriter:
             self._append({"ts": 0, "seq": 0, "tag": "gap", "dropped": dropped, "why": str(self.trouble)}, None)
 
     def _tick(self, ts: int) -> None:
-        self._next_tick = ts + SECOND
-        self._write = self._disk.writer()
         with contextlib.suppress(OSError):
             os.stat(CLOSED, dir_fd=self._directory)
-            raise SessionTaken(str(self.path))
-        self._low = self._disk.low(self._directory, self.limits) and not self._prune_delivered()
+            self._taken = True
+            raise SessionTaken(str(self.path))  # and the next tick is due at once, so nobody writes here any more
+        self._next_tick = ts + SECOND
+        self._write = self._disk.writer()
+        self._low = self._is_low() and not self._prune_delivered()
         if self._low:
             self.trouble = OSError(f"less free disk than max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})")
         elif self._backlog or self._torn or self._dropped:
@@ -265,16 +279,17 @@ class JournalWriter:
             self.trouble = error
             return
         if self._fd >= 0:
+            if self.limits.sync_every is not None:
+                self._sync()
             os.close(self._fd)
         self._fd, self._number = fd, number
         self._sizes[number] = 0
         ts = max(self._clock(), self._last + 1)
         self._last, self.seq = ts, self.seq + 1
         line = encode({**self._header, "ts": ts, "seq": self.seq})
-        self._complete(line, 0)
-        self._sizes[number] += len(line)
-        if self.limits.sync_every is not None:
-            self._disk.sync(self._directory)
+        if self._complete(line, 0):
+            self._sizes[number] += len(line)
+        self._sync_directory(self._directory)
         while sum(self._sizes.values()) > self.limits.session_bytes and len(self._sizes) > 1:
             self._remove(min(self._sizes))
 
@@ -285,7 +300,14 @@ class JournalWriter:
         for number in sorted(self._sizes)[:-1]:
             if number < needed:
                 self._remove(number)
-        return not self._disk.low(self._directory, self.limits)
+        return not self._is_low()
+
+    def _is_low(self) -> bool:
+        try:
+            return self._disk.low(self._directory, self.limits)
+        except OSError as error:
+            self.trouble = error
+            return False
 
     def _remove(self, number: int) -> None:
         del self._sizes[number]
@@ -298,17 +320,46 @@ class JournalWriter:
         except OSError as error:
             self.trouble = error
 
+    def _sync_directory(self, directory: Path | int) -> None:
+        """That what was made in it survives the power too."""
+        if self.limits.sync_every is None:
+            return
+        try:
+            fd = open_directory(".", dir_fd=directory) if isinstance(directory, int) else open_directory(directory)
+            try:
+                self._disk.sync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self.trouble = error
+
+    def take_over(self, other: JournalWriter) -> None:
+        """From a session that was closed under its writer: what waited there is counted, what came last is written."""
+        with self._lock:
+            waiting = len(other._backlog)
+            self.lost += other.lost + waiting
+            self._dropped += other._dropped + waiting
+            self._pending.extend(other._pending)
+            self._catch_up()
+            other.forget()
+
     def close(self, status: str) -> None:
         """The end of the session: everything that waits is written if it can be, and the end is said."""
         with self._lock:
             if self._fd < 0:
                 return
+            busy, self._busy = self._busy, True
+            self._low, self._next_tick = False, sys.maxsize
             self._catch_up()
+            while self._pending:  # a signal handler logged, or it is one that closes
+                self._append(*self._pending.popleft())
             if self.limits.sync_every is not None:
                 self._sync()
             with contextlib.suppress(OSError):
                 write_closed(self.path, Closed(self.seq, self._last, status), by="writer", mode=self._mode)
+            self.lost += len(self._backlog) + len(self._pending)
             self.forget()
+            self._busy = busy
 
     def forget(self) -> None:
         """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""

@@ -12,9 +12,14 @@ from hashlib import blake2b
 HOUR = 3600 * 1_000_000_000
 
 
+def _bytes(text: str) -> bytes:
+    """As the journal writes it: a lone surrogate is a "?"."""
+    return text.encode("utf-8", "replace")
+
+
 def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: int) -> bytes:
     """The trace that all ranks' spans of one step share."""
-    return blake2b(f"step\0{run_key}\0{split}\0{epoch}\0{lap}\0{step}".encode(), digest_size=16).digest()
+    return blake2b(_bytes(f"step\0{epoch}\0{lap}\0{step}\0{len(split)}\0{split}{run_key}"), digest_size=16).digest()
 
 
 def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
@@ -24,7 +29,7 @@ def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
 
 def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: int) -> bytes:
     """The trace of what one rank does outside steps: one for each epoch and hour, so that none grows without end."""
-    return blake2b(f"rank\0{run_key}\0{rank}\0{role}\0{epoch}\0{ts // HOUR}".encode(), digest_size=16).digest()
+    return blake2b(_bytes(f"rank\0{rank}\0{epoch}\0{ts // HOUR}\0{len(role)}\0{role}{run_key}"), digest_size=16).digest()
 
 
 def span_id(session: str, seq: int) -> bytes:

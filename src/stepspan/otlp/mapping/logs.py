@@ -10,7 +10,7 @@ import orjson
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.otlp.mapping.open_scopes import OpenScopes
-from stepspan.otlp.mapping.values import ARTIFACT, flat, short
+from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
 from stepspan.otlp.records import Log, Record
 
 INFO, WARN, ERROR = 9, 13, 17
@@ -40,7 +40,10 @@ class LogMapper:
         for event in events:
             handler = self._handlers.get(event["tag"])
             if handler:
-                handler(event)
+                try:
+                    handler(event)
+                except MALFORMED as error:
+                    tell_unmappable(event["tag"], repr(error))
         return list(self._logs)
 
     def finish(self, closed: Closed) -> list[Record]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from stepspan.events import NONFINITE, Event
+from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.otlp import ids
 from stepspan.otlp.mapping import histogram
 from stepspan.otlp.mapping.names import metric_name
+from stepspan.otlp.mapping.open_scopes import step_trace_id
 from stepspan.otlp.mapping.thinning import Thinning
+from stepspan.otlp.mapping.values import MALFORMED, number, short, tell_unmappable
 from stepspan.otlp.records import Attributes, Exemplar, Point, Record, Series, Sum
 
 MILLISECOND = 1_000_000
@@ -23,6 +25,16 @@ CHOSEN = (
 )  # fmt: skip
 """Hyperparameters that are labels of `training.run.info`."""
 LONGEST_LABEL = 120
+MOST_PLANS = 1000
+OURS: dict[str, tuple[str, str, Any]] = {
+    "training.step.number": ("split", "", "gauge"),
+    "training.step.time": ("split", "s", "gauge"),
+    "training.step.wait": ("split", "s", "gauge"),
+    "training.step.duration": ("split", "s", "histogram"),
+    "training.phase.time": ("phase", "s", "gauge"),
+    "training.run.errors": ("error.type", "{error}", "sum"),
+}
+"""Our own metrics that have one attribute: which, the unit and the kind."""
 
 
 class MetricMapper:
@@ -33,7 +45,9 @@ class MetricMapper:
         self._header = header
         self._start: int = header["started"]
         self._series: dict[Any, Series] = {}
-        self._by_key: dict[str, dict[str, tuple[Series, Series]]] = {}
+        self._ours: dict[tuple[str, str], Series] = {}
+        self._plans: dict[tuple[str, ...], tuple[list[Series], list[str]]] = {}
+        """A call's split and keys -> their series, and the splits whose step number it tells."""
         self._points: list[Point] = []
         self._now: dict[Series, int] = {}
         """Series -> the index of its point of this millisecond."""
@@ -62,6 +76,7 @@ class MetricMapper:
         """The points of the next events. Of several of a series in one millisecond, the last."""
         self._points = []
         handlers, now = self._handlers, self._now
+        now.clear()
         for event in events:
             ts = event["ts"]
             if ts // MILLISECOND != self._millisecond:
@@ -71,7 +86,10 @@ class MetricMapper:
                     self._cross(ts)
             handler = handlers.get(event["tag"])
             if handler:
-                handler(event)
+                try:
+                    handler(event)
+                except MALFORMED as error:
+                    tell_unmappable(event["tag"], repr(error))
         return list(self._points)
 
     def finish(self, closed: Closed) -> list[Record]:
@@ -80,7 +98,9 @@ class MetricMapper:
         self._now.clear()
         after = (closed.ts // MILLISECOND + 1) * MILLISECOND
         self._cumulative(after)
-        return [*self._points, *((series, after + MILLISECOND, None) for series in self._series.values())]
+        info = self._of("training.run.info", self._info) if self._info else None
+        live = (s for s in self._series.values() if s is info or s.name != "training.run.info")
+        return [*self._points, *((series, after + MILLISECOND, None) for series in live)]
 
     def state(self) -> dict[str, Any]:
         """What is carried on."""
@@ -125,18 +145,25 @@ class MetricMapper:
             self._points[known] = (series, ts, value)
             self.filtered += 1
 
+    def _own(self, name: str, label: str) -> Series:
+        """One of `OURS`."""
+        series = self._ours.get((name, label))
+        if series is None:
+            attribute, unit, kind = OURS[name]
+            series = self._ours[name, label] = self._of(name, {attribute: label}, unit, kind)
+        return series
+
     def _metrics(self, event: Event) -> None:
-        ts, split, step, attributes = event["ts"], event["split"], event.get("step"), event.get("attributes")
-        known = {} if attributes else self._by_key.setdefault(split, {})
+        ts, split, attributes, metrics = event["ts"], event["split"], event.get("attributes"), event["metrics"]
+        plan = None if attributes else self._plans.get((split, *metrics))
+        if plan is None:
+            plan = self._plan(split, metrics, attributes)
         points, now = self._points, self._now
-        numbered = None
-        for key, value in event["metrics"].items():
-            found = known.get(key)
-            if found is None:
-                found = known[key] = self._user_series(key, split, attributes)
-            series, number = found
+        for series, value in zip(plan[0], metrics.values(), strict=True):
             if type(value) is not float:
-                value = NONFINITE[value] if type(value) is str else float(value)
+                value = number(value)
+                if value is None:
+                    continue
             index = now.get(series)
             if index is None:
                 now[series] = len(points)
@@ -144,19 +171,32 @@ class MetricMapper:
             else:
                 points[index] = (series, ts, value)
                 self.filtered += 1
-            if step is not None and number is not numbered:
-                self._put(number, ts, float(step))
-                numbered = number
+        step = number(event.get("step"))
+        if step is not None:
+            for name in plan[1]:
+                if attributes:
+                    series = self._of("training.step.number", {**attributes, "split": name})
+                else:
+                    series = self._own("training.step.number", name)
+                self._put(series, ts, step)
 
-    def _user_series(self, key: str, split: str, attributes: Attributes | None) -> tuple[Series, Series]:
-        """A user's series, and that of the step numbers of its split."""
-        name = metric_name(key, split)
-        named = {"split": name.split} if name.key is None else {"split": name.split, "key": name.key}
-        more = attributes or {}
-        return (
-            self._of(name.name, {**more, **named}),
-            self._of("training.step.number", {**more, "split": name.split}),
-        )
+    def _plan(
+        self, split: str, metrics: Mapping[str, Any], attributes: Attributes | None
+    ) -> tuple[list[Series], list[str]]:
+        """The series of a call's keys, and the splits they are of."""
+        found: list[Series] = []
+        splits: dict[str, None] = {}
+        for key in metrics:
+            name = metric_name(key, split)
+            named = {"split": name.split} if name.key is None else {"split": name.split, "key": name.key}
+            found.append(self._of(name.name, {**(attributes or {}), **named}))
+            splits[name.split] = None
+        plan = found, list(splits)
+        if not attributes:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[(split, *metrics)] = plan
+        return plan
 
     def _begin(self, event: Event) -> None:
         self._open[event["seq"]] = event
@@ -168,37 +208,36 @@ class MetricMapper:
         if begin is None:
             return
         ts, split = event["ts"], begin["split"]
-        duration = (event.get("ended", ts) - begin["ts"]) / SECOND
-        self._put(self._of("training.step.time", {"split": split}, "s"), ts, duration)
+        duration = max(0, event.get("ended", ts) - begin["ts"]) / SECOND
+        self._put(self._own("training.step.time", split), ts, duration)
         if "wait" in begin:
-            self._put(self._of("training.step.wait", {"split": split}, "s"), ts, begin["wait"])
+            self._put(self._own("training.step.wait", split), ts, begin["wait"])
         if "data_wait" in event:
-            self._put(self._of("training.phase.time", {"phase": "data_wait"}, "s"), ts, event["data_wait"])
+            self._put(self._own("training.phase.time", "data_wait"), ts, event["data_wait"])
         if split not in self._durations:
             self._durations[split] = histogram.empty()
         histogram.add(self._durations[split], duration)
-        header = self._header
-        trace_id = ids.step_trace_id(header["run_key"], split, begin.get("epoch"), begin.get("lap", 0), begin["step"])
-        kept = self._thinning.keeps(begin, event, duration, trace_id)
-        if kept and duration > self._slowest.get(split, (0.0,))[0]:
-            span_id = ids.step_span_id(trace_id, header["rank"], header["role"])
+        kept = self._thinning.keeps(begin, event, duration)
+        if kept and (split not in self._slowest or duration > self._slowest[split][0]):
+            trace_id = step_trace_id(self._header, begin)
+            span_id = ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
             self._slowest[split] = [duration, ts, trace_id.hex(), span_id.hex()]
 
     def _span_end(self, event: Event) -> None:
         begin = self._open.pop(event["begin"], None)
         if begin is None:
             return
-        duration = (event["ts"] - begin["ts"]) / SECOND
-        self._put(self._of("training.phase.time", {"phase": begin["name"]}, "s"), event["ts"], duration)
+        duration = max(0, event["ts"] - begin["ts"]) / SECOND
+        self._put(self._own("training.phase.time", short(begin["name"])), event["ts"], duration)
         if begin.get("collective"):
-            step = self._open.get(begin["parent"])
-            while step is not None and step["tag"] != "step_begin":
-                step = self._open.get(step["parent"])
-            if step is not None:
-                step["wait"] = step.get("wait", 0.0) + duration
+            outer = self._open.get(begin["parent"])
+            while outer is not None and outer["tag"] == "span_begin" and not outer.get("collective"):
+                outer = self._open.get(outer["parent"])
+            if outer is not None and outer["tag"] == "step_begin":
+                self._open[outer["seq"]] = {**outer, "wait": outer.get("wait", 0.0) + duration}
 
     def _epoch_begin(self, event: Event) -> None:
-        self._epoch = event["epoch"]
+        self._epoch = float(event["epoch"])
         self._put(self._of("training.run.epoch", {}), event["ts"], self._epoch)
 
     def _run_begin(self, event: Event) -> None:
@@ -223,9 +262,12 @@ class MetricMapper:
 
     def _cross(self, ts: int) -> None:
         """Event time has crossed a multiple of the period: say what has come together since the start."""
+        boundary = ts // PERIOD * PERIOD
         if self._boundary:
-            self._cumulative(ts // PERIOD * PERIOD)
-        self._boundary = (ts // PERIOD + 1) * PERIOD
+            self._cumulative(boundary)
+            if boundary // MILLISECOND != self._millisecond:
+                self._now.clear()
+        self._boundary = boundary + PERIOD
 
     def _cumulative(self, ts: int) -> None:
         if self._info:
@@ -233,10 +275,9 @@ class MetricMapper:
         if self._epoch is not None:
             self._put(self._of("training.run.epoch", {}), ts, self._epoch)
         for kind, count in self._errors.items():
-            series = self._of("training.run.errors", {"error.type": kind}, "{error}", "sum")
-            self._put(series, ts, Sum(self._start, count))
+            self._put(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
         for split, durations in self._durations.items():
-            series = self._of("training.step.duration", {"split": split}, "s", "histogram")
+            series = self._own("training.step.duration", split)
             exemplars: tuple[Exemplar, ...] = ()
             if split in self._slowest:
                 value, time, trace_id, span_id = self._slowest.pop(split)

@@ -45,7 +45,7 @@ def metric_name(key: str, split: str) -> MetricName:
     head, slash, rest = key.partition("/")
     if slash and rest and head in SPLITS:
         key, split = rest, head
-    space = "training.user." if RESERVED.match(key) or key in OURS else "training."
-    name = space + key
-    plain = ITSELF.fullmatch(key) is not None and len(name) <= LONGEST
+    reserved = RESERVED.match(key) or key in OURS
+    name = f"training.user.{key}" if reserved else f"training.{key}"
+    plain = not reserved and ITSELF.fullmatch(key) is not None and len(name) <= LONGEST
     return MetricName(name[:LONGEST], split, None if plain else key)

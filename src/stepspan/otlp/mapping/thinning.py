@@ -1,8 +1,9 @@
 """Which steps' traces go out: all of them up to 10 a second, then every 2^k-th, and the slow and the failed ones.
 
 The sets nest (every 4th is among every 2nd), so ranks that chose different k still share the traces of the larger one.
-Decided from the journal's own times, so the same journal keeps the same traces. Above `RANKS` ranks a trace holds a
-hashed subset of them.
+Decided from the journal's own times, so the same journal keeps the same traces. A window of 10 s takes its k from the
+steps of the one before; should that be too little, k grows with every trace over the bound. Above `RANKS` ranks a trace
+holds a hashed subset of them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 from stepspan.events import Event
+from stepspan.otlp.mapping.open_scopes import step_trace_id
 
 WINDOW = 10_000_000_000  # ns
 KEPT = 100  # a window
@@ -24,17 +26,18 @@ class Thinning:
     """Keeps or leaves out each step as it ends. `state` is plain JSON."""
 
     def __init__(self, header: Event) -> None:
+        self._header = header
         self._rank: int = header["rank"]
         self._world: int = header["world_size"]
-        self.state: dict[str, Any] = {"window": 0, "kept": 0, "slow": 0, "k": 0, "means": {}}
+        self.state: dict[str, Any] = {"window": 0, "seen": 0, "kept": 0, "slow": 0, "k": 0, "means": {}}
 
-    def keeps(self, begin: Event, end: Event, duration: float, trace_id: bytes) -> bool:
+    def keeps(self, begin: Event, end: Event, duration: float) -> bool:
         """Whether the trace of this step goes out. Call it once for each step, in order."""
-        state = self.state
-        if end["ts"] // WINDOW != state["window"]:
-            if state["kept"] <= KEPT // 2 and state["k"]:
-                state["k"] -= 1
-            state["window"], state["kept"], state["slow"] = end["ts"] // WINDOW, 0, 0
+        state, window = self.state, end["ts"] // WINDOW
+        if window != state["window"]:
+            seen = state["seen"] if window == state["window"] + 1 else 0
+            state.update(window=window, seen=0, kept=0, slow=0, k=(max(0, seen - 1) // KEPT).bit_length())
+        state["seen"] += 1
         count, mean = state["means"].get(begin["split"], (0, duration))
         slow = count >= LEARNING and duration > SLOW * mean and state["slow"] < SLOW_KEPT
         state["means"][begin["split"]] = (count + 1, mean + (duration - mean) / 32)
@@ -48,7 +51,7 @@ class Thinning:
         state["kept"] += 1
         if state["kept"] > KEPT:
             state["k"] += 1
-        return self._world <= RANKS or self._rank == 0 or self._drawn(trace_id)
+        return self._world <= RANKS or self._rank == 0 or self._drawn(step_trace_id(self._header, begin))
 
     def _drawn(self, trace_id: bytes) -> bool:
         hashed = blake2b(trace_id + self._rank.to_bytes(8, "big"), digest_size=8).digest()

@@ -9,7 +9,7 @@ from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.otlp.mapping.open_scopes import OpenScopes
 from stepspan.otlp.mapping.thinning import Thinning
-from stepspan.otlp.mapping.values import ARTIFACT, flat, short
+from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
 from stepspan.otlp.records import Attributes, Link, Record, Span, SpanEvent
 
 SECOND = 1_000_000_000
@@ -49,14 +49,18 @@ class TraceMapper:
         for event in events:
             handler = self._handlers.get(event["tag"])
             if handler:
-                handler(event)
+                try:
+                    handler(event)
+                except MALFORMED as error:
+                    tell_unmappable(event["tag"], repr(error))
         return list(self._spans)
 
     def finish(self, closed: Closed) -> list[Record]:
         """What stands open in a session that has ended, innermost first: ERROR, ended at the last event."""
         self._spans = []
         for seq in sorted(self._scopes.open, reverse=True):
-            self._end({"tag": "", "begin": seq, "ts": closed.ts, "status": closed.status})
+            status = closed.status if seq == self._run else "interrupted"
+            self._end({"tag": "", "begin": seq, "ts": closed.ts, "status": status})
         return list(self._spans)
 
     def state(self) -> dict[str, Any]:
@@ -89,23 +93,31 @@ class TraceMapper:
         if scope["begin"]["tag"] == "step_begin":
             self._step_end(scope, event)
             return
-        step = self._scopes.step_of(scope)
-        if step is not None and scope["begin"].get("collective"):
-            step["wait"] = step.get("wait", 0.0) + (event["ts"] - scope["begin"]["ts"]) / SECOND
-        children = step.setdefault("children", []) if step is not None else None
-        if children is not None and len(children) < MOST_CHILDREN:
-            children.append([scope, event])
-        elif children is not None:
+        if scope.get("thinned"):  # it has outlived its step
             self.filtered += 1
-        else:
+            return
+        step = self._scopes.step_of(scope)
+        if step is None:
             self._spans.append(self._span(scope, event))
+            return
+        if scope["begin"].get("collective") and not self._scopes.in_collective(scope):
+            step["wait"] = step.get("wait", 0.0) + max(0, event["ts"] - scope["begin"]["ts"]) / SECOND
+        children = step.setdefault("children", [])
+        if len(children) < MOST_CHILDREN:
+            children.append([scope, event])
+        else:
+            self.filtered += 1
 
     def _step_end(self, scope: dict[str, Any], end: Event) -> None:
         begin = scope["begin"]
-        duration = (end.get("ended", end["ts"]) - begin["ts"]) / SECOND
+        duration = max(0, end.get("ended", end["ts"]) - begin["ts"]) / SECOND
         children = scope.get("children", ())
-        if not self._thinning.keeps(begin, end, duration, bytes.fromhex(scope["trace"])):
+        kept = self._thinning.keeps(begin, end, duration)
+        failed = "error" in scope or any("error" in child for child, _ in children)
+        if not kept and (begin.get("thin") or not failed):
             self.filtered += 1 + len(children)
+            for left in self._scopes.left_in(begin["seq"]):
+                left["thinned"] = True
             return
         self._spans.append(self._span(scope, end))
         self._spans.extend(self._span(child, child_end) for child, child_end in children)
@@ -115,6 +127,7 @@ class TraceMapper:
         kind = begin["tag"].removesuffix("_begin")
         finish = max(end.get("ended", end["ts"]), begin["ts"])
         failed = "error" in scope or status in {"error", "failed", "interrupted"}
+        self._scopes.name(scope)
         parent = scope["parent"]
         return Span(
             trace_id=bytes.fromhex(scope["trace"]),

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from stepspan.otlp.records import Scalar
 
+log = logging.getLogger("stepspan.mapping")
+
 LONGEST_TEXT = 16 << 10
 MOST_ATTRIBUTES = 128
 ARTIFACT = ("name", "path", "kind", "step")
+MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
+"""What an event raises that somebody's processor has bent out of shape: it costs that event, not the session."""
+
+
+@lru_cache(maxsize=256)
+def tell_unmappable(tag: str, why: str) -> None:
+    """Say it once."""
+    log.warning("a %s event could not be mapped: %s (told once)", tag, why)
+
+
+def number(value: Any) -> float | None:
+    """A number as the journal holds it, "NaN" and "Infinity" included; None for what is none."""
+    try:
+        return float(value)
+    except (OverflowError, TypeError, ValueError):
+        return None
 
 
 def short(text: str) -> str:
@@ -40,4 +61,4 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar | list
             found[name] = [short(item) if isinstance(item, str) else item for item in value]
         elif value is not None:
             found[name] = short(str(value))
-    return found
+    return dict(islice(found.items(), MOST_ATTRIBUTES))

@@ -1,0 +1,171 @@
+"""The command line as a user meets it: what it prints, and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from receiver import Answer, ScriptedReceiver
+
+import stepspan
+
+
+def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "STEPSPAN_"))}
+    command = [sys.executable, "-m", "stepspan", *map(str, arguments)]
+    return subprocess.run(command, env={**env, **variables}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Path:
+    """Two runs that have ended, offline."""
+    for job in ("first", "second"):
+        with stepspan.start_run(directory=tmp_path / "runs", job_id=job) as a_run:
+            a_run.log_hyperparams({"lr": 0.1})
+            for _ in a_run.steps(range(3)):
+                a_run.log_metrics({"loss": 0.5})
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize("command", ["demo", "sync", "status", "doctor"])
+def test_every_command_explains_itself(command: str):
+    told = run(command, "--help")
+    assert told.returncode == 0
+    assert "Usage: stepspan " + command in told.stdout
+    assert told.stdout.count(".") >= 3, "sentences, not a list of flags"
+
+
+def test_sync_delivers_everything_once(journal: Path):
+    with ScriptedReceiver() as receiver:
+        first = run("sync", journal, "--endpoint", receiver.url)
+        assert first.returncode == 0, first.stderr
+        assert first.stdout.endswith("rejected 0; 0 lines wait\n")
+        assert {point.job for point in receiver.points("training.loss")} == {"first", "second"}
+        requests = sum(map(len, receiver.requests.values()))
+        second = run("sync", journal, "--endpoint", receiver.url)
+        assert second.stdout == "delivered 0 metrics, 0 traces, 0 logs; rejected 0; 0 lines wait\n"
+        assert sum(map(len, receiver.requests.values())) == requests
+
+
+def test_sync_of_one_job_leaves_the_others(journal: Path):
+    with ScriptedReceiver() as receiver:
+        run("sync", journal / "second", "--endpoint", receiver.url)
+        assert {point.job for point in receiver.points("training.loss")} == {"second"}
+
+
+def test_sync_without_an_endpoint_names_the_fix(journal: Path):
+    told = run("sync", journal)
+    assert told.returncode == 2
+    assert "--endpoint" in told.stderr
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" in told.stderr
+    assert "Traceback" not in told.stderr
+
+
+def test_sync_of_what_is_not_there_names_it(tmp_path: Path):
+    told = run("sync", tmp_path / "nowhere", "--endpoint", "http://127.0.0.1:1")
+    assert told.returncode == 2
+    assert "nowhere" in told.stderr
+
+
+def test_sync_says_what_holds_it_and_fails(journal: Path):
+    with ScriptedReceiver() as receiver:
+        receiver.script("traces", lambda _: Answer(404))
+        told = run("sync", journal, "--endpoint", receiver.url)
+    assert told.returncode == 1
+    assert "traces: hold: 404" in told.stdout
+    assert {point.job for point in receiver.points("training.loss")} == {"first", "second"}, "metrics went all the same"
+
+
+def test_dry_run_sends_nothing_and_says_how_old_it_is(journal: Path):
+    with ScriptedReceiver() as receiver:
+        told = run("sync", journal, "--dry-run", "--endpoint", receiver.url)
+        assert told.returncode == 0
+        assert "metrics: 13 lines wait" in told.stdout
+        assert "the oldest pending point is " in told.stdout
+        assert receiver.connections == 0
+        run("sync", journal, "--endpoint", receiver.url)
+        assert run("sync", journal, "--dry-run", "--endpoint", receiver.url).stdout == "nothing waits\n"
+
+
+def test_state_directory_keeps_the_journal_untouched(journal: Path, tmp_path: Path):
+    before = sorted(str(path) for path in journal.rglob("*"))
+    with ScriptedReceiver() as receiver:
+        told = run("sync", journal, "--endpoint", receiver.url, "--state-directory", tmp_path / "state")
+        assert told.returncode == 0, told.stdout + told.stderr
+        assert sorted(str(path) for path in journal.rglob("*")) == before
+        again = run("sync", journal, "--endpoint", receiver.url, "--state-directory", tmp_path / "state")
+        assert again.stdout.startswith("delivered 0 metrics")
+
+
+def test_status_as_json_balances(journal: Path):
+    with ScriptedReceiver() as receiver:
+        run("sync", journal, "--endpoint", receiver.url)
+    told = run("status", journal, "--json")
+    sessions = json.loads(told.stdout)["sessions"]
+    assert [session["status"] for session in sessions] == ["completed", "completed"]
+    for session in sessions:
+        (signals,) = session["destinations"].values()
+        assert set(signals) == {"metrics", "traces", "logs"}
+        for ledger in signals.values():
+            lines = ("read", "damaged", "pruned", "dropped", "pending")
+            assert session["journaled"] == sum(ledger[name] for name in lines)
+            assert ledger["mapped"] == ledger["delivered"] + ledger["rejected"] + ledger["filtered"]
+            assert ledger["finished"]
+
+
+def test_status_shows_every_session(journal: Path):
+    told = run("status", journal)
+    assert told.returncode == 0
+    assert [line.split()[0] for line in told.stdout.splitlines()[1:]] == ["first", "second"]
+    assert told.stdout.count("not sent") == 2
+
+
+def test_doctor_says_where_each_field_comes_from(tmp_path: Path):
+    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "STEPSPAN_JOB_ID": "mine"}
+    told = run("doctor", "--directory", tmp_path / "runs", **variables)
+    assert told.returncode == 0, told.stdout
+    lines = {" ".join(line.split()) for line in told.stdout.splitlines()}
+    assert {"job_id mine (STEPSPAN_JOB_ID)", "rank 1 (RANK)", "world_size 2 (WORLD_SIZE)"} <= lines
+    assert not (tmp_path / "runs").exists(), "it leaves nothing behind"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"STEPSPAN_RANK": "2", "STEPSPAN_WORLD_SIZE": "2"}, "rank"),
+        ({"STEPSPAN_DELIVERY": "pigeon"}, "pigeon"),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "smoke"}, "smoke"),
+    ],
+    ids=["rank", "setting", "protocol"],
+)
+def test_doctor_fails_where_a_run_would(tmp_path: Path, variables: dict[str, str], told: str):
+    found = run("doctor", "--directory", tmp_path / "runs", **variables)
+    assert found.returncode == 1
+    assert told in next(line for line in found.stdout.splitlines() if "FAIL" in line)
+
+
+def test_doctor_tries_each_endpoint(tmp_path: Path):
+    with ScriptedReceiver() as receiver:
+        receiver.script("traces", lambda _: Answer(404))
+        told = run("doctor", "--directory", tmp_path / "runs", "--endpoint", receiver.url)
+    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line.strip()}
+    assert told.returncode == 1
+    assert "answers" in lines["metrics"]
+    assert "FAIL" in lines["traces"]
+    assert "404" in lines["traces"]
+
+
+def test_an_interrupted_sync_goes_on_where_it_was(journal: Path):
+    """Two calls at once: the second waits for the first one's lock, and finds nothing left to do."""
+    with ScriptedReceiver() as receiver:
+        env = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}
+        command = [sys.executable, "-m", "stepspan", "sync", str(journal)]
+        both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+        printed = sorted(process.communicate(timeout=60)[0] for process in both)
+        assert [process.returncode for process in both] == [0, 0]
+        assert printed[0].startswith("delivered 0 metrics")
+        assert len(receiver.spans("training.run")) == 2
