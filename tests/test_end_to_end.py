@@ -165,9 +165,9 @@ def test_the_demo_without_an_endpoint_says_how_to_send_it_and_that_works(
     collector: Collector, prometheus: Prometheus, tmp_path: Path
 ):
     printed = demo(tmp_path / "runs")
-    line = next(line for line in printed.splitlines() if line.startswith("send it: stepspan "))
-    arguments = line.removeprefix("send it: stepspan ").replace("http://localhost:4318", collector.http_endpoint)
-    command = [sys.executable, "-m", "stepspan", *arguments.split()]
+    line = next(line for line in printed.splitlines() if line.startswith("send it: "))
+    arguments = line.partition(" sync ")[2].replace("http://localhost:4318", collector.http_endpoint)
+    command = [sys.executable, "-m", "stepspan", "sync", *arguments.split()]
     first = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert first.returncode == 0, first.stdout + first.stderr
     assert_every_point(prometheus, tmp_path / "runs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import secrets
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -41,9 +42,9 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     if failed:
         print(f"stepspan demo: a rank ended with exit code {failed[0]}", file=sys.stderr)
         return 1
-    job = directory / slug(job_id)
+    job = Path(os.path.relpath(directory / slug(job_id)))
     if not exporter.signals:
-        print(f"\njournal: {job}\nsend it: stepspan sync {job} --endpoint http://localhost:4318")
+        print(f"\njournal: {job}\nsend it: {_program()} sync {job} --endpoint http://localhost:4318")
         return 0
     return _await_delivery(job, exporter)
 
@@ -74,5 +75,10 @@ def _await_delivery(job: Path, exporter: OtlpExporter) -> int:
         time.sleep(0.1)
     ledger_table(found)
     if not delivered:
-        print(f"\nnot all is delivered: the deliverer goes on; later: stepspan sync {job}")
+        print(f"\nnot all is delivered: the deliverer goes on; later: {_program()} sync {job}")
     return 0 if delivered else 1
+
+
+def _program() -> str:
+    """How to call this program from here."""
+    return "stepspan" if shutil.which("stepspan") else f"{os.path.relpath(sys.executable)} -m stepspan"
