@@ -83,6 +83,7 @@ class Lane:
         self._since_checkpoint = 0
         self._looked = self._listened = -LIVENESS
         self._parcel: Parcel | None = None
+        self._next = 0
         self._closed: Closed | None = None
         self._reader = JournalReader(session, clock=options.clock)
         self.header: Event = self._reader.header
@@ -115,8 +116,8 @@ class Lane:
 
     @property
     def time(self) -> int:
-        """The event time that delivery has reached, Unix ns."""
-        return self.position.ts or int(self.header["started"])
+        """The event time that delivery has reached, Unix ns: of the next event, once that is known."""
+        return self._next or self.position.ts or int(self.header["started"])
 
     @property
     def alive(self) -> bool:
@@ -149,7 +150,7 @@ class Lane:
         if batch.at_end and closed is None and self._find_dead():
             closed = self._closed
             batch = self._reader.read(self.position, size=self._options.batch, until=until, closed=closed)
-        self.at_end = batch.at_end
+        self.at_end, self._next = batch.at_end, batch.beyond
         finishing = batch.at_end and closed is not None and not self.finished
         if not batch.events and not finishing:
             return None

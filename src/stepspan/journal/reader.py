@@ -35,6 +35,8 @@ class Batch:
     position: Position
     counts: Ledger
     at_end: bool
+    beyond: int = 0
+    """The time of the event that `until` kept out, Unix ns; 0 where there was none."""
 
 
 class JournalReader:
@@ -59,7 +61,7 @@ class JournalReader:
         events: list[Event] = []
         ends: list[tuple[int, int]] = []
         unsettled: int | None = None  # events of this millisecond may have siblings that we have not seen
-        taken, at_end, full = 0, False, False
+        taken, at_end, full, beyond = 0, False, False, 0
         while number and not full:
             successor = self._successor(number)  # looked up first: if it exists, what we read now is all of this one
             data = self._pread(number, offset, size - taken)
@@ -76,7 +78,8 @@ class JournalReader:
                     at_end = full = True
                     break
                 if until is not None and event["ts"] > until:
-                    unsettled, full = event["ts"] // MILLISECOND, True
+                    beyond, full = event["ts"], True
+                    unsettled = beyond // MILLISECOND
                     break
                 seq = event["seq"]
                 events.append(event)
@@ -98,16 +101,13 @@ class JournalReader:
         while events and events[-1]["ts"] // MILLISECOND == unsettled:
             events.pop()
             ends.pop()
-        return self._batch(start, events, ends, at_end or not number)
-
-    def _batch(self, start: Position, events: list[Event], ends: list[tuple[int, int]], at_end: bool) -> Batch:
         if not events:
-            return Batch(events, start, Ledger(), at_end)
+            return Batch(events, start, Ledger(), at_end or not number, beyond)
         last = events[-1]
         counts = Ledger(read=len(events))
         if last["seq"] - start.seq != len(events):
             self._count_holes(start, events, ends, counts)
-        return Batch(events, Position(*ends[-1], last["seq"], last["ts"]), counts, at_end)
+        return Batch(events, Position(*ends[-1], last["seq"], last["ts"]), counts, at_end, beyond)
 
     def _count_holes(self, start: Position, events: list[Event], ends: list[tuple[int, int]], counts: Ledger) -> None:
         present = set(self.session.segments())

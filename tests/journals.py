@@ -1,0 +1,222 @@
+"""Journals for tests: written by the real writer under a clock of the test, or laid down line by line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepspan.events import SCHEMA, Event, decode, encode
+from stepspan.journal.cursor import Position
+from stepspan.journal.layout import SessionPath, segment_name, session_name
+from stepspan.journal.liveness import Closed
+from stepspan.journal.reader import Batch, JournalReader
+from stepspan.journal.writer import Disk, JournalWriter, Limits
+
+NOON = 1_795_262_400_000_000_000  # 2026-11-21 12:00:00 UTC
+SECOND, MILLISECOND = 1_000_000_000, 1_000_000
+SESSION = "0123456789abcdef"
+ROOMY = Limits(free_bytes=0, free_ratio=0.0)
+"""Limits that don't depend on how full this machine's disk is."""
+
+
+class HandClock:
+    """Noon, and a microsecond later with every look; `skip` moves it by hand."""
+
+    def __init__(self) -> None:
+        self.now = NOON
+
+    def __call__(self) -> int:
+        self.now += 1000
+        return self.now
+
+    def skip(self, seconds: float) -> None:
+        self.now += int(seconds * SECOND)
+
+
+def header(session: str = SESSION, **fields: Any) -> Event:
+    return {
+        "ts": 0,
+        "seq": 0,
+        "tag": "header",
+        "schema": SCHEMA,
+        "session": session,
+        "run_key": "job/0.0/0",
+        "job_id": "job",
+        "rank": 0,
+        "role": "",
+        "started": NOON,
+        "boot_id": "boot",
+        "pid": 1,
+        "host": "node",
+        "resource": {"service.name": "training"},
+        **fields,
+    }
+
+
+def metrics(number: int, **fields: Any) -> Event:
+    return {"ts": 0, "seq": 0, "tag": "metrics", "split": "train", "metrics": {"n": number}, **fields}
+
+
+def open_writer(
+    place: Path, *, limits: Limits = ROOMY, clock: HandClock | None = None, disk: Disk | None = None, **fields: Any
+) -> JournalWriter:
+    return JournalWriter(place, header(**fields), limits=limits, clock=clock or HandClock(), disk=disk)
+
+
+def lay_down(place: Path, *segments: Iterable[Event | bytes], session: str = SESSION) -> SessionPath:
+    """A session of exactly these segments: events, numbered and timed if they are not, and raw bytes.
+
+    Each segment gets a header line of its own unless it begins with one or with bytes.
+    """
+    path = place / session_name(0, "", session)
+    path.mkdir(parents=True)
+    seq, ts = 0, NOON
+    for number, content in enumerate(segments, 1):
+        items = list(content)
+        if not items or not (isinstance(items[0], bytes) or items[0]["tag"] == "header"):
+            items.insert(0, header(session))
+        with open(path / segment_name(number), "wb") as file:
+            for item in items:
+                if not isinstance(item, bytes):
+                    seq, ts = item["seq"] or seq + 1, item["ts"] or ts + MILLISECOND
+                    item = encode({**item, "ts": ts, "seq": seq})
+                file.write(item)
+    found = SessionPath.of(path)
+    assert found is not None
+    return found
+
+
+def session_of(path: Path) -> SessionPath:
+    found = SessionPath.of(path)
+    assert found is not None
+    return found
+
+
+def lines(path: Path) -> list[Event]:
+    """Every line of a session; fails on one that is damaged or torn."""
+    found = []
+    for number in session_of(path).segments():
+        raw = (path / segment_name(number)).read_bytes()
+        assert raw.endswith(b"\n")
+        found += [decode(line) for line in raw[:-1].split(b"\n")]
+    return found
+
+
+def logged(events: Iterable[Event]) -> list[int]:
+    """The numbers that `metrics` events carry, in order."""
+    return [event["metrics"]["n"] for event in events if event["tag"] == "metrics"]
+
+
+def batches(reader: JournalReader, *, size: int = 1 << 18, closed: Closed | None = None) -> Iterator[Batch]:
+    """All batches of a session, up to its end."""
+    position = Position()
+    while True:
+        batch = reader.read(position, size=size, closed=closed)
+        yield batch
+        if batch.at_end:
+            return
+        assert batch.position != position, "no progress"
+        position = batch.position
+
+
+class Scope:
+    seq = ts = 0
+
+
+class FaultyDisk(Disk):
+    """A disk with room for `space` more bytes in segments (None: any), that then fails with `code`.
+
+    Counts what was synced: the numbers of the files and directories, by inode.
+    """
+
+    def __init__(self, code: int = errno.ENOSPC) -> None:
+        super().__init__()
+        self.space: int | None = None
+        self.code = code
+        self.is_low = False
+        self.synced: list[int] = []
+
+    def writer(self) -> Callable[[int, bytes, int], int]:
+        return lambda fd, data, _: self.write(fd, data)
+
+    def write(self, fd: int, data: bytes) -> int:
+        if self.space is None:
+            return os.write(fd, data)
+        if not self.space:
+            raise OSError(self.code, os.strerror(self.code))
+        written = os.write(fd, data[: self.space])
+        self.space -= written
+        return written
+
+    def sync(self, fd: int) -> None:
+        self.synced.append(os.fstat(fd).st_ino)
+
+    def low(self, fd: int, limits: Limits) -> bool:
+        os.fstat(fd)
+        return self.is_low
+
+
+def log(writer: JournalWriter, numbers: range) -> None:
+    for number in numbers:
+        writer.append(metrics(number))
+
+
+def assert_ordered(events: list[Event]) -> None:
+    assert [event["seq"] for event in events] == list(range(1, len(events) + 1))
+    assert all(a["ts"] < b["ts"] for a, b in pairwise(events))
+
+
+class Interrupting:
+    """A clock that is interrupted by a signal in the middle of a write, at its n-th look."""
+
+    def __init__(self, looks: set[int]) -> None:
+        self.clock, self.looks, self.count = HandClock(), looks, 0
+
+    def __call__(self) -> int:
+        self.count += 1
+        if self.count in self.looks:
+            signal.raise_signal(signal.SIGUSR1)
+        return self.clock()
+
+
+@contextmanager
+def handled(number: int, handler: Callable[..., Any]) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+@contextmanager
+def small_file_system(place: Path, size: str) -> Iterator[Path]:
+    """A file system that can really be full or read-only; skips the test where none can be mounted."""
+    if not shutil.which("mount") or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(place: Path) -> Path:
+    """Take all the room of a file system, with a file that may be removed."""
+    ballast = place / "ballast"
+    with open(ballast, "wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return ballast
