@@ -19,17 +19,19 @@ def _bytes(text: str) -> bytes:
 
 def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: int) -> bytes:
     """The trace that all ranks' spans of one step share."""
-    return blake2b(_bytes(f"step\0{epoch}\0{lap}\0{step}\0{len(split)}\0{split}{run_key}"), digest_size=16).digest()
+    named = f"step\0{epoch}\0{lap}\0{step}\0{len(split)}\0{split}{run_key}"
+    return blake2b(_bytes(named), digest_size=16).digest()
 
 
 def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
     """One rank's span of a step; rank 0's without a role is the root."""
-    return blake2b(trace_id + b"%d\0%b" % (rank, role.encode()), digest_size=8).digest()
+    return blake2b(trace_id + b"%d\0%b" % (rank, _bytes(role)), digest_size=8).digest()
 
 
 def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: int) -> bytes:
     """The trace of what one rank does outside steps: one for each epoch and hour, so that none grows without end."""
-    return blake2b(_bytes(f"rank\0{rank}\0{epoch}\0{ts // HOUR}\0{len(role)}\0{role}{run_key}"), digest_size=16).digest()
+    named = f"rank\0{rank}\0{epoch}\0{ts // HOUR}\0{len(role)}\0{role}{run_key}"
+    return blake2b(_bytes(named), digest_size=16).digest()
 
 
 def span_id(session: str, seq: int) -> bytes:

@@ -45,8 +45,8 @@ def build(entries: Sequence[Mapping[str, Any]]) -> list[Processor]:
     """Processors from settings: each entry is `{name: {argument: value}}`. Raises `ConfigError`."""
     found: list[Processor] = []
     for entry in entries:
-        if len(entry) != 1:
-            raise ConfigError("processors", dict(entry), "each entry is one `name: {argument: value}`")
+        if not isinstance(entry, Mapping) or len(entry) != 1:
+            raise ConfigError("processors", entry, "each entry is one `name: {argument: value}`")
         name, arguments = next(iter(entry.items()))
         if name not in NAMED:
             raise ConfigError("processors", name, f"unknown; known are {', '.join(NAMED)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from stepspan.errors import ConfigError
 from stepspan.events import Event, plain
 
 
@@ -15,6 +16,8 @@ class Attributes:
     """
 
     def __init__(self, values: Mapping[str, Any], *, metrics: bool = False) -> None:
+        if not isinstance(values, Mapping):
+            raise ConfigError("attributes.values", values, "give a mapping: {name: value}")
         self.values: dict[str, Any] = plain(values)
         self.tags = frozenset({"span_begin", "event", "error"} | ({"metrics"} if metrics else set()))
         self.spec = {"attributes": {"values": self.values, "metrics": metrics}}

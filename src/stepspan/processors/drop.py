@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
+from stepspan.errors import ConfigError
 from stepspan.events import FIELDS, Event
 
 
@@ -12,11 +13,17 @@ class Drop:
     """Drops metrics whose key matches a pattern (`"grad/*"`), and whole events by `tag` or by `name`."""
 
     def __init__(self, metrics: Sequence[str] = (), *, tags: Sequence[str] = (), events: Sequence[str] = ()) -> None:
+        for field, given in (("metrics", metrics), ("tags", tags), ("events", events)):
+            if isinstance(given, str):
+                raise ConfigError(f"drop.{field}", given, f"give a list: [{given!r}]")
+        for tag in tags:
+            if tag not in FIELDS:
+                raise ConfigError("drop.tags", tag, f"unknown; known are {', '.join(FIELDS)}")
         self.patterns = tuple(metrics)
         self.dropped_tags = frozenset(tags)
         self.names = tuple(events)
         wanted = {"metrics"} if metrics else set()
-        self.tags = frozenset(wanted | ({"event"} if events else set()) | (self.dropped_tags & FIELDS.keys()))
+        self.tags = frozenset(wanted | ({"event"} if events else set()) | self.dropped_tags)
         self.spec = {"drop": {"metrics": list(metrics), "tags": list(tags), "events": list(events)}}
         self._known: dict[str, bool] = {}
 

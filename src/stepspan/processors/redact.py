@@ -1,35 +1,39 @@
 """Secrets stay out of the journal: the values of fields named like one, and credentials inside any text.
 
-Only strings are secrets: `max_new_tokens=512` stays, and so does `pad_token="<pad>"`, whose name is no secret's.
+Only strings are secrets: `max_new_tokens=512` stays, and so does `pad_token="<pad>"`, whose name is no secret's. Every
+pattern takes time in proportion to the text: it begins at a fixed word, and nothing in it can match in two ways.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
+from stepspan.errors import ConfigError
 from stepspan.events import FIELDS, Event
 
 REDACTED = "[redacted]"
+REPEATED = 100
+"""Characters up to which a text is likely to come again: the name of a span."""
 
 _NAME = (
-    r"(?:passwords?|passwd|passphrase|secrets?|credentials?|authorization|secret_?key|api_?keys?|access_?key(?:_?id)?"
-    r"|private_?key|signing_?key|encryption_?key|(?:access|auth|api|hub|hf|bearer|refresh|session|personal|github|gitlab"
-    r"|slack|wandb|neptune|comet|csrf|security|private|secret)_?token)"
+    r"(?:passwords?|passwd|passphrase|secrets?|credentials?|authorization|secret[_-]?key|api[_-]?keys?"
+    r"|access[_-]?key(?:[_-]?id)?|(?:account|private|signing|encryption)[_-]?key|(?:access|auth|api|hub|hf|bearer|refresh"
+    r"|session|personal|github|gitlab|slack|wandb|neptune|comet|csrf|security|private|secret)[_-]?token)"
 )
-SECRET_NAME = re.compile(rf"(?:^|.*[_\-. /]){_NAME}$", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"(?:^|[_\-. /])(?:{_NAME}|(?<![\s\S])token)\Z", re.IGNORECASE)
+"""`token` is a secret's name only by itself: `pad_token` and `eos_token` are a tokenizer's."""
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_VALUE = r"(?:(?:bearer|basic|token)\s+)?(?!\[redacted)(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|[^\s'\",;&)}\]\\]+)"
 IN_TEXT: Sequence[tuple[re.Pattern[str], str]] = (
-    (re.compile(r"(\w://)[^\s/@:'\"]*:[^\s/@'\"]+@"), rf"\1{REDACTED}@"),  # https://user:password@host
-    (re.compile(r"(\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{REDACTED}"),
-    (
-        re.compile(
-            rf"((?<![A-Za-z0-9])[\w-]*?{_NAME}['\"]?\s*[:=]\s*['\"]?)(?!\[redacted)[^\s'\",;&)]+", re.IGNORECASE
-        ),
-        rf"\1{REDACTED}",
-    ),
-    (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|glpat-|xox[abprs]-|AKIA)[\w-]{16,}"), REDACTED),  # tokens by their shape
+    (re.compile(r"(\w://)[^\s/@:'\"]*:[^\s/?#'\"]+@"), rf"\1{REDACTED}@"),  # https://user:password@host
+    (re.compile(rf"({_NAME}\\?['\"]?[ \t]*[:=][ \t]*\\?['\"]?){_VALUE}", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(rf"(--(?:[a-z0-9]+[_-])*{_NAME}\s+){_VALUE}", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"([?&](?:token|key|sig|[\w-]*signature)=)[^\s'\"&]+", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"(\b(?:bearer|basic)\s+)(?=[\w.~+/-]*\d)[\w.~+/=-]{8,}", re.IGNORECASE), rf"\1{REDACTED}"),
+    (re.compile(r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA)[\w-]{16,}"), REDACTED),  # by their shape
 )
 
 
@@ -42,6 +46,8 @@ class Redact:
     tags = frozenset(FIELDS) - {"metrics", "step_begin", "step_end", "epoch_begin", "epoch_end", "span_end", "gap"}
 
     def __init__(self, names: Sequence[str] = ()) -> None:
+        if isinstance(names, str):
+            raise ConfigError("redact.names", names, f"give a list: [{names!r}]")
         self._names = frozenset(name.lower() for name in names)
         self.spec = {"redact": {"names": list(names)}}
 
@@ -51,18 +57,33 @@ class Redact:
 
     def text(self, value: str) -> str:
         """A text without the credentials it may hold."""
-        for pattern, replacement in IN_TEXT:
-            value = pattern.sub(replacement, value)
-        return value
+        return known_text(value) if len(value) <= REPEATED else clean_text(value)
 
     def _is_secret(self, name: str) -> bool:
-        return name.lower() in self._names or SECRET_NAME.match(CAMEL.sub("_", name)) is not None
+        return is_secret_name(name) or name.lower() in self._names
 
     def _clean(self, name: str, value: Any) -> Any:
         if isinstance(value, str):
             return REDACTED if value and self._is_secret(name) else self.text(value)
         if isinstance(value, Mapping):
-            return {key: self._clean(str(key), item) for key, item in value.items()}
+            secret = self._is_secret(name)  # then so is all that is in it
+            return {self.text(str(key)): self._clean(name if secret else str(key), item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._clean(name, item) for item in value]
         return value
+
+
+@lru_cache(maxsize=4096)
+def is_secret_name(name: str) -> bool:
+    """Whether a field of this name holds a secret, if it holds a text."""
+    return SECRET_NAME.search(CAMEL.sub("_", name)) is not None
+
+
+def clean_text(text: str) -> str:
+    """A text without the credentials it may hold."""
+    for pattern, replacement in IN_TEXT:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+known_text = lru_cache(maxsize=4096)(clean_text)

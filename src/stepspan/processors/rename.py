@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from stepspan.errors import ConfigError
 from stepspan.events import Event
 
 
@@ -13,6 +14,8 @@ class Rename:
     tags = frozenset({"metrics"})
 
     def __init__(self, metrics: Mapping[str, str]) -> None:
+        if not isinstance(metrics, Mapping) or not all(isinstance(new, str) for new in metrics.values()):
+            raise ConfigError("rename.metrics", metrics, 'give a mapping: {"old name": "new name"}')
         self.metrics = dict(metrics)
         self.spec = {"rename": {"metrics": self.metrics}}
 

@@ -12,7 +12,7 @@ class SampleSteps:
     tags = frozenset({"metrics", "step_begin"})
 
     def __init__(self, every: int) -> None:
-        if every < 1:
+        if type(every) is not int or every < 1:
             raise ConfigError("sample_steps.every", every, "give a whole number of at least 1")
         self.every = every
         self.spec = {"sample_steps": {"every": every}}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepspan.events import Event
@@ -155,9 +155,10 @@ class MetricMapper:
 
     def _metrics(self, event: Event) -> None:
         ts, split, attributes, metrics = event["ts"], event["split"], event.get("attributes"), event["metrics"]
-        plan = None if attributes else self._plans.get((split, *metrics))
+        call = (split, *metrics)
+        plan = None if attributes else self._plans.get(call)
         if plan is None:
-            plan = self._plan(split, metrics, attributes)
+            plan = self._plan(call, attributes)
         points, now = self._points, self._now
         for series, value in zip(plan[0], metrics.values(), strict=True):
             if type(value) is not float:
@@ -180,13 +181,12 @@ class MetricMapper:
                     series = self._own("training.step.number", name)
                 self._put(series, ts, step)
 
-    def _plan(
-        self, split: str, metrics: Mapping[str, Any], attributes: Attributes | None
-    ) -> tuple[list[Series], list[str]]:
+    def _plan(self, call: tuple[str, ...], attributes: Attributes | None) -> tuple[list[Series], list[str]]:
         """The series of a call's keys, and the splits they are of."""
+        split, *keys = call
         found: list[Series] = []
         splits: dict[str, None] = {}
-        for key in metrics:
+        for key in keys:
             name = metric_name(key, split)
             named = {"split": name.split} if name.key is None else {"split": name.split, "key": name.key}
             found.append(self._of(name.name, {**(attributes or {}), **named}))
@@ -195,7 +195,7 @@ class MetricMapper:
         if not attributes:
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
-            self._plans[(split, *metrics)] = plan
+            self._plans[call] = plan
         return plan
 
     def _begin(self, event: Event) -> None:

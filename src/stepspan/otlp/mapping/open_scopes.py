@@ -13,9 +13,7 @@ MOST_OPEN = 10_000
 
 def step_trace_id(header: Event, begin: Event) -> bytes:
     """The trace of the step that begins with `begin`."""
-    return ids.step_trace_id(
-        header["run_key"], begin["split"], begin.get("epoch"), begin.get("lap", 0), begin["step"]
-    )
+    return ids.step_trace_id(header["run_key"], begin["split"], begin.get("epoch"), begin.get("lap", 0), begin["step"])
 
 
 class OpenScopes:

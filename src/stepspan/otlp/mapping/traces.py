@@ -28,6 +28,7 @@ class TraceMapper:
         self._spans: list[Span] = []
         self._run: int = 0
         """The run scope's `seq`."""
+        self._to_run: list[Link] = []
         self._handlers: dict[str, Callable[[Event], None]] = {
             "run_begin": self._run_begin,
             "epoch_begin": self._begin,
@@ -169,10 +170,11 @@ class TraceMapper:
 
     def _links(self, kind: str, scope: dict[str, Any]) -> list[Link]:
         """Each span that begins a part of a trace leads to its run."""
-        run = self._scopes.run_ids
-        if kind == "run" or run is None or (kind == "span" and scope["parent"]):
+        if kind == "run" or (kind == "span" and scope["parent"]):
             return []
-        return [Link(*run, {"relation": "run"})]
+        if not self._to_run and self._scopes.run_ids:
+            self._to_run = [Link(*self._scopes.run_ids, {"relation": "run"})]
+        return self._to_run
 
     def _hyperparams(self, event: Event) -> None:
         run = self._scopes.open.get(self._run)

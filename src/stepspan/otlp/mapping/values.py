@@ -43,6 +43,8 @@ def short(text: str) -> str:
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar | list[Scalar]]:
     """Nested mappings as dotted names; what is neither a number nor a text nor a list of them, as text."""
     found: dict[str, Scalar | list[Scalar]] = {}
+    if not values:
+        return found
     for key, value in values.items():
         if len(found) >= MOST_ATTRIBUTES:
             break

@@ -1,0 +1,162 @@
+"""The mapping is a pure function of the journal: whatever the batches and the restarts, the same records.
+
+Sessions are generated, damage and all; they are mapped in one go, and in pieces that end between two milliseconds, with
+a new mapper for each piece that knows nothing but the state of the one before, read back from JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from events_of import MS, SECOND, SessionEvents, key_of, restored
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepspan.otlp.mapping import mapper
+from stepspan.otlp.records import SIGNALS
+
+GAPS = st.sampled_from([1e-9, 3e-7, 3e-4, 0.001, 0.005, 0.05, 1.0, 11.0, 3700.0])
+VALUES = st.sampled_from([0.0, 1.5, -2.0, "NaN", "Infinity", 3])
+KEYS = st.sampled_from(["loss", "train/loss", "val/loss", "a.b", "a_b", "step.time", "🔥"])
+SPLITS = st.sampled_from(["train", "val"])
+MOVES = st.one_of(
+    st.tuples(
+        st.just("metrics"),
+        st.fixed_dictionaries(
+            {"metrics": st.dictionaries(KEYS, VALUES, min_size=1, max_size=3), "split": SPLITS},
+            optional={"step": st.integers(0, 5), "attributes": st.just({"tier": "a"})},
+        ),
+    ),
+    st.tuples(st.just("step_begin"), st.fixed_dictionaries({"step": st.integers(0, 9), "split": SPLITS})),
+    st.tuples(
+        st.just("span_begin"),
+        st.fixed_dictionaries({"name": st.sampled_from(["forward", "sync"])}, optional={"collective": st.just(True)}),
+    ),
+    st.tuples(st.just("epoch_begin"), st.fixed_dictionaries({"epoch": st.integers(0, 2)})),
+    st.tuples(
+        st.just("end"),
+        st.fixed_dictionaries(
+            {"which": st.integers(0, 3)}, optional={"status": st.just("error"), "data_wait": st.just(0.25)}
+        ),
+    ),
+    st.tuples(
+        st.just("hyperparams"), st.fixed_dictionaries({"params": st.fixed_dictionaries({"lr": st.integers(0, 2)})})
+    ),
+    st.tuples(st.just("artifact"), st.just({"name": "a", "path": "p", "kind": "file"})),
+    st.tuples(st.just("event"), st.just({"name": "milestone", "attributes": {"n": 1}})),
+    st.tuples(st.just("error"), st.just({"type": "ValueError", "message": "m", "stack": "s", "attributes": {}})),
+    st.tuples(st.just("gap"), st.just({"dropped": 3, "why": "full"})),
+)
+
+
+@st.composite
+def sessions(draw: st.DrawFn) -> SessionEvents:
+    s = SessionEvents(rank=draw(st.integers(0, 1)), world_size=2)
+    opened = [("run", s.run())]
+    for after, (tag, fields) in draw(st.lists(st.tuples(GAPS, MOVES), max_size=40)):
+        if tag == "end":
+            if opened:
+                kind, begin = opened.pop(-1 - min(fields["which"], len(opened) - 1))
+                rest = {name: value for name, value in fields.items() if name != "which"}
+                s.emit(f"{kind}_end", after, begin=begin, **{"status": "completed"} if kind == "run" else rest)
+        elif tag.endswith("_begin"):
+            seq = s.emit(tag, after, parent=opened[-1][1] if opened else 0, **fields)
+            opened.append((tag.removesuffix("_begin"), seq))
+        elif tag in {"event", "error"}:
+            s.emit(tag, after, parent=opened[-1][1] if opened else 0, **fields)
+        else:
+            s.emit(tag, after, **fields)
+    damaged = draw(st.sets(st.integers(2, 60), max_size=3))
+    s.events = [event for event in s.events if event["seq"] not in damaged]
+    return s
+
+
+def plain(signal: str, records: list[Any]) -> list[Any]:
+    """Records so that they can be compared: NaN by its text, a series by what it is."""
+    if signal == "metrics":
+        return [(*key_of(series), series.unit, series.kind, ts, repr(value)) for series, ts, value in records]
+    return [repr(record) for record in records]
+
+
+def between_milliseconds(s: SessionEvents) -> list[int]:
+    times = [event["ts"] // MS for event in s.events]
+    return [place for place in range(1, len(times)) if times[place] != times[place - 1]]
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@settings(deadline=None, max_examples=150)
+@given(data=st.data(), s=sessions())
+def test_any_batches_with_restarts_between_them_give_the_same_records(signal, data, s):
+    cuts = data.draw(st.sets(st.sampled_from(between_milliseconds(s) or [len(s.events)])))
+    whole = mapper(signal, s.header)
+    expected = whole.map(s.events) + whole.finish(s.closed("interrupted"))
+    fold, found, begin = mapper(signal, s.header), [], 0
+    for end in [*sorted(cuts), len(s.events)]:
+        fold = restored(signal, s.header, fold.state())
+        found += plain(signal, fold.map(s.events[begin:end]))
+        begin = end
+    again = restored(signal, s.header, fold.state())
+    found += plain(signal, again.finish(s.closed("interrupted")))
+    assert found == plain(signal, expected)
+    assert again.filtered == whole.filtered
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@settings(deadline=None, max_examples=40)
+@given(s=sessions())
+def test_a_restart_at_every_millisecond_gives_the_same_records(signal, s):
+    whole = mapper(signal, s.header)
+    expected = whole.map(s.events)
+    fold, found, begin = mapper(signal, s.header), [], 0
+    for end in [*between_milliseconds(s), len(s.events)]:
+        fold = restored(signal, s.header, fold.state())
+        found += plain(signal, fold.map(s.events[begin:end]))
+        begin = end
+    assert found == plain(signal, expected)
+
+
+@settings(deadline=None, max_examples=150)
+@given(s=sessions())
+def test_each_series_is_in_time_order_with_one_point_a_millisecond(s):
+    seen: dict[Any, int] = {}
+    for series, ts, _ in s.records("metrics", status="interrupted"):
+        assert ts // MS > seen.get(key_of(series), 0), key_of(series)
+        seen[key_of(series)] = ts // MS
+
+
+@settings(deadline=None, max_examples=100)
+@given(s=sessions())
+def test_spans_have_ids_of_their_own_and_parents_of_their_trace(s):
+    spans = s.records("traces", status="interrupted")
+    known = {span.span_id: span for span in spans}
+    laps = [(span.trace_id, span.span_id) for span in spans if span.name != "training.step"]
+    assert len(set(laps)) == len(laps)
+    for span in spans:
+        assert span.start <= span.end
+        if span.parent_id in known:
+            assert known[span.parent_id].trace_id == span.trace_id
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_long_fast_run_with_a_restart_at_each_batch_is_the_same(signal):
+    s = SessionEvents()
+    run = s.run()
+    for number in range(4000):
+        step = s.emit("step_begin", 0.0005, parent=run, step=number, split="train")
+        if number % 7 == 0:
+            span = s.emit("span_begin", 0.0001, parent=step, name="sync", collective=True)
+            s.emit("span_end", 0.002, begin=span)
+        s.metrics({"loss": 1.0 / (number + 1), "lr": 0.5}, 0.0001, step=number)
+        s.emit("step_end", 0.0013 + (number % 11) * 0.0005, begin=step, data_wait=0.0001)
+    assert s.ts > s.events[0]["ts"] + 15 * SECOND
+    whole = mapper(signal, s.header)
+    expected = plain(signal, whole.map(s.events) + whole.finish(s.closed()))
+    cuts = between_milliseconds(s)[::997]
+    fold, found, begin = mapper(signal, s.header), [], 0
+    for end in [*cuts, len(s.events)]:
+        fold = restored(signal, s.header, fold.state())
+        found += plain(signal, fold.map(s.events[begin:end]))
+        begin = end
+    assert found + plain(signal, fold.finish(s.closed())) == expected
+    assert fold.filtered == whole.filtered
