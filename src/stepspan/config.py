@@ -1,4 +1,4 @@
-"""Settings: arguments over `STEPSPAN_*` variables over a YAML file. One place for each default.
+"""Settings: arguments over `STEPSPAN_*` variables over a YAML file; STEPSPAN_DISABLED over all. Each default is here.
 
 Who a process is (job, rank, attempt) is `stepspan.identity`'s; where OTLP goes by the standard variables is
 `stepspan.otlp.endpoint`'s. A file is named by `config=` or STEPSPAN_CONFIG; a key that nobody knows is an error.
@@ -13,10 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from stepspan.disabled import PREFIX, switched_off
 from stepspan.errors import ConfigError
 from stepspan.journal.writer import Limits
-
-PREFIX = "STEPSPAN_"
 
 
 def _words(value: Any) -> Any:
@@ -29,22 +28,28 @@ def _mapping(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("{"):
-        return json.loads(value)
-    return dict(pair.strip().split("=", 1) for pair in value.split(",") if pair.strip())
+        return _json(value)
+    pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+    if not all(key.strip() and equals for key, equals, _ in pairs):
+        raise ValueError("give key=value,key=value or a JSON object")
+    return {key.strip(): item.strip() for key, _, item in pairs}
 
 
-def _listing(value: Any) -> Any:
+def _json(value: Any) -> Any:
     """JSON in a variable is a list."""
-    return json.loads(value) if isinstance(value, str) else value
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise ValueError(f"give JSON: {error}") from None
 
 
 Words = Annotated[list[str], BeforeValidator(_words)]
 Table = Annotated[dict[str, Any], BeforeValidator(_mapping)]
-Listing = Annotated[list[dict[str, Any]], BeforeValidator(_listing)]
+Listing = Annotated[list[dict[str, Any]], BeforeValidator(_json)]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class OtlpSettings(_Strict):
@@ -85,7 +90,7 @@ class Settings(_Strict):
     """Make steps the parents of the user's own spans; None: unless a global TracerProvider is installed."""
     processors: Listing = []
     """Shared processors in order, each `{name: {argument: value}}`: attributes, rename, redact."""
-    exporters: list[OtlpSettings] = []
+    exporters: Annotated[list[OtlpSettings], BeforeValidator(_json)] = []
     """Further OTLP destinations, each with processors of its own: drop, sample_steps, attributes, rename."""
 
     def limits(self) -> Limits:
@@ -101,48 +106,56 @@ class Settings(_Strict):
 
 
 def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | Path | None = None) -> Settings:
-    """The settings in force. None among the arguments means not given. Raises `ConfigError`."""
-    path = config or env.get(f"{PREFIX}CONFIG")
-    values: dict[str, Any] = _read(Path(path)) if path else {}
-    origin = dict.fromkeys(values, str(path))
+    """The settings in force. None among the arguments, and a blank variable, mean not given. Raises `ConfigError`."""
+    path = config or env.get(f"{PREFIX}CONFIG", "").strip()
+    values = _read(path) if path else {}
+    origin = {field: f"{field} in {path}" for field in values}
     for field in Settings.model_fields:
-        text = env.get(f"{PREFIX}{field.upper()}", "")
+        variable = f"{PREFIX}{field.upper()}"
+        text = env.get(variable, "").strip()
         if text:
-            values[field], origin[field] = text, f"{PREFIX}{field.upper()}"
-    if env.get(f"{PREFIX}DISABLED", "").strip().lower() in {"1", "true", "yes", "on"}:
-        values["enabled"], origin["enabled"] = False, f"{PREFIX}DISABLED"
+            values[field], origin[field] = text, variable
     for field, value in arguments.items():
         if value is not None:
-            values[field], origin[field] = value, "argument"
+            values[field], origin[field] = value, field
+    if switched_off(env):
+        values["enabled"] = False
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        found = error.errors()[0]
-        field = ".".join(map(str, found["loc"]))
-        source = origin.get(str(found["loc"][0]), "argument") if found["loc"] else "argument"
-        if found["type"] == "extra_forbidden":
-            known = ", ".join(Settings.model_fields)
-            raise ConfigError(field, found["input"], f"unknown ({source}); known are {known}") from None
-        raise ConfigError(
-            field if source == "argument" else f"{field} ({source})", found["input"], found["msg"]
-        ) from None
-    except (ValueError, TypeError) as error:
-        raise ConfigError("settings", dict(values), f"a variable holds no JSON or pairs: {error}") from None
+        raise _refusal(error, origin) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _refusal(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
+    """What is wrong first, by the name that it was given by: an argument, a variable, or an entry of the file."""
+    found = error.errors()[0]
+    first, *inside = map(str, found["loc"])
+    where = ".".join((origin[first], *inside))
+    value = found["input"]
+    if first == "exporters" and not {"endpoint", "protocol", "compression", "timeout"}.intersection(inside):
+        value = f"<{type(value).__name__}>"  # headers are credentials
+    fix = found["msg"].removeprefix("Value error, ")
+    if found["type"] == "extra_forbidden":
+        known = OtlpSettings.model_fields if inside else Settings.model_fields
+        fix = f"unknown; known are {', '.join(known)}"
+    return ConfigError(where, value, fix)
+
+
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"the file cannot be read: {error}") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, TypeError, ValueError) as error:  # no file, no path, no UTF-8
+        raise ConfigError("config", path, f"the file cannot be read: {error}") from None
     try:
         import yaml
     except ImportError:
         raise ConfigError("config", str(path), "reading YAML needs `pip install 'stepspan[yaml]'`") from None
     try:
-        content = yaml.safe_load(text) or {}
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError("config", str(path), f"not YAML: {error}") from None
-    if not isinstance(content, dict):
+    if content is None:
+        return {}
+    if not (isinstance(content, dict) and all(isinstance(key, str) for key in content)):
         raise ConfigError("config", str(path), "the file must hold `key: value` lines")
     return content

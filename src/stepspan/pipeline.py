@@ -18,6 +18,8 @@ from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.writer import Scope
 from stepspan.processors import Processor
 
+FOLLOWER = ("destination", "signals", "processors", "export", "close")
+
 
 class Pipeline:
     """Processors in order, then exporters; the first exporter must be a `JsonlExporter`.
@@ -34,6 +36,16 @@ class Pipeline:
     ) -> None:
         if not exporters or not isinstance(exporters[0], JsonlExporter):
             raise ConfigError("exporters", exporters, "the first exporter keeps the journal: put a JsonlExporter there")
+        for exporter in exporters[1:]:
+            missing = [name for name in FOLLOWER if not hasattr(exporter, name)]
+            if missing:
+                fix = f"an exporter that follows the journal has {', '.join(FOLLOWER)}; it lacks {', '.join(missing)}"
+                raise ConfigError("exporters", exporter, fix)
+        for processor in processors:
+            unknown = set(getattr(processor, "tags", ("no tags",))) - FIELDS.keys()
+            if unknown or isinstance(processor, type) or not callable(processor):
+                fix = "give an object to call with an event, that names the `tags` it wants to see: some of "
+                raise ConfigError("processors", processor, fix + ", ".join(FIELDS))
         self.journal: JsonlExporter = exporters[0]
         self.followers = tuple(exporters[1:])
         self._tell = tell
@@ -60,5 +72,16 @@ class Pipeline:
                 continue
             if processed is None:
                 return None
+            if not isinstance(processed, dict) or "tag" not in processed:
+                self._tell("processor", f"{type(stage).__name__} made no event of a {event['tag']} event: ignored")
+                continue
             event = processed
         return event
+
+    def close(self, status: str) -> None:
+        """End the journal. What comes later is lost, counted and told."""
+        self._append = self._late
+        self.journal.close(status)
+
+    def _late(self, event: Event, scope: Scope | None = None) -> None:
+        self._tell("closed", f"the run is closed: {event['tag']} was lost, as is all that comes later")

@@ -5,16 +5,18 @@ Imported only in a process that has imported OpenTelemetry itself. The ids are c
 
 from __future__ import annotations
 
-from contextlib import suppress
 from contextvars import Token
 from typing import TYPE_CHECKING
 
-from opentelemetry import context, trace
+from opentelemetry import trace
 from opentelemetry.context import _RUNTIME_CONTEXT, Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
+from opentelemetry.trace.propagation import _SPAN_KEY
 
 if TYPE_CHECKING:
     from stepspan.scopes import Scope
+
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 
 class ScopeSpan(NonRecordingSpan):
@@ -29,12 +31,12 @@ class ScopeSpan(NonRecordingSpan):
         if self._known is None:
             trace_id, span_id = self._scope.owner.ids(self._scope)
             self._known = SpanContext(
-                int.from_bytes(trace_id, "big"),
-                int.from_bytes(span_id, "big"),
-                is_remote=True,
-                trace_flags=TraceFlags(TraceFlags.SAMPLED),
+                int.from_bytes(trace_id, "big"), int.from_bytes(span_id, "big"), is_remote=True, trace_flags=_SAMPLED
             )
         return self._known
+
+    def __repr__(self) -> str:
+        return f"ScopeSpan({self.get_span_context()!r})"
 
 
 def foreign_provider() -> bool:
@@ -44,10 +46,12 @@ def foreign_provider() -> bool:
 
 def attach(scope: Scope) -> Token[Context]:
     """Make a scope the current span."""
-    return context.attach(trace.set_span_in_context(ScopeSpan(scope)))
+    return _RUNTIME_CONTEXT.attach(Context({**_RUNTIME_CONTEXT.get_current(), _SPAN_KEY: ScopeSpan(scope)}))
 
 
 def detach(token: Token[Context]) -> None:
     """Take it back. A scope may end in another task than it began in: there nothing is to be taken back."""
-    with suppress(ValueError):
+    try:  # `suppress` would cost a third of all that propagation costs
         _RUNTIME_CONTEXT.detach(token)
+    except ValueError:
+        return

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import operator
 import os
+import sys
 import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,6 +33,7 @@ log = logging.getLogger("stepspan")
 
 LONGEST_STACK = 64 << 10
 CLOSE_WAIT = 5.0
+LARGEST = 1 << 63
 
 
 class Run:
@@ -57,15 +59,14 @@ class Run:
         self._boot_id = boot_id
         self._journal = pipeline.journal
         self._emit = pipeline.emit
+        self._tells = identity.local_rank == 0
         self._troubles: Counter[str] = Counter()
         self._lock = threading.Lock()
         self._scopes = Scopes(identity, pipeline, tell=self.tell, record_error=self.log_error, propagate=propagate)
         self._journal.upkeep = self._upkeep
         self._journal.start(self._header, job_id=identity.job_id, host=identity.host)
         about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
-        self._scope = Scope(
-            self._scopes, "run", {**plain(about), "attempt": list(identity.attempt), "status": "completed"}
-        )
+        self._scope = self._scopes.run({**plain(about), "attempt": list(identity.attempt)})
         self._scopes.begin(self._scope)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
@@ -83,18 +84,18 @@ class Run:
                 else:
                     number = self._number(key, value)
                     if number is not None:
-                        values[str(key)] = number
+                        values[key if type(key) is str else text(key)] = number
             if not values:
                 return
             scope = self._scopes.innermost()
-            event: Event = {"ts": 0, "seq": 0, "tag": "metrics"}
-            if step is not None:
-                step = self._whole("step", step)
-            elif scope is not None:
-                step = scope.step
-            if step is not None:
-                event["step"] = step
-            event["split"] = str(split) if split else (scope.split if scope is not None else None) or "train"
+            if scope is not None:
+                split = split or scope.split
+                number = scope.step if step is None else self._whole("step", step)
+            else:
+                number = None if step is None else self._whole("step", step)
+            event: Event = {"ts": 0, "seq": 0, "tag": "metrics", "split": text(split) if split else "train"}
+            if number is not None:
+                event["step"] = number
             event["metrics"] = values
             self._emit(event)
         except Exception as error:
@@ -109,59 +110,63 @@ class Run:
 
         Values that JSON can't hold are written as text.
         """
-        self._record("hyperparams", lambda: {"params": plain(params if isinstance(params, Mapping) else vars(params))})
+        self._record("hyperparams", lambda: {"params": plain(mapping_of(params))})
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
         """That an artifact (a checkpoint, a plot) lies at `path`; the file itself is not read."""
         scope = self._scopes.innermost()
         step = {} if scope is None or scope.step is None else {"step": scope.step}
-        self._record(
-            "artifact", lambda: {"name": plain(str(name)), "path": os.fsdecode(path), "kind": str(kind), **step}
-        )
+        self._record("artifact", lambda: {"name": text(name), "path": os.fsdecode(path), "kind": text(kind), **step})
 
     def log_event(self, name: str, *, status: str | None = None, **attributes: Any) -> None:
         """A named milestone."""
-        state = {} if status is None else {"status": str(status)}
-        self._record("event", lambda: {"name": str(name), **state, "attributes": plain(attributes)}, inside=True)
+        state = {} if status is None else {"status": text(status)}
+        self._record("event", lambda: {"name": text(name), **state, "attributes": plain(attributes)}, inside=True)
 
     def log_error(self, error: BaseException, **attributes: Any) -> None:
         """An exception with its stack trace; the innermost open span becomes an error."""
         self._record("error", lambda: {**describe(error), "attributes": plain(attributes)}, inside=True)
+        self._scopes.recorded(error)
 
     def epoch(self, n: int) -> Scope:
         """A context manager: epoch `n`."""
-        number = self._whole("epoch", n)
-        scope = Scope(self._scopes, "epoch", {"epoch": number or 0})
-        scope.epoch = number or 0
-        return scope
+        return self._scopes.epoch(self._whole("epoch", n))
 
     def step(self, n: int, *, split: str = "train") -> Scope:
         """A context manager: step `n`. All ranks' steps of one number share a trace."""
-        return self._scopes.step(n if type(n) is int and 0 <= n < 1 << 63 else self._whole("step", n), str(split))
+        return self._scopes.step(self._whole("step", n), split if type(split) is str else text(split))
 
     def span(self, name: str, *, collective: bool = False, **attributes: Any) -> Scope:
         """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`)."""
-        begin: Event = {"name": str(name)}
+        begin: Event = {"name": text(name)}
         if collective:
             begin["collective"] = True
         if attributes:
-            begin["attributes"] = plain(attributes)
-        return Scope(self._scopes, "span", begin)
+            try:
+                begin["attributes"] = plain(attributes)
+            except Exception as error:  # a user's mapping may raise anything
+                self.tell("span", f"the attributes of a span were lost: {error!r}")
+        return self._scopes.span(begin)
 
     def steps(
         self, iterable: Iterable[T], *, start: int | None = None, accumulate: int = 1, split: str = "train"
     ) -> Steps[T]:
         """Iterate over batches, one step for each `accumulate` of them, timing the wait for data and then the step.
 
-        The number goes on across epochs; `start` sets it, for resuming.
+        The number goes on across epochs; `start` sets it, for resuming. What the iterable raises gets out of the loop.
         """
         first = None if start is None else self._whole("start", start)
-        return Steps(self._scopes, iterable, start=first, accumulate=max(1, accumulate), split=str(split))
+        each = self._whole("accumulate", accumulate) or 1
+        return Steps(self._scopes, iterable, start=first, accumulate=each, split=text(split))
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""
         writer = self._journal.writer
-        return writer is None or self.delivery.wait(writer.path, writer.seq, timeout)
+        try:
+            return writer is None or self.delivery.wait(writer.path, writer.seq, timeout)
+        except Exception as error:
+            self.tell("flush", f"delivery could not be waited for: {error!r}")
+            return False
 
     def close(self, status: str = "completed") -> None:
         """End the run: "completed", "failed" or "interrupted". Waits for delivery only while the receiver answers."""
@@ -170,32 +175,35 @@ class Run:
                 return
             self.closed = True
         try:
-            self._scope.begin["status"] = str(status)
-            self._scopes.end(self._scope, None)
+            self._scopes.end(self._scope, None, text(status))
             writer = self._journal.writer
-            self._journal.close(str(status))
+            self.pipeline.close(text(status))
             self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)
         except Exception as error:
             self.tell("close", f"the run was not closed well: {error!r}")
 
     def stats(self) -> dict[str, Any]:
         """The ledgers: what was journaled, what was lost or refused, and what each destination has taken."""
-        writer = self._journal.writer
+        writer, delivery = self._journal.writer, {}
+        try:
+            delivery = self.delivery.ledgers(writer.path) if writer else {}
+        except Exception as error:
+            self.tell("stats", f"the ledgers of delivery cannot be read: {error!r}")
         return {
             "journaled": writer.seq if writer else 0,
             "lost": writer.lost if writer else 0,
             "durable": self._journal.durable,
             "journal": str(writer.path) if writer else None,
             "troubles": dict(self._troubles),
-            "delivery": self.delivery.ledgers(writer.path) if writer else {},
+            "delivery": delivery,
         }
 
     def tell(self, kind: str, message: str) -> None:
         """Count a trouble, and say it the first time."""
         self._troubles[kind] += 1
         if self._troubles[kind] == 1:
-            first = self.identity.local_rank == 0 and not self.identity.role
-            log.log(logging.WARNING if first else logging.DEBUG, "%s (told once; run.stats() counts)", message)
+            level = logging.WARNING if self._tells else logging.DEBUG
+            log.log(level, "%s (told once; run.stats() counts)", message)
 
     def __enter__(self) -> Self:
         return self
@@ -211,8 +219,9 @@ class Run:
     def after_fork(self, role: str) -> None:
         """In a forked child, whose first event begins a session of its own under `role`."""
         self._lock = threading.Lock()
+        self._tells = False
         self.identity = replace(self.identity, role=f"{self.identity.role}{role}")
-        self._scopes.after_fork(self.identity)
+        self._scopes.before_fork_child(self.identity)
         self._journal.after_fork()
         self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
 
@@ -226,7 +235,7 @@ class Run:
         self.delivery.watch()
 
     def _record(self, tag: str, fields: Any, *, inside: bool = False) -> None:
-        """Emit a rare event. `fields()` may run a user's code, so it runs where nothing it raises gets out."""
+        """Emit an event. `fields()` may run a user's code, so it runs where nothing it raises gets out."""
         try:
             parent = {"parent": self._scopes.parent()} if inside else {}
             self._emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
@@ -239,23 +248,27 @@ class Run:
                 raise TypeError("text")
             return number_text(float(value))
         except Exception as error:  # a user's __float__ may raise anything
-            self.tell("value", f"metric {plain(key)!s:.80}={plain(value)!s:.80}: not a number: {error}")
+            self.tell("value", f"metric {text(key):.80}={text(value):.80}: not a number: {text(error)}")
             return None
 
     def _whole(self, field: str, value: Any) -> int | None:
+        if type(value) is int and 0 <= value < LARGEST:
+            return value
         try:
             number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
-            if 0 <= number < 1 << 63:
+            if 0 <= number < LARGEST:
                 return number
+            why = "below 0 or beyond 64 bits"
         except Exception as error:  # a user's __index__ may raise anything
-            self.tell("step", f"{field}={plain(value)!s:.80}: not a whole number: {error}; recorded without it")
-            return None
-        self.tell("step", f"{field}={number}: below 0 or beyond 64 bits; recorded without it")
+            why = f"not a whole number: {text(error)}"
+        self.tell("step", f"{field}={text(value):.80}: {why}; recorded without it")
         return None
 
     def _header(self) -> Event:
         """The header of a session that begins now, in this process."""
         me = self.identity
+        if me.role and (util := sys.modules.get("multiprocessing.util")):
+            util.Finalize(None, self.close, exitpriority=0)  # a worker of multiprocessing leaves past atexit
         header: Event = {
             "ts": 0,
             "seq": 0,
@@ -283,10 +296,26 @@ def describe(error: BaseException) -> Event:
     """An exception as the fields of an error event."""
     try:
         stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as failure:  # an exception's own __str__ may raise
-        stack = f"<no stack trace: {failure!r}>"
+    except Exception as failure:  # an exception's own attributes may raise
+        lines = traceback.format_tb(error.__traceback__) if isinstance(error, BaseException) else []
+        stack = "".join([*lines, f"<no more of {type(error).__name__}: {text(failure)}>"])
     if len(stack) > LONGEST_STACK:  # its end says what happened
         stack = f"…{stack[-LONGEST_STACK:]}"
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     return {"type": name, "message": plain(error), "stack": plain(stack)}
+
+
+def text(value: Any) -> str:
+    """Any object as text; its own `__str__` may raise."""
+    return value if type(value) is str else str(plain(value))
+
+
+def mapping_of(params: Any) -> Mapping[str, Any]:
+    """The fields of a mapping, a dataclass, a namespace or any other object with attributes. TypeError."""
+    if isinstance(params, Mapping):
+        return params
+    if is_dataclass(params):
+        return {field.name: getattr(params, field.name) for field in fields(params)}
+    attributes: dict[str, Any] = vars(params)
+    return attributes

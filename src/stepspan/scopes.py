@@ -8,10 +8,10 @@ whether its loop was left by `break` or by an exception, which the loop's iterat
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from contextvars import ContextVar
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from stepspan.events import Event
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stepspan.pipeline import Pipeline
 
 T = TypeVar("T")
+SECOND = 1_000_000_000
 
 current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
 
@@ -32,25 +33,28 @@ class Scope:
     """An open run, epoch, step or span; a context manager. `seq` and `ts` are those of its begin line."""
 
     __slots__ = (
-        "begin", "epoch", "home", "lap", "loose", "outer", "owner", "parent",
+        "begin", "epoch", "home", "lap", "loose", "outer", "owner",
         "seq", "split", "step", "tag", "token", "ts", "waited",
     )  # fmt: skip
 
-    def __init__(self, owner: Scopes, tag: str, begin: Event) -> None:
+    def __init__(
+        self, owner: Scopes, tag: str, begin: Event, step: int | None = None, split: str | None = None
+    ) -> None:
         self.owner = owner
         self.tag = tag
         self.begin = begin
-        self.seq = self.ts = self.parent = self.lap = 0
+        """Its begin event."""
+        self.step = step
+        self.split = split
+        self.epoch: int | None = None
+        self.seq = self.ts = self.lap = 0
         self.loose = 0
         """When its loop was left, Unix ns; 0 while it is held."""
-        self.home: object = None
+        self.home: Any = None
         """The session it was begun in; None when it is not open."""
         self.outer: Scope | None = None
-        self.epoch: int | None = None
-        self.step: int | None = None
-        self.split: str | None = None
-        self.waited: float | None = None
-        """Seconds that a step waited for its data."""
+        self.waited: int | None = None
+        """Nanoseconds that a step waited for its data."""
         self.token: Any = None
 
     def __enter__(self) -> Self:
@@ -82,36 +86,56 @@ class Scopes:
         self._tell = tell
         self._record_error = record_error
         self._propagate = propagate
+        self._propagation: ModuleType | None = None
+        self._forebears: dict[object, Identity] = {}
+        """The session of a process that forked this one -> its identity."""
         self._main: Scope | None = None
         self._laps: dict[str, tuple[int, int, int]] = {}
+        self._next_epoch = 0
         self._next_step: dict[str, int] = {}
+
+    def run(self, fields: Event) -> Scope:
+        """The run, not open yet."""
+        return Scope(self, "run", {"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0, **fields})
+
+    def epoch(self, number: int | None) -> Scope:
+        """An epoch that is not open yet; None: the one after the last."""
+        if number is None:
+            number = self._next_epoch
+        self._next_epoch = number + 1
+        scope = Scope(self, "epoch", {"ts": 0, "seq": 0, "tag": "epoch_begin", "parent": 0, "epoch": number})
+        scope.epoch = number
+        return scope
+
+    def step(self, number: int | None, split: str) -> Scope:
+        """A step that is not open yet; None: the one after the last of this split."""
+        if number is None:
+            number = self._next_step.get(split, 0)
+        self._next_step[split] = number + 1
+        event = {"ts": 0, "seq": 0, "tag": "step_begin", "parent": 0, "step": number, "split": split}
+        return Scope(self, "step", event, number, split)
+
+    def span(self, fields: Event) -> Scope:
+        """A phase, not open yet."""
+        return Scope(self, "span", {"ts": 0, "seq": 0, "tag": "span_begin", "parent": 0, **fields})
 
     def begin(self, scope: Scope) -> None:
         """Open a scope inside the innermost one."""
         try:
-            tag, outer, home = scope.tag, self.innermost(), self._journal.home
+            tag, event, home = scope.tag, scope.begin, self._journal.home
+            outer = scope.outer = self.innermost()
             if outer is not None and outer.home is home:
-                scope.parent = outer.seq
-                if tag != "run" and tag != "epoch":
+                event["parent"] = outer.seq
+                if tag == "step":
                     scope.epoch = outer.epoch
-                    if tag == "span":
-                        scope.step, scope.split, scope.lap = outer.step, outer.split, outer.lap
-            scope.outer = outer
-            event: Event = {"ts": 0, "seq": 0, "tag": tag + "_begin", "parent": scope.parent}
+                elif tag == "span":
+                    scope.epoch, scope.step, scope.split, scope.lap = outer.epoch, outer.step, outer.split, outer.lap
             if tag == "step":
-                event["step"] = scope.step
-                event["split"] = scope.split
-                if scope.epoch is not None:
-                    event["epoch"] = scope.epoch
-                scope.lap = self._lap(scope)
-                if scope.lap:
-                    event["lap"] = scope.lap
-            else:
-                event.update(scope.begin)
+                self._place(scope, event)
             self._emit(event, scope)
             scope.home = self._journal.home
             if scope.home is not home:  # the event opened a session of its own: nothing there to lie in
-                scope.parent = 0
+                event["parent"] = 0
             current.set(scope)
             if tag != "span":
                 self._main = scope
@@ -120,23 +144,23 @@ class Scopes:
         except Exception as error:
             self._tell("begin", f"a {scope.tag} could not be begun: {error!r}")
 
-    def end(self, scope: Scope, error: BaseException | None) -> None:
-        """Close a scope and whatever is still open inside it."""
+    def end(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
+        """Close a scope and whatever is still open inside it. `status`: of one that no exception has failed."""
         if scope.home is None:
             return
         try:
             if current.get() is not scope:
                 self._end_inside(scope, error)
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
-            if error is not None and is_failure(error):
-                self.fail(error)
-                event["status"] = "failed" if scope.tag == "run" else "error"
-            elif scope.tag == "run":
-                event["status"] = scope.begin["status"]
             if scope.waited is not None:
-                event["data_wait"] = round(scope.waited, 9)
+                event["data_wait"] = scope.waited / SECOND
             if scope.loose:
-                event["ended"] = scope.loose
+                event["ended"], scope.loose = scope.loose, 0
+            if error is not None and is_failure(error):
+                self._fail(error)
+                event["status"] = "failed" if scope.tag == "run" else "error"
+            elif status is not None:
+                event["status"] = status
             if scope.home is self._journal.home:
                 self._emit(event, scope)
         except Exception as failure:
@@ -166,28 +190,16 @@ class Scopes:
         scope = self.innermost()
         return scope.seq if scope is not None and scope.home is self._journal.home else 0
 
-    def step(self, number: int | None, split: str) -> Scope:
-        """A step that is not open yet; None: the one after the last of this split."""
-        scope = Scope(self, "step", {})
-        scope.split = split
-        scope.step = self._next_step.get(split, 0) if number is None else number
-        self._next_step[split] = scope.step + 1
-        return scope
-
-    def fail(self, error: BaseException) -> None:
-        """Record an exception that passes through scopes, once."""
-        if not getattr(error, "_stepspan_recorded", False):
-            self._record_error(error)
-            try:
-                error._stepspan_recorded = True  # type: ignore[attr-defined]
-            except AttributeError:  # an exception with slots is recorded by every scope
-                return
+    def recorded(self, error: BaseException) -> None:
+        """Remember that an exception stands in this session: the scopes it passes through need not say it again."""
+        with suppress(Exception):  # one that takes no attribute is recorded by every scope
+            error._stepspan_recorded = self._mark  # type: ignore[attr-defined]
 
     def ids(self, scope: Scope) -> tuple[bytes, bytes]:
         """The trace and span id that the mapping will give a scope."""
-        me, writer = self._identity, self._journal.writer
+        me = self._forebears.get(scope.home, self._identity)
         top = scope
-        while top.tag == "span" and top.parent and top.outer is not None and top.outer.tag in {"span", "step"}:
+        while top.tag == "span" and top.begin["parent"] and top.outer is not None and top.outer.tag in {"span", "step"}:
             top = top.outer
         if top.tag == "step":
             trace_id = ids.step_trace_id(me.run_key, top.split or "", top.epoch, top.lap, top.step or 0)
@@ -195,13 +207,25 @@ class Scopes:
             trace_id = ids.outside_trace_id(me.run_key, me.rank, me.role, top.epoch, top.ts)
         if scope.tag == "step":
             return trace_id, ids.step_span_id(trace_id, me.rank, me.role)
-        return trace_id, ids.span_id(writer.session if writer else "", scope.seq)
+        session = getattr(scope.home or self._journal.writer, "session", "")
+        return trace_id, ids.span_id(session, scope.seq)
 
-    def after_fork(self, identity: Identity) -> None:
-        """In a forked child: what the parent has open is not ours to end."""
+    def before_fork_child(self, identity: Identity) -> None:
+        """In a forked child, while the journal is still the parent's: what the parent has open is not ours to end."""
+        self._forebears[self._journal.home] = self._identity
         self._identity = identity
         self._main = None
         current.set(None)
+
+    @property
+    def _mark(self) -> str:
+        return self._identity.run_key + self._identity.role
+
+    def _fail(self, error: BaseException) -> None:
+        with suppress(Exception):
+            if error._stepspan_recorded == self._mark:  # type: ignore[attr-defined]
+                return
+        self._record_error(error)
 
     def _end_inside(self, scope: Scope, error: BaseException | None) -> None:
         inside, inner = [], current.get()
@@ -212,49 +236,58 @@ class Scopes:
             for left in inside:
                 self.end(left, error)
 
-    def _lap(self, scope: Scope) -> int:
-        """How often the steps of this split have begun again: within a lap (epoch, step) grows."""
-        epoch, step, split = -1 if scope.epoch is None else scope.epoch, scope.step or 0, scope.split or ""
-        last_epoch, last_step, lap = self._laps.get(split, (-1, -1, 0))
-        if (epoch, step) <= (last_epoch, last_step):
+    def _place(self, scope: Scope, event: Event) -> None:
+        """Epoch and lap of a step: how often the steps of its split have begun again. (epoch, step) grows in a lap."""
+        epoch, number = scope.epoch, scope.step or 0
+        if epoch is None:
+            epoch = -1
+        else:
+            event["epoch"] = epoch
+        split = scope.split or ""
+        last_epoch, last_number, lap = self._laps.get(split, (-1, -1, 0))
+        if epoch < last_epoch or (epoch == last_epoch and number <= last_number):
             lap += 1
-        self._laps[split] = epoch, step, lap
-        return lap
+        self._laps[split] = epoch, number, lap
+        if lap:
+            scope.lap = event["lap"] = lap
 
     def _attach(self, scope: Scope) -> None:
-        from stepspan import propagation
+        if self._propagation is None:
+            from stepspan import propagation
 
-        if self._propagate or not propagation.foreign_provider():
-            scope.token = propagation.attach(scope)
+            self._propagation = propagation
+        if self._propagate or not self._propagation.foreign_provider():
+            scope.token = self._propagation.attach(scope)
 
-    @staticmethod
-    def _detach(scope: Scope) -> None:
-        from stepspan import propagation
-
-        propagation.detach(scope.token)
-        scope.token = None
+    def _detach(self, scope: Scope) -> None:
+        token, scope.token = scope.token, None
+        if self._propagation is not None:
+            self._propagation.detach(token)
 
 
 class Steps(Generic[T]):
     """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
 
     An object and not a generator: it has a length, and it can be left in any way. `accumulate` batches make one step.
+    A loop over one that was exhausted begins again, as a loop over the iterable would.
     """
 
     def __init__(
         self, scopes: Scopes, iterable: Iterable[T], *, start: int | None, accumulate: int, split: str
     ) -> None:
+        self._scope: Scope | None = None
         self._scopes = scopes
+        self._clock = scopes.clock
         self._iterable = iterable
         self._iterator: Iterator[T] | None = None
+        self._exhausted = False
         self._start = start
         self._accumulate = accumulate
         self._split = split
-        self._scope: Scope | None = None
         self._batches = 0
-        self._waited = 0.0
 
     def __iter__(self) -> Iterator[T]:
+        self._exhausted = False
         return self
 
     def __len__(self) -> int:
@@ -263,37 +296,41 @@ class Steps(Generic[T]):
     def __next__(self) -> T:
         if self._batches >= self._accumulate:
             self._finish(None)
-        before = time.perf_counter()
+        before = self._clock()
         try:
             if self._iterator is None:
+                if self._exhausted:
+                    raise StopIteration
                 self._iterator = iter(self._iterable)
             batch = next(self._iterator)
         except StopIteration:
+            self._iterator, self._exhausted = None, True
             self._finish(None)
             raise
         except BaseException as error:
             self._finish(error)
             raise
-        self._waited += time.perf_counter() - before
+        waited = self._clock() - before
         self._batches += 1
-        if self._scope is None:
-            self._scope = self._scopes.step(self._start, self._split)
-            self._start = None
-            self._scopes.begin(self._scope)
+        scope = self._scope
+        if scope is None:
+            scope = self._scope = self._scopes.step(self._start, self._split)
+            scope.waited, self._start = waited, None
+            self._scopes.begin(scope)
+        else:
+            scope.waited = (scope.waited or 0) + waited
         return batch
 
     def _finish(self, error: BaseException | None) -> None:
         scope, self._scope = self._scope, None
+        self._batches = 0
         if scope is not None:
-            scope.waited = self._waited
             self._scopes.end(scope, error)
-        self._waited, self._batches = 0.0, 0
 
     def __del__(self) -> None:
-        scope = getattr(self, "_scope", None)
-        if scope is not None and not scope.loose:  # the loop was left; how, the scope around it will know
-            scope.waited = self._waited
-            scope.loose = self._scopes.clock()
+        scope = self._scope
+        if scope is not None:
+            scope.loose = self._clock()  # the loop was left; how, the scope around it will know
 
 
 def is_failure(error: BaseException) -> bool:

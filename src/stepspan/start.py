@@ -6,16 +6,17 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepspan.disabled import DISABLED, switched_off
+from stepspan.errors import ConfigError
 from stepspan.run import Run
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from stepspan.config import Settings
     from stepspan.deliver.handle import Delivery
     from stepspan.exporters.jsonl import JsonlExporter
@@ -55,22 +56,25 @@ def start_run(
     one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent. `resource` adds resource attributes.
     `processors` run before the journal, after redaction. `exporters` follow the journal: `OtlpExporter`, `SdkExporter`
     or your own; a `JsonlExporter` in the first place says where and how the journal is kept. `config` is a YAML file
-    with any of `stepspan.config.Settings`.
+    with any of `stepspan.config.Settings`. `enabled=False`, or STEPSPAN_DISABLED=1 whatever the argument says: a run
+    that does nothing.
 
     Raises `ConfigError` where an argument, variable or file entry is wrong.
     """
     global _open, _started
+    if enabled is False or switched_off(os.environ):
+        return DISABLED
     from stepspan import config as settings_of
 
     settings = settings_of.load(
         {
             "name": name,
             "group": group,
-            "tags": None if tags is None else list(tags),
+            "tags": tags,
             "service_name": service_name,
             "directory": directory,
             "endpoint": endpoint,
-            "resource": None if resource is None else dict(resource),
+            "resource": resource,
             "enabled": enabled,
         },
         os.environ,
@@ -78,8 +82,9 @@ def start_run(
     )
     if not settings.enabled:
         return DISABLED
+    before, after = _listed("processors", processors) or [], _listed("exporters", exporters)
     if _open is not None and not _open.closed:
-        log.warning("start_run() closes the run that was open: %s", _open.identity.job_id)
+        _open.tell("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
         _open.close()
     who = {
         "job_id": job_id,
@@ -89,7 +94,11 @@ def start_run(
         "attempt": attempt,
         "group": settings.group,
     }
-    _open = _assemble(settings, who, processors or (), exporters)
+    try:
+        _open = _assemble(settings, who, before, after)
+    except OSError as error:
+        log.warning("no journal can be kept, so nothing is recorded: %s", error)
+        return DISABLED
     _started += 1
     return _open
 
@@ -147,9 +156,16 @@ def _assemble(
         run.tell(
             "memory", f"{settings.directory} cannot be written: the journal lies in memory, at {journal.directory}"
         )
-    elif identity.rank == 0:
-        log.info("journal: %s", journal.writer.path if journal.writer else journal.directory)
+    elif identity.rank == 0 and not _started and sys.stderr is not None:
+        with suppress(Exception):  # somebody else's stream
+            sys.stderr.write(f"stepspan: the journal lies in {journal.directory}\n")
     return run
+
+
+def _listed(field: str, value: Any) -> list[Any] | None:
+    if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")):
+        raise ConfigError(field, value, "give a list of objects")
+    return None if value is None else list(value)
 
 
 class _Teller:
@@ -208,59 +224,11 @@ def _apart_from_living(identity: Identity, journal: JsonlExporter, boot_id: str)
     return identity
 
 
-class _Nothing:
-    """A scope that nobody records."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-class _DisabledRun(Run):
-    """Takes everything and does nothing."""
-
-    def __init__(self) -> None:
-        self.closed = False
-
-    def log_metrics(self, *_: Any, **__: Any) -> None:
-        """Nothing."""
-
-    log_scalar = log_hyperparams = log_artifact = log_event = log_error = tell = log_metrics
-
-    def epoch(self, *_: Any, **__: Any) -> Any:
-        """Nothing."""
-        return _NOTHING
-
-    step = span = epoch
-
-    def steps(self, iterable: Iterable[Any], **_: Any) -> Any:
-        """The iterable as it is."""
-        return iterable
-
-    def flush(self, timeout: float = 5.0) -> bool:
-        """Nothing waits."""
-        return True
-
-    def close(self, status: str = "completed") -> None:
-        """Nothing."""
-
-    def stats(self) -> dict[str, Any]:
-        """As a run that has done nothing."""
-        return {"journaled": 0, "lost": 0, "durable": True, "journal": None, "troubles": {}, "delivery": {}}
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-_NOTHING = _Nothing()
-DISABLED = _DisabledRun()
-
-
 def _close_at_exit() -> None:
     if _open is not None and not _open.closed:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
+        if hasattr(sys, "ps1"):  # or, where somebody types, what went wrong in some line before
+            error = None
         _open.__exit__(type(error) if error else None, error, None)
 
 

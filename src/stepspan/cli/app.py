@@ -94,6 +94,23 @@ def status(
     raise typer.Exit(show_status(path, as_json=as_json, state_directory=state_directory))
 
 
+@app.command("import")
+def import_(
+    paths: Annotated[list[Path], typer.Argument(help="Files and directories of another system.")],
+    system: Annotated[str, typer.Option("--from", help="auto, stormlog, evsys, qmlhc or cloudmesh.")] = "auto",
+    job_id: Annotated[str | None, typer.Option(help="The job they belong to, where they don't say it.")] = None,
+    directory: Annotated[Path, typer.Option(help="Where the journal goes.")] = Path("stepspan-runs"),
+) -> None:
+    """Turn the files of stormlog, evsys, qmlhc or cloudmesh into journals, with their original times.
+
+    Says what each path was taken for, and refuses where that is not certain. Importing twice changes nothing. Then
+    `stepspan sync` sends the result like any other journal.
+    """
+    from stepspan.cli.importing import import_paths
+
+    raise typer.Exit(import_paths(paths, system, job_id, directory))
+
+
 @app.command()
 def doctor(
     directory: Annotated[Path | None, typer.Option(help="Where the journal would go.")] = None,

@@ -76,7 +76,6 @@ class Deliverer:
                 if self._pace:
                     self._pace(time.thread_time() - before)
                 if not moved:
-                    shipper.rounds += 1
                     self._stop.wait(POLL)
         except Exception:  # a defect of ours in one signal: say it where people look, and leave the others alone
             log.exception("delivery of %s to %s has stopped", shipper.signal, shipper.exporter.destination)

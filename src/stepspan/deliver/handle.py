@@ -29,28 +29,41 @@ ANSWERING = 5.0  # seconds since its last answer for which a receiver counts as 
 class Delivery:
     """No delivery: the journal is all there is. The base of the others; `targets` are (destination, signal)."""
 
+    GRACE = 0.0
+    """Seconds for which `close` believes in a receiver that has not answered yet."""
+
     def __init__(self, targets: Iterable[tuple[str, str]] = ()) -> None:
         self.targets = frozenset(targets)
 
     def watch(self) -> None:
         """Called about once a second by the thread that logs."""
 
-    def wait(self, session: Path, seq: int, timeout: float, *, only_while_answering: bool = False) -> bool:
+    def wait(self, session: Path, seq: int, timeout: float) -> bool:
         """Wait until all targets have everything up to `seq`; whether they do."""
-        deadline = time.monotonic() + timeout
+        return self._wait(session, lambda state: state.position.seq >= seq, timeout, only_while_answering=False)
+
+    def _wait(
+        self, session: Path, done: Callable[[CursorState], bool], timeout: float, *, only_while_answering: bool
+    ) -> bool:
+        deadline, patient = time.monotonic() + timeout, time.monotonic() + self.GRACE
         while True:
             states = self._states(session)
-            if len(states) == len(self.targets) and all(state.position.seq >= seq for state in states):
+            waiting = [state for state in states if not done(state)]
+            if not waiting and len(states) == len(self.targets):
                 return True
-            answered = max((state.answered for state in states), default=0.0)
-            if time.monotonic() >= deadline or (only_while_answering and time.time() - answered > ANSWERING):
+            if time.monotonic() >= deadline:
                 return False
+            if only_while_answering and time.monotonic() >= patient:
+                open_ones = waiting if len(states) == len(self.targets) else states
+                answered = max((state.answered for state in open_ones if state.state != "hold"), default=0.0)
+                if time.time() - answered > ANSWERING:
+                    return False
             time.sleep(POLL)
 
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
-        """The run has ended: wait a little for a receiver that answers."""
+        """The run has ended: wait a little for a receiver that answers, until it has the end too."""
         if session is not None and self.targets:
-            self.wait(session, seq, timeout, only_while_answering=True)
+            self._wait(session, lambda state: state.position.finished, timeout, only_while_answering=True)
 
     def ledgers(self, session: Path) -> dict[str, Any]:
         """Destination -> signal -> ledger."""
@@ -66,6 +79,8 @@ class Delivery:
 class ProcessDelivery(Delivery):
     """A deliverer process for this host, started again by whoever finds its lock free."""
 
+    check = CHECK
+
     def __init__(
         self,
         directory: Path,
@@ -79,14 +94,14 @@ class ProcessDelivery(Delivery):
         self._directory, self._host, self._exporters = directory, host, exporters
         self._tell = tell
         self._process: subprocess.Popen[bytes] | None = None
-        self._next = 0.0 if first else time.monotonic() + 2 * CHECK
+        self._next = 0.0 if first else time.monotonic() + 2 * self.check
 
     def watch(self) -> None:
         """Start a deliverer where none is at work."""
         now = time.monotonic()
         if now < self._next:
             return
-        self._next = now + CHECK
+        self._next = now + self.check
         try:
             self._start_where_free()
         except Exception as error:  # a run that can't start a process still has its journal
@@ -120,6 +135,7 @@ class ThreadDelivery(Delivery):
 
     BATCH = 16 << 10
     SHARE = 0.1
+    GRACE = 0.4  # nothing outlives the process, so a short run would end before its first request
 
     def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
@@ -143,7 +159,7 @@ class ThreadDelivery(Delivery):
         self.watch()
         super().close(session, seq, timeout)
         if self._deliverer is not None:
-            self._deliverer.stop(timeout=1.0)
+            self._deliverer.stop(timeout=0.4)
 
     def _sessions(self) -> list[SessionPath]:
         path = self._session()

@@ -4,6 +4,10 @@ A batch that is refused is sent in halves until the refused record stands alone.
 receiver that was set up wrongly refuses everything. So a record is rejected only if the receiver took another one of
 the same signal meanwhile, if need be one that it has taken before and is sent again; and after `ROW` single refusals in
 a row the signal is held, with the server's words.
+
+A Collector passes on that what is behind it refused, and not why: too old, too far in the future and a second value for
+one millisecond all look the same. A record whose time may be the reason is therefore never rejected on such an answer,
+but holds the signal: widening a window brings it back, and nothing brings back what was thrown away.
 """
 
 from __future__ import annotations
@@ -15,6 +19,12 @@ from stepspan.otlp.records import Record
 from stepspan.otlp.transport import Outcome, Verdict
 
 ROW = 16
+UNTIMELY = (
+    "what is behind the collector refuses points that are over an hour old, or in its future, and the collector does "
+    "not pass on why: look in the log of what is behind it. If they are too old, widen "
+    "storage.tsdb.out_of_order_time_window there, then they go out by themselves; if they are in the future, set the "
+    "clocks. It said: "
+)
 
 Send = Callable[[Sequence[Record]], Outcome]
 
@@ -26,12 +36,15 @@ class Isolation:
     send: Send
     witness: Record | None = None
     """A record that the receiver has taken."""
+    untimely: Callable[[Record], bool] = lambda record: False
+    """Whether a record's time may be why it is refused."""
     delivered: int = 0
     dropped: int = 0
     """Records of accepted requests that the receiver says it did not take, without saying which."""
     rejected: list[tuple[Record, str]] = field(default_factory=list)
     took: bool = False
     _row: int = 0
+    _said: str = ""
 
     def run(self, records: Sequence[Record]) -> Outcome:
         """Send all of them; anything but DELIVERED means: nothing counts, do as it says."""
@@ -45,19 +58,24 @@ class Isolation:
             answer = self.send([self.witness])
             if answer.verdict is not Verdict.DELIVERED:
                 return Outcome(Verdict.HOLD, f"it refuses what it took before: {message}")
-        return Outcome(Verdict.DELIVERED, self.rejected[-1][1] if self.rejected else "")
+        return Outcome(Verdict.DELIVERED, self.rejected[-1][1] if self.rejected else self._said)
 
     def _offer(self, records: Sequence[Record]) -> Outcome | None:
         """Send some; None when each was taken or refused alone, an outcome to stop with otherwise."""
         outcome = self.send(records)
         if outcome.verdict is Verdict.DELIVERED:
-            self.delivered += len(records) - outcome.rejected
-            self.dropped += outcome.rejected
-            self.witness, self.took, self._row = records[-1], True, 0
+            dropped = min(outcome.rejected, len(records))
+            self.delivered += len(records) - dropped
+            self.dropped += dropped
+            self._said = outcome.message if dropped else self._said
+            if dropped < len(records):
+                self.witness, self.took, self._row = records[-1], True, 0
             return None
         if outcome.verdict not in (Verdict.HALVE, Verdict.ISOLATE):
             return outcome
         if len(records) == 1:
+            if outcome.opaque and self.untimely(records[0]):
+                return Outcome(Verdict.HOLD, UNTIMELY + outcome.message)
             self.rejected.append((records[0], outcome.message))
             self._row += 1
             if self._row == ROW:

@@ -15,10 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from zlib import crc32
 
 import orjson
 
+from stepspan.deliver import dead_letters
 from stepspan.deliver.isolation import Isolation
 from stepspan.errors import JournalError
 from stepspan.events import Event
@@ -27,9 +29,8 @@ from stepspan.journal.cursor import Cursor, CursorState, Ledger, Position, curso
 from stepspan.journal.layout import SessionPath, open_directory, open_file, read_file, segment_name, writable_by_us
 from stepspan.journal.liveness import Closed, is_dead, quiet_for, read_closed, write_closed
 from stepspan.journal.reader import JournalReader, last_event
-from stepspan.otlp import json as otlp_json
 from stepspan.otlp.mapping import VERSION, Mapper, mapper
-from stepspan.otlp.records import Record, Signal
+from stepspan.otlp.records import Point, Record, Signal
 from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.processors import specs
 
@@ -37,11 +38,16 @@ log = logging.getLogger("stepspan.deliver")
 
 BATCH = 256 << 10
 CHECKPOINT = 16 << 20
-LIVENESS = 1.0
+LOOK, LIVENESS = 0.1, 1.0
+"""Seconds between looks for the word that a session has ended, and at its writer's lock."""
 RETRY_FIRST, RETRY_LONGEST = 0.25, 30.0
 HOLD_FIRST, HOLD_LONGEST = 15.0, 300.0
 PATIENCE = 5
 """Failures of the "retry, then hold" kind before it is a hold."""
+HEADER = {"run_key": str, "rank": int, "world_size": int, "role": str, "started": int, "resource": dict}
+"""What mapping and merging rely on."""
+FRESH = 3600 * 1_000_000_000
+"""Points that are older than this, or in the future, may be refused for their time alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class Options:
     state_directory: Path | None = None
     batch: int = BATCH
     clock: Callable[[], float] = time.monotonic
+    wall: Callable[[], float] = time.time
     jitter: Callable[[], float] = random.SystemRandom().random
 
 
@@ -78,7 +85,9 @@ class Lane:
         self.failing_since: float | None = None
         self._exporter = exporter
         self._options = options
-        self._failures = 0
+        self._failures = self._stubborn = 0
+        self._waits = ""
+        self._told: set[str] = set()
         self._witness: Record | None = None
         self._since_checkpoint = 0
         self._looked = self._listened = -LIVENESS
@@ -87,6 +96,9 @@ class Lane:
         self._closed: Closed | None = None
         self._reader = JournalReader(session, clock=options.clock)
         self.header: Event = self._reader.header
+        wrong = [name for name, kind in HEADER.items() if type(self.header.get(name)) is not kind]
+        if wrong:
+            raise JournalError(f"{session.path}: its header lacks {', '.join(wrong)}")
         self.home = session.path
         if options.state_directory is not None:
             self.home = options.state_directory / session.path.name
@@ -129,11 +141,12 @@ class Lane:
         parcel = self._parcel or self._read(until)
         if parcel is None:
             return False
-        isolation = Isolation(self._send, witness=self._witness)
+        isolation = Isolation(self._send, witness=self._witness, untimely=self._untimely)
         outcome = isolation.run(parcel.records) if parcel.records else Outcome(Verdict.DELIVERED)
         if outcome.verdict is Verdict.DELIVERED:
             self._parcel = None
-            self._set_aside(isolation.rejected)
+            if isolation.rejected:
+                self._set_aside(isolation.rejected)
             self._move(parcel, isolation, outcome.message)
             return True
         self._wait(outcome)
@@ -175,11 +188,22 @@ class Lane:
         for processor in self._exporter.processors:
             kept: list[Event] = []
             for event in events:
-                processed = processor(event) if event["tag"] in processor.tags else event
+                processed: Event | None = event
+                if event["tag"] in processor.tags:
+                    try:
+                        processed = processor(event)
+                    except Exception as error:  # somebody else's code: the event goes on without it
+                        self._tell_processor(processor, error)
                 if processed is not None:
                     kept.append(processed)
             events = kept
         return events
+
+    def _tell_processor(self, processor: object, error: Exception) -> None:
+        name = type(processor).__name__
+        if name not in self._told:
+            self._told.add(name)
+            log.warning("%s %s: processor %s failed: %r", self.session.path, self.signal, name, error)
 
     def _send(self, records: Sequence[Record]) -> Outcome:
         return self._exporter.export(self.signal, self.header["resource"], records)
@@ -190,36 +214,37 @@ class Lane:
         if state.state in {"retry", "hold"}:
             log.info("%s %s: delivering again", self.session.path, self.signal)
         self._since_checkpoint += max(0, position.offset - self.position.offset)
-        if position.segment != self.position.segment or self._since_checkpoint >= CHECKPOINT:
-            self._save(position)
+        due = position.segment != self.position.segment or self._since_checkpoint >= CHECKPOINT
         rejected = len(isolation.rejected) + isolation.dropped
         self.position, self._witness = position, isolation.witness
-        self._failures, self.not_before, self.failing_since = 0, 0.0, None
+        self._failures, self._stubborn, self.not_before, self.failing_since = 0, 0, 0.0, None
         self._cursor.write(
             replace(
                 state,
                 position=position,
                 ledger=state.ledger.plus(replace(parcel.counts, delivered=isolation.delivered, rejected=rejected)),
-                answered=time.time() if parcel.records else state.answered,
+                answered=self._options.wall() if parcel.records else state.answered,
                 state="ok",
                 message=message or state.message if rejected else state.message if state.state == "ok" else "",
                 session=self.session.session,
             )
         )
+        if due and not position.finished:  # after the cursor: a checkpoint that is ahead of it helps nobody
+            self._save(position)
 
     def _wait(self, outcome: Outcome) -> None:
         """The batch was not taken: when to try again, and what to say."""
-        self._failures += 1
         now = self._options.clock()
-        hold = outcome.verdict is Verdict.HOLD or (
-            outcome.verdict is Verdict.RETRY_THEN_HOLD and self._failures >= PATIENCE
-        )
+        self._stubborn = self._stubborn + 1 if outcome.verdict is Verdict.RETRY_THEN_HOLD else 0
+        hold = outcome.verdict is Verdict.HOLD or self._stubborn >= PATIENCE
+        state = "hold" if hold else "retry"
+        self._failures = self._failures + 1 if state == self._waits else 1
+        self._waits = state
         first, longest = (HOLD_FIRST, HOLD_LONGEST) if hold else (RETRY_FIRST, RETRY_LONGEST)
         delay = min(longest, first * 2 ** min(self._failures - 1, 16)) * (0.5 + self._options.jitter() / 2)
         self.not_before = now + max(delay, outcome.retry_after or 0.0)
         if self.failing_since is None:
             self.failing_since = now
-        state = "hold" if hold else "retry"
         if (state, outcome.message) != (self.state.state, self.state.message):
             log.warning("%s %s: %s: %s", self.session.path, self.signal, state, outcome.message)
         self._cursor.write(replace(self.state, state=state, message=outcome.message, session=self.session.session))
@@ -227,7 +252,7 @@ class Lane:
     def _look(self) -> Closed | None:
         """The session's end, if somebody has said it."""
         now = self._options.clock()
-        if self._closed is None and now - self._looked >= LIVENESS:
+        if self._closed is None and now - self._looked >= LOOK:
             self._looked = now
             self._closed = read_closed(self.session.path) or read_closed(self.home)
         return self._closed
@@ -247,36 +272,26 @@ class Lane:
         return True
 
     def _is_dead(self) -> bool:
-        last = self.session.segments()[-1:]
-        silence = quiet_for(self.session.path / segment_name(last[0])) if last else 0.0
+        segments = self.session.segments()
+        if not segments:
+            raise JournalError(f"{self.session.path}: it is gone")
+        silence = quiet_for(self.session.path / segment_name(segments[-1]))
         options = self._options
         return is_dead(
             self.session.path, self.header, boot_id=options.boot_id, quiet_for=silence, dead_after=options.dead_after
         )
 
+    def _untimely(self, record: Record) -> bool:
+        """Whether a receiver may refuse a record for its time alone."""
+        if self.signal != "metrics":
+            return False
+        age = int(self._options.wall() * 1e9) - cast("Point", record)[1]
+        return age > FRESH or age < 0
+
     def _set_aside(self, rejected: list[tuple[Record, str]]) -> None:
-        """Keep what was refused, with the receiver's words, as OTLP JSON."""
-        if not rejected:
-            return
-        lines = b"".join(
-            orjson.dumps(
-                {
-                    "destination": self._exporter.destination,
-                    "signal": self.signal,
-                    "why": why,
-                    "request": orjson.Fragment(otlp_json.encode(self.signal, self.header["resource"], [record])),
-                }
-            )
-            + b"\n"
-            for record, why in rejected
-        )
-        directory = open_directory(self.home)
-        try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-            with open(open_file("rejected.jsonl", flags, dir_fd=directory), "ab") as file:
-                file.write(lines)
-        finally:
-            os.close(directory)
+        """Keep what was refused."""
+        resource = self.header["resource"]
+        dead_letters.append(self.home, self._exporter.destination, self.signal, resource, rejected)
         log.warning("%s %s: %d refused for good: %s", self.session.path, self.signal, len(rejected), rejected[-1][1])
 
     def _save(self, position: Position) -> None:
@@ -285,7 +300,7 @@ class Lane:
         content = orjson.dumps({**self._key(), "position": position, "mapper": self._mapper.state()})
         draft = self._checkpoint.with_suffix(".draft")
         with contextlib.suppress(OSError):
-            draft.write_bytes(content)
+            draft.write_bytes(b"%08x %b" % (crc32(content), content))
             os.replace(draft, self._checkpoint)
             self._cursor.state.needs = position.segment
             self._since_checkpoint = 0
@@ -302,6 +317,8 @@ class Lane:
             self._cursor.state = state = CursorState()
         target = state.position
         fold = mapper(self.signal, self.header)
+        if target.finished:
+            return target, fold
         position = Position()
         checkpoint = self._load()
         if checkpoint and checkpoint[0].seq <= target.seq:
@@ -331,7 +348,8 @@ class Lane:
 
     def _load(self) -> tuple[Position, dict[str, Any]] | None:
         try:
-            found = orjson.loads(read_file(self._checkpoint) or b"null")
+            checksum, _, content = (read_file(self._checkpoint) or b"").partition(b" ")
+            found = orjson.loads(content) if int(checksum or b"0", 16) == crc32(content) else None
             if found and {key: found[key] for key in self._key()} == self._key():
                 return Position(**found["position"]), found["mapper"]
         except (ValueError, TypeError, KeyError):

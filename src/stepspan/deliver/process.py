@@ -15,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ log = logging.getLogger("stepspan.deliver")
 PLACE = ".deliverers"
 TASK = "STEPSPAN_DELIVERER"
 LONGEST_LOG = 1 << 20
+TRIES = 5
 
 
 class Lock:
@@ -106,7 +108,7 @@ def serve(directory: Path, host: str, task: Sequence[Mapping[str, Any]], boot_id
     """Deliver until the run is over."""
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in task]
     locks = {e.destination: Lock(directory, host, e.destination) for e in exporters}
-    ours = [e for e in exporters if locks[e.destination].take()]
+    ours = [e for e in exporters if _take(locks[e.destination])]
     if not ours:
         return
     log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in ours))
@@ -116,6 +118,15 @@ def serve(directory: Path, host: str, task: Sequence[Mapping[str, Any]], boot_id
     deliverer.wait(run_is_over)
     deliverer.stop()
     log.info("done")
+
+
+def _take(lock: Lock) -> bool:
+    """Take a lock that a rank may hold for the moment in which it looks whether it is free."""
+    for _ in range(TRIES):
+        if lock.take():
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def on_signal(interrupt: Callable[[], None]) -> None:

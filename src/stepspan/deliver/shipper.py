@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stepspan.deliver.lane import Lane, Options
@@ -24,6 +24,8 @@ log = logging.getLogger("stepspan.deliver")
 AHEAD = 600 * 1_000_000_000
 FOREVER = 1 << 62
 RESCAN = 1.0
+TRY_AGAIN = 60.0
+"""Seconds until a session that could not be read is looked at again: a disk may have been full, an upgrade may come."""
 
 
 class Shipper:
@@ -37,26 +39,41 @@ class Shipper:
         self.lanes: dict[Path, Lane] = {}
         """The sessions that are not finished."""
         self.unreadable: dict[Path, str] = {}
+        """The sessions that could not be read, and why."""
         self.rounds = 0
-        """In which nothing moved."""
+        """In which nothing moved. What follows is as of the last one, for other threads to look at."""
+        self.idle = False
+        """Whether every session is at its end for now, or held."""
+        self.over = False
+        """Whether nothing is left to do that time alone would bring: no session lives, and the rest is held."""
         self.broken = False
         self._find = find
         self._options = options
         self._finished: set[Path] = set()
+        self._try_again: dict[Path, float] = {}
+        self._living = False
+        self._failing_since: float | None = None
         self._scanned: float | None = None
         self._not_before = 0.0
 
     def round(self) -> bool:
         """Give every session that may go on its turn; whether anything moved."""
+        moved = self._give_turns()
+        self._survey(moved)
+        return moved
+
+    def _give_turns(self) -> bool:
         now = self._options.clock()
         if self._scanned is None or now - self._scanned >= RESCAN:
             self._scanned = now
-            self._scan()
+            self._scan(now)
         if now < self._not_before:
             return False
         moved = False
-        horizon = self._horizon()
-        for lane in self._in_turn():
+        turn = self._in_turn()
+        behind = sorted(lane.time for lane in turn if not lane.held and not lane.at_end)
+        for lane in turn:
+            horizon = _horizon(lane, behind)
             if lane.time > horizon or lane.not_before > now:
                 continue
             try:
@@ -71,24 +88,14 @@ class Shipper:
                 break
         return moved
 
-    @property
-    def idle(self) -> bool:
-        """Whether every session is at its end for now, or held."""
-        return all(lane.held or (lane.at_end and lane.failing_since is None) for lane in self.lanes.values())
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing is left to do that time alone would bring: no session lives, and the rest is held."""
-        return all(lane.held and not lane.alive for lane in self.lanes.values())
-
     def abandoned(self, patience: float) -> bool:
         """Whether no session lives and the receiver has been silent for `patience` seconds."""
-        return self.silent_for() >= patience and not any(lane.alive for lane in self.lanes.values())
+        return not self._living and self.silent_for() >= patience
 
     def silent_for(self) -> float:
         """Seconds since a receiver that we have something for last took anything; 0 while it takes."""
-        since = [lane.failing_since for lane in self.lanes.values() if lane.failing_since is not None]
-        return self._options.clock() - min(since) if since else 0.0
+        since = self._failing_since
+        return self._options.clock() - since if since is not None else 0.0
 
     def close(self) -> None:
         """Release all files."""
@@ -96,10 +103,10 @@ class Shipper:
             lane.close()
         self.lanes.clear()
 
-    def _scan(self) -> None:
+    def _scan(self, now: float) -> None:
         for session in self._find():
             path = session.path
-            if path in self.lanes or path in self._finished or path in self.unreadable:
+            if path in self.lanes or path in self._finished or self._try_again.get(path, now) > now:
                 continue
             try:
                 lane = Lane(session, self.signal, self.exporter, self._options)
@@ -107,13 +114,27 @@ class Shipper:
                 self._give_up(path, error)
                 continue
             self.lanes[path] = lane
+            self.unreadable.pop(path, None)
             if lane.finished:
                 self._retire(lane)
 
-    def _horizon(self) -> int:
-        """The event time up to which anyone may go."""
-        behind = [lane.time for lane in self.lanes.values() if not lane.held and not lane.at_end]
-        return min(behind) + AHEAD if len(behind) > 1 else FOREVER
+    def _survey(self, moved: bool) -> None:
+        """Where things stand after a round."""
+        lanes = self.lanes.values()
+        since = [lane.failing_since for lane in lanes if lane.failing_since is not None]
+        self._failing_since = min(since, default=None)
+        if moved:
+            self.idle = self.over = False
+            self._living = True
+            return
+        try:
+            alive = [lane.alive for lane in lanes]
+        except (OSError, JournalError):  # its next turn will say so
+            alive = [True]
+        self._living = any(alive)
+        self.idle = all(lane.held or (lane.at_end and lane.failing_since is None) for lane in lanes)
+        self.over = all(lane.held for lane in lanes) and not self._living
+        self.rounds += 1
 
     def _in_turn(self) -> list[Lane]:
         """The sessions that may go on, the slowest first; of those that share a series identity only the first."""
@@ -134,8 +155,17 @@ class Shipper:
 
     def _give_up(self, path: Path, error: Exception) -> None:
         """A session that can't be read stops nobody else."""
-        log.error("%s %s: cannot be delivered: %s", path, self.signal, error)
+        if self.unreadable.get(path) != str(error):
+            log.error("%s %s: cannot be delivered: %s", path, self.signal, error)
         self.unreadable[path] = str(error)
+        self._try_again[path] = self._options.clock() + TRY_AGAIN
         lane = self.lanes.pop(path, None)
         if lane is not None:
             lane.close()
+
+
+def _horizon(lane: Lane, behind: Sequence[int]) -> int:
+    """The event time up to which a session may go. `behind`: where those are that have more to send, ascending."""
+    among_them = not lane.held and not lane.at_end
+    others = behind[1:] if among_them and behind[0] == lane.time else behind
+    return others[0] + AHEAD if others else FOREVER

@@ -9,7 +9,7 @@ from typing import Any
 
 from stepspan.otlp.endpoint import destination_name, resolve_endpoints
 from stepspan.otlp.records import Attributes, Record, Signal
-from stepspan.otlp.transport import Outcome, Transport, open_transport
+from stepspan.otlp.transport import Outcome, Transport, Verdict, open_transport
 from stepspan.processors import Processor
 
 SWITCH = re.compile(r"OTEL_(TRACES|METRICS|LOGS)_EXPORTER")
@@ -52,14 +52,27 @@ class OtlpExporter:
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """One request."""
-        endpoint = self.endpoints[signal]
-        if signal not in self._transports:
-            self._transports[signal] = open_transport(endpoint)
-        if endpoint.protocol == "http/json":
+        if self.endpoints[signal].protocol == "http/json":
             from stepspan.otlp.json import encode
         else:
             from stepspan.otlp.protobuf import encode
-        return self._transports[signal].send(encode(signal, resource, records))
+        return self._send(signal, encode(signal, resource, records))
+
+    def send_json(self, signal: Signal, request: bytes) -> Outcome:
+        """One request that is OTLP JSON already, over this exporter's protocol. ISOLATE where it is none."""
+        if self.endpoints[signal].protocol != "http/json":
+            from stepspan.otlp.protobuf import from_json
+
+            try:
+                request = from_json(signal, request)
+            except ValueError as error:
+                return Outcome(Verdict.ISOLATE, f"no OTLP JSON: {error}")
+        return self._send(signal, request)
+
+    def _send(self, signal: Signal, body: bytes) -> Outcome:
+        if signal not in self._transports:
+            self._transports[signal] = open_transport(self.endpoints[signal])
+        return self._transports[signal].send(body)
 
     def close(self) -> None:
         """Close the connections."""

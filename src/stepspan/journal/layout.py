@@ -22,7 +22,7 @@ DEEPEST = 3  # <directory>/<job>/<host>/<session>
 def slug(name: str) -> str:
     """A file name for any text: itself where it is harmless, else its harmless part and a hash of the whole."""
     clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].lstrip(".-")
-    if clean == name:
+    if clean and clean == name:
         return clean
     return f"{clean or 'x'}-{blake2b(name.encode('utf-8', 'replace'), digest_size=4).hexdigest()}"
 

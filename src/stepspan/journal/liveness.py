@@ -91,9 +91,9 @@ def write_closed(directory: Path, closed: Closed, *, by: str, mode: int = 0o600)
     dir_fd = open_directory(directory)
     draft = f".{CLOSED}.{os.getpid()}.{os.urandom(4).hex()}"
     try:
-        file = open(open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd, mode=mode), "wb")
+        fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd, mode=mode)
         try:
-            with file:
+            with open(fd, "wb") as file:
                 file.write(content)
             with contextlib.suppress(FileExistsError):
                 os.link(draft, CLOSED, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)

@@ -123,6 +123,8 @@ class JournalWriter:
         self.seq = 0
         self.lost = 0
         self.trouble: OSError | None = None
+        """The latest, until whoever tells it clears it."""
+        self._why: OSError | None = None
         self._header = header
         self._disk = disk or Disk()
         self._clock = clock or Clock()
@@ -148,7 +150,9 @@ class JournalWriter:
             if self._backlog or not self._sizes:
                 raise self.trouble or OSError("the header could not be written")
             os.rename(draft, self.path)
-            self._sync_directory(place)
+            parent = open_directory("..", dir_fd=self._directory)
+            self._sync(parent)
+            os.close(parent)
         except BaseException:
             self.forget()
             shutil.rmtree(draft, ignore_errors=True)
@@ -200,7 +204,7 @@ class JournalWriter:
         if self._sizes[self._number] >= self.limits.segment_bytes:
             self._rotate()
         if self.limits.sync_every == 0:
-            self._sync()
+            self._sync(self._fd)
 
     def _put_off(self, event: Event, scope: Scope | None) -> None:
         if self._busy:  # this thread is in here already: a signal handler logs
@@ -216,14 +220,14 @@ class JournalWriter:
             while written < len(line):
                 written += self._disk.write(self._fd, line[written:])
         except OSError as error:
-            self.trouble = error
+            self.trouble = self._why = error
             self._torn = written > 0
             self._wait(line)
             return False
         return True
 
     def _wait(self, line: bytes) -> None:
-        if self._dropped or self._backlog_size + len(line) > LONGEST_BACKLOG:
+        if self._dropped or self._fd < 0 or self._backlog_size + len(line) > LONGEST_BACKLOG:
             self._dropped += 1
             self.lost += 1
         else:
@@ -245,11 +249,11 @@ class JournalWriter:
                 self._backlog_size -= len(line)
                 self._sizes[self._number] += len(line)
         except OSError as error:
-            self.trouble = error
+            self.trouble = self._why = error
             return
         if self._dropped:
             dropped, self._dropped = self._dropped, 0
-            self._append({"ts": 0, "seq": 0, "tag": "gap", "dropped": dropped, "why": str(self.trouble)}, None)
+            self._append({"ts": 0, "seq": 0, "tag": "gap", "dropped": dropped, "why": str(self._why)}, None)
 
     def _tick(self, ts: int) -> None:
         with contextlib.suppress(OSError):
@@ -260,14 +264,15 @@ class JournalWriter:
         self._write = self._disk.writer()
         self._low = self._is_low() and not self._prune_delivered()
         if self._low:
-            self.trouble = OSError(f"less free disk than max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})")
+            least = f"max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})"
+            self.trouble = self._why = OSError(f"less free disk than {least}")
         elif self._backlog or self._torn or self._dropped:
             self._catch_up()
         if self._upkeep:
             self._upkeep()
         if self.limits.sync_every:
             self._next_tick = ts + min(SECOND, int(self.limits.sync_every * SECOND))
-            self._sync()
+            self._sync(self._fd)
 
     def _rotate(self) -> None:
         """Begin the next segment, and remove the oldest ones beyond the session's limit."""
@@ -279,8 +284,7 @@ class JournalWriter:
             self.trouble = error
             return
         if self._fd >= 0:
-            if self.limits.sync_every is not None:
-                self._sync()
+            self._sync(self._fd)
             os.close(self._fd)
         self._fd, self._number = fd, number
         self._sizes[number] = 0
@@ -289,7 +293,7 @@ class JournalWriter:
         line = encode({**self._header, "ts": ts, "seq": self.seq})
         if self._complete(line, 0):
             self._sizes[number] += len(line)
-        self._sync_directory(self._directory)
+        self._sync(self._directory)
         while sum(self._sizes.values()) > self.limits.session_bytes and len(self._sizes) > 1:
             self._remove(min(self._sizes))
 
@@ -314,33 +318,24 @@ class JournalWriter:
         with contextlib.suppress(OSError):
             os.unlink(segment_name(number), dir_fd=self._directory)
 
-    def _sync(self) -> None:
-        try:
-            self._disk.sync(self._fd)
-        except OSError as error:
-            self.trouble = error
-
-    def _sync_directory(self, directory: Path | int) -> None:
-        """That what was made in it survives the power too."""
-        if self.limits.sync_every is None:
-            return
-        try:
-            fd = open_directory(".", dir_fd=directory) if isinstance(directory, int) else open_directory(directory)
+    def _sync(self, fd: int) -> None:
+        if self.limits.sync_every is not None:
             try:
                 self._disk.sync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            self.trouble = error
+            except OSError as error:
+                self.trouble = error
 
     def take_over(self, other: JournalWriter) -> None:
-        """From a session that was closed under its writer: what waited there is counted, what came last is written."""
+        """From a session that was closed under its writer: lines that waited there are lost, and counted here.
+
+        What signal handlers logged in the meantime is written after the next event.
+        """
         with self._lock:
-            waiting = len(other._backlog)
-            self.lost += other.lost + waiting
-            self._dropped += other._dropped + waiting
             self._pending.extend(other._pending)
-            self._catch_up()
+            waiting = len(other._backlog)
+            self.lost = other.lost + waiting
+            self._dropped, self._why = other._dropped + waiting, other._why
+            self._next_tick = 0  # which is when the `gap` line is written
             other.forget()
 
     def close(self, status: str) -> None:
@@ -353,11 +348,11 @@ class JournalWriter:
             self._catch_up()
             while self._pending:  # a signal handler logged, or it is one that closes
                 self._append(*self._pending.popleft())
-            if self.limits.sync_every is not None:
-                self._sync()
+            self._sync(self._fd)
             with contextlib.suppress(OSError):
                 write_closed(self.path, Closed(self.seq, self._last, status), by="writer", mode=self._mode)
             self.lost += len(self._backlog) + len(self._pending)
+            self._pending.clear()
             self.forget()
             self._busy = busy
 

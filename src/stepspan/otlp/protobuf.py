@@ -15,10 +15,12 @@ the official messages and holds it equal to the official encoder. Every NaN leav
 
 from __future__ import annotations
 
+import json
 import struct
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from stepspan import __version__
 from stepspan.otlp.records import (
@@ -52,6 +54,7 @@ from stepspan.otlp.rules import (
     utf8,
 )
 
+_IDS = frozenset({"traceId", "spanId", "parentSpanId"})
 _UINT64 = (1 << 64) - 1
 _ONE_BYTE = [bytes([number]) for number in range(128)]
 
@@ -93,6 +96,53 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
     scope_records = _field(b"\x0a", scope) + b"".join(_ENCODERS[signal](records))
     # Resource*, Scope* and their records have the same numbers in all three signals.
     return _field(b"\x0a", _field(b"\x0a", _attributes(b"\x0a", resource)) + _field(b"\x12", scope_records))
+
+
+def from_json(signal: Signal, request: bytes) -> bytes:
+    """The request body of an OTLP JSON one, as `stepspan.otlp.json` writes it. ValueError where it is none.
+
+    For the few requests that are kept as JSON: through message objects, 28 µs a point.
+    """
+    from google.protobuf import json_format
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+    from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+    kinds: dict[Signal, Any] = {
+        "metrics": ExportMetricsServiceRequest,
+        "traces": ExportTraceServiceRequest,
+        "logs": ExportLogsServiceRequest,
+    }
+    message = kinds[signal]()
+    try:
+        json_format.ParseDict(_protobuf_ids(json.loads(request)), message)
+    except json_format.ParseError as error:
+        raise ValueError(str(error)) from None
+    _one_nan(message)
+    body: bytes = message.SerializeToString()
+    return body
+
+
+def _protobuf_ids(tree: Any) -> Any:
+    """OTLP writes ids in hex, where protobuf's JSON has base64."""
+    if isinstance(tree, list):
+        return [_protobuf_ids(item) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: b64encode(bytes.fromhex(item)).decode() if key in _IDS else _protobuf_ids(item)
+        for key, item in tree.items()
+    }
+
+
+def _one_nan(message: Any) -> None:
+    """Every NaN becomes `NAN`."""
+    for field, value in message.ListFields():
+        if field.message_type:
+            for inner in value if hasattr(value, "append") or hasattr(value, "add") else (value,):
+                _one_nan(inner)
+        elif isinstance(value, float) and value != value:
+            setattr(message, field.name, NAN)
 
 
 # --- metrics

@@ -56,6 +56,8 @@ class Outcome:
     """Seconds the receiver asked to wait."""
     rejected: int = 0
     """Records of a delivered request that the receiver says it did not take (OTLP partial success)."""
+    opaque: bool = False
+    """Refused, and what answers does not know why: it passes on the refusal of something behind it."""
 
 
 class Transport(typing.Protocol):
@@ -86,6 +88,7 @@ class Row(typing.NamedTuple):
 
     verdict: Verdict
     fix: str = ""
+    opaque: bool = False
 
 
 _SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
@@ -176,7 +179,11 @@ PHRASES: tuple[Phrase, ...] = (
     # The Collector's otlp_http exporter passes a 400 on without Prometheus' words: too old looks like any other reason.
     Phrase(
         "responded with http status code 400",
-        Row(Verdict.ISOLATE, "what is behind the collector refuses something in the request: its own log says why"),
+        Row(
+            Verdict.ISOLATE,
+            "what is behind the collector refuses something in the request: its own log says why",
+            opaque=True,
+        ),
         frozenset({Verdict.ISOLATE}),
     ),
 )
@@ -204,7 +211,8 @@ def judge(
         place=clean(endpoint, place) or "the right place",
     )
     said = clean(endpoint, text)
-    return Outcome(row.verdict, ": ".join(filter(None, (status, fix))) + (f' ("{said}")' if said else ""), retry_after)
+    message = ": ".join(filter(None, (status, fix))) + (f' ("{said}")' if said else "")
+    return Outcome(row.verdict, message, retry_after, opaque=row.opaque)
 
 
 def delivered(rejected: int, text: str, endpoint: Endpoint) -> Outcome:

@@ -1,0 +1,456 @@
+"""What telemetry costs the training thread: stepspan beside the OpenTelemetry SDK, a step span and five metrics.
+
+    python benchmarks/hot_path.py [--quick] [--rounds N]
+
+Each contender is a process of its own; they take turns of about a second, so that none measures while another works.
+A turn is blocks of 2,000 steps, timed as a whole: wall time, which contains everything the training thread waits for,
+and the CPU time of that thread. A turn's figure is the median of its blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import measuring
+from measuring import Receiver, Worker
+
+STEPS = 2000
+"""In a block: no more than a BatchSpanProcessor's queue takes, so that it drops none."""
+PROMISED = 5.0
+COMPUTE = bytes(1 << 20)  # its checksum takes about as long as a small training step, without the GIL
+
+Block = Callable[[int, int], None]
+
+
+# --- the contenders: name -> a block of steps n .. n + count
+
+
+def stepspan_blocks(run: Any) -> dict[str, Block]:
+    def step(first: int, count: int) -> None:
+        for n in range(first, first + count):
+            with run.step(n):
+                run.log_metrics({"loss": n / 3, "lr": 3e-4, "grad_norm": n * 0.1, "accuracy": 0.9, "tokens": n / 7})
+
+    def steps(first: int, count: int) -> None:
+        for n in run.steps(range(first, first + count)):
+            run.log_metrics({"loss": n / 3, "lr": 3e-4, "grad_norm": n * 0.1, "accuracy": 0.9, "tokens": n / 7})
+
+    def metrics(first: int, count: int) -> None:
+        for n in range(first, first + count):
+            run.log_metrics({"loss": n / 3, "lr": 3e-4, "grad_norm": n * 0.1, "accuracy": 0.9, "tokens": n / 7})
+
+    def span(first: int, count: int) -> None:
+        for _ in range(first, first + count):
+            with run.span("forward"):
+                pass
+
+    return {"step": step, "steps": steps, "metrics": metrics, "span": span}
+
+
+def sdk_blocks(tracer: Any, meter: Any) -> dict[str, Block]:
+    loss, lr, grad_norm, accuracy, tokens = (
+        meter.create_gauge(f"training.{name}") for name in ("loss", "lr", "grad_norm", "accuracy", "tokens")
+    )
+
+    def step(first: int, count: int) -> None:
+        for n in range(first, first + count):
+            with tracer.start_as_current_span("training.step", attributes={"step": n, "split": "train", "epoch": 0}):
+                loss.set(n / 3, {"split": "train"})
+                lr.set(3e-4, {"split": "train"})
+                grad_norm.set(n * 0.1, {"split": "train"})
+                accuracy.set(0.9, {"split": "train"})
+                tokens.set(n / 7, {"split": "train"})
+
+    def metrics(first: int, count: int) -> None:
+        for n in range(first, first + count):
+            loss.set(n / 3, {"split": "train"})
+            lr.set(3e-4, {"split": "train"})
+            grad_norm.set(n * 0.1, {"split": "train"})
+            accuracy.set(0.9, {"split": "train"})
+            tokens.set(n / 7, {"split": "train"})
+
+    def span(first: int, count: int) -> None:
+        for _ in range(first, first + count):
+            with tracer.start_as_current_span("forward"):
+                pass
+
+    return {"step": step, "metrics": metrics, "span": span}
+
+
+@contextlib.contextmanager
+def stepspan_run(task: dict[str, Any]) -> Iterator[tuple[dict[str, Block], Callable[[], object]]]:
+    """The blocks of an open run, and what waits until all is delivered."""
+    import stepspan
+
+    if task.get("with_sdk"):
+        import opentelemetry.trace  # noqa: F401  # from here on steps are the current span of its context
+    run = stepspan.start_run(
+        job_id="hot-path", directory=task["directory"], endpoint=task.get("endpoint"), enabled=not task.get("disabled")
+    )
+    try:
+        yield stepspan_blocks(run), lambda: run.flush(60.0)
+    finally:
+        import psutil
+
+        deliverers = psutil.Process().children()
+        if task.get("abandon"):
+            for process in deliverers:
+                process.terminate()
+        run.close()
+        for process in deliverers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(deliverers, timeout=20)
+
+
+@contextlib.contextmanager
+def sdk(task: dict[str, Any]) -> Iterator[tuple[dict[str, Block], Callable[[], object]]]:
+    """The same with the SDK, whose exporters discard or send to the receiver."""
+    from opentelemetry.sdk.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, PeriodicExportingMetricReader
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+
+    class DiscardSpans(SpanExporter):
+        def export(self, spans: Any) -> SpanExportResult:
+            return SpanExportResult.SUCCESS
+
+    class DiscardMetrics(MetricExporter):
+        def export(self, metrics_data: Any, timeout_millis: float = 10_000, **_: Any) -> MetricExportResult:
+            return MetricExportResult.SUCCESS
+
+        def force_flush(self, timeout_millis: float = 10_000) -> bool:
+            return True
+
+        def shutdown(self, timeout_millis: float = 30_000, **_: Any) -> None:
+            pass
+
+    spans: SpanExporter = DiscardSpans()
+    metrics: MetricExporter = DiscardMetrics()
+    if task.get("endpoint"):
+        from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        spans = OTLPSpanExporter(f"{task['endpoint']}/v1/traces")
+        metrics = OTLPMetricExporter(f"{task['endpoint']}/v1/metrics")
+    traced, metered = TracerProvider(), MeterProvider([PeriodicExportingMetricReader(metrics)])
+    traced.add_span_processor(BatchSpanProcessor(spans))
+    yield sdk_blocks(traced.get_tracer("training"), metered.get_meter("training")), traced.force_flush
+    traced.shutdown()
+    metered.shutdown()
+
+
+# --- a contender's process
+
+
+def work(task: dict[str, Any]) -> None:
+    theirs = task["contender"] == "sdk"
+    n = steps = task["steps"]
+    with sdk(task) if theirs else stepspan_run(task) as (blocks, settle):
+        blocks["step"](0, steps)  # warm: caches, branches, connections, a deliverer
+        if not task.get("abandon"):
+            settle()
+        measuring.answer(ready=True)
+        for order in measuring.orders():
+            turn, block = TURNS[order["kind"]], blocks[order["block"]]
+            between = settle if theirs else lambda: None  # otherwise its queue overflows, and what it drops is cheap
+            gc.collect()
+            with beside_a_busy_thread() if order.get("busy") else contextlib.nullcontext():
+                if order.get("busy"):  # the journal's writer looks once a second whether it is alone
+                    n, _ = turn(block, n, steps, 1.2, between)
+                n, results = turn(block, n, steps, order["seconds"], between)
+            if not task.get("abandon"):
+                settle()
+            measuring.answer(**results)
+
+
+Turn = tuple[int, dict[str, float]]
+"""The number of the next step, and the results."""
+
+
+def blocks_of_steps(block: Block, n: int, steps: int, seconds: float, between: Callable[[], object]) -> Turn:
+    """Blocks back to back for some seconds: microseconds a step."""
+    wall, cpu = [], []
+    end = time.monotonic() + seconds
+    while not wall or time.monotonic() < end:
+        cpu_before, before = time.thread_time_ns(), time.perf_counter_ns()
+        block(n, steps)
+        wall.append((time.perf_counter_ns() - before) / steps / 1000)
+        cpu.append((time.thread_time_ns() - cpu_before) / steps / 1000)
+        n += steps
+        between()
+    return n, {"wall": statistics.median(wall), "mean": statistics.mean(wall), "cpu": statistics.median(cpu)}
+
+
+def paced_steps(block: Block, n: int, steps: int, seconds: float, between: Callable[[], object]) -> Turn:
+    """One step at a time, each after a millisecond's work elsewhere, which is what a training loop does to caches."""
+    wall, cpu = [], []
+    end = time.monotonic() + seconds
+    while not wall or time.monotonic() < end:
+        started = time.perf_counter()
+        while time.perf_counter() - started < 0.001:
+            zlib.crc32(COMPUTE)
+        cpu_before, before = time.thread_time_ns(), time.perf_counter_ns()
+        block(n, 1)
+        wall.append((time.perf_counter_ns() - before) / 1000)
+        cpu.append((time.thread_time_ns() - cpu_before) / 1000)
+        n += 1
+    return n, {"wall": statistics.median(wall), "mean": statistics.mean(wall), "cpu": statistics.median(cpu)}
+
+
+def single_calls(block: Block, n: int, steps: int, seconds: float, between: Callable[[], object]) -> Turn:
+    """Call by call: what the slowest ones take."""
+    taken: list[int] = []
+    clock = time.perf_counter_ns
+    end = time.monotonic() + seconds
+    while not taken or time.monotonic() < end:
+        for _ in range(steps):
+            before = clock()
+            block(n, 1)
+            taken.append(clock() - before)
+            n += 1
+        between()
+    taken.sort()
+    places = {"p50": 0.5, "p99": 0.99, "p999": 0.999}
+    return n, {"max": taken[-1] / 1000, **{name: taken[int(len(taken) * q)] / 1000 for name, q in places.items()}}
+
+
+TURNS: dict[str, Callable[..., Turn]] = {"blocks": blocks_of_steps, "paced": paced_steps, "calls": single_calls}
+
+
+@contextlib.contextmanager
+def beside_a_busy_thread() -> Iterator[None]:
+    """Another thread of this process runs Python and gives up the GIL only when it must."""
+    stop = False
+
+    def spin() -> None:
+        while not stop:
+            pass
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop = True
+        thread.join()
+
+
+# --- the states
+
+
+class Figures(dict[str, list[dict[str, float]]]):
+    """Row -> the results of its turns, a round each."""
+
+    def take(self, name: str, worker: Worker, **order: object) -> None:
+        self.setdefault(name, []).append(worker(**order))
+
+    def of(self, name: str, what: str = "wall") -> list[float]:
+        return [turn[what] for turn in self[name]]
+
+    def ratios(self, name: str, what: str = "wall") -> list[float]:
+        """How many times as much the SDK's step costs, round by round."""
+        return [theirs / ours for theirs, ours in zip(self.of("sdk", what), self.of(name, what), strict=True)]
+
+
+def measure(state: str, workers: dict[str, Worker], options: argparse.Namespace, **order: object) -> Figures:
+    """Rounds of the step block, and its table."""
+    figures = Figures()
+    for _ in range(options.rounds):
+        for name, worker in workers.items():
+            block = name if name == "steps" else "step"
+            figures.take(name, worker, block=block, seconds=options.seconds, **{"kind": "blocks", **order})
+    report(state, figures)
+    return figures
+
+
+NAMES = {
+    "step": "stepspan: `with run.step(n): run.log_metrics(...)`",
+    "steps": "stepspan: `for batch in run.steps(...)`",
+    "propagating": "stepspan, steps being the SDK's current span as well",
+    "disabled": "stepspan, disabled",
+    "sdk": "OpenTelemetry SDK: span and five gauges",
+}
+
+
+def report(state: str, figures: Figures) -> None:
+    rows = [
+        [
+            NAMES[name],
+            measuring.middle(figures.of(name), 2),
+            measuring.middle(figures.of(name, "mean"), 2),
+            measuring.middle(figures.of(name, "cpu"), 2),
+            "" if name == "sdk" else f"{measuring.quartiles(figures.ratios(name))[1]:.1f}x",
+        ]
+        for name in figures
+    ]
+    head = ["a step span and five metrics", "wall µs", "mean wall µs", "CPU µs", "the SDK's is"]
+    measuring.table(f"**{state}**", head, rows)
+    print(f"\nratio: {measuring.verdict(figures.ratios('step'), PROMISED)}")
+
+
+def ready(*tasks: dict[str, Any]) -> list[Worker]:
+    workers = [Worker(__file__, task) for task in tasks]
+    for worker in workers:
+        worker.result()
+    return workers
+
+
+def idle(options: argparse.Namespace, place: Path) -> None:
+    base = {"steps": options.steps, "directory": str(place / "idle")}
+    ours, propagating, disabled, theirs = ready(
+        {**base, "contender": "stepspan"},
+        {**base, "contender": "stepspan", "with_sdk": True, "directory": str(place / "idle-propagating")},
+        {**base, "contender": "stepspan", "disabled": True},
+        {**base, "contender": "sdk"},
+    )
+    workers = {"step": ours, "steps": ours, "propagating": propagating, "disabled": disabled, "sdk": theirs}
+    measure("idle: a journal and no delivery; the SDK's exporters discard", workers, options)
+    measure(
+        "idle, paced: a step after each millisecond of other work",
+        {"step": ours, "steps": ours, "sdk": theirs},
+        options,
+        kind="paced",
+    )
+    parts(options, ours, theirs)
+    busy = {"step": ours, "steps": ours, "sdk": theirs}
+    measure("beside a busy Python thread (the GIL changes hands every 5 ms)", busy, options, busy=True)
+    calls(options, {"stepspan": ours, "SDK": theirs})
+    for worker in (ours, propagating, disabled, theirs):
+        worker.close()
+
+
+def parts(options: argparse.Namespace, ours: Worker, theirs: Worker) -> None:
+    """The halves of a step by themselves."""
+    figures = Figures()
+    for _ in range(options.rounds):
+        for block in ("metrics", "span"):
+            figures.take(f"stepspan {block}", ours, kind="blocks", block=block, seconds=options.seconds / 2)
+            figures.take(f"sdk {block}", theirs, kind="blocks", block=block, seconds=options.seconds / 2)
+    rows = []
+    for block, name in (("metrics", "five metrics: `log_metrics`, five `gauge.set`"), ("span", "a span without more")):
+        ratios = [a / b for a, b in zip(figures.of(f"sdk {block}"), figures.of(f"stepspan {block}"), strict=True)]
+        rows.append(
+            [
+                name,
+                measuring.middle(figures.of(f"stepspan {block}"), 2),
+                measuring.middle(figures.of(f"sdk {block}"), 2),
+                f"{measuring.quartiles(ratios)[1]:.1f}x",
+            ]
+        )
+    measuring.table("**idle: the parts**", ["wall µs", "stepspan", "SDK", "the SDK's is"], rows)
+
+
+def calls(options: argparse.Namespace, workers: dict[str, Worker]) -> None:
+    """The slowest single calls that log five metrics."""
+    figures = Figures()
+    for busy in (False, True):
+        for _ in range(options.rounds):
+            for name, worker in workers.items():
+                row = f"{name}{', beside a busy thread' if busy else ''}"
+                figures.take(row, worker, kind="calls", block="metrics", busy=busy, seconds=options.seconds / 2)
+    places = ("p50", "p99", "p999", "max")
+    rows = [[name, *(measuring.middle(figures.of(name, place), 1) for place in places)] for name in figures]
+    measuring.table("**one call that logs five metrics**", ["µs", "p50", "p99", "p99.9", "slowest"], rows)
+
+
+def live(options: argparse.Namespace, place: Path, receiver: Receiver) -> None:
+    base = {"steps": options.steps, "endpoint": receiver.endpoint}
+    ours, theirs = ready(
+        {**base, "contender": "stepspan", "directory": str(place / "live")}, {**base, "contender": "sdk"}
+    )
+    receiver.counts()
+    workers = {"step": ours, "steps": ours, "sdk": theirs}
+    measure("live delivery: both send to a receiver, while steps come as fast as they can", workers, options)
+    measure("live delivery, paced: a step after each millisecond of other work", workers, options, kind="paced")
+    counts = receiver.counts()
+    print(f"\nthe receiver took {counts['requests']:,.0f} requests, {counts['bytes'] / 1e6:,.0f} MB meanwhile")
+    ours.close()
+    theirs.close()
+
+
+def backlog(options: argparse.Namespace, place: Path, receiver: Receiver) -> None:
+    """Each turn of ours begins with a fresh copy of the backlog, and ends before all of that is delivered."""
+    prepared = place / "hour"
+    for rank in range(options.backlog_ranks):
+        measuring.write_journal(prepared, options.backlog_steps, rank=rank, world_size=options.backlog_ranks)
+    base = {"steps": options.steps, "endpoint": receiver.endpoint}
+    (theirs,) = ready({**base, "contender": "sdk"})
+    figures, shares = Figures(), []
+    for _ in range(options.rounds):
+        for name in ("step", "steps"):
+            directory = place / "backlog"
+            shutil.copytree(prepared, directory)
+            receiver.counts()
+            (ours,) = ready({**base, "contender": "stepspan", "directory": str(directory), "abandon": True})
+            while not receiver.counts().get("requests"):
+                time.sleep(0.01)
+            figures.take(name, ours, kind="blocks", block=name, seconds=options.seconds)
+            shares.append(delivered(directory))
+            ours.close()
+            shutil.rmtree(directory)
+        figures.take("sdk", theirs, kind="blocks", block="step", seconds=options.seconds)
+    theirs.close()
+    report(
+        "catching up: an hour's backlog is being delivered meanwhile; the SDK, which keeps none, sends live",
+        figures,
+    )
+    print(f"\nof the backlog's lines {measuring.middle(shares)}% had been delivered after a turn")
+
+
+def delivered(directory: Path) -> float:
+    """How much of the backlog's metrics is delivered, in percent."""
+    from stepspan.deliver.ledgers import session_ledger
+    from stepspan.journal.layout import find_sessions
+
+    read = journaled = 0
+    for session in find_sessions(directory):
+        ledger = session_ledger(session)
+        if ledger["status"] == "completed":
+            journaled += ledger["journaled"]
+            read += sum(
+                signals["metrics"]["read"] for signals in ledger["destinations"].values() if "metrics" in signals
+            )
+    return 100 * read / journaled
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    options.add_argument("--quick", action="store_true", help="a smoke run: the figures mean nothing")
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--seconds", type=float, default=1.0, help="of a turn")
+    options.add_argument("--steps", type=int, default=STEPS, help="of a block")
+    options.add_argument("--backlog-ranks", type=int, default=8)
+    options.add_argument("--backlog-steps", type=int, default=36_000, help="of a rank: an hour at 10 a second")
+    options.add_argument("--directory", help="where the journals go: the disk that is measured")
+    options.add_argument("--worker", help=argparse.SUPPRESS)
+    given = options.parse_args()
+    measuring.clean_environment()
+    if given.worker:
+        work(json.loads(given.worker))
+        return
+    if given.quick:
+        given.rounds, given.seconds, given.steps, given.backlog_ranks, given.backlog_steps = 1, 0.02, 100, 2, 2000
+    print(f"# What telemetry costs the training thread\n\n{measuring.machine()}")
+    print(f"{given.rounds} rounds of turns of {given.seconds:g} s, blocks of {given.steps:,} steps; median [quartiles]")
+    with tempfile.TemporaryDirectory(dir=given.directory) as place, Receiver() as receiver:
+        idle(given, Path(place))
+        live(given, Path(place), receiver)
+        backlog(given, Path(place), receiver)
+    print(f"\n{measuring.machine()}")
+
+
+if __name__ == "__main__":
+    main()

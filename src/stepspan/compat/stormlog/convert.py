@@ -1,0 +1,77 @@
+"""Records become events."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from stepspan.compat.stormlog.events import TelemetryEventLike, event_of
+from stepspan.compat.stormlog.fields import (
+    IDENTITY,
+    SCHEMA_VERSION_V2,
+    SCHEMA_VERSION_V3,
+    RecordError,
+    shown,
+)
+from stepspan.compat.stormlog.identity import resolve_distributed_identity
+from stepspan.compat.stormlog.legacy import UNKNOWN_HOST, UNKNOWN_PID, named_session, record_of_legacy
+from stepspan.compat.stormlog.validate import LAYOUTS, accepted, layout_of
+
+
+def telemetry_event_from_record(
+    record: Mapping[str, Any],
+    permissive_legacy: bool = True,
+    default_collector: str = "legacy.unknown",
+    default_sampling_interval_ms: int = 0,
+    default_session_id: str | None = None,
+) -> TelemetryEventLike:
+    """The event of a record of schema 2, 3 or 4, or of a legacy one unless `permissive_legacy` is False.
+
+    Schema 2 and legacy records become V3. One that names no session gets `default_session_id`, and where that is None
+    `legacy-` and a hash of its time, host and pid. The other defaults are for legacy records. The event's metadata is a
+    copy, one level deep. Raises `RecordError`, a ValueError that names the fields, for what is not as the schema says.
+    """
+    known = accepted(record) if type(record) is dict else None
+    if known is not None and known[0].version != SCHEMA_VERSION_V2:
+        return event_of(known[0].version, known[1])
+    if not isinstance(record, Mapping):
+        raise RecordError(f"record must be a mapping, not {shown(record)}")
+    if "schema_version" in record:
+        return _upgraded(record, default_session_id)
+    if not permissive_legacy:
+        raise RecordError("Legacy record conversion is disabled (permissive_legacy=False)", "schema_version")
+    if default_session_id is None:
+        default_session_id = _session_of(record)
+    converted = record_of_legacy(
+        record,
+        session_id=default_session_id,
+        collector=default_collector,
+        sampling_interval_ms=default_sampling_interval_ms,
+    )
+    return _checked(converted)
+
+
+def legacy_session_id(*seed: object) -> str:
+    """The session of records that name none, the same for the same seed."""
+    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_DNS, '::'.join(str(part) for part in seed if part is not None))}"
+
+
+def _session_of(record: Mapping[str, Any]) -> str:
+    time = record.get("timestamp_ns", record.get("timestamp"))
+    return legacy_session_id(time, record.get("host", UNKNOWN_HOST), record.get("pid", UNKNOWN_PID))
+
+
+def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> TelemetryEventLike:
+    version = layout_of(record).version
+    if "metadata" in record and not isinstance(record["metadata"], dict):
+        raise RecordError(f"metadata must be an object, not {shown(record['metadata'])}", "metadata")
+    identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY})
+    session = named_session(record.get("session_id"), default_session_id)
+    named = {"session_id": _session_of(record) if session is None else session}
+    return _checked({**identity, **record, **named, "schema_version": max(version, SCHEMA_VERSION_V3)})
+
+
+def _checked(record: dict[str, Any]) -> TelemetryEventLike:
+    layout, values = accepted(record) or (LAYOUTS[record["schema_version"]], None)
+    return event_of(layout.version, layout.check(record) if values is None else values)

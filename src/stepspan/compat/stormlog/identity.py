@@ -1,0 +1,77 @@
+"""Which job and rank a stormlog record comes from, by stormlog's rules.
+
+These are not the rules of `stepspan.identity`: a record is read as its writer meant it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, RecordError, shown
+from stepspan.compat.stormlog.validate import check_ranks
+
+# rank, local rank and world size, as a launcher names them; it counts where the first and the last are set.
+LAUNCHERS = (
+    ("RANK", "LOCAL_RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
+)
+JOBS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
+_CHECKED = [field for field in FIELDS if field.name in IDENTITY]
+
+
+def resolve_distributed_identity(
+    *,
+    job_id: Any = None,
+    rank: Any = None,
+    local_rank: Any = None,
+    world_size: Any = None,
+    metadata: Mapping[str, Any] | None = None,
+    env: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """`job_id`, `rank`, `local_rank` and `world_size`: each from the argument, else `metadata`, else `env`.
+
+    `env` are a launcher's variables (torchrun, Open MPI, SLURM); None is none at all, not this process's. What nothing
+    tells is no job, rank 0, a world of 1, and a local rank equal to the rank. Raises `RecordError` for what is of the
+    wrong type, or for a rank outside its world.
+    """
+    if metadata and not isinstance(metadata, Mapping):
+        raise RecordError(f"metadata must be an object, not {shown(metadata)}", "metadata")
+    given = {"job_id": job_id, "rank": rank, "local_rank": local_rank, "world_size": world_size}
+    found = {name: (metadata or {}).get(name) if value is None else value for name, value in given.items()}
+    if env and None in found.values():
+        known = _of_launcher(env) if None in (found["rank"], found["local_rank"], found["world_size"]) else {}
+        known["job_id"] = next((job for name in JOBS if (job := _variable(env, name))), None)
+        found = {name: known.get(name) if value is None else value for name, value in found.items()}
+    if found["local_rank"] is None:
+        found["local_rank"] = found["rank"]
+    identity = {name: IDENTITY[name] if value is None else value for name, value in found.items()}
+    for field in _CHECKED:
+        field.check_type(identity[field.name], 2)
+        field.check_range(identity[field.name], 2)
+    check_ranks(identity["rank"], identity["local_rank"], identity["world_size"])
+    return identity
+
+
+def _of_launcher(env: Mapping[str, str]) -> dict[str, Any]:
+    for rank, local_rank, world_size in LAUNCHERS:
+        if env.get(rank) is not None and env.get(world_size) is not None:
+            return {
+                "rank": _number(env, rank, "rank"),
+                "local_rank": _number(env, local_rank, "local_rank") if _variable(env, local_rank) else None,
+                "world_size": _number(env, world_size, "world_size"),
+            }
+    return {}
+
+
+def _variable(env: Mapping[str, str], name: str) -> str:
+    value = env.get(name)
+    return "" if value is None else str(value).strip()
+
+
+def _number(env: Mapping[str, str], name: str, field: str) -> int:
+    try:
+        return int(_variable(env, name))
+    except ValueError:
+        raise RecordError(f"{field} must be an integer, not {name}={shown(env[name])}", field) from None

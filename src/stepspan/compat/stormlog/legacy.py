@@ -1,0 +1,164 @@
+"""Records from before the schema had versions, turned into records of schema 3.
+
+Permissive, as stormlog is: a field goes by several names, what is not there has a default, unknown keys are dropped.
+What is there must be of the right type all the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from stepspan.compat.stormlog.fields import IDENTITY, SCHEMA_VERSION_LATEST, RecordError, integer, shown
+from stepspan.compat.stormlog.identity import resolve_distributed_identity
+
+MEBIBYTE = 1024 * 1024
+NO_DEVICE = -1
+UNKNOWN_PID = -1
+UNKNOWN_HOST = "unknown"
+TOTALS = ("total_memory", "device_total", "total_bytes")
+BACKENDS = ("cuda", "rocm", "mps", "cpu")
+_DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
+
+
+def record_of_legacy(
+    record: Mapping[str, Any], *, session_id: str | None, collector: str, sampling_interval_ms: int
+) -> dict[str, Any]:
+    """A record of schema 3. What it does not tell is what the arguments say, and `session_id` None if nothing does.
+
+    Raises `RecordError` for metadata that is no object, a time that is none, a counter that is no integer.
+    """
+    metadata = _metadata(record)
+    time = _timestamp_ns(record)
+    identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata, env={})
+    own_session = record.get("session_id")
+    session = named_session(metadata.get("session_id") if own_session is None else own_session, session_id)
+    device_id = _device_id(record)
+    backend = _backend(record, metadata)
+    for name in (*IDENTITY, "session_id"):
+        metadata.pop(name, None)
+    used_by_default = integer("device_used_bytes", record.get("device_used_bytes", 0))
+    allocated = _counter(record, ("allocator_allocated_bytes", "memory_allocated"), _mebibytes(record, used_by_default))
+    used = record.get("device_used_bytes", allocated)
+    total = _total(record, metadata)
+    return {
+        "schema_version": SCHEMA_VERSION_LATEST,
+        "session_id": session,
+        "timestamp_ns": time,
+        "event_type": _first(record, ("event_type", "type"), "sample"),
+        "collector": _collector(record, backend, device_id, collector),
+        "sampling_interval_ms": record.get("sampling_interval_ms", sampling_interval_ms),
+        "pid": record.get("pid", metadata.get("pid", UNKNOWN_PID)),
+        "host": record.get("host", metadata.get("host", UNKNOWN_HOST)),
+        **identity,
+        "device_id": device_id,
+        "allocator_allocated_bytes": allocated,
+        "allocator_reserved_bytes": _counter(record, ("allocator_reserved_bytes", "memory_reserved"), allocated),
+        "allocator_active_bytes": record.get("allocator_active_bytes"),
+        "allocator_inactive_bytes": record.get("allocator_inactive_bytes"),
+        "allocator_change_bytes": _counter(record, ("allocator_change_bytes", "memory_change"), 0),
+        "device_used_bytes": used,
+        "device_free_bytes": record.get("device_free_bytes", None if total is None else max(total - used, 0)),
+        "device_total_bytes": total,
+        "context": _first(record, ("context", "message"), None),
+        "metadata": metadata,
+    }
+
+
+def named_session(name: Any, default: str | None) -> str | None:
+    """The session that a record names, if it names one."""
+    return name if isinstance(name, str) and name.strip() else default
+
+
+def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
+    return next((record[name] for name in names if name in record), default)
+
+
+def _counter(record: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
+    return next((integer(name, record[name]) for name in names if name in record), default)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _scaled(name: str, value: float, scale: float) -> int:
+    try:
+        return int(float(value) * scale)
+    except (OverflowError, ValueError):
+        raise RecordError(f"{name} must be a finite number, not {shown(value)}", name) from None
+
+
+def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy, with what stands in `metadata_*` keys."""
+    metadata = record.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise RecordError(f"metadata must be an object when provided, not {shown(metadata)}", "metadata")
+    prefix = "metadata_"
+    flat = {
+        key[len(prefix) :]: value for key, value in record.items() if isinstance(key, str) and key.startswith(prefix)
+    }
+    return {**(metadata or {}), **flat}
+
+
+def _timestamp_ns(record: Mapping[str, Any]) -> int:
+    if "timestamp_ns" in record:
+        return integer("timestamp_ns", record["timestamp_ns"])
+    seconds = record.get("timestamp")
+    if not _is_number(seconds):
+        raise RecordError(
+            f"Legacy record is missing a valid timestamp: give `timestamp` in seconds or `timestamp_ns`,"
+            f" not timestamp={shown(seconds)}",
+            "timestamp",
+        )
+    return _scaled("timestamp", seconds, 1e9)  # type: ignore[arg-type]  # a number it is
+
+
+def _device_id(record: Mapping[str, Any]) -> int:
+    """The number at the end of a device's name, such as `/GPU:1`; a CPU is no device, whatever its number."""
+    if "device_id" in record:
+        return integer("device_id", record["device_id"])
+    device = record.get("device")
+    if isinstance(device, str):
+        if "cpu" in device.lower():
+            return NO_DEVICE
+        number = _DEVICE_NUMBER.fullmatch(device)
+        if number:
+            return int(number[1])
+    return 0 if "memory_mb" in record else NO_DEVICE  # TensorFlow's tracker names none where there is only one
+
+
+def _backend(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    for backend in (record.get("backend"), metadata.get("backend")):
+        if isinstance(backend, str) and backend.strip().lower() in BACKENDS:
+            return backend.strip().lower()
+    return ""
+
+
+def _collector(record: Mapping[str, Any], backend: str, device_id: int, default: str) -> Any:
+    own = record.get("collector")
+    if isinstance(own, str) and own.strip():
+        return own
+    if backend:
+        return f"stormlog.{backend}_tracker"
+    if "memory_mb" in record:
+        return "stormlog.tensorflow.memory_tracker"
+    if "memory_allocated" in record:
+        return "stormlog.cpu_tracker" if device_id == NO_DEVICE else "stormlog.cuda_tracker"
+    return default
+
+
+def _mebibytes(record: Mapping[str, Any], default: int) -> int:
+    size = record.get("memory_mb")
+    return _scaled("memory_mb", size, MEBIBYTE) if _is_number(size) else default  # type: ignore[arg-type]
+
+
+def _total(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> int | None:
+    """The device's memory; a null that is given stays null."""
+    places = ((record, ("device_total_bytes", *TOTALS)), (metadata, TOTALS))
+    for place, names in places:
+        for name in names:
+            if name in place:
+                return None if place[name] is None else integer(name, place[name])
+    return None

@@ -1,0 +1,188 @@
+"""Whether a record is as the schema says.
+
+Two ways to the same answer. `accepted` is quick: a record with exactly the fields of its version, whose types are ones
+that have been found right before, needs a handful of comparisons. What it cannot vouch for goes to `check`, which walks
+the table and says what is wrong, in the order that is part of stormlog's contract: missing, unknown, session, scalars,
+identity, device_id, allocator, device, context, metadata, ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from operator import itemgetter
+from typing import Any
+
+from stepspan.compat.stormlog.fields import (
+    CAPABILITIES,
+    CAPABILITY_TEXTS,
+    GROUPS,
+    IDENTITY,
+    SCHEMA_VERSION_V4,
+    VERSIONS,
+    RecordError,
+    integer,
+    shown,
+    text,
+)
+
+Values = tuple[Any, ...]  # of a record, in the order of its layout's names
+
+
+class Layout:
+    """What a version of the schema has."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.groups = tuple(tuple(field for field in group if field.since <= version) for group in GROUPS)
+        self.fields = tuple(field for group in self.groups for field in group)
+        self.names = tuple(field.name for field in self.fields)
+        self.known = frozenset(self.names)
+        self.required = tuple(field.name for field in self.fields if not field.optional)
+        self.pick: Callable[[Mapping[str, Any]], Values] = itemgetter(*self.names)
+        self._texts = self._numbered(lambda field: field.kind is str and field.null is None)
+        self._limits: Callable[[Values], Values] = itemgetter(
+            *map(self.names.index, ("pid", "job_id", "rank", "local_rank", "world_size")),
+            *map(self.names.index, ("device_used_bytes", "device_free_bytes", "device_total_bytes")),
+        )
+        # Types found right, as a tuple in the order of the names -> the integers among them that may not be negative.
+        self._counters: dict[tuple[type, ...], Callable[[Values], Values]] = {}
+
+    def _numbered(self, wanted: Callable[[Any], bool]) -> Callable[[Values], Values]:
+        return itemgetter(*(i for i, field in enumerate(self.fields) if wanted(field)))
+
+    def fits(self, values: Values) -> bool:
+        """Quickly: True only if `check` has nothing to say about them but, in V4, about capabilities."""
+        counters = self._counters.get(tuple(map(type, values)))
+        if counters is None or min(counters(values)) < 0 or not all(map(str.strip, self._texts(values))):
+            return False
+        pid, job_id, rank, local_rank, world_size, used, free, total = self._limits(values)
+        return (
+            pid >= -1
+            and rank < world_size
+            and local_rank < world_size
+            and (job_id is None or bool(job_id.strip()))
+            and (total is None or ((used is None or used <= total) and (free is None or free <= total)))
+        )
+
+    def learn(self, values: Values) -> None:
+        """These values passed `check`: others of the same types need not go there."""
+        types = tuple(map(type, values))
+        if all(kind in (int, str, dict, type(None)) for kind in types):
+            self._counters[types] = self._numbered(
+                lambda field: field.minimum == 0 and types[self.names.index(field.name)] is int
+            )
+
+    def check(self, record: Mapping[str, Any]) -> Values:
+        """The record's values. Raises `RecordError` with the first thing that is wrong."""
+        missing = [name for name in self.required if name not in record]
+        if missing:
+            raise RecordError(f"Missing required telemetry fields: {', '.join(missing)}", *missing)
+        unknown = sorted(str(name) for name in record if name not in self.known)
+        if unknown:
+            raise RecordError(
+                f"Unknown telemetry fields: {', '.join(unknown)} (what is your own belongs into `metadata`)", *unknown
+            )
+        whole = {**IDENTITY, **record}
+        for group in self.groups:
+            for field in group:
+                field.check_type(whole[field.name], self.version)
+            for field in group:
+                field.check_range(whole[field.name], self.version)
+            if group[0].name == "device_used_bytes":
+                _check_totals(whole)
+        if self.version >= SCHEMA_VERSION_V4:
+            check_capabilities(whole)
+        check_ranks(whole["rank"], whole["local_rank"], whole["world_size"])
+        values = self.pick(whole)
+        self.learn(values)
+        return values
+
+
+LAYOUTS = {version: Layout(version) for version in VERSIONS}
+
+
+def validate_telemetry_record(record: Mapping[str, Any]) -> None:
+    """Raise `RecordError`, a ValueError that names the fields, unless `record` is one of schema 2, 3 or 4.
+
+    A record without `schema_version` is refused: `telemetry_event_from_record` converts those.
+    """
+    if type(record) is not dict or accepted(record) is None:
+        layout_of(record).check(record)
+
+
+def accepted(record: dict[str, Any]) -> tuple[Layout, Values] | None:
+    """Quickly: the layout and values of a record without fault. None: it has one, or must be looked at closely."""
+    try:
+        layout = LAYOUTS[record["schema_version"]]
+        values = layout.pick(record)
+    except (KeyError, TypeError):
+        return None
+    if len(record) != len(values) or not layout.fits(values):
+        return None
+    if layout.version >= SCHEMA_VERSION_V4:
+        check_capabilities(record)
+    return layout, values
+
+
+def layout_of(record: Mapping[str, Any]) -> Layout:
+    """The layout that a record names. Raises `RecordError` where it names none, or one that is not known."""
+    if not isinstance(record, Mapping):
+        raise RecordError(f"record must be a mapping, not {shown(record)}")
+    version = integer("schema_version", record.get("schema_version"))
+    layout = LAYOUTS.get(version)
+    if layout is None:
+        raise RecordError(f"Unsupported schema_version: {shown(version)} (2, 3 and 4 are known)", "schema_version")
+    return layout
+
+
+def check_ranks(rank: int, local_rank: int, world_size: int) -> None:
+    """Raise `RecordError` for a rank outside its world."""
+    for name, value in (("rank", rank), ("local_rank", local_rank)):
+        if value >= world_size:
+            raise RecordError(
+                f"{name} must be < world_size: it is {shown(value)} of {shown(world_size)}", name, "world_size"
+            )
+
+
+def _check_totals(record: Mapping[str, Any]) -> None:
+    total = record["device_total_bytes"]
+    for name in ("device_used_bytes", "device_free_bytes"):
+        value = record[name]
+        if total is not None and value is not None and value > total:
+            raise RecordError(
+                f"{name} cannot exceed device_total_bytes: {shown(value)} > {shown(total)}", name, "device_total_bytes"
+            )
+
+
+def check_capabilities(record: Mapping[str, Any]) -> None:
+    """Raise `RecordError` unless the metadata of a V4 record says what its collector could measure.
+
+    A counter that could not be measured is null, and where allocated memory could not, its change is null as well.
+    """
+    place = "metadata.memory_capabilities"
+    found = record["metadata"].get("memory_capabilities")
+    if not isinstance(found, dict):
+        raise RecordError(f"{place} must be an object in schema 4, not {shown(found)}", "metadata")
+    missing = [name for name in CAPABILITIES if name not in found]
+    if missing:
+        raise RecordError(f"Missing memory capability fields: {', '.join(missing)}", "metadata", *missing)
+    unknown = sorted(str(name) for name in found if name not in CAPABILITIES)
+    if unknown:
+        raise RecordError(f"Unknown memory capability fields: {', '.join(unknown)}", "metadata", *unknown)
+    for name in CAPABILITY_TEXTS:
+        text(f"{place}.{name}", found[name])
+    for name in CAPABILITIES[len(CAPABILITY_TEXTS) :]:
+        if not isinstance(found[name], bool):
+            raise RecordError(f"{place}.{name} must be a boolean, not {shown(found[name])}", f"{place}.{name}")
+    for name, flag in _MEASURED.items():
+        if not found[flag] and record[name] is not None:
+            raise RecordError(
+                f"{name} must be null when {place}.{flag} is false, not {shown(record[name])}", name, f"{place}.{flag}"
+            )
+
+
+_MEASURED = {
+    field.name: f"supports_{'allocator_allocated' if field.name == 'allocator_change_bytes' else field.name[:-6]}"
+    for field in LAYOUTS[SCHEMA_VERSION_V4].fields
+    if field.name.endswith("_bytes")
+}

@@ -1,0 +1,190 @@
+"""For tests of delivery: sessions of a small training written by the real writer, an exporter that answers by script,
+and time that a test moves by hand."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from journals import NOON, ROOMY, SECOND, header, session_of
+
+from stepspan.deliver.lane import Lane, Options
+from stepspan.deliver.shipper import Shipper
+from stepspan.journal.layout import SessionPath
+from stepspan.journal.writer import JournalWriter, Limits
+from stepspan.otlp.records import SIGNALS, Attributes, Record, Signal
+from stepspan.otlp.transport import Outcome, Verdict
+
+OK = Outcome(Verdict.DELIVERED)
+DAY = 86_400.0
+
+
+class Time:
+    """Seconds, moved by hand: both clocks of a deliverer."""
+
+    def __init__(self, now: float = NOON / SECOND) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+    def skip(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def options(time: Time | None = None, **fields: Any) -> Options:
+    time = time or Time()
+    return Options(**{"boot_id": "boot", "clock": time, "wall": time, "jitter": lambda: 1.0, **fields})
+
+
+class Scripted:
+    """An exporter that answers with `answer(records)` or from a list, then with success. `taken` is what it took."""
+
+    def __init__(
+        self,
+        answers: Iterable[Outcome] | Callable[[Sequence[Any]], Outcome] = (),
+        *,
+        signals: Sequence[Signal] = ("metrics",),
+        processors: Sequence[Any] = (),
+        destination: str = "there",
+    ) -> None:
+        self.destination, self.signals, self.processors = destination, signals, processors
+        listed = None if callable(answers) else iter(answers)
+        self.answer = answers if callable(answers) else lambda _: next(listed, OK)
+        self.requests: list[tuple[Attributes, list[tuple[Any, ...]], Outcome]] = []
+        self.closed = False
+
+    def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
+        outcome = self.answer(records)
+        self.requests.append((resource, plain(records), outcome))
+        return outcome
+
+    def close(self) -> None:
+        self.closed = True
+
+    @property
+    def sent(self) -> list[list[tuple[Any, ...]]]:
+        return [records for _, records, _ in self.requests]
+
+    @property
+    def taken(self) -> list[tuple[Any, ...]]:
+        return [
+            (resource.get("rank"), *record)
+            for resource, records, outcome in self.requests
+            if outcome.verdict is Verdict.DELIVERED
+            for record in records
+        ]
+
+
+def plain(records: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Records so that they can be compared and kept in sets."""
+    return [
+        (r[0].name, tuple(sorted(r[0].attributes.items())), r[1], repr(r[2])) if type(r) is tuple else (repr(r),)
+        for r in records
+    ]
+
+
+class Training:
+    """A session being written: its writer, and a clock that goes on `every` seconds with each step."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        rank: int = 0,
+        session: str = "00000000000000a0",
+        started: float = 0.0,
+        limits: Limits = ROOMY,
+        **fields: Any,
+    ) -> None:
+        self.now = NOON + int(started * SECOND)
+        self.step = 0
+        place = directory / "job" / "node"
+        place.mkdir(parents=True, exist_ok=True)
+        resource = {"service.name": "training", "service.instance.id": f"job-{rank}", "job_id": "job", "rank": rank}
+        about = header(session, rank=rank, world_size=2, started=self.now, resource=resource, **fields)
+        self.writer = JournalWriter(place, about, limits=limits, clock=self._clock)
+        self.path = session_of(self.writer.path)
+        self.run = self.emit("run_begin", parent=0, name="demo", group=None, tags=[], attempt=[0, 0])
+
+    def _clock(self) -> int:
+        self.now += 1000
+        return self.now
+
+    def emit(self, tag: str, **fields: Any) -> int:
+        self.writer.append({"ts": 0, "seq": 0, "tag": tag, **fields})
+        return self.writer.seq
+
+    def steps(self, count: int, *, every: float = 1.0, value: Callable[[int], Any] = lambda n: 1.0 / (n + 1)) -> None:
+        for _ in range(count):
+            self.now += int(every * SECOND / 2)
+            step = self.emit("step_begin", parent=self.run, step=self.step, split="train")
+            self.emit("metrics", step=self.step, split="train", metrics={"loss": value(self.step), "lr": 0.5})
+            self.now += int(every * SECOND / 2)
+            if self.step % 7 == 0:
+                self.emit("event", parent=step, name="milestone", attributes={"n": self.step})
+            self.emit("step_end", begin=step)
+            self.step += 1
+
+    def end(self, status: str = "completed") -> SessionPath:
+        self.emit("run_end", begin=self.run, status=status)
+        self.writer.close(status)
+        return self.path
+
+    def die(self) -> SessionPath:
+        """As SIGKILL would leave it."""
+        self.writer.forget()
+        return self.path
+
+
+def trained(directory: Path, steps: int = 40, *, every: float = 1.0, **fields: Any) -> SessionPath:
+    """A whole session."""
+    training = Training(directory, **fields)
+    training.steps(steps, every=every)
+    return training.end()
+
+
+def deliver(session: SessionPath, exporter: Any, how: Options, signal: Signal = "metrics") -> Lane:
+    """A session's signal to its end, by lanes that don't fail; the last one, closed."""
+    lane = Lane(session, signal, exporter, how)
+    while lane.advance(1 << 62):
+        pass
+    lane.close()
+    return lane
+
+
+def ship(shipper: Shipper, rounds: int = 100_000) -> None:
+    """Rounds until nothing moves: twice, for a session that was held in the first lets others pass in the second."""
+    still = 0
+    for _ in range(rounds):
+        still = 0 if shipper.round() else still + 1
+        if still == 2:
+            return
+    raise AssertionError("it never ends")
+
+
+def copy(session: SessionPath, place: Path) -> SessionPath:
+    """The journal alone, as nobody has delivered it yet."""
+    to = place / "job" / "node" / session.path.name
+    shutil.copytree(session.path, to, ignore=shutil.ignore_patterns("cursors", "rejected.jsonl"))
+    return session_of(to)
+
+
+def assert_true(ledger: Any, journaled: int, *, pending: int = 0) -> None:
+    """Both equations of a ledger."""
+    assert ledger.read + ledger.damaged + ledger.pruned + ledger.dropped + pending == journaled
+    assert ledger.mapped == ledger.delivered + ledger.rejected + ledger.filtered
+
+
+def everything(session: SessionPath) -> dict[Signal, list[tuple[Any, ...]]]:
+    """What a session maps to, by delivery in one go to an exporter that takes all."""
+    found: dict[Signal, list[tuple[Any, ...]]] = {}
+    for signal in SIGNALS:
+        exporter = Scripted(destination="everything")
+        deliver(session, exporter, options(batch=1 << 30), signal)
+        found[signal] = exporter.taken
+    for file in (session.path / "cursors").glob("everything.*"):
+        file.unlink()
+    return found

@@ -1,0 +1,272 @@
+"""Settings: arguments over variables over a file, and what is said of a wrong one."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import runs
+from runs import events
+
+from stepspan import ConfigError
+from stepspan.config import Settings, load
+from stepspan.journal.writer import Limits
+from stepspan.run import Run
+
+start = runs.start
+
+# field -> its variable's text, and what that means
+VARIABLES: dict[str, tuple[str, Any]] = {
+    "enabled": ("false", False),
+    "name": ("baseline", "baseline"),
+    "group": ("sweep", "sweep"),
+    "tags": ("vision, large,", ["vision", "large"]),
+    "service_name": ("trainer", "trainer"),
+    "resource": ("team=vision, tier=a=b", {"team": "vision", "tier": "a=b"}),
+    "directory": ("/data/runs", Path("/data/runs")),
+    "endpoint": ("http://127.0.0.1:4318", "http://127.0.0.1:4318"),
+    "protocol": ("grpc", "grpc"),
+    "delivery": ("thread", "thread"),
+    "durability": ("disk", "disk"),
+    "sync_every": ("0.5", 0.5),
+    "segment_bytes": ("65536", 65536),
+    "session_bytes": ("1048576", 1048576),
+    "free_bytes": ("0", 0),
+    "free_ratio": ("0.1", 0.1),
+    "group_readable": ("1", True),
+    "redact": ("no", False),
+    "redact_names": ("codeword", ["codeword"]),
+    "propagate": ("0", False),
+    "processors": ('[{"rename": {"metrics": {"a": "b"}}}]', [{"rename": {"metrics": {"a": "b"}}}]),
+    "exporters": ('[{"endpoint": "http://127.0.0.1:1", "timeout": 2}]', None),
+}
+
+
+def file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "stepspan.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_every_field_has_its_variable_here() -> None:
+    assert list(VARIABLES) == list(Settings.model_fields)
+
+
+@pytest.mark.parametrize("field", VARIABLES)
+def test_every_field_can_be_set_by_its_variable(field: str) -> None:
+    text, meaning = VARIABLES[field]
+    settings = load({}, {f"STEPSPAN_{field.upper()}": text})
+    if field == "exporters":
+        assert [(each.endpoint, each.timeout) for each in settings.exporters] == [("http://127.0.0.1:1", 2.0)]
+    else:
+        assert getattr(settings, field) == meaning
+    assert settings != Settings()
+    assert settings.model_fields_set == {field}
+
+
+def test_json_in_a_variable_is_a_mapping() -> None:
+    assert load({}, {"STEPSPAN_RESOURCE": ' {"team": "a,b", "n": 3}'}).resource == {"team": "a,b", "n": 3}
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_variable_is_not_set(blank: str) -> None:
+    assert load({}, {"STEPSPAN_NAME": blank, "STEPSPAN_CONFIG": blank, "STEPSPAN_SYNC_EVERY": blank}) == Settings()
+
+
+def test_an_argument_beats_a_variable_and_a_variable_the_file(tmp_path: Path) -> None:
+    path = file(tmp_path, "name: file\ngroup: file\ntags: [file]\nredact: false\n")
+    env = {"STEPSPAN_CONFIG": str(path), "STEPSPAN_NAME": "variable", "STEPSPAN_GROUP": "variable"}
+    settings = load({"name": "argument", "group": None}, env)
+    assert (settings.name, settings.group, settings.tags, settings.redact) == ("argument", "variable", ["file"], False)
+
+
+def test_the_file_that_is_an_argument_beats_the_one_that_is_a_variable(tmp_path: Path) -> None:
+    path = file(tmp_path, "name: argument\n")
+    assert load({}, {"STEPSPAN_CONFIG": "no-such-file"}, config=path).name == "argument"
+
+
+def test_the_switch_beats_all(tmp_path: Path) -> None:
+    assert load({"enabled": True}, {"STEPSPAN_DISABLED": "1", "STEPSPAN_ENABLED": "1"}).enabled is False
+
+
+@pytest.mark.parametrize("text", ["", "# nothing yet\n", "---\n"])
+def test_an_empty_file_sets_nothing(tmp_path: Path, text: str) -> None:
+    assert load({}, {}, config=file(tmp_path, text)) == Settings()
+
+
+def test_a_file_holds_every_field(tmp_path: Path) -> None:
+    settings = load(
+        {},
+        {},
+        config=file(
+            tmp_path,
+            """
+            directory: /data/runs
+            resource: {team: vision}
+            processors:
+              - attributes: {values: {team: vision}}
+            exporters:
+              - endpoint: http://127.0.0.1:1
+                headers: {x-scope-orgid: vision}
+                processors: [{sample_steps: {every: 10}}]
+            """,
+        ),
+    )
+    assert settings.directory == Path("/data/runs")
+    assert settings.resource == {"team": "vision"}
+    assert settings.processors == [{"attributes": {"values": {"team": "vision"}}}]
+    assert settings.exporters[0].headers == {"x-scope-orgid": "vision"}
+    assert settings.exporters[0].processors == [{"sample_steps": {"every": 10}}]
+
+
+def test_the_limits_of_the_journal() -> None:
+    assert load({}, {}).limits() == Limits()
+    assert Settings(durability="disk").limits().sync_every == 1.0
+    assert Settings(durability="process", sync_every=5).limits().sync_every is None
+
+
+# what is wrong
+
+NOT_A_NUMBER = "valid number"
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "says"),
+    [
+        ("STEPSPAN_ENABLED", "maybe", "boolean"),
+        ("STEPSPAN_PROTOCOL", "udp", "'http/protobuf', 'grpc' or 'http/json'"),
+        ("STEPSPAN_DELIVERY", "later", "'process', 'thread' or 'off'"),
+        ("STEPSPAN_DURABILITY", "paper", "'process' or 'disk'"),
+        ("STEPSPAN_SYNC_EVERY", "often", NOT_A_NUMBER),
+        ("STEPSPAN_SYNC_EVERY", "-1", "greater than or equal to 0"),
+        ("STEPSPAN_SYNC_EVERY", "inf", "finite"),
+        ("STEPSPAN_SEGMENT_BYTES", "64MiB", "valid integer"),
+        ("STEPSPAN_SEGMENT_BYTES", "10", "greater than or equal to 4096"),
+        ("STEPSPAN_FREE_RATIO", "1", "less than 1"),
+        ("STEPSPAN_RESOURCE", "team", "key=value"),
+        ("STEPSPAN_RESOURCE", "=vision", "key=value"),
+        ("STEPSPAN_RESOURCE", '{"team": ', "give JSON"),
+        ("STEPSPAN_PROCESSORS", "redact", "give JSON"),
+        ("STEPSPAN_PROCESSORS", '{"redact": {}}', "list"),
+        ("STEPSPAN_EXPORTERS", "otlp", "give JSON"),
+    ],
+)
+def test_a_wrong_variable_is_refused_by_name(variable: str, text: str, says: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load({}, {variable: text})
+    assert refused.value.field == variable
+    assert says in refused.value.fix
+    shown = "<str>" if variable == "STEPSPAN_EXPORTERS" else refused.value.value
+    assert str(shown) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "field", "says"),
+    [
+        ("directry: runs", "directry in {path}", "unknown; known are enabled, name,"),
+        ("rank: 3", "rank in {path}", "unknown"),
+        ("protocol: udp", "protocol in {path}", "'http/protobuf', 'grpc' or 'http/json'"),
+        ("tags: 5", "tags in {path}", "list"),
+        ("directory: null", "directory in {path}", "path"),
+        ("exporters: [{endpont: x}]", "exporters in {path}.0.endpont", "unknown; known are endpoint, protocol"),
+        ("exporters: [{timeout: 0}]", "exporters in {path}.0.timeout", "greater than 0"),
+        ("- directory", "config", "key: value"),
+        ("directory", "config", "key: value"),
+        ("1: 2", "config", "key: value"),
+        ("[]", "config", "key: value"),
+        ("a: b: c", "config", "not YAML"),
+        ("!!python/object:os.system {}", "config", "not YAML"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_its_entry(tmp_path: Path, text: str, field: str, says: str) -> None:
+    path = file(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        load({}, {}, config=path)
+    assert refused.value.field == field.format(path=path)
+    assert says in refused.value.fix
+    assert str(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["no-such-file.yaml", "."], ids=["missing", "a directory"])
+@pytest.mark.parametrize("source", ["argument", "variable"])
+def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, source: str) -> None:
+    path = str(tmp_path / name)
+    with pytest.raises(ConfigError, match="cannot be read") as refused:
+        load(
+            {}, {"STEPSPAN_CONFIG": path} if source == "variable" else {}, config=path if source == "argument" else None
+        )
+    assert refused.value.field == "config"
+    assert refused.value.value == path
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "stepspan.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load({}, {}, config=path)
+
+
+def test_a_file_where_yaml_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(ConfigError) as refused:
+        load({}, {}, config=file(tmp_path, "name: x"))
+    assert refused.value.fix == "reading YAML needs `pip install 'stepspan[yaml]'`"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "exporters: {headers: {authorization: hunter2}}",
+        "exporters: [{headers: [hunter2]}]",
+        "exporters: [hunter2]",
+        "exporters: [{endpont: x, headers: {authorization: hunter2}}]",
+    ],
+)
+def test_a_refusal_shows_no_header(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load({}, {}, config=file(tmp_path, text))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_refusal_is_a_value_error_and_short(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="protocol") as refused:
+        load({"protocol": "x" * 10_000}, {})
+    assert len(str(refused.value)) < 400
+
+
+# in force
+
+
+def test_start_run_takes_them_from_all_three(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPSPAN_GROUP", "variable")
+    path = file(
+        tmp_path, "name: file\ngroup: file\nservice_name: file\nresource: {team: vision}\nsegment_bytes: 4096\n"
+    )
+    with start(config=path, service_name="argument") as run:
+        for _ in range(100):
+            run.log_metrics({"x": 1.0})
+    first, begin = events(run)[:2]
+    assert (begin["name"], begin["group"]) == ("file", "variable")
+    assert first["resource"]["service.name"] == "argument"
+    assert first["resource"]["team"] == "vision"
+    assert len(events(run, "header")) > 1
+
+
+def test_processors_of_a_file_work_before_the_journal(start: Callable[..., Run], tmp_path: Path) -> None:
+    path = file(tmp_path, "redact_names: [codeword]\nprocessors: [{rename: {metrics: {loss: train_loss}}}]\n")
+    with start(config=path) as run:
+        run.log_metrics({"loss": 1.0})
+        run.log_hyperparams({"codeword": "swordfish", "api_key": "abc", "lr": 0.1})
+    assert events(run, "metrics")[0]["metrics"] == {"train_loss": 1.0}
+    assert events(run, "hyperparams")[0]["params"] == {"codeword": "[redacted]", "api_key": "[redacted]", "lr": 0.1}
+
+
+@pytest.mark.parametrize("entry", ["{blur: {}}", "{rename: {}, drop: {}}", "{rename: {metric: {}}}"])
+def test_a_processor_that_is_none_is_refused(start: Callable[..., Run], tmp_path: Path, entry: str) -> None:
+    with pytest.raises(ConfigError, match="processors"):
+        start(config=file(tmp_path, f"processors: [{entry}]"))

@@ -1,0 +1,166 @@
+"""Finding the refused records of a batch: what is sent, what is rejected, and when nothing is."""
+
+from __future__ import annotations
+
+import pytest
+from delivery import OK
+
+from stepspan.deliver.isolation import ROW, Isolation
+from stepspan.otlp.transport import Outcome, Verdict
+
+REFUSED = Outcome(Verdict.ISOLATE, "400: bad value")
+OPAQUE = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", opaque=True)
+LARGE = Outcome(Verdict.HALVE, "larger than the receiver takes")
+
+
+class Receiver:
+    """Takes a request unless it holds one of `bad`."""
+
+    def __init__(self, *bad, refusal=REFUSED, most=10**9):
+        self.bad, self.refusal, self.most, self.requests = set(bad), refusal, most, []
+
+    def __call__(self, records):
+        self.requests.append(list(records))
+        if len(records) > self.most:
+            return LARGE
+        return self.refusal if self.bad & set(records) else OK
+
+
+def run(receiver, records, **fields):
+    isolation = Isolation(receiver, **fields)
+    return isolation, isolation.run(records)
+
+
+def test_a_batch_that_is_taken_is_one_request():
+    isolation, outcome = run(receiver := Receiver(), range(100))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert (isolation.delivered, isolation.rejected, len(receiver.requests)) == (100, [], 1)
+    assert isolation.witness == 99
+
+
+@pytest.mark.parametrize("bad", [0, 1, 499, 500, 999])
+def test_one_bad_record_costs_one_record_and_some_twenty_requests(bad):
+    isolation, outcome = run(receiver := Receiver(bad), range(1000))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert isolation.rejected == [(bad, "400: bad value")]
+    assert isolation.delivered == 999
+    assert len(receiver.requests) <= 21
+    assert outcome.message == "400: bad value"
+
+
+def test_bad_records_far_apart_are_all_found():
+    bad = [3, 77, 78, 640, 999]
+    isolation, outcome = run(Receiver(*bad), range(1000))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert [record for record, _ in isolation.rejected] == bad
+    assert isolation.delivered == 995
+
+
+def test_halves_go_out_in_order():
+    receiver = Receiver(6)
+    run(receiver, range(8))
+    assert receiver.requests == [[*range(8)], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5], [6, 7], [6], [7]]
+
+
+def test_too_large_is_halved_until_it_fits_and_nothing_is_rejected():
+    isolation, outcome = run(receiver := Receiver(most=300), range(1000))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert (isolation.delivered, isolation.rejected) == (1000, [])
+    assert [len(r) for r in receiver.requests] == [1000, 500, 250, 250, 500, 250, 250]
+
+
+def test_a_record_that_is_too_large_alone_is_rejected():
+    isolation, outcome = run(lambda records: LARGE if 5 in records else OK, range(10))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert isolation.rejected == [(5, LARGE.message)]
+
+
+def test_sixteen_single_refusals_in_a_row_hold():
+    isolation, outcome = run(receiver := Receiver(*range(100)), range(100))
+    assert outcome.verdict is Verdict.HOLD
+    assert f"{ROW} records in a row" in outcome.message
+    assert "400: bad value" in outcome.message
+    assert sum(len(request) == 1 for request in receiver.requests) == ROW
+
+
+def test_fifteen_in_a_row_are_rejected_if_the_receiver_took_another():
+    isolation, outcome = run(Receiver(*range(15)), range(16))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert [record for record, _ in isolation.rejected] == [*range(15)]
+
+
+def test_a_row_is_broken_by_a_record_that_is_taken():
+    bad = [number for number in range(48) if number % 12]
+    isolation, outcome = run(Receiver(*bad), range(48))
+    assert outcome.verdict is Verdict.DELIVERED
+    assert len(isolation.rejected) == 44
+
+
+def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothing_yet():
+    isolation, outcome = run(receiver := Receiver(1), [1])
+    assert outcome.verdict is Verdict.HOLD
+    assert "it has taken nothing yet" in outcome.message
+    assert "400: bad value" in outcome.message
+    assert receiver.requests == [[1]]
+
+
+def test_a_record_is_rejected_if_a_witness_is_taken_again():
+    isolation, outcome = run(receiver := Receiver(1), [1], witness=0)
+    assert outcome.verdict is Verdict.DELIVERED
+    assert isolation.rejected == [(1, "400: bad value")]
+    assert receiver.requests == [[1], [0]]
+    assert (isolation.delivered, isolation.witness) == (0, 0), "the witness is not counted again"
+
+
+def test_a_witness_that_is_refused_now_holds():
+    isolation, outcome = run(Receiver(0, 1), [1], witness=0)
+    assert outcome.verdict is Verdict.HOLD
+    assert "it refuses what it took before" in outcome.message
+
+
+def test_a_witness_is_not_asked_where_another_record_was_taken():
+    receiver = Receiver(1)
+    isolation, _ = run(receiver, [1, 2], witness=0)
+    assert [0] not in receiver.requests
+    assert isolation.rejected == [(1, "400: bad value")]
+
+
+@pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.RETRY_THEN_HOLD, Verdict.HOLD])
+def test_trouble_in_the_middle_stops_and_says_so(verdict):
+    trouble = Outcome(verdict, "trouble", retry_after=7.0)
+    answers = iter([REFUSED, OK, trouble])
+    isolation, outcome = run(lambda records: next(answers), range(8))
+    assert outcome == trouble
+
+
+def test_partial_success_is_counted():
+    isolation, outcome = run(lambda records: Outcome(Verdict.DELIVERED, "2 rejected", rejected=2), range(10))
+    assert outcome == Outcome(Verdict.DELIVERED, "2 rejected")
+    assert (isolation.delivered, isolation.dropped, isolation.rejected) == (8, 2, [])
+
+
+def test_a_receiver_that_took_none_of_a_request_has_taken_nothing():
+    answers = iter([REFUSED, Outcome(Verdict.DELIVERED, rejected=1), REFUSED])
+    isolation, outcome = run(lambda records: next(answers), [0, 1])
+    assert outcome.verdict is Verdict.HOLD
+    assert isolation.witness is None
+
+
+def test_an_opaque_refusal_holds_where_time_may_be_the_reason():
+    isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), untimely=lambda record: record == 3)
+    assert outcome.verdict is Verdict.HOLD
+    assert isolation.rejected == []
+    for words in ("storage.tsdb.out_of_order_time_window", "look in the log of what is behind it", OPAQUE.message):
+        assert words in outcome.message
+
+
+def test_an_opaque_refusal_of_a_timely_record_rejects_it():
+    isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), untimely=lambda record: record != 3)
+    assert outcome.verdict is Verdict.DELIVERED
+    assert isolation.rejected == [(3, OPAQUE.message)]
+
+
+def test_a_refusal_with_a_reason_rejects_whatever_the_time():
+    isolation, outcome = run(Receiver(3), range(8), untimely=lambda record: True)
+    assert outcome.verdict is Verdict.DELIVERED
+    assert isolation.rejected == [(3, "400: bad value")]

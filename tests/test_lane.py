@@ -1,0 +1,649 @@
+"""One session's signal: wherever delivery is cut, it goes on with the same records, and the ledger stays true."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+from delivery import (
+    OK,
+    Scripted,
+    Time,
+    Training,
+    assert_true,
+    copy,
+    deliver,
+    everything,
+    options,
+    plain,
+    trained,
+)
+from journals import NOON, SECOND, header, lay_down, metrics
+
+from stepspan.deliver import lane as lanes
+from stepspan.deliver.lane import PATIENCE, Lane
+from stepspan.errors import JournalError, NewerSchema
+from stepspan.events import encode
+from stepspan.journal.cursor import SLOT, read_cursor
+from stepspan.journal.layout import SessionPath, segment_name
+from stepspan.journal.liveness import read_closed
+from stepspan.journal.writer import Limits
+from stepspan.otlp.records import SIGNALS
+from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.processors import Drop, SampleSteps
+
+ALL = 1 << 62
+SMALL = Limits(segment_bytes=4096, free_bytes=0, free_ratio=0.0)
+"""Some ten segments for a hundred steps, hence as many checkpoints."""
+TINY = 700  # bytes a batch
+
+
+class Crash(BaseException):
+    pass
+
+
+def cursor_file(session: SessionPath, signal: str = "metrics") -> Path:
+    return session.path / "cursors" / f"there.{signal}"
+
+
+def checkpoint_file(session: SessionPath, signal: str = "metrics") -> Path:
+    return session.path / "cursors" / f"there.{signal}.state"
+
+
+# ---------------------------------------------------------------- crashes
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path, signal):
+    session = trained(tmp_path, 60, limits=SMALL)
+    expected = everything(session)[signal]
+    crashed: set[int] = set()
+
+    class Crashing(Scripted):
+        def export(self, *request):
+            outcome = super().export(*request)
+            if hash(tuple(self.sent[-1])) not in crashed:
+                crashed.add(hash(tuple(self.sent[-1])))
+                raise Crash
+            return outcome
+
+    exporter = Crashing()
+    lane = Lane(session, signal, exporter, options(batch=TINY))
+    while not lane.finished:
+        try:
+            lane.advance(ALL)
+        except Crash:
+            lane.close()
+            lane = Lane(session, signal, exporter, options(batch=TINY))
+    lane.close()
+    assert exporter.sent[::2] == exporter.sent[1::2], "each request went out twice, with the same records"
+    assert exporter.taken[: len(exporter.sent[0])] == expected[: len(exporter.sent[0])]
+    assert [(0, *record) for request in exporter.sent[::2] for record in request] == expected
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert lane.state.ledger.delivered == len(expected), "counted once"
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, signal):
+    session = trained(tmp_path, 60, limits=SMALL)
+    expected = everything(session)[signal]
+    exporter = Scripted()
+    lane = Lane(session, signal, exporter, options(batch=4 * TINY))
+    kept: list[tuple[int, bytes, bytes]] = []
+    while lane.advance(ALL):
+        files = cursor_file(session, signal), checkpoint_file(session, signal)
+        kept.append((len(exporter.taken), *(file.read_bytes() if file.exists() else b"" for file in files)))
+    lane.close()
+    states = list(dict.fromkeys(state for _, _, state in kept)) + [b""]
+    assert len(states) > 4, "there were several checkpoints"
+    for sent, cursor, _ in kept[:: max(1, len(kept) // 12)]:
+        for state in states:
+            cursor_file(session, signal).write_bytes(cursor)
+            checkpoint_file(session, signal).write_bytes(state)
+            rest = Scripted()
+            deliver(session, rest, options(), signal)
+            assert rest.taken == expected[sent:]
+
+
+def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path):
+    session = trained(tmp_path, 100, limits=SMALL)
+    lane = Lane(session, "metrics", Scripted(), options(batch=TINY))
+    seen = 0
+    while lane.advance(ALL):
+        if checkpoint_file(session).exists():
+            position = orjson.loads(checkpoint_file(session).read_bytes().partition(b" ")[2])["position"]
+            assert position["seq"] <= read_cursor(cursor_file(session)).position.seq
+            seen += 1
+    lane.close()
+    assert seen > 5
+
+
+def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path):
+    session = trained(tmp_path, 100, limits=SMALL)
+    expected = everything(session)["metrics"]
+    exporter = Scripted()
+    lane = Lane(session, "metrics", exporter, options(batch=4 * TINY))
+    while lane.position.segment < 5:
+        lane.advance(ALL)
+    lane.advance(ALL)
+    needs = read_cursor(cursor_file(session)).needs
+    lane.close()
+    assert needs >= 4
+    for number in range(1, needs):
+        (session.path / segment_name(number)).unlink()
+    lane = deliver(session, exporter, options())
+    assert exporter.taken == expected, "cumulative sums and open steps included"
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert lane.state.ledger.pruned == 0, "what was pruned had been read"
+
+
+# ---------------------------------------------------------------- strange files
+
+
+def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list]:
+    session = trained(tmp_path, 60, limits=SMALL)
+    exporter = Scripted()
+    lane = Lane(session, "metrics", exporter, options(batch=TINY))
+    for _ in range(20):
+        lane.advance(ALL)
+    lane.close()
+    return session, exporter, everything(session)["metrics"]
+
+
+def foreign_version(raw: bytes) -> bytes:
+    content = orjson.dumps({**orjson.loads(raw.partition(b" ")[2]), "version": 999})
+    return b"%08x %b" % (lanes.crc32(content), content)
+
+
+def newer_position(raw: bytes) -> bytes:
+    content = orjson.loads(raw.partition(b" ")[2])
+    content["position"]["shard"] = 3
+    content = orjson.dumps(content)
+    return b"%08x %b" % (lanes.crc32(content), content)
+
+
+CHECKPOINTS = {
+    "missing": lambda raw: b"",
+    "not JSON": lambda raw: b"\xff" * 100,
+    "cut": lambda raw: raw[: len(raw) // 2],
+    "one digit flipped": lambda raw: raw.replace(b'"boundary":1', b'"boundary":2', 1),
+    "a list": lambda raw: b"%08x []" % lanes.crc32(b"[]"),
+    "another mapping's": foreign_version,
+    "a newer one's": newer_position,
+}
+
+
+@pytest.mark.parametrize("change", CHECKPOINTS.values(), ids=CHECKPOINTS)
+def test_a_checkpoint_that_does_not_hold_is_rebuilt_from_the_journal(tmp_path, change):
+    session, exporter, expected = half_delivered(tmp_path)
+    file = checkpoint_file(session)
+    raw = file.read_bytes()
+    assert change(raw) != raw
+    file.write_bytes(change(raw))
+    lane = deliver(session, exporter, options())
+    assert exporter.taken == expected
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+
+
+def test_another_sessions_checkpoint_is_not_used(tmp_path):
+    session, exporter, expected = half_delivered(tmp_path / "a")
+    other = Training(tmp_path / "b", session="00000000000000b0", limits=SMALL)
+    other.steps(30, value=lambda n: 99.0)
+    other_path = other.end()
+    deliver(other_path, Scripted(), options(batch=TINY))
+    shutil.copy(checkpoint_file(other_path), checkpoint_file(session))
+    deliver(session, exporter, options())
+    assert exporter.taken == expected
+
+
+CURSORS = {
+    "missing": lambda raw: b"",
+    "zeros": lambda raw: bytes(len(raw)),
+    "garbage": lambda raw: b"\xa5" * len(raw),
+    "cut": lambda raw: raw[:100],
+}
+
+
+@pytest.mark.parametrize("change", CURSORS.values(), ids=CURSORS)
+def test_a_damaged_cursor_delivers_all_again(tmp_path, change):
+    session, _, expected = half_delivered(tmp_path)
+    cursor_file(session).write_bytes(change(cursor_file(session).read_bytes()))
+    again = Scripted()
+    lane = deliver(session, again, options())
+    assert again.taken == expected
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+
+
+def test_a_torn_move_costs_that_move(tmp_path):
+    session, exporter, expected = half_delivered(tmp_path)
+    raw = bytearray(cursor_file(session).read_bytes())
+    newest = max((0, 1), key=lambda slot: orjson.loads(raw[slot * SLOT + 8 :].split(b"\0")[0])["generation"])
+    raw[newest * SLOT + 50] ^= 0xFF
+    cursor_file(session).write_bytes(raw)
+    deliver(session, exporter, options())
+    assert exporter.sent[20][: len(exporter.sent[19])] == exporter.sent[19]
+    assert list(dict.fromkeys(exporter.taken)) == expected
+
+
+def test_another_sessions_cursor_is_not_used(tmp_path, caplog):
+    session, _, expected = half_delivered(tmp_path / "a")
+    other = trained(tmp_path / "b", 5, session="00000000000000b0")
+    deliver(other, Scripted(), options())
+    shutil.copy(cursor_file(other), cursor_file(session))
+    again = Scripted()
+    lane = deliver(session, again, options())
+    assert again.taken == expected
+    assert "another journal" in caplog.text
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+
+
+@pytest.mark.parametrize("offset", [17, 10**9], ids=["within a line", "past the end"])
+def test_a_cursor_that_stands_nowhere_is_not_used(tmp_path, offset):
+    session, _, expected = half_delivered(tmp_path)
+    cursor = lanes.Cursor(cursor_file(session))
+    cursor.write(replace(cursor.state, position=replace(cursor.state.position, offset=offset)))
+    cursor.close()
+    again = Scripted()
+    deliver(session, again, options())
+    assert again.taken == expected
+
+
+def test_a_finished_session_is_not_sent_again(tmp_path):
+    session = trained(tmp_path)
+    deliver(session, Scripted(), options())
+    again = Scripted()
+    lane = Lane(session, "metrics", again, options())
+    assert lane.finished
+    assert not lane.advance(ALL)
+    assert again.requests == []
+    lane.close()
+
+
+def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path):
+    session, exporter, expected = half_delivered(tmp_path)
+    sent = len(exporter.taken)
+    without_lr = Scripted(processors=[Drop(metrics=["lr"])])
+    deliver(session, without_lr, options())
+    rest = [record for record in expected[sent:] if record[1] != "training.lr"]
+    assert without_lr.taken == rest
+
+
+def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
+    session = trained(tmp_path, 12)
+    sampled, whole = Scripted(processors=[SampleSteps(every=4)]), Scripted(destination="elsewhere")
+    lane = deliver(session, sampled, options())
+    deliver(session, whole, options())
+    number = lambda exporter: [float(value) for _, name, _, _, value in exporter.taken if name == "training.step.number" and value != "None"]  # noqa: E501
+    assert number(whole) == [*range(12)]
+    assert number(sampled) == [0, 4, 8]
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+
+
+# ---------------------------------------------------------------- ledgers of lines
+
+
+def test_damaged_dropped_and_pruned_lines_are_counted_as_such(tmp_path):
+    lines = [{**metrics(number), "seq": number + 2, "ts": NOON + number * SECOND} for number in range(20)]
+    damaged = encode(lines[5])[:30] + b"\n"
+    gap = {"ts": NOON + 30 * SECOND, "seq": 26, "tag": "gap", "dropped": 4, "why": "disk full"}
+    first = [*lines[:5], damaged, *lines[6:]]
+    second = [{**header(), "seq": 27, "ts": NOON + 31 * SECOND}, {**metrics(99), "seq": 28, "ts": NOON + 32 * SECOND}]
+    session = lay_down(tmp_path, [{**header(world_size=1), "ts": NOON - SECOND}, *first, gap], second)
+    (session.path / "closed.json").write_bytes(b'{"seq":31,"ts":%d,"status":"interrupted"}' % (NOON + 33 * SECOND))
+    lane = deliver(session, Scripted(), options())
+    ledger = lane.state.ledger
+    assert (ledger.read, ledger.damaged, ledger.dropped, ledger.pruned) == (23, 1 + 3, 4, 0)
+    assert_true(ledger, 31)
+
+
+def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path):
+    session = trained(tmp_path, 100, limits=SMALL)
+    for number in (1, 2, 3):
+        (session.path / segment_name(number)).unlink()
+    exporter = Scripted()
+    lane = deliver(session, exporter, options())
+    assert lane.state.ledger.pruned > 20
+    assert lane.state.ledger.damaged == 0
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert [r for r in exporter.taken if r[1] == "training.loss"], "and what is left has been delivered"
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path, signal):
+    session = trained(tmp_path, 40)
+    journaled = read_closed(session.path).seq
+    lane = Lane(session, signal, Scripted(), options(batch=TINY))
+    while lane.advance(ALL):
+        state = read_cursor(cursor_file(session, signal))
+        assert_true(state.ledger, journaled, pending=journaled - state.position.seq)
+    lane.close()
+
+
+def test_partial_success_counts_as_rejected_but_never_more_than_there_is(tmp_path):
+    session = trained(tmp_path, 5)
+    lane = deliver(session, Scripted([Outcome(Verdict.DELIVERED, "3 rejected by the receiver", rejected=3)]), options())
+    assert lane.state.ledger.rejected == 3
+    assert lane.state.message == "3 rejected by the receiver"
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+
+    other = trained(tmp_path / "b", 5)
+    lane = deliver(other, Scripted([Outcome(Verdict.DELIVERED, rejected=10**6)]), options(batch=1 << 20))
+    assert lane.state.ledger.delivered == 0
+    assert_true(lane.state.ledger, read_closed(other.path).seq)
+
+
+# ---------------------------------------------------------------- verdicts, by an injected clock
+
+
+def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_path):
+    time = Time()
+    session = trained(tmp_path, 60)
+    exporter = Scripted([Outcome(Verdict.RETRY, "busy")] * 10)
+    lane = Lane(session, "metrics", exporter, options(time, batch=TINY))
+    waits = []
+    for _ in range(10):
+        assert not lane.advance(ALL)
+        waits.append(lane.not_before - time.now)
+        time.now = lane.not_before
+    assert waits == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
+    assert read_cursor(cursor_file(session)).state == "retry"
+    assert not lane.held
+    assert lane.advance(ALL)
+    assert exporter.sent[10] == exporter.sent[0], "the same again"
+    assert (lane.state.state, lane.state.message, lane.failing_since) == ("ok", "", None)
+    exporter.answer = lambda _: Outcome(Verdict.RETRY)
+    lane.advance(ALL)
+    assert lane.not_before - time.now == 0.25
+    lane.close()
+
+
+def test_jitter_takes_up_to_half_of_a_wait(tmp_path):
+    time = Time()
+    exporter = Scripted([Outcome(Verdict.RETRY)])
+    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time, jitter=lambda: 0.0))
+    lane.advance(ALL)
+    assert lane.not_before - time.now == 0.125
+    lane.close()
+
+
+@pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.RETRY_THEN_HOLD, Verdict.HOLD])
+def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
+    time = Time()
+    exporter = Scripted([Outcome(verdict, retry_after=120.0)])
+    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
+    lane.advance(ALL)
+    assert lane.not_before - time.now == 120.0
+    lane.close()
+
+
+def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_rejected(tmp_path):
+    time = Time()
+    exporter = Scripted(lambda _: Outcome(Verdict.RETRY_THEN_HOLD, "500: its disk"))
+    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
+    states = []
+    for _ in range(PATIENCE + 1):
+        lane.advance(ALL)
+        states.append(lane.state.state)
+        time.now = lane.not_before
+    assert states == ["retry"] * (PATIENCE - 1) + ["hold"] * 2
+    assert lane.state.ledger.rejected == 0
+    exporter.answer = lambda _: OK
+    assert lane.advance(ALL)
+    assert lane.state.state == "ok"
+    lane.close()
+
+
+def test_an_absence_does_not_count_towards_a_hold(tmp_path):
+    time = Time()
+    answers = [Outcome(Verdict.RETRY)] * 10 + [Outcome(Verdict.RETRY_THEN_HOLD)] * 4 + [Outcome(Verdict.HOLD)]
+    lane = Lane(trained(tmp_path, 5), "metrics", Scripted(answers), options(time))
+    for _ in range(14):
+        lane.advance(ALL)
+        assert not lane.held
+    lane.advance(ALL)
+    assert lane.held
+    assert lane.not_before - time.now == 15.0, "a hold begins with its own first wait"
+    lane.close()
+
+
+def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
+    caplog.set_level("INFO")
+    time = Time()
+    session = trained(tmp_path, 60)
+    expected = everything(session)["metrics"]
+    exporter = Scripted([OK, OK] + [Outcome(Verdict.HOLD, "404: check the path")] * 7)
+    lane = Lane(session, "metrics", exporter, options(time, batch=TINY))
+    lane.advance(ALL)
+    lane.advance(ALL)
+    waits = []
+    for _ in range(7):
+        assert not lane.advance(ALL)
+        assert lane.held
+        waits.append(lane.not_before - time.now)
+        time.now = lane.not_before
+    assert waits == [15.0, 30.0, 60.0, 120.0, 240.0, 300.0, 300.0]
+    assert caplog.text.count("404: check the path") == 1
+    assert read_cursor(cursor_file(session)).message == "404: check the path"
+    while lane.advance(ALL):
+        pass
+    assert (lane.state.state, lane.state.message) == ("ok", "")
+    assert exporter.taken == expected, "as if nothing had been: the mapper was rebuilt"
+    assert "delivering again" in caplog.text
+    assert lane.finished
+    lane.close()
+
+
+def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path, caplog):
+    session = trained(tmp_path, 5)
+    exporter = Scripted([Outcome(Verdict.HOLD, "401: credentials")] * 2)
+    lane = Lane(session, "metrics", exporter, options())
+    lane.advance(ALL)
+    lane.close()
+    lane = Lane(session, "metrics", exporter, options())
+    assert lane.held
+    assert lane.not_before == 0.0, "a new deliverer asks at once: a person may have seen to it"
+    lane.advance(ALL)
+    assert caplog.text.count("401: credentials") == 1
+    assert lane.advance(ALL)
+    assert not lane.held
+    lane.close()
+
+
+def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tmp_path):
+    session = trained(tmp_path, 40)
+    expected = everything(session)["metrics"]
+    bad = next(record for record in expected if record[1] == "training.loss" and record[4] == repr(1.0 / 11))
+
+    def answer(records):
+        refused = bad[1:] in plain(records)
+        return Outcome(Verdict.ISOLATE, "400: duplicate sample") if refused else OK
+
+    exporter = Scripted(answer)
+    lane = deliver(session, exporter, options())
+    assert exporter.taken == [record for record in expected if record != bad]
+    assert lane.state.ledger.rejected == 1
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    (line,) = (session.path / "rejected.jsonl").read_bytes().splitlines()
+    letter = orjson.loads(line)
+    assert (letter["destination"], letter["signal"], letter["why"]) == ("there", "metrics", "400: duplicate sample")
+    (resource,) = letter["request"]["resourceMetrics"]
+    (metric,) = resource["scopeMetrics"][0]["metrics"]
+    (point,) = metric["gauge"]["dataPoints"]
+    assert (metric["name"], point["asDouble"], point["timeUnixNano"]) == ("training.loss", 1 / 11, str(bad[3]))
+    assert {"key": "rank", "value": {"intValue": "0"}} in resource["resource"]["attributes"]
+    assert (session.path / "rejected.jsonl").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_receiver_that_refuses_everything_holds_with_nothing_rejected(tmp_path):
+    session = trained(tmp_path, 40)
+    exporter = Scripted(lambda _: Outcome(Verdict.ISOLATE, "400: no such tenant"))
+    lane = Lane(session, "metrics", exporter, options())
+    assert not lane.advance(ALL)
+    assert lane.held
+    assert "no such tenant" in lane.state.message
+    assert lane.state.ledger.rejected == 0
+    assert not (session.path / "rejected.jsonl").exists()
+    lane.close()
+
+
+AGES = {
+    "fresh": (100.0, False),
+    "almost an hour old": (3500.0, False),
+    "over an hour old": (3700.0 + 60, True),
+    "in the future": (-100.0, True),
+}
+
+
+@pytest.mark.parametrize(("age", "held"), AGES.values(), ids=AGES)
+@pytest.mark.parametrize("opaque", [True, False], ids=["opaque", "with a reason"])
+def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(tmp_path, age, held, opaque):
+    session = trained(tmp_path, 10)
+    time = Time(read_closed(session.path).ts / SECOND + age)
+    refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", opaque=opaque)
+    exporter = Scripted(lambda records: refusal if any(r[0].name == "training.lr" for r in records) else OK)
+    lane = Lane(session, "metrics", exporter, options(time))
+    lane.advance(ALL)
+    if held and opaque:
+        assert lane.held
+        assert lane.state.ledger.rejected == 0
+        assert "storage.tsdb.out_of_order_time_window" in lane.state.message
+        assert "the log of what is behind it" in lane.state.message
+        assert "responded with HTTP Status Code 400" in lane.state.message
+        assert not (session.path / "rejected.jsonl").exists()
+    else:
+        assert not lane.held
+        assert lane.state.ledger.rejected == 10 + 1, "ten values and the end of their series"
+    lane.close()
+
+
+@pytest.mark.parametrize("signal", ["traces", "logs"])
+def test_only_points_are_judged_by_their_time(tmp_path, signal):
+    session = trained(tmp_path, 20)
+    time = Time(NOON / SECOND + 10 * 86_400)
+    bad = everything(session)[signal][0][1:]
+    opaque = Outcome(Verdict.ISOLATE, "400: opaque", opaque=True)
+    exporter = Scripted(lambda records: opaque if bad in plain(records) else OK)
+    lane = deliver(session, exporter, options(time), signal)
+    assert lane.state.ledger.rejected == 1
+
+
+# ---------------------------------------------------------------- the end of a session
+
+
+def test_a_dead_writers_session_is_closed_and_its_open_step_delivered(tmp_path):
+    training = Training(tmp_path)
+    training.steps(3)
+    training.emit("step_begin", parent=training.run, step=3, split="train")
+    session = training.die()
+    exporter = Scripted()
+    lane = deliver(session, exporter, options(), "traces")
+    closed = read_closed(session.path)
+    assert closed.status == "interrupted"
+    assert lane.finished
+    assert_true(lane.state.ledger, closed.seq)
+    assert sum("interrupted" in record[1] for record in exporter.taken) >= 2, "the step and the run"
+
+
+def test_a_living_writers_session_waits_at_its_end(tmp_path):
+    time = Time()
+    training = Training(tmp_path)
+    training.steps(3)
+    exporter = Scripted()
+    lane = Lane(training.path, "metrics", exporter, options(time))
+    while lane.advance(ALL):
+        pass
+    time.skip(5)
+    lane.advance(ALL)
+    assert lane.at_end
+    assert lane.alive
+    assert not lane.finished
+    training.steps(1)
+    assert lane.advance(ALL)
+    training.end()
+    time.skip(5)
+    while lane.advance(ALL):
+        pass
+    assert lane.finished
+    assert_true(lane.state.ledger, read_closed(training.path.path).seq)
+    assert exporter.taken == everything(training.path)["metrics"]
+    lane.close()
+
+
+def test_a_session_that_is_gone_does_not_keep_a_deliverer_waiting(tmp_path):
+    time = Time()
+    training = Training(tmp_path)
+    training.steps(3)
+    lane = Lane(training.path, "metrics", Scripted(), options(time))
+    lane.advance(ALL)
+    shutil.rmtree(training.path.path)
+    time.skip(5)
+    with pytest.raises(JournalError, match="gone"):
+        lane.advance(ALL)
+    lane.close()
+    training.die()
+
+
+def test_another_boots_session_is_dead_only_after_silence(tmp_path):
+    time = Time()
+    training = Training(tmp_path, boot_id="another")
+    training.steps(3)
+    session = training.die()
+    lane = Lane(session, "metrics", Scripted(), options(time, dead_after=900.0))
+    lane.advance(ALL)
+    time.skip(5)
+    lane.advance(ALL)
+    assert lane.alive
+    last = session.path / segment_name(session.segments()[-1])
+    os.utime(last, (last.stat().st_mtime - 1000,) * 2)
+    time.skip(5)
+    while lane.advance(ALL):
+        pass
+    assert lane.finished
+    lane.close()
+
+
+# ---------------------------------------------------------------- other people's journals
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_journal_that_is_not_ours_is_read_and_never_written(tmp_path):
+    session = trained(tmp_path / "theirs", 10)
+    expected = everything(copy(session, tmp_path / "copy"))["metrics"]
+    for path in [session.path, *session.path.iterdir()]:
+        os.chown(path, 12345, 12345)
+    with pytest.raises(JournalError, match="--state-directory"):
+        Lane(session, "metrics", Scripted(), options())
+    before = {path: path.stat().st_mtime_ns for path in [session.path, *session.path.rglob("*")]}
+    exporter = Scripted(lambda records: Outcome(Verdict.ISOLATE, "no") if len(records) == 1 else OK)
+    lane = deliver(session, exporter, options(state_directory=tmp_path / "state"))
+    assert exporter.taken == expected
+    assert lane.finished
+    assert {path: path.stat().st_mtime_ns for path in [session.path, *session.path.rglob("*")]} == before
+    assert [path.name for path in (tmp_path / "state").iterdir()] == [session.path.name]
+    again = Scripted()
+    deliver(session, again, options(state_directory=tmp_path / "state"))
+    assert again.requests == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp_path):
+    training = Training(tmp_path / "theirs")
+    training.steps(3)
+    session = training.die()
+    for path in [session.path, *session.path.iterdir()]:
+        os.chown(path, 12345, 12345)
+    lane = deliver(session, Scripted(), options(state_directory=tmp_path / "state"))
+    assert lane.finished
+    assert read_closed(session.path) is None
+    assert read_closed(tmp_path / "state" / session.path.name).status == "interrupted"
+
+
+def test_a_journal_of_a_newer_schema_is_not_touched_and_the_version_named(tmp_path):
+    session = lay_down(tmp_path, [header(schema="2.0"), metrics(1)])
+    with pytest.raises(NewerSchema, match=r"schema 2\.0.*upgrade stepspan"):
+        Lane(session, "metrics", Scripted(), options())
+    assert not (session.path / "cursors").exists()

@@ -1,0 +1,322 @@
+"""The order in which sessions are shipped: one merge by event time, and who waits for whom."""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict
+
+import pytest
+from delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, ship, trained
+from journals import NOON, SECOND, header, lay_down, metrics
+
+from stepspan.deliver.shipper import AHEAD, RESCAN, TRY_AGAIN, Shipper
+from stepspan.events import encode
+from stepspan.journal.layout import find_sessions
+from stepspan.journal.liveness import read_closed
+from stepspan.otlp.transport import Outcome, Verdict
+
+HOLD = Outcome(Verdict.HOLD, "too old: widen the window")
+
+
+def shipper(directory, exporter, how=None):
+    return Shipper("metrics", exporter, lambda: find_sessions(directory), how or options())
+
+
+def order(exporter):
+    """(rank, Unix ns) of each point that was taken, in order of arrival."""
+    return [(rank, ts) for rank, _, _, ts, _ in exporter.taken]
+
+
+def assert_merged(taken, every):
+    """No session runs more than ten minutes, and a step of `every` seconds, before the slowest that has more to come."""
+    last = {rank: max(ts for r, ts in taken if r == rank) for rank in {rank for rank, _ in taken}}
+    reached = {rank: NOON for rank in last}
+    for rank, ts in taken:
+        behind = [at for other, at in reached.items() if other != rank and at < last[other]]
+        assert ts - min(behind, default=ts) <= AHEAD + int(every * SECOND)
+        reached[rank] = max(reached[rank], ts)
+
+
+def test_two_five_day_journals_interleave(tmp_path):
+    every = 5 * DAY / 1000
+    for rank in range(2):
+        trained(tmp_path, 1000, every=every, rank=rank, session=f"00000000000000a{rank}")
+    exporter = Scripted()
+    ship(one := shipper(tmp_path, exporter, options(batch=8192)))
+    taken = order(exporter)
+    assert_merged(taken, every)
+    assert {rank for rank, _ in taken} == {0, 1}
+    assert one.lanes == {}, "both are finished"
+    for session in find_sessions(tmp_path):
+        expected = everything(session)["metrics"]
+        assert [record for record in exporter.taken if record[0] == session.rank] == expected
+
+
+def test_a_dense_and_a_sparse_session_stay_side_by_side(tmp_path):
+    trained(tmp_path, 3000, every=2.0, rank=0, session="00000000000000a0")
+    trained(tmp_path, 20, every=300.0, rank=1, session="00000000000000a1")
+    exporter = Scripted()
+    ship(shipper(tmp_path, exporter, options(batch=4096)))
+    assert_merged(order(exporter), 300.0)
+
+
+def test_a_lone_session_is_not_cut_at_ten_minutes(tmp_path):
+    trained(tmp_path, 100, every=3600.0)
+    exporter = Scripted()
+    ship(shipper(tmp_path, exporter))
+    assert len(exporter.requests) == 1
+
+
+def test_live_data_waits_for_the_backlog_it_would_shut_out(tmp_path):
+    time = Time()
+    old = trained(tmp_path, 400, every=30.0, rank=0, session="00000000000000a0", started=-5 * DAY)
+    live = Training(tmp_path, rank=1, session="00000000000000a1")
+    exporter = Scripted()
+    one = shipper(tmp_path, exporter, options(time, batch=4096))
+    one.round()
+    live.steps(20)
+    ship(one)
+    ranks = [rank for rank, _ in order(exporter)]
+    last_old = len(ranks) - 1 - ranks[::-1].index(0)
+    first_live = ranks.index(1)
+    assert read_closed(old.path)
+    assert first_live > last_old - 200, "but for the last ten minutes"
+    live.die()
+
+
+def test_sessions_of_one_rank_go_strictly_in_the_order_of_their_start(tmp_path):
+    for number, started in enumerate((7200.0, 0.0, 3600.0)):
+        trained(tmp_path, 50, rank=0, session=f"00000000000000a{number}", started=started)
+    exporter = Scripted()
+    ship(shipper(tmp_path, exporter, options(batch=2048)))
+    times = [ts for _, ts in order(exporter) if True]
+    runs = [int((ts - NOON) // (3600 * SECOND)) for ts in times]
+    assert runs == sorted(runs)
+    assert set(runs) == {0, 1, 2}
+
+
+def test_overlapping_sessions_of_one_rank_go_one_after_the_other(tmp_path):
+    trained(tmp_path, 50, rank=0, session="00000000000000a0", started=0.0)
+    trained(tmp_path, 50, rank=0, session="00000000000000a1", started=20.0)
+    exporter = Scripted()
+    ship(shipper(tmp_path, exporter, options(batch=2048)))
+    first = everything(next(s for s in find_sessions(tmp_path) if s.session.endswith("a0")))["metrics"]
+    assert exporter.taken[: len(first)] == first
+
+
+def test_a_held_session_lets_its_successor_pass(tmp_path):
+    time = Time()
+    trained(tmp_path, 50, rank=0, session="00000000000000a0", started=-5 * DAY)
+    trained(tmp_path, 50, rank=0, session="00000000000000a1")
+    too_old = NOON - int(2 * DAY * SECOND)
+    exporter = Scripted(lambda records: HOLD if records[0][1] < too_old else OK)
+    one = shipper(tmp_path, exporter, options(time, batch=2048))
+    ship(one)
+    assert min(ts for _, ts in order(exporter)) >= NOON
+    (held,) = one.lanes.values()
+    assert held.held
+    assert held.state.message == HOLD.message
+    assert held.state.ledger.rejected == 0
+    assert one.idle
+    exporter.answer = lambda _: OK
+    time.now = held.not_before
+    ship(one)
+    assert one.lanes == {}, "and recovers by itself"
+
+
+def test_a_held_session_holds_no_other_rank_back(tmp_path):
+    trained(tmp_path, 50, rank=0, session="00000000000000a0", started=-5 * DAY)
+    trained(tmp_path, 500, rank=1, every=30.0, session="00000000000000a1")
+    too_old = NOON - int(2 * DAY * SECOND)
+    exporter = Scripted(lambda records: HOLD if records[0][1] < too_old else OK)
+    ship(one := shipper(tmp_path, exporter, options(batch=2048)))
+    assert [lane.session.rank for lane in one.lanes.values()] == [0]
+    assert {rank for rank, _ in order(exporter)} == {1}
+
+
+def test_a_successor_that_waits_for_a_living_session_holds_no_other_rank_back(tmp_path):
+    first = Training(tmp_path, rank=0, session="00000000000000a0")
+    first.steps(5)
+    trained(tmp_path, 50, rank=0, session="00000000000000a1", started=100.0)
+    other = trained(tmp_path, 500, rank=1, every=30.0, session="00000000000000a2")
+    exporter = Scripted()
+    ship(one := shipper(tmp_path, exporter))
+    assert other.path not in one.lanes, "delivered to its end"
+    assert len(one.lanes) == 2
+    first.die()
+
+
+def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path):
+    time = Time()
+    for rank in range(8):
+        trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
+    away = Outcome(Verdict.RETRY, "no connection")
+    exporter = Scripted(lambda _: away)
+    one = shipper(tmp_path, exporter, options(time))
+    for _ in range(100):
+        one.round()
+        time.skip(0.1)
+    assert len(exporter.requests) <= 6, "0.25, 0.5, 1, 2, 4 s"
+    assert not one.idle
+    assert 9.0 < one.silent_for() < 11.0
+    exporter.answer = lambda _: OK
+    time.skip(30)
+    ship(one)
+    assert one.lanes == {}
+    assert one.silent_for() == 0.0
+
+
+def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path):
+    for rank in range(3):
+        trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
+    exporter = Scripted()
+    exporter.export = lambda signal, resource, records: HOLD if resource["rank"] == 0 else OK
+    ship(one := shipper(tmp_path, exporter))
+    assert [lane.session.rank for lane in one.lanes.values()] == [0]
+
+
+def test_new_sessions_are_found_within_a_second(tmp_path):
+    time = Time()
+    exporter = Scripted()
+    one = shipper(tmp_path, exporter, options(time))
+    assert not one.round()
+    assert one.over, "there is nothing"
+    trained(tmp_path, 5)
+    assert not one.round()
+    time.skip(RESCAN)
+    ship(one)
+    assert exporter.taken
+
+
+def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path):
+    time = Time()
+    living = Training(tmp_path)
+    living.steps(3)
+    one = shipper(tmp_path, Scripted(), options(time))
+    ship(one)
+    assert (one.idle, one.over) == (True, False)
+    living.end()
+    time.skip(2)
+    assert one.round()
+    assert (one.idle, one.over) == (False, False), "as of a round in which something moved"
+    ship(one)
+    assert (one.idle, one.over) == (True, True)
+
+
+def test_a_receiver_that_stays_silent_is_abandoned_only_when_nobody_lives(tmp_path):
+    time = Time()
+    living = Training(tmp_path)
+    living.steps(3)
+    one = shipper(tmp_path, Scripted(lambda _: Outcome(Verdict.RETRY)), options(time))
+    for _ in range(120):
+        one.round()
+        time.skip(0.5)
+    assert one.silent_for() > 30
+    assert not one.abandoned(30.0)
+    living.die()
+    for _ in range(4):
+        one.round()
+        time.skip(0.5)
+    assert one.abandoned(30.0)
+    assert not one.over
+
+
+# ---------------------------------------------------------------- sessions that can't be read
+
+
+def test_a_damaged_and_a_newer_session_stop_nobody_else(tmp_path, caplog):
+    place = tmp_path / "job" / "node"
+    newer = lay_down(place, [header("00000000000000b1", schema="9.0"), metrics(1)], session="00000000000000b1")
+    damaged = lay_down(place, [b"\x00" * 500 + b"\n"], session="00000000000000b2")
+    bare = {"ts": 1, "seq": 1, "tag": "header", "schema": "1.0"}
+    foreign = lay_down(place, [encode(bare)], session="00000000000000b3")
+    good = trained(tmp_path, 20)
+    exporter = Scripted()
+    ship(one := shipper(tmp_path, exporter))
+    assert exporter.taken == everything(good)["metrics"]
+    assert one.unreadable.keys() == {newer.path, damaged.path, foreign.path}
+    assert "schema 9.0" in one.unreadable[newer.path]
+    assert "upgrade stepspan" in one.unreadable[newer.path]
+    assert "header lacks" in one.unreadable[foreign.path]
+    assert caplog.text.count("cannot be delivered") == 3
+
+
+def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(tmp_path, caplog):
+    time = Time()
+    good = trained(tmp_path, 20)
+    first = good.path / "000001.jsonl"
+    whole = first.read_bytes()
+    first.write_bytes(b"")
+    exporter = Scripted()
+    one = shipper(tmp_path, exporter, options(time))
+    for _ in range(3):
+        ship(one)
+        assert one.unreadable
+        time.skip(TRY_AGAIN + RESCAN)
+    assert caplog.text.count("cannot be delivered") == 1
+    first.write_bytes(whole)
+    ship(one)
+    assert one.unreadable == {}
+    assert exporter.taken
+
+
+def test_a_session_that_is_removed_under_way_stops_nobody_else(tmp_path):
+    time = Time()
+    gone = Training(tmp_path, rank=0, session="00000000000000a0")
+    gone.steps(3)
+    stays = Training(tmp_path, rank=1, session="00000000000000a1")
+    stays.steps(3)
+    exporter = Scripted()
+    one = shipper(tmp_path, exporter, options(time))
+    ship(one)
+    shutil.rmtree(gone.path.path)
+    stays.steps(3)
+    stays_path = stays.end()
+    for _ in range(5):
+        time.skip(2)
+        ship(one)
+    assert one.over, "nobody waits for it"
+    assert [r for r in exporter.taken if r[0] == 1] == everything(stays_path)["metrics"]
+    gone.die()
+
+
+# ---------------------------------------------------------------- processors that fail
+
+
+def test_a_processor_that_raises_costs_nothing_but_its_work(tmp_path, caplog):
+    class Bad:
+        tags = frozenset({"metrics"})
+
+        def __call__(self, event):
+            raise ValueError("no")
+
+    session = trained(tmp_path, 20)
+    exporter = Scripted(processors=[Bad()])
+    ship(shipper(tmp_path, exporter))
+    assert exporter.taken == everything(session)["metrics"]
+    assert caplog.text.count("processor Bad failed") == 1
+
+
+# ---------------------------------------------------------------- whatever the batches
+
+
+@pytest.mark.parametrize("batch", [300, 5000, 1 << 20])
+def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path, batch):
+    sessions = [
+        trained(tmp_path, 30, rank=rank, session=f"0000000000000{attempt}a{rank}", started=attempt * 1000.0, every=40.0)
+        for rank in range(3)
+        for attempt in range(2)
+    ]
+    exporter = Scripted()
+    one = shipper(tmp_path, exporter, options(batch=batch))
+    lanes = {}
+    while one.round() or one.lanes:
+        lanes.update(one.lanes)
+    found = defaultdict(list)
+    for record in exporter.taken:
+        found[record[0]].append(record)
+    for rank in range(3):
+        expected = [r for s in sessions if s.rank == rank for r in everything(s)["metrics"]]
+        assert found[rank] == expected
+    for lane in lanes.values():
+        assert_true(lane.state.ledger, read_closed(lane.session.path).seq)
