@@ -14,7 +14,7 @@ from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExp
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
-from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from receiver import Answer, ScriptedReceiver
 from runs import start
@@ -128,7 +128,11 @@ def test_an_exporters_processors_are_its_own(tmp_path):
         without = OtlpExporter(receiver.url, env={}, destination="b", processors=[Drop(metrics=["lr"])])
         with contextlib.closing(sampled), contextlib.closing(without):
             deliver(session, sampled, options())
-            assert [p.number for p in sorted(receiver.points("training.step.number"), key=lambda p: p.time) if p.value is not None] == [0, 4, 8]  # noqa: E501
+            assert [
+                p.number
+                for p in sorted(receiver.points("training.step.number"), key=lambda p: p.time)
+                if p.value is not None
+            ] == [0, 4, 8]  # noqa: E501
             assert len([p for p in receiver.points("training.lr") if p.value is not None]) == 3
             receiver.requests["metrics"].clear()
             deliver(session, without, options())

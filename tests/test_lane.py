@@ -277,7 +277,9 @@ def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
     sampled, whole = Scripted(processors=[SampleSteps(every=4)]), Scripted(destination="elsewhere")
     lane = deliver(session, sampled, options())
     deliver(session, whole, options())
-    number = lambda exporter: [float(value) for _, name, _, _, value in exporter.taken if name == "training.step.number" and value != "None"]  # noqa: E501
+    number = lambda exporter: [
+        float(value) for _, name, _, _, value in exporter.taken if name == "training.step.number" and value != "None"
+    ]  # noqa: E501
     assert number(whole) == [*range(12)]
     assert number(sampled) == [0, 4, 8]
     assert_true(lane.state.ledger, read_closed(session.path).seq)

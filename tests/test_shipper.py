@@ -30,7 +30,7 @@ def order(exporter):
 def assert_merged(taken, every):
     """No session runs more than ten minutes, and a step of `every` seconds, before the slowest that has more to come."""
     last = {rank: max(ts for r, ts in taken if r == rank) for rank in {rank for rank, _ in taken}}
-    reached = {rank: NOON for rank in last}
+    reached = dict.fromkeys(last, NOON)
     for rank, ts in taken:
         behind = [at for other, at in reached.items() if other != rank and at < last[other]]
         assert ts - min(behind, default=ts) <= AHEAD + int(every * SECOND)

@@ -38,6 +38,7 @@ FIELDS: Mapping[str, str] = {
     "artifact": "name, path, kind, step?",
     "event": "parent, name, status?, attributes?",
     "error": "parent, type, message, stack, attributes",
+    "memory": "device_id, counters {name: bytes}",
     "gap": "dropped, why: so many events before this one could not be written",
 }
 """Tag -> the tag's own fields, beside `ts` (Unix ns), `seq` and `crc`. `?`: left out where there is nothing to say.

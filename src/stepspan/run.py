@@ -134,7 +134,10 @@ class Run:
 
     def step(self, n: int, *, split: str = "train") -> Scope:
         """A context manager: step `n`. All ranks' steps of one number share a trace."""
-        return self._scopes.step(self._whole("step", n), split if type(split) is str else text(split))
+        number: int | None = n
+        if type(n) is not int or n < 0 or n >= LARGEST:
+            number = self._whole("step", n)
+        return self._scopes.step(number, split if type(split) is str else text(split))
 
     def span(self, name: str, *, collective: bool = False, **attributes: Any) -> Scope:
         """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`)."""
@@ -176,6 +179,7 @@ class Run:
             self.closed = True
         try:
             self._scopes.end(self._scope, None, text(status))
+            self._scopes.closed = True
             writer = self._journal.writer
             self.pipeline.close(text(status))
             self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)

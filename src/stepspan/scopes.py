@@ -80,6 +80,7 @@ class Scopes:
         propagate: bool | None,
     ) -> None:
         self.clock = pipeline.journal.clock
+        self.closed = False
         self._identity = identity
         self._journal = pipeline.journal
         self._emit = pipeline.emit
@@ -133,6 +134,8 @@ class Scopes:
             if tag == "step":
                 self._place(scope, event)
             self._emit(event, scope)
+            if self.closed:
+                return
             scope.home = self._journal.home
             if scope.home is not home:  # the event opened a session of its own: nothing there to lie in
                 event["parent"] = 0

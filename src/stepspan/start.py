@@ -181,7 +181,11 @@ class _Teller:
 
 
 def _exporters_of(settings: Settings) -> list[Any]:
-    """The destinations that settings and standard variables name. None: no network at all."""
+    """The destinations that settings and standard variables name. None: no network at all, and nothing to load."""
+    from stepspan.otlp.endpoint import resolve_endpoints
+
+    if not (settings.exporters or resolve_endpoints(os.environ, settings.endpoint, protocol=settings.protocol)):
+        return []
     from stepspan.exporters.otlp import OtlpExporter
     from stepspan.processors import build
 
@@ -201,10 +205,11 @@ def _delivery(
     tell: Any,
 ) -> Delivery:
     from stepspan.deliver.handle import Delivery, ProcessDelivery, ThreadDelivery
-    from stepspan.exporters.otlp import OtlpExporter
 
     if settings.delivery == "off" or not followers:
         return Delivery()
+    from stepspan.exporters.otlp import OtlpExporter
+
     portable = all(isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors) for e in followers)
     if settings.delivery == "process" and portable:
         return ProcessDelivery(journal.directory, identity.host, followers, first=identity.local_rank == 0, tell=tell)

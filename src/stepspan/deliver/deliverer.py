@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 from stepspan.deliver.lane import Options
 from stepspan.deliver.shipper import Shipper
@@ -59,10 +60,17 @@ class Deliverer:
             for exporter in self._exporters:
                 exporter.close()
 
-    def wait(self, done: Callable[[Deliverer], bool], tick: Callable[[], None] = lambda: None) -> None:
-        """Wait until `done(self)` or `interrupt()`; `tick` is called about ten times a second."""
-        while not self._stop.wait(POLL) and not done(self):
+    def wait(self, done: Callable[[Deliverer], bool], tick: Callable[[], None] = lambda: None) -> bool:
+        """Wait until `done(self)` or `interrupt()`, and say which; `tick` is called about ten times a second."""
+        while not self._stop.wait(POLL):
+            if done(self):
+                return True
             tick()
+        return False
+
+    def knows(self, session: Path) -> bool:
+        """Whether every signal has met this session."""
+        return all(session in shipper.met for shipper in self.shippers)
 
     def interrupt(self) -> None:
         """End `wait` at once; may be called from a signal handler."""

@@ -108,8 +108,8 @@ class ProcessDelivery(Delivery):
             self._tell("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
-        """As the base; a run shorter than the first look starts its deliverer now."""
-        self._next = min(self._next, time.monotonic()) if self._process is None else self._next
+        """As the base; looks once more whether a deliverer is at work, for nobody will after us."""
+        self._next = 0.0
         self.watch()
         super().close(session, seq, timeout)
         if self._process is not None and self._process.poll() is None:

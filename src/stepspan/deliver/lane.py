@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -298,10 +298,12 @@ class Lane:
         """A checkpoint: the mapper's state at a position. Without one a restart reads from the beginning."""
         assert self._mapper is not None
         content = orjson.dumps({**self._key(), "position": position, "mapper": self._mapper.state()})
-        draft = self._checkpoint.with_suffix(".draft")
-        with contextlib.suppress(OSError):
-            draft.write_bytes(b"%08x %b" % (crc32(content), content))
-            os.replace(draft, self._checkpoint)
+        name, draft = self._checkpoint.name, self._checkpoint.with_suffix(".draft").name
+        with contextlib.suppress(OSError), _directory(self._checkpoint.parent) as directory:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with open(open_file(draft, flags, dir_fd=directory), "wb") as file:
+                file.write(b"%08x %b" % (crc32(content), content))
+            os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
             self._cursor.state.needs = position.segment
             self._since_checkpoint = 0
 
@@ -336,15 +338,13 @@ class Lane:
         """Whether a position lies at the beginning of a line of this journal."""
         if not position.offset:
             return True
-        directory = open_directory(self.session.path)
-        try:
-            with open(open_file(segment_name(position.segment), os.O_RDONLY, dir_fd=directory), "rb") as file:
-                file.seek(position.offset - 1)
-                return file.read(1) == b"\n"
-        except FileNotFoundError:  # pruned
-            return True
-        finally:
-            os.close(directory)
+        with _directory(self.session.path) as directory:
+            try:
+                with open(open_file(segment_name(position.segment), os.O_RDONLY, dir_fd=directory), "rb") as file:
+                    file.seek(position.offset - 1)
+                    return file.read(1) == b"\n"
+            except FileNotFoundError:  # pruned
+                return True
 
     def _load(self) -> tuple[Position, dict[str, Any]] | None:
         try:
@@ -360,3 +360,12 @@ class Lane:
         """What a checkpoint must agree with."""
         processors = blake2b(orjson.dumps(specs(self._exporter.processors)), digest_size=8).hexdigest()
         return {"version": VERSION, "session": self.session.session, "processors": processors}
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = open_directory(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

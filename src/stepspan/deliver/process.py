@@ -109,15 +109,20 @@ def serve(directory: Path, host: str, task: Sequence[Mapping[str, Any]], boot_id
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in task]
     locks = {e.destination: Lock(directory, host, e.destination) for e in exporters}
     ours = [e for e in exporters if _take(locks[e.destination])]
-    if not ours:
-        return
-    log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in ours))
-    deliverer = Deliverer(ours, lambda: find_sessions(directory, host=host), Options(boot_id=boot_id))
-    on_signal(deliverer.interrupt)
-    deliverer.start()
-    deliverer.wait(run_is_over)
-    deliverer.stop()
-    log.info("done")
+    while ours:
+        log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in ours))
+        deliverer = Deliverer(ours, lambda: find_sessions(directory, host=host), Options(boot_id=boot_id))
+        on_signal(deliverer.interrupt)
+        deliverer.start()
+        over = deliverer.wait(run_is_over)
+        deliverer.stop()
+        for lock in locks.values():
+            lock.release()
+        log.info("done")
+        # A run that came and went just now has seen our lock, and relied on us.
+        if not over or all(deliverer.knows(session.path) for session in find_sessions(directory, host=host)):
+            return
+        ours = [e for e in ours if locks[e.destination].take()]
 
 
 def _take(lock: Lock) -> bool:

@@ -40,6 +40,8 @@ class Shipper:
         """The sessions that are not finished."""
         self.unreadable: dict[Path, str] = {}
         """The sessions that could not be read, and why."""
+        self.met: set[Path] = set()
+        """All sessions that have been listed so far."""
         self.rounds = 0
         """In which nothing moved. What follows is as of the last one, for other threads to look at."""
         self.idle = False
@@ -106,6 +108,7 @@ class Shipper:
     def _scan(self, now: float) -> None:
         for session in self._find():
             path = session.path
+            self.met.add(path)
             if path in self.lanes or path in self._finished or self._try_again.get(path, now) > now:
                 continue
             try:

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -91,14 +92,16 @@ class Disk:
 
 
 class Clock:
-    """The wall clock at its making plus monotonic time: never goes back, never jumps."""
+    """The wall clock at its making plus the time since, a laptop's sleep included: never goes back, never jumps."""
 
     def __init__(self) -> None:
-        self._offset = time.time_ns() - time.monotonic_ns()
+        sleeping = getattr(time, "CLOCK_BOOTTIME", None)
+        self._since = time.monotonic_ns if sleeping is None else partial(time.clock_gettime_ns, sleeping)
+        self._offset = time.time_ns() - self._since()
 
     def __call__(self) -> int:
         """Unix nanoseconds."""
-        return self._offset + time.monotonic_ns()
+        return self._offset + self._since()
 
 
 class JournalWriter:

@@ -15,7 +15,7 @@ from stepspan.compat.stormlog.fields import (
     shown,
 )
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
-from stepspan.compat.stormlog.legacy import UNKNOWN_HOST, UNKNOWN_PID, named_session, record_of_legacy
+from stepspan.compat.stormlog.legacy import UNKNOWN_HOST, UNKNOWN_PID, record_of_legacy, session_of
 from stepspan.compat.stormlog.validate import LAYOUTS, accepted, layout_of
 
 
@@ -42,7 +42,7 @@ def telemetry_event_from_record(
     if not permissive_legacy:
         raise RecordError("Legacy record conversion is disabled (permissive_legacy=False)", "schema_version")
     if default_session_id is None:
-        default_session_id = _session_of(record)
+        default_session_id = _generated_session(record)
     converted = record_of_legacy(
         record,
         session_id=default_session_id,
@@ -54,10 +54,10 @@ def telemetry_event_from_record(
 
 def legacy_session_id(*seed: object) -> str:
     """The session of records that name none, the same for the same seed."""
-    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_DNS, '::'.join(str(part) for part in seed if part is not None))}"
+    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_URL, '::'.join(str(part) for part in seed if part is not None))}"
 
 
-def _session_of(record: Mapping[str, Any]) -> str:
+def _generated_session(record: Mapping[str, Any]) -> str:
     time = record.get("timestamp_ns", record.get("timestamp"))
     return legacy_session_id(time, record.get("host", UNKNOWN_HOST), record.get("pid", UNKNOWN_PID))
 
@@ -67,8 +67,8 @@ def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> Tele
     if "metadata" in record and not isinstance(record["metadata"], dict):
         raise RecordError(f"metadata must be an object, not {shown(record['metadata'])}", "metadata")
     identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY})
-    session = named_session(record.get("session_id"), default_session_id)
-    named = {"session_id": _session_of(record) if session is None else session}
+    session = session_of(record, record.get("metadata", {}), default_session_id)
+    named = {"session_id": _generated_session(record) if session is None else session}
     return _checked({**identity, **record, **named, "schema_version": max(version, SCHEMA_VERSION_V3)})
 
 

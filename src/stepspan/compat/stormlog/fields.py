@@ -1,25 +1,25 @@
 """The fields of a stormlog record, all versions of the schema in one table.
 
-The order is part of the schema: fields are checked in it, and `telemetry_event_to_dict` writes in it. Within a group all
-types are checked before all ranges.
+The order is part of the schema: fields are checked in it, and `telemetry_event_to_dict` writes in it. Within a group
+all types are checked before all ranges.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 from stepspan.errors import StepspanError
 
-SCHEMA_VERSION_V2: Final[Literal[2]] = 2
-SCHEMA_VERSION_V3: Final[Literal[3]] = 3
-SCHEMA_VERSION_V4: Final[Literal[4]] = 4
-SCHEMA_VERSION_LATEST: Final[Literal[3]] = 3  # what is written; V4 is read
+SCHEMA_VERSION_V2: Final = 2
+SCHEMA_VERSION_V3: Final = 3
+SCHEMA_VERSION_V4: Final = 4
+SCHEMA_VERSION_LATEST: Final = 3  # what is written; V4 is read
 VERSIONS = (SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, SCHEMA_VERSION_V4)
 
 
 class RecordError(StepspanError, ValueError):
-    """A record, file or manifest is not as the schema says: `problem` with the `fields` it is about, found at `where`."""
+    """A record or file is not as the schema says: `problem`, which names the `fields` it is about, found at `where`."""
 
     def __init__(self, problem: str, *fields: str, where: str = "") -> None:
         self.problem = problem

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, RecordError, shown
+from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, RecordError, shown
 from stepspan.compat.stormlog.validate import check_ranks
 
 # rank, local rank and world size, as a launcher names them; it counts where the first and the last are set.
@@ -18,7 +18,7 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"),
 )
 JOBS = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID")
-_CHECKED = [field for field in FIELDS if field.name in IDENTITY]
+_CHECKED = {field.name: field for field in FIELDS if field.name in IDENTITY}
 
 
 def resolve_distributed_identity(
@@ -46,10 +46,10 @@ def resolve_distributed_identity(
         found = {name: known.get(name) if value is None else value for name, value in found.items()}
     if found["local_rank"] is None:
         found["local_rank"] = found["rank"]
-    identity = {name: IDENTITY[name] if value is None else value for name, value in found.items()}
-    for field in _CHECKED:
-        field.check_type(identity[field.name], 2)
-        field.check_range(identity[field.name], 2)
+    identity: dict[str, Any] = {name: IDENTITY[name] if value is None else value for name, value in found.items()}
+    for name, field in _CHECKED.items():
+        field.check_type(identity[name], SCHEMA_VERSION_LATEST)
+        field.check_range(identity[name], SCHEMA_VERSION_LATEST)
     check_ranks(identity["rank"], identity["local_rank"], identity["world_size"])
     return identity
 
@@ -57,11 +57,14 @@ def resolve_distributed_identity(
 def _of_launcher(env: Mapping[str, str]) -> dict[str, Any]:
     for rank, local_rank, world_size in LAUNCHERS:
         if env.get(rank) is not None and env.get(world_size) is not None:
-            return {
+            found = {
                 "rank": _number(env, rank, "rank"),
                 "local_rank": _number(env, local_rank, "local_rank") if _variable(env, local_rank) else None,
                 "world_size": _number(env, world_size, "world_size"),
             }
+            for name, number in found.items():
+                _CHECKED[name].check_range(number, SCHEMA_VERSION_LATEST)
+            return found
     return {}
 
 

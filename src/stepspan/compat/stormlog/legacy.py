@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stepspan.compat.stormlog.fields import IDENTITY, SCHEMA_VERSION_LATEST, RecordError, integer, shown
+from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, RecordError, integer, shown
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
 
 MEBIBYTE = 1024 * 1024
@@ -23,35 +23,29 @@ _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
 def record_of_legacy(
-    record: Mapping[str, Any], *, session_id: str | None, collector: str, sampling_interval_ms: int
+    record: Mapping[str, Any], *, session_id: str, collector: str, sampling_interval_ms: int
 ) -> dict[str, Any]:
-    """A record of schema 3. What it does not tell is what the arguments say, and `session_id` None if nothing does.
+    """A record of schema 3. What it does not tell is what the arguments say.
 
     Raises `RecordError` for metadata that is no object, a time that is none, a counter that is no integer.
     """
     metadata = _metadata(record)
     time = _timestamp_ns(record)
-    identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata, env={})
-    own_session = record.get("session_id")
-    session = named_session(metadata.get("session_id") if own_session is None else own_session, session_id)
     device_id = _device_id(record)
     backend = _backend(record, metadata)
-    for name in (*IDENTITY, "session_id"):
-        metadata.pop(name, None)
     used_by_default = integer("device_used_bytes", record.get("device_used_bytes", 0))
     allocated = _counter(record, ("allocator_allocated_bytes", "memory_allocated"), _mebibytes(record, used_by_default))
     used = record.get("device_used_bytes", allocated)
     total = _total(record, metadata)
-    return {
+    converted = {
         "schema_version": SCHEMA_VERSION_LATEST,
-        "session_id": session,
+        "session_id": session_of(record, metadata, session_id),
         "timestamp_ns": time,
         "event_type": _first(record, ("event_type", "type"), "sample"),
         "collector": _collector(record, backend, device_id, collector),
         "sampling_interval_ms": record.get("sampling_interval_ms", sampling_interval_ms),
         "pid": record.get("pid", metadata.get("pid", UNKNOWN_PID)),
         "host": record.get("host", metadata.get("host", UNKNOWN_HOST)),
-        **identity,
         "device_id": device_id,
         "allocator_allocated_bytes": allocated,
         "allocator_reserved_bytes": _counter(record, ("allocator_reserved_bytes", "memory_reserved"), allocated),
@@ -62,12 +56,21 @@ def record_of_legacy(
         "device_free_bytes": record.get("device_free_bytes", None if total is None else max(total - used, 0)),
         "device_total_bytes": total,
         "context": _first(record, ("context", "message"), None),
-        "metadata": metadata,
     }
+    for field in FIELDS:
+        if field.name in converted:
+            field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
+    identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
+    for name in (*IDENTITY, "session_id"):
+        metadata.pop(name, None)
+    return {**converted, **identity, "metadata": metadata}
 
 
-def named_session(name: Any, default: str | None) -> str | None:
-    """The session that a record names, if it names one."""
+def session_of(record: Mapping[str, Any], metadata: Mapping[str, Any], default: str | None) -> str | None:
+    """The session that a record or its metadata names, if that is a name."""
+    name = record.get("session_id")
+    if name is None:
+        name = metadata.get("session_id")
     return name if isinstance(name, str) and name.strip() else default
 
 

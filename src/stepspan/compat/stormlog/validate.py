@@ -33,7 +33,8 @@ class Layout:
 
     def __init__(self, version: int) -> None:
         self.version = version
-        self.groups = tuple(tuple(field for field in group if field.since <= version) for group in GROUPS)
+        groups = (tuple(field for field in group if field.since <= version) for group in GROUPS)
+        self.groups = tuple(filter(None, groups))
         self.fields = tuple(field for group in self.groups for field in group)
         self.names = tuple(field.name for field in self.fields)
         self.known = frozenset(self.names)

@@ -70,6 +70,7 @@ class MetricMapper:
             "run_begin": self._run_begin,
             "hyperparams": self._hyperparams,
             "error": self._error,
+            "memory": self._memory,
         }
 
     def map(self, events: Sequence[Event]) -> list[Record]:
@@ -235,6 +236,11 @@ class MetricMapper:
                 outer = self._open.get(outer["parent"])
             if outer is not None and outer["tag"] == "step_begin":
                 self._open[outer["seq"]] = {**outer, "wait": outer.get("wait", 0.0) + duration}
+
+    def _memory(self, event: Event) -> None:
+        device = {"device_id": event["device_id"]}
+        for name, size in event["counters"].items():
+            self._put(self._of(f"training.memory.{name}", device, "By"), event["ts"], float(size))
 
     def _epoch_begin(self, event: Event) -> None:
         self._epoch = float(event["epoch"])

@@ -1,0 +1,4 @@
+"""evsys log stores: the contract, the built-in stores, the registry, and the reader of a run directory.
+
+`stepspan.stores` is the public face.
+"""

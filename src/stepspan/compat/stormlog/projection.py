@@ -1,0 +1,167 @@
+"""Events as neutral records: what happened, on what, and what else it belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+from stepspan.compat.stormlog.convert import telemetry_event_from_record
+from stepspan.compat.stormlog.events import (
+    TelemetryEventLike,
+    TelemetryEventV2,
+    TelemetryEventV3,
+    TelemetryEventV4,
+    telemetry_event_to_dict,
+)
+from stepspan.compat.stormlog.fields import RecordError
+
+SOURCE_KINDS = ("cuda", "rocm", "mps", "cpu", "tensorflow")
+SEVERITIES = {
+    "critical": "critical",
+    "error": "error",
+    "warning": "warning",
+    "collector_degraded": "warning",
+    "collector_recovered": "info",
+    "start": "info",
+    "stop": "info",
+    "phase_enter": "info",
+    "phase_exit": "info",
+    "sample": "info",
+}
+COUNTERS = {
+    "memory.allocator.allocated_bytes": "allocator_allocated_bytes",
+    "memory.allocator.reserved_bytes": "allocator_reserved_bytes",
+    "memory.allocator.active_bytes": "allocator_active_bytes",
+    "memory.allocator.inactive_bytes": "allocator_inactive_bytes",
+    "memory.allocator.change_bytes": "allocator_change_bytes",
+    "memory.device.used_bytes": "device_used_bytes",
+    "memory.device.free_bytes": "device_free_bytes",
+    "memory.device.total_bytes": "device_total_bytes",
+}
+SCOPE = ("scope_id", "parent_scope_id", "sequence")  # of metadata's `phase_scope`: they go into the correlation
+
+
+@dataclass(frozen=True)
+class ProjectedTelemetryRecord:
+    """An event, neutrally. A projection's mappings are read-only, all the way down; its times are Unix nanoseconds."""
+
+    schema_version: Literal[1]
+    record_id: str  # `telemetry-` and a hash of the whole event
+    timestamp_ns: int
+    observed_timestamp_ns: int
+    session_id: str
+    source_kind: str  # one of SOURCE_KINDS, else `gpu` for a device and `other` for none
+    event_type: str
+    stage: str | None  # the phase it happened in
+    severity: str | None
+    severity_text: str | None
+    body: str | None
+    resource: Mapping[str, Any] = field(default_factory=dict)
+    attributes: Mapping[str, Any] = field(default_factory=dict)  # metadata, counters (By) and the sampling interval
+    correlation: Mapping[str, Any] = field(default_factory=dict)
+
+
+def project_telemetry_event(
+    event: TelemetryEventLike | TelemetryEventV2 | Mapping[str, Any],
+) -> ProjectedTelemetryRecord:
+    """The neutral record of an event, or of a record that is one. Raises `RecordError` for what is not."""
+    if isinstance(event, TelemetryEventV2):
+        event = telemetry_event_to_dict(event)
+    if not isinstance(event, (TelemetryEventV3, TelemetryEventV4)):
+        event = telemetry_event_from_record(event)
+    record = telemetry_event_to_dict(event)
+    try:
+        metadata: Mapping[str, Any] = _frozen(event.metadata)
+        record_id = _record_id({**record, "metadata": metadata})
+    except RecursionError:
+        raise RecordError("metadata nests too deeply, or contains itself", "metadata") from None
+    severity_text = metadata.get("severity_text")
+    scope = metadata.get("phase_scope")
+    scope = scope if isinstance(scope, MappingProxyType) else {}
+    kind = _source_kind(event, metadata)
+    rank = {name: record[name] for name in ("job_id", "rank", "local_rank", "world_size")}
+    of_scope = {f"phase.{name}": scope[name] for name in SCOPE if scope.get(name) is not None}
+    return ProjectedTelemetryRecord(
+        schema_version=1,
+        record_id=record_id,
+        timestamp_ns=event.timestamp_ns,
+        observed_timestamp_ns=event.timestamp_ns,
+        session_id=event.session_id,
+        source_kind=kind,
+        event_type=event.event_type,
+        stage=_stage(scope),
+        severity=_severity(event.event_type, metadata),
+        severity_text=None if severity_text is None else str(severity_text),
+        body=event.context,
+        resource=MappingProxyType(
+            {
+                "source_kind": kind,
+                "collector": event.collector,
+                "host": event.host,
+                "pid": event.pid,
+                "device_id": event.device_id,
+                **rank,
+            }
+        ),
+        attributes=MappingProxyType(
+            {
+                **metadata,
+                "sampling.interval_ms": event.sampling_interval_ms,
+                **{attribute: record[name] for attribute, name in COUNTERS.items()},
+            }
+        ),
+        correlation=MappingProxyType({"session_id": event.session_id, **rank, **of_scope}),
+    )
+
+
+def project_telemetry_events(
+    events: Iterable[TelemetryEventLike | TelemetryEventV2 | Mapping[str, Any]],
+) -> list[ProjectedTelemetryRecord]:
+    """`project_telemetry_event` of each."""
+    return [project_telemetry_event(event) for event in events]
+
+
+def _frozen(value: Any) -> Any:
+    """The value with read-only mappings, whose keys are text, and tuples for lists."""
+    if isinstance(value, Mapping):
+        return MappingProxyType({str(key): _frozen(each) for key, each in value.items()})
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_frozen, value))
+    return value
+
+
+def _as_json(value: object) -> object:
+    return dict(value) if isinstance(value, MappingProxyType) else str(value)
+
+
+_ENCODE = json.JSONEncoder(sort_keys=True, default=_as_json).encode
+
+
+def _record_id(record: Mapping[str, Any]) -> str:
+    return f"telemetry-{hashlib.sha256(_ENCODE(record).encode()).hexdigest()[:32]}"
+
+
+def _source_kind(event: TelemetryEventLike, metadata: Mapping[str, Any]) -> str:
+    backend = metadata.get("backend")
+    if isinstance(backend, str) and backend.strip().lower() in SOURCE_KINDS:
+        return backend.strip().lower()
+    collector = event.collector.lower()
+    for kind in SOURCE_KINDS:
+        if kind in collector:
+            return kind
+    return "gpu" if event.device_id >= 0 else "other"
+
+
+def _stage(scope: Mapping[str, Any]) -> str | None:
+    path = scope.get("path")
+    last = path[-1] if isinstance(path, tuple) and path else None
+    return next((name for name in (scope.get("name"), last) if isinstance(name, str) and name.strip()), None)
+
+
+def _severity(event_type: str, metadata: Mapping[str, Any]) -> str | None:
+    own = metadata.get("severity")
+    return own.strip().lower() if isinstance(own, str) and own.strip() else SEVERITIES.get(event_type.strip().lower())

@@ -1,0 +1,96 @@
+"""A sink: a directory that a tracker appends to.
+
+    manifest.json            format `stormlog.append_only_telemetry_sink`, sessions and their status, segments
+    segment-000001.jsonl     records, one a line
+
+A manifest may be old, torn or gone, and then its segments are still there: what it does not list is found by name, and
+what is wrong with it is a warning. A file that it names outside its directory is never read.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stepspan.compat.stormlog.fields import RecordError, integer, shown, text
+from stepspan.compat.stormlog.sessions import STATUSES, SessionSummary
+
+MANIFEST = "manifest.json"
+SEGMENTS = "segment-*.jsonl"
+OLDEST = 2  # the first schema of a manifest that has sessions
+
+
+@dataclass
+class Manifest:
+    """What a manifest tells, as far as it could be understood."""
+
+    sessions: dict[str, SessionSummary] = field(default_factory=dict)
+    segments: dict[str, str | None] = field(default_factory=dict)  # name -> the session of its records
+    warnings: list[str] = field(default_factory=list)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a sink, or an empty one. Never raises: what is wrong is in its `warnings`."""
+    path = directory / MANIFEST
+    manifest = Manifest()
+    try:
+        content = json.loads(path.read_bytes().decode())
+        if not isinstance(content, dict):
+            raise RecordError(f"a manifest must be an object, not {shown(content)}")
+        version = integer("schema_version", content.get("schema_version"))
+        if version < OLDEST:
+            raise RecordError(f"schema_version must be >= {OLDEST}, not {version}", "schema_version")
+    except FileNotFoundError:
+        return manifest
+    except (OSError, ValueError, RecursionError) as error:
+        manifest.warnings.append(f"{path}: ignored: {error}")
+        return manifest
+    for kind, read in (("sessions", _add_session), ("segments", _add_segment)):
+        entries = content.get(kind)
+        for number, entry in enumerate(entries if isinstance(entries, list) else []):
+            try:
+                read(manifest, entry)
+            except RecordError as error:
+                manifest.warnings.append(f"{path}: {kind}[{number}] ignored: {error}")
+    return manifest
+
+
+def segments_of(directory: Path, manifest: Manifest) -> list[Path]:
+    """The segments that are there, listed or not, in the order of their names."""
+    listed = (directory / name for name in manifest.segments)
+    return sorted({path for path in (*listed, *directory.glob(SEGMENTS)) if path.is_file()}, key=lambda path: path.name)
+
+
+def _add_session(manifest: Manifest, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise RecordError(f"must be an object, not {shown(entry)}")
+    status = text("status", entry.get("status")).strip().lower()
+    if status not in STATUSES:
+        raise RecordError(f"status must be one of {', '.join(STATUSES)}, not {shown(entry['status'])}", "status")
+    ended, job_id = entry.get("ended_at_ns"), entry.get("job_id")
+    summary = SessionSummary(
+        session_id=text("session_id", entry.get("session_id")),
+        status=status,
+        started_at_ns=integer("started_at_ns", entry.get("started_at_ns")),
+        ended_at_ns=None if ended is None else integer("ended_at_ns", ended),
+        host=text("host", entry.get("host")),
+        pid=integer("pid", entry.get("pid", -1)),
+        job_id=None if job_id is None else text("job_id", job_id),
+        rank=integer("rank", entry.get("rank", 0)),
+        local_rank=integer("local_rank", entry.get("local_rank", 0)),
+        world_size=integer("world_size", entry.get("world_size", 1)),
+        source=text("source", entry.get("source", "stormlog.telemetry_sink")),
+    )
+    manifest.sessions[summary.session_id] = summary
+
+
+def _add_segment(manifest: Manifest, entry: Any) -> None:
+    if not isinstance(entry, dict):
+        raise RecordError(f"must be an object, not {shown(entry)}")
+    name = text("filename", entry.get("filename"))
+    if name != Path(name).name or "\0" in name:
+        raise RecordError(f"filename must be a name in the sink's directory, not {shown(name)}", "filename")
+    session = entry.get("session_id")
+    manifest.segments[name] = session if isinstance(session, str) and session.strip() else None

@@ -1,0 +1,157 @@
+"""Delivery to the real Prometheus, straight and through the real Collector: what its rules cost, and what they don't."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+import processes
+import pytest
+import requests
+from delivery import DAY, Training, assert_true
+from journals import NOON, SECOND
+from processes import until
+from stack import Collector
+
+from stepspan.deliver.deliverer import Deliverer, caught_up
+from stepspan.deliver.lane import Options
+from stepspan.deliver.ledgers import cursors
+from stepspan.exporters.otlp import OtlpExporter
+from stepspan.journal.layout import find_sessions
+from stepspan.journal.liveness import read_closed
+
+pytestmark = pytest.mark.stack
+ranks = processes.ranks
+WAYS = ["straight", "through the collector"]
+
+
+def ago(seconds):
+    """What `Training` takes as `started`."""
+    return time.time() - NOON / SECOND - seconds
+
+
+def endpoint(way, prometheus, collector):
+    return collector.http_endpoint if way == "through the collector" else prometheus.otlp_endpoint
+
+
+def sync(directory, where, **fields):
+    """Deliver the metrics; session's rank -> the cursor's state."""
+    env = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
+    with closing(OtlpExporter(where, env=env, destination="there")) as exporter:
+        deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", **fields))
+        deliverer.start()
+        deliverer.wait(caught_up)
+        deliverer.stop()
+        assert not any(shipper.broken or shipper.unreadable for shipper in deliverer.shippers)
+    home = lambda session: fields["state_directory"] / session.path.name if fields else session.path  # noqa: E731
+    return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}
+
+
+def training(directory, rank, started, steps, every):
+    """A session, and its losses by millisecond."""
+    one = Training(directory, rank=rank, session=f"00000000000000a{rank}", started=started)
+    losses = {}
+    for number in range(steps):
+        one.steps(1, every=every, value=lambda n: (rank + 1) / (n + 1))
+        losses[(one.now - int(every * SECOND / 2)) // 10**6] = (rank + 1) / (number + 1)
+    one.end()
+    return losses
+
+
+def arrived(prometheus, span):
+    return {
+        int(labels["rank"]): dict(samples)
+        for labels, samples in prometheus.series(f'training_loss{{job_id="job"}}[{span}]')
+    }
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_journals_of_five_days_arrive_whole_in_an_empty_prometheus(tmp_path, prometheus, collector, way):
+    every = 5 * DAY / 250
+    started = ago(5 * DAY)
+    expected = {rank: training(tmp_path / "runs", rank, started, 240, every) for rank in range(2)}
+    states = sync(tmp_path / "runs", endpoint(way, prometheus, collector))
+    assert arrived(prometheus, "6d") == expected
+    for state in states.values():
+        assert (state.state, state.ledger.rejected) == ("ok", 0)
+        assert state.position.finished
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(tmp_path, prometheus, collector, way):
+    where = endpoint(way, prometheus, collector)
+    live = training(tmp_path / "live", 0, ago(60), 50, 1.0)
+    assert sync(tmp_path / "live", where)[0].state == "ok"
+    training(tmp_path / "old", 1, ago(5 * DAY), 240, 5 * DAY / 250)
+    (state,) = sync(tmp_path / "old", where).values()
+    assert state.state == "hold"
+    assert (state.ledger.rejected, state.ledger.delivered) == (0, 0)
+    assert "storage.tsdb.out_of_order_time_window" in state.message
+    if way == "through the collector":
+        assert "look in the log of what is behind it" in state.message
+    assert list((tmp_path / "old").rglob("rejected.jsonl")) == []
+    assert arrived(prometheus, "6d") == {0: live}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_refused_point_costs_one_point(tmp_path, prometheus, collector, way):
+    started = ago(600)
+    expected = {rank: training(tmp_path / "runs", rank, started, 100, 5.0) for rank in range(2)}
+    bad = sorted(expected[0])[42]
+    resource = {"service.name": "training", "service.instance.id": "job-0", "job_id": "job", "rank": "0"}
+    body = {
+        "resourceMetrics": [
+            {
+                "resource": {"attributes": [{"key": k, "value": {"stringValue": v}} for k, v in resource.items()]},
+                "scopeMetrics": [{"metrics": [{"name": "training.loss", "gauge": {"dataPoints": [point(bad)]}}]}],
+            }
+        ]
+    }
+    assert requests.post(f"{prometheus.otlp_endpoint}/v1/metrics", json=body, timeout=10).ok
+    states = sync(tmp_path / "runs", endpoint(way, prometheus, collector))
+    expected[0][bad] = 99.0
+    assert arrived(prometheus, "1h") == expected
+    assert {rank: state.ledger.rejected for rank, state in states.items()} == {0: 1, 1: 0}
+    for session in find_sessions(tmp_path / "runs"):
+        assert_true(states[session.rank].ledger, read_closed(session.path).seq)
+        assert states[session.rank].position.finished
+    (letters,) = (tmp_path / "runs").rglob("rejected.jsonl")
+    assert letters.read_bytes().count(b"\n") == 1
+
+
+def point(ms):
+    split = {"key": "split", "value": {"stringValue": "train"}}
+    return {"timeUnixNano": str(ms * 10**6), "asDouble": 99.0, "attributes": [split]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_repeated_delivery_from_zero_changes_nothing(tmp_path, prometheus, collector, way):
+    started = ago(600)
+    for rank in range(2):
+        training(tmp_path / "runs", rank, started, 100, 5.0)
+    where = endpoint(way, prometheus, collector)
+    sync(tmp_path / "runs", where, state_directory=tmp_path / "first")
+    dump = prometheus.dump("job")
+    assert len(dump) > 1000
+    sync(tmp_path / "runs", where, state_directory=tmp_path / "second", batch=3000)
+    assert prometheus.dump("job") == dump
+
+
+def test_a_collector_that_is_killed_and_restarted_under_a_run_loses_nothing(ranks, prometheus, tmp_path):
+    with Collector(tmp_path / "collector", prometheus) as collector:
+        for rank in range(2):
+            ranks.start(rank, OTEL_EXPORTER_OTLP_ENDPOINT=collector.http_endpoint)
+        count = lambda: sum(map(len, arrived(prometheus, "1h").values()))  # noqa: E731
+        until(lambda: count() > 50)
+        for _ in range(2):
+            collector.kill()
+            time.sleep(0.2)  # so that something is refused meanwhile; nothing rests on it
+            collector.start()
+            before = count()
+            until(lambda before=before: count() > before)
+        counts = ranks.stop()
+        until(lambda: not ranks.deliverers(), 40)
+        steps = {rank: sorted(samples.values()) for rank, samples in arrived(prometheus, "1h").items()}
+        assert steps == {rank: [float(n) for n in range(steps)] for rank, (steps, _) in enumerate(counts)}
+        spans = collector.spans()
+        assert {s["resource"]["rank"] for s in spans if s["name"] == "training.run"} == {0, 1}
