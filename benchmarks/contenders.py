@@ -78,17 +78,21 @@ def stepspan_run(task: dict[str, Any]) -> Iterator[tuple[dict[str, Block], Calla
     try:
         yield stepspan_blocks(run), lambda: run.flush(60.0)
     finally:
-        import psutil
-
-        deliverers = psutil.Process().children()
         if task.get("abandon"):
-            for process in deliverers:
-                process.terminate()
+            end_deliverers()
         run.close()
-        for process in deliverers:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        psutil.wait_procs(deliverers, timeout=20)
+        end_deliverers()
+
+
+def end_deliverers() -> None:
+    """Those that this process has started, and until they are gone: closing a run may have started one more."""
+    import psutil
+
+    found = psutil.Process().children()
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(found, timeout=20)
 
 
 @contextlib.contextmanager

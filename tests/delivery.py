@@ -101,6 +101,8 @@ class Training:
     ) -> None:
         self.now = NOON + int(started * SECOND)
         self.step = 0
+        self.losses: dict[int, Any] = {}
+        """By millisecond."""
         place = directory / "job" / "node"
         place.mkdir(parents=True, exist_ok=True)
         resource = {"service.name": "training", "service.instance.id": f"job-{rank}", "job_id": "job", "rank": rank}
@@ -114,7 +116,10 @@ class Training:
         return self.now
 
     def emit(self, tag: str, **fields: Any) -> int:
-        self.writer.append({"ts": 0, "seq": 0, "tag": tag, **fields})
+        event = {"ts": 0, "seq": 0, "tag": tag, **fields}
+        self.writer.append(event)
+        if tag == "metrics":
+            self.losses[event["ts"] // 10**6] = fields["metrics"]["loss"]
         return self.writer.seq
 
     def steps(self, count: int, *, every: float = 1.0, value: Callable[[int], Any] = lambda n: 1.0 / (n + 1)) -> None:

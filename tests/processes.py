@@ -73,9 +73,9 @@ class Ranks:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
-                if "stepspan.deliver.process" in line and str(self.directory) in line:
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(process)
+                ours = "stepspan.deliver.process" in line and str(self.directory) in line
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
         return found
 
     def at_work(self) -> list[psutil.Process]:

@@ -112,13 +112,18 @@ def status_of(path: Path) -> str | None:
     return closed.status if closed else None
 
 
-def spans(where: Run | Path) -> dict[str, Span]:
-    """What the mapping makes of a closed session's scopes: name and number -> span."""
-    path = where if isinstance(where, Path) else path_of(where)
+def all_spans(path: Path) -> list[Span]:
+    """What the mapping makes of a closed session's scopes, in the order of their ends."""
     closed = read_closed(path)
     assert closed is not None
     lines = events(path)
     traces = mapper("traces", lines[0])
     found: list[Any] = [*traces.map(lines), *traces.finish(closed)]
+    return found
+
+
+def spans(where: Run | Path) -> dict[str, Span]:
+    """The same by name and number of step or epoch; of several, the last."""
     number = lambda span: span.attributes.get("step", span.attributes.get("epoch", ""))  # noqa: E731
+    found = all_spans(where if isinstance(where, Path) else path_of(where))
     return {f"{span.name} {number(span)}".rstrip(): span for span in found}

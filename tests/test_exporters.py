@@ -132,7 +132,7 @@ def test_an_exporters_processors_are_its_own(tmp_path):
                 p.number
                 for p in sorted(receiver.points("training.step.number"), key=lambda p: p.time)
                 if p.value is not None
-            ] == [0, 4, 8]  # noqa: E501
+            ] == [0, 4, 8]
             assert len([p for p in receiver.points("training.lr") if p.value is not None]) == 3
             receiver.requests["metrics"].clear()
             deliver(session, without, options())

@@ -76,7 +76,7 @@ def test_a_record_that_is_too_large_alone_is_rejected():
 
 
 def test_sixteen_single_refusals_in_a_row_hold():
-    isolation, outcome = run(receiver := Receiver(*range(100)), range(100))
+    _, outcome = run(receiver := Receiver(*range(100)), range(100))
     assert outcome.verdict is Verdict.HOLD
     assert f"{ROW} records in a row" in outcome.message
     assert "400: bad value" in outcome.message
@@ -97,7 +97,7 @@ def test_a_row_is_broken_by_a_record_that_is_taken():
 
 
 def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothing_yet():
-    isolation, outcome = run(receiver := Receiver(1), [1])
+    _, outcome = run(receiver := Receiver(1), [1])
     assert outcome.verdict is Verdict.HOLD
     assert "it has taken nothing yet" in outcome.message
     assert "400: bad value" in outcome.message
@@ -113,7 +113,7 @@ def test_a_record_is_rejected_if_a_witness_is_taken_again():
 
 
 def test_a_witness_that_is_refused_now_holds():
-    isolation, outcome = run(Receiver(0, 1), [1], witness=0)
+    _, outcome = run(Receiver(0, 1), [1], witness=0)
     assert outcome.verdict is Verdict.HOLD
     assert "it refuses what it took before" in outcome.message
 
@@ -129,7 +129,7 @@ def test_a_witness_is_not_asked_where_another_record_was_taken():
 def test_trouble_in_the_middle_stops_and_says_so(verdict):
     trouble = Outcome(verdict, "trouble", retry_after=7.0)
     answers = iter([REFUSED, OK, trouble])
-    isolation, outcome = run(lambda records: next(answers), range(8))
+    _, outcome = run(lambda records: next(answers), range(8))
     assert outcome == trouble
 
 

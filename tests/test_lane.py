@@ -98,7 +98,7 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, 
         files = cursor_file(session, signal), checkpoint_file(session, signal)
         kept.append((len(exporter.taken), *(file.read_bytes() if file.exists() else b"" for file in files)))
     lane.close()
-    states = list(dict.fromkeys(state for _, _, state in kept)) + [b""]
+    states = [*dict.fromkeys(state for _, _, state in kept), b""]
     assert len(states) > 4, "there were several checkpoints"
     for sent, cursor, _ in kept[:: max(1, len(kept) // 12)]:
         for state in states:
@@ -277,11 +277,11 @@ def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
     sampled, whole = Scripted(processors=[SampleSteps(every=4)]), Scripted(destination="elsewhere")
     lane = deliver(session, sampled, options())
     deliver(session, whole, options())
-    number = lambda exporter: [
-        float(value) for _, name, _, _, value in exporter.taken if name == "training.step.number" and value != "None"
-    ]  # noqa: E501
-    assert number(whole) == [*range(12)]
-    assert number(sampled) == [0, 4, 8]
+    numbers = [
+        [float(value) for _, name, _, _, value in exporter.taken if name == "training.step.number" and value != "None"]
+        for exporter in (whole, sampled)
+    ]
+    assert numbers == [[*range(12)], [0, 4, 8]]
     assert_true(lane.state.ledger, read_closed(session.path).seq)
 
 

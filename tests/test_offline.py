@@ -101,23 +101,19 @@ def test_a_traces_endpoint_that_is_not_there_stops_traces_only(ranks):
         ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         until(lambda: len(receiver.points("training.loss")) > 20)
         before = time.monotonic()
-        ((steps, seconds),) = ranks.stop()
+        ((steps, _),) = ranks.stop()
         assert time.monotonic() - before < 10
         until(lambda: not ranks.deliverers(), 30)
-        assert {p.number for p in receiver.points("training.loss") if p.value is not None} == set(
-            map(float, range(steps))
-        )
+        losses = {p.number for p in receiver.points("training.loss") if p.value is not None}
+        assert losses == set(map(float, range(steps)))
         (session,) = find_sessions(ranks.directory)
         ((_, signals),) = session_ledger(session)["destinations"].items()
         assert signals["metrics"]["finished"]
         assert signals["logs"]["finished"]
-        assert (signals["traces"]["state"], signals["traces"]["delivered"], signals["traces"]["rejected"]) == (
-            "hold",
-            0,
-            0,
-        )
-        assert "no OTLP receiver at" in signals["traces"]["message"]
-        assert "check the path" in signals["traces"]["message"]
+        traces = signals["traces"]
+        assert (traces["state"], traces["delivered"], traces["rejected"]) == ("hold", 0, 0)
+        assert "no OTLP receiver at" in traces["message"]
+        assert "check the path" in traces["message"]
         receiver.script("traces", [])
         sync(ranks.directory, receiver)
         assert receiver.spans("training.run"), "and a sync brings them"

@@ -15,7 +15,7 @@ from opentelemetry import context, trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from runs import events, python, spans
+from runs import all_spans, events, python, sessions, spans
 
 from stepspan.otlp.records import Span
 from stepspan.run import Run
@@ -96,6 +96,41 @@ def test_seeds_change_no_ids(start: Start, user: Tracing) -> None:
         found.append(spans(run)["training.step 0"])
         assert is_child(user.spans[f"rank {rank}"], found[-1])
     assert found[0].span_id != found[1].span_id
+
+
+def test_all_ranks_meet_in_one_trace_a_step(start: Start, tmp_path: Path) -> None:
+    for rank in (1, 0):
+        found = python(
+            """
+            import random, stepspan
+            random.seed(42)
+            with stepspan.start_run() as run:
+                for _ in range(2):  # a loop that repeats its numbers is another lap
+                    for step in range(2):
+                        with run.step(step), run.span("forward"):
+                            pass
+                    with run.step(0, split="val"):
+                        pass
+            """,
+            tmp_path,
+            STEPSPAN_JOB_ID="job",
+            STEPSPAN_WORLD_SIZE="2",
+            STEPSPAN_RANK=str(rank),
+        )
+        assert found.returncode == 0, found.stderr
+    root, other = ([s for s in all_spans(path) if s.name == "training.step"] for path in two_ranks(tmp_path))
+    assert len(root) == len(other) == 6
+    assert len({span.trace_id for span in root}) == 6
+    assert [span.trace_id for span in other] == [span.trace_id for span in root]
+    assert [span.parent_id for span in root] == [None] * 6
+    assert [span.parent_id for span in other] == [span.span_id for span in root]
+    everything = [span.span_id for path in two_ranks(tmp_path) for span in all_spans(path)]
+    assert len(set(everything)) == len(everything) == 2 * (6 + 4 + 1)
+
+
+def two_ranks(directory: Path) -> list[Path]:
+    found = sessions(directory / "stepspan-runs")
+    return [found["0"], found["1"]]
 
 
 def test_ids_that_nobody_asks_for_are_not_computed(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +256,7 @@ def test_a_forked_worker_works_under_the_parents_step(start: Start, tmp_path: Pa
         tmp_path,
     )
     assert found.returncode == 0, found.stderr
-    worker = runs.sessions(tmp_path / "stepspan-runs")["0-worker1"]
+    worker = sessions(tmp_path / "stepspan-runs")["0-worker1"]
     step, (told,) = spans(worker)["training.step 5"], events(worker, "event")
     assert told["attributes"] == {"trace_id": step.trace_id.hex(), "span_id": step.span_id.hex()}
 

@@ -28,7 +28,7 @@ def order(exporter):
 
 
 def assert_merged(taken, every):
-    """No session runs more than ten minutes, and a step of `every` seconds, before the slowest that has more to come."""
+    """No session runs more than ten minutes, and a step of `every` seconds, before the slowest with more to come."""
     last = {rank: max(ts for r, ts in taken if r == rank) for rank in {rank for rank, _ in taken}}
     reached = dict.fromkeys(last, NOON)
     for rank, ts in taken:

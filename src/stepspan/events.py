@@ -36,7 +36,7 @@ FIELDS: Mapping[str, str] = {
     "metrics": "step?, split, attributes?, metrics {key: number}",
     "hyperparams": "params {key: value}",
     "artifact": "name, path, kind, step?",
-    "event": "parent, name, status?, attributes?",
+    "event": "parent, name, status?, severity?, attributes?",
     "error": "parent, type, message, stack, attributes",
     "memory": "device_id, counters {name: bytes}",
     "gap": "dropped, why: so many events before this one could not be written",

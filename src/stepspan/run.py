@@ -25,6 +25,7 @@ from stepspan.scopes import Scope, Scopes, Steps, is_failure
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from stepspan.compat.evsys.runs import RunLogStore
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
 
@@ -161,6 +162,12 @@ class Run:
         first = None if start is None else self._whole("start", start)
         each = self._whole("accumulate", accumulate) or 1
         return Steps(self._scopes, iterable, start=first, accumulate=each, split=text(split))
+
+    def as_log_store(self) -> RunLogStore:
+        """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""
+        from stepspan.compat.evsys.runs import RunLogStore
+
+        return RunLogStore(self)
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""

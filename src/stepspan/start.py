@@ -184,7 +184,9 @@ def _exporters_of(settings: Settings) -> list[Any]:
     """The destinations that settings and standard variables name. None: no network at all, and nothing to load."""
     from stepspan.otlp.endpoint import resolve_endpoints
 
-    if not (settings.exporters or resolve_endpoints(os.environ, settings.endpoint, protocol=settings.protocol)):
+    if not (
+        settings.exporters or resolve_endpoints(os.environ, endpoint=settings.endpoint, protocol=settings.protocol)
+    ):
         return []
     from stepspan.exporters.otlp import OtlpExporter
     from stepspan.processors import build

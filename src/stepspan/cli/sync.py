@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up
 from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors, session_ledger
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LOCK_PATIENCE = SILENCE + 5.0
+IMPORTED = Path("stepspan-runs")
+"""Where the journals of foreign sinks go."""
+IMPORT_EVERY = 1.0
 REPORT_EVERY = 5.0  # seconds between lines where there is no terminal
 
 
@@ -45,7 +50,12 @@ class Sync:
         for path in paths:
             if not path.is_dir():
                 raise ConfigError("PATH", str(path), "not a directory: name a journal, a job or a session")
-        self._paths = [path.absolute() for path in paths]
+        self._sinks = [path for path in paths if any(path.glob(SEGMENTS))]
+        journals = [path for path in paths if path not in self._sinks]
+        if self._sinks:
+            IMPORTED.mkdir(mode=0o700, exist_ok=True)
+            journals.append(IMPORTED)
+        self._paths = [path.absolute() for path in dict.fromkeys(journals)]
         facts = host_facts()
         self._host = facts.host
         self._only_host = facts.host if this_host else None
@@ -55,7 +65,9 @@ class Sync:
     def run(self, *, follow: bool) -> int:
         """Deliver. The exit code."""
         self._need_endpoint()
-        with self._locks():
+        if self._sinks and not follow:
+            raise ConfigError("PATH", str(self._sinks[0]), "a stormlog sink: `stepspan import` it, or --follow it")
+        with self._locks(), self._imports():
             before = self._totals()
             deliverer = Deliverer([self._exporter], self._sessions, self._options)
             on_signal(deliverer.interrupt)
@@ -65,6 +77,32 @@ class Sync:
             deliverer.stop()
             unreadable = {f"{p}: {why}" for shipper in deliverer.shippers for p, why in shipper.unreadable.items()}
             return self._summary(before, unreadable)
+
+    @contextmanager
+    def _imports(self) -> Iterator[None]:
+        """While foreign sinks grow, so do their journals."""
+        from stepspan.compat.stormlog.reader import Follower
+
+        followers = [Follower(sink, IMPORTED, boot_id=self._options.boot_id) for sink in self._sinks]
+        over = threading.Event()
+
+        def poll() -> None:
+            for follower in followers:
+                with suppress(OSError, ValueError):  # a sink in the middle of being written is read a second later
+                    follower.poll()
+
+        def go_on() -> None:
+            while not over.wait(IMPORT_EVERY):
+                poll()
+
+        poll()  # before anybody could take an import that was cut short for dead
+        thread = threading.Thread(target=go_on)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
     def resend(self) -> int:
         """Send again what was refused. The exit code."""

@@ -1,22 +1,21 @@
 """Foreign files become journals: what every reader gives, and how it is written.
 
-A reader turns a file into sessions of events with their original times. The journal's own writer writes them, so
-the result is delivered, shown and repeated like any other journal. A session's id is a hash of where it comes from, so
-importing twice gives the same ids, and what was imported whole is passed over.
+A reader turns a file into sessions of events with their original times. The journal's own writer writes them, so the
+result is delivered, shown and repeated like any other journal. A session's id is a hash of where it comes from, so
+importing twice gives the same lines and ids; what was imported whole is passed over.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from stepspan.events import SCHEMA, Event
-from stepspan.journal.layout import session_name, slug
-from stepspan.journal.liveness import read_closed
+from stepspan.journal.layout import SessionPath, segment_name, session_name, slug
+from stepspan.journal.liveness import CLOSED, LOCK, read_closed
 from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.processors import Redact
 
@@ -29,12 +28,16 @@ class Mark:
     ts: int = 0
 
 
+Line: TypeAlias = "tuple[int, Event, Mark | None]"
+"""Time (Unix ns), event, and the mark of a begin or end event."""
+
+
 @dataclass(slots=True)
 class Imported:
     """One session of a foreign source.
 
-    `lines()` makes its events: (time in Unix ns, event, mark of a begin or end event or None), in the order of their
-    times. It is a generator that is written as it goes, so a mark's `seq` is known once the line after it is made.
+    `lines()` makes its events in the order of their times. It is a generator that is written as it goes, so a mark's
+    `seq` is known once the line after it is made.
     """
 
     system: str
@@ -42,7 +45,7 @@ class Imported:
     job_id: str
     started: int
     """Unix ns."""
-    lines: Callable[[], Iterable[tuple[int, Event, Mark | None]]]
+    lines: Callable[[], Iterable[Line]]
     key: str = ""
     """Tells this session from others of the same source."""
     rank: int = 0
@@ -50,6 +53,8 @@ class Imported:
     world_size: int = 1
     host: str = "imported"
     pid: int = -1
+    boot_id: str = ""
+    """Of the host where it goes on being imported; "" for a session that is imported whole."""
     status: str = "completed"
     """How it ended: completed, failed, or interrupted."""
     resource: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +84,7 @@ class Imported:
             "started": self.started,
             "pid": self.pid,
             "host": self.host,
-            "boot_id": "",
+            "boot_id": self.boot_id,
             "resource": {
                 "service.name": "training",
                 **self.resource,
@@ -95,27 +100,61 @@ class Imported:
         }
 
 
+class SessionImport:
+    """The journal of one imported session, while it is written. OSError where it can't be."""
+
+    def __init__(self, directory: Path, imported: Imported) -> None:
+        place = directory / slug(imported.job_id) / slug(imported.host)
+        self.path = place / session_name(imported.rank, "", imported.session)
+        self.whole = read_closed(self.path) is not None
+        """It was imported before, to its end."""
+        if self.whole:
+            return
+        self._now = imported.started
+        self._redact = Redact()
+        kept = self._clear()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        limits = Limits(session_bytes=1 << 62, free_bytes=0, free_ratio=0.0)
+        header = self._redact(imported.header())
+        self._writer = JournalWriter(place, header, limits=limits, clock=lambda: self._now)
+        if kept is not None:
+            kept.rename(self.path / "cursors")
+
+    def write(self, lines: Iterable[Line]) -> int:
+        """Write some; how many."""
+        before = self._writer.seq
+        for self._now, event, mark in lines:
+            self._writer.append(self._redact(event) if event["tag"] in self._redact.tags else event, mark)
+        if self._writer.lost or self._writer.trouble is not None:
+            raise self._writer.trouble or OSError(f"{self.path}: {self._writer.lost} events could not be written")
+        return self._writer.seq - before
+
+    def close(self, status: str) -> None:
+        """The end of the session."""
+        self._writer.close(status)
+
+    def _clear(self) -> Path | None:
+        """Make room for an import that was cut short. The lines come out as before, so its cursors still hold."""
+        session = SessionPath.of(self.path)
+        if session is None or not self.path.exists():
+            return None
+        kept = self.path.with_name(f".{self.path.name}.cursors")
+        if (self.path / "cursors").exists():
+            (self.path / "cursors").rename(kept)
+        for name in (*map(segment_name, session.segments()), LOCK, CLOSED, "rejected.jsonl"):
+            (self.path / name).unlink(missing_ok=True)
+        self.path.rmdir()
+        return kept if kept.exists() else None
+
+
 def write_session(directory: Path, imported: Imported) -> tuple[Path, int]:
-    """Write one session below `directory`; its path, and how many events were written. Raises OSError."""
-    place = directory / slug(imported.job_id) / slug(imported.host)
-    path = place / session_name(imported.rank, "", imported.session)
-    if read_closed(path) is not None:
-        return path, 0
-    if path.exists():  # an import that was cut short is made anew, with the same ids
-        shutil.rmtree(path)
-    place.mkdir(mode=0o700, parents=True, exist_ok=True)
-    now = imported.started
-    redact = Redact()
-    limits = Limits(session_bytes=1 << 62, free_bytes=0, free_ratio=0.0)
-    writer = JournalWriter(place, redact(imported.header()), limits=limits, clock=lambda: now)
-    for ts, event, mark in imported.lines():
-        now = ts
-        writer.append(redact(event) if event["tag"] in redact.tags else event, mark)
-    written = writer.seq - 1
-    writer.close(imported.status)
-    if writer.lost or writer.trouble is not None:
-        raise writer.trouble or OSError(f"{path}: {writer.lost} events could not be written")
-    return path, written
+    """Write one session below `directory`, whole; its path, and how many events were written. OSError."""
+    session = SessionImport(directory, imported)
+    if session.whole:
+        return session.path, 0
+    written = session.write(imported.lines())
+    session.close(imported.status)
+    return session.path, written
 
 
 def _digest(*parts: str, size: int) -> str:

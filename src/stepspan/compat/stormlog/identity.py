@@ -59,7 +59,7 @@ def _of_launcher(env: Mapping[str, str]) -> dict[str, Any]:
         if env.get(rank) is not None and env.get(world_size) is not None:
             found = {
                 "rank": _number(env, rank, "rank"),
-                "local_rank": _number(env, local_rank, "local_rank") if _variable(env, local_rank) else None,
+                "local_rank": _number(env, local_rank if _variable(env, local_rank) else rank, "local_rank"),
                 "world_size": _number(env, world_size, "world_size"),
             }
             for name, number in found.items():

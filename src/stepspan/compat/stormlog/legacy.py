@@ -19,6 +19,11 @@ UNKNOWN_PID = -1
 UNKNOWN_HOST = "unknown"
 TOTALS = ("total_memory", "device_total", "total_bytes")
 BACKENDS = ("cuda", "rocm", "mps", "cpu")
+# stormlog finds fault with these before it looks at ranks and sessions.
+_CHECKED_FIRST = (
+    *(field for field in FIELDS if field.kind is int and field.name not in IDENTITY),
+    *(field for field in FIELDS if field.name in ("event_type", "host")),
+)
 _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
@@ -57,9 +62,8 @@ def record_of_legacy(
         "device_total_bytes": total,
         "context": _first(record, ("context", "message"), None),
     }
-    for field in FIELDS:
-        if field.name in converted:
-            field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
+    for field in _CHECKED_FIRST:
+        field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
     identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
     for name in (*IDENTITY, "session_id"):
         metadata.pop(name, None)
@@ -133,10 +137,9 @@ def _device_id(record: Mapping[str, Any]) -> int:
 
 
 def _backend(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    for backend in (record.get("backend"), metadata.get("backend")):
-        if isinstance(backend, str) and backend.strip().lower() in BACKENDS:
-            return backend.strip().lower()
-    return ""
+    named = (backend for backend in (record.get("backend"), metadata.get("backend")) if isinstance(backend, str))
+    backend = next((backend.strip().lower() for backend in named if backend.strip()), "")
+    return backend if backend in BACKENDS else ""
 
 
 def _collector(record: Mapping[str, Any], backend: str, device_id: int, default: str) -> Any:

@@ -53,7 +53,7 @@ class LoadedTelemetrySession:
 
 
 def _distinct(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    return list({repr(sorted(each.items())): each for each in reversed(list(found))}.values())[::-1]
+    return list({repr(sorted(each.items())): each for each in found}.values())
 
 
 def summary_of(session_id: str, events: Sequence[TelemetryEventLike], source: str) -> SessionSummary:

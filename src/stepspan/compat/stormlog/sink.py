@@ -19,7 +19,7 @@ from stepspan.compat.stormlog.sessions import STATUSES, SessionSummary
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segment-*.jsonl"
-OLDEST = 2  # the first schema of a manifest that has sessions
+WITH_SESSIONS = 2  # the first schema of a manifest that has them
 
 
 @dataclass
@@ -40,14 +40,15 @@ def read_manifest(directory: Path) -> Manifest:
         if not isinstance(content, dict):
             raise RecordError(f"a manifest must be an object, not {shown(content)}")
         version = integer("schema_version", content.get("schema_version"))
-        if version < OLDEST:
-            raise RecordError(f"schema_version must be >= {OLDEST}, not {version}", "schema_version")
     except FileNotFoundError:
         return manifest
     except (OSError, ValueError, RecursionError) as error:
         manifest.warnings.append(f"{path}: ignored: {error}")
         return manifest
-    for kind, read in (("sessions", _add_session), ("segments", _add_segment)):
+    readers = (
+        {"segments": _add_segment, "sessions": _add_session} if version >= WITH_SESSIONS else {"segments": _add_segment}
+    )
+    for kind, read in readers.items():
         entries = content.get(kind)
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             try:

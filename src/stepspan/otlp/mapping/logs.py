@@ -13,7 +13,8 @@ from stepspan.otlp.mapping.open_scopes import OpenScopes
 from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
 from stepspan.otlp.records import Log, Record
 
-INFO, WARN, ERROR = 9, 13, 17
+INFO, WARN, ERROR, FATAL = 9, 13, 17, 21
+SEVERITIES = {"info": INFO, "warning": WARN, "error": ERROR, "critical": FATAL}
 FAILED = frozenset({"failed", "error", "failure"})
 
 
@@ -77,6 +78,7 @@ class LogMapper:
     def _event(self, event: Event) -> None:
         status = event.get("status")
         severity = ERROR if status is not None and status.lower() in FAILED else INFO
+        severity = SEVERITIES.get(event.get("severity", ""), severity)
         told = {"status": status} if status is not None else {}
         body = event["name"] if status is None else f"{event['name']}: {status}"
         self._add(event, severity, event["name"], body, {**flat(event.get("attributes", {})), **told})

@@ -1,0 +1,111 @@
+"""Where records go: a JSONL file that many may append to, or a text for people."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from stepspan.errors import ConfigError
+from stepspan.events import plain
+
+SQLITE = b"SQLite format 3\0"
+
+
+def file_path(path: object, default: str) -> Path:
+    """Where a file is or will be. Raises `ConfigError` for what can't be one."""
+    try:
+        found = Path(default if path is None else path).expanduser()  # type: ignore[arg-type]
+        mode = found.stat().st_mode if found.exists() else stat.S_IFREG
+    except (TypeError, ValueError, RuntimeError, OSError) as error:
+        raise ConfigError("path", path, f"name a file: {error}") from None
+    if not stat.S_ISREG(mode):
+        raise ConfigError("path", str(path), "this is no file: name one, or one that does not exist yet")
+    above = next((parent for parent in found.absolute().parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ConfigError("path", str(path), f"{above} is a file: name a directory that files can go to")
+    return found
+
+
+def is_database(path: Path) -> bool:
+    """Whether a file is SQLite's."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(SQLITE)) == SQLITE
+    except OSError:
+        return False
+
+
+class JsonlBackend:
+    """A line per record, appended with one `write(2)`: any number of threads and processes may write one file.
+
+    The file is opened for each record, so it may be rotated. A line that a full disk, or a writer that died, cut in the
+    middle is ended before the next one.
+    """
+
+    def __init__(self, path: object = None) -> None:
+        self.path = file_path(path, "telemetry.jsonl")
+        if is_database(self.path):
+            raise ConfigError("path", str(path), 'this is a SQLite database: give backend="sqlite", or another path')
+        self._lock = threading.Lock()
+        self._seen = False
+
+    def emit(self, record: Mapping[str, Any]) -> None:
+        """Append a record. Raises OSError."""
+        line = orjson.dumps(plain(record)) + b"\n"
+        with self._lock:
+            self._append(line)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _append(self, line: bytes) -> None:
+        if not self._seen:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+        fd = os.open(self.path, flags, 0o600)
+        try:
+            if not self._seen and _is_torn(fd):
+                line = b"\n" + line
+            self._seen = False
+            rest = line[os.write(fd, line) :]
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+            self._seen = True
+        finally:
+            os.close(fd)
+
+
+class TextBackend:
+    """Three lines per record for people, in a file, or on standard output."""
+
+    def __init__(self, path: object = None) -> None:
+        self.path = None if path is None else file_path(path, "")
+
+    def emit(self, record: Mapping[str, Any]) -> None:
+        """Append a record. Raises OSError."""
+        metrics = ", ".join(f"{key}={value}" for key, value in (record.get("metrics") or {}).items())
+        event = f" {record['event']}" if record.get("event") else ""
+        status = str(record.get("status") or "-").upper()
+        head = f"[{record.get('timestamp')}] {record.get('command')}{event} | STATUS: {status}"
+        text = f"{head} | Metrics: {metrics or 'None'}\nMessage: {record.get('message') or ''}\n{'-' * 40}\n"
+        if self.path is None:
+            sys.stdout.write(text)
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+def _is_torn(fd: int) -> bool:
+    size = os.fstat(fd).st_size
+    return size > 0 and os.pread(fd, 1, size - 1) != b"\n"

@@ -1,0 +1,108 @@
+"""The OpenTelemetry backend: records become points, spans and logs of a run.
+
+The run is the one that is open (`stepspan.current_run()`); where there is none, the first record starts one, and
+`close()` or the interpreter's end closes it. What is "started" and later "completed" or "failed" is a span: that of
+`track()` holds what happens inside it, the others hold only their own two log records, so that they may overlap.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from stepspan.compat.cloudmesh.context import resource
+from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
+from stepspan.disabled import DISABLED
+from stepspan.errors import ConfigError
+from stepspan.start import current_run, start_run
+
+if TYPE_CHECKING:
+    from stepspan.run import Run
+    from stepspan.scopes import Scope
+
+PARAMETERS = frozenset({"self", "name", "status", "collective"})
+"""Names that a run's methods have for something else: as attributes they are called `telemetry.<name>`."""
+
+
+class OtelBackend:
+    """Records as events of a run. `path` is the journal's directory, `endpoint` where a run of our own is sent."""
+
+    def __init__(self, path: object = None, *, endpoint: str | None = None, job_id: str | None = None) -> None:
+        try:
+            self._directory = None if path is None else os.fsdecode(path)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ConfigError("path", path, f"name the journal's directory: {error}") from None
+        if self._directory is not None and os.path.isfile(self._directory):
+            raise ConfigError("path", path, "this is a file: with the otel backend, name the journal's directory")
+        self._endpoint = endpoint
+        self._job_id = job_id
+        self._own: Run | None = None
+        self._others: Run | None = None
+        """The last run that somebody else opened."""
+        self._spans: dict[str, tuple[Scope, contextvars.Context | None]] = {}
+
+    def emit(self, record: Mapping[str, Any], *, error: BaseException | None = None, inside: bool = False) -> None:
+        """Log a record. `inside`: its span is to hold what happens until its end. Raises `ConfigError`."""
+        run = self._run(record)
+        told, values, span = milestone(record), numbers(record), record.get("span")
+        name, status, attributes = told or (span_name(record), None, {})
+        attributes = {f"telemetry.{key}" if key in PARAMETERS else key: value for key, value in attributes.items()}
+        if values:
+            run.log_metrics({key: float(value) for key, value in values.items()})
+        if span is None:
+            if error is not None:
+                run.log_error(error)
+            if told:
+                run.log_event(name, status=status, **attributes)
+            return
+        if span in self._spans:
+            scope, context = self._spans.pop(span)
+            _within(context, run.log_event, name, status=status, **attributes)
+            _within(context, scope.owner.end, scope, error, "failed" if has_failed(record) else None)
+            return
+        scope = run.span(span_name(record), **attributes)
+        if run is DISABLED:
+            return
+        context = None if inside else contextvars.copy_context()
+        self._spans[span] = scope, context
+        _within(context, scope.__enter__)
+        _within(context, run.log_event, name, status=status, **attributes)
+
+    def close(self) -> None:
+        """Close the run, if it is our own."""
+        if self._own is not None:
+            self._own.close()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until the run is delivered."""
+        return current_run().flush(timeout)
+
+    def _run(self, record: Mapping[str, Any]) -> Run:
+        run = current_run()
+        if run is not DISABLED:
+            if run is not self._own and run is not self._others:
+                self._others = run
+                known = {part: dict(record.get(part) or {}) for part in ("system", "user")}
+                run.log_event("telemetry.context", **known)
+            return run
+        if self._others is not None:
+            return self._others  # it has ended, and counts what comes late
+        if self._own is None:
+            self._own = start_run(
+                name=str(record.get("command")),
+                job_id=self._job_id,
+                directory=self._directory,
+                endpoint=self._endpoint,
+                resource=resource(record),
+            )
+        return self._own
+
+
+def _within(context: contextvars.Context | None, function: Any, *args: Any, **kwargs: Any) -> None:
+    """Call in a context of its own, or here."""
+    if context is None:
+        function(*args, **kwargs)
+    else:
+        context.run(function, *args, **kwargs)

@@ -1,0 +1,151 @@
+"""The SQLite backend: cloudmesh's own table, with our columns at its end, and beside it every number by itself.
+
+    telemetry (id, timestamp, command, status, metrics, system, message,
+               event, attributes, span, user, job_id, rank, local_rank, world_size)
+    points    (job_id, metric, ts, rank, value, record)   -- ts in Unix ns; value NULL for NaN; record: telemetry.id
+
+The first seven columns are those of cloudmesh's release, JSON texts in `metrics` and `system`: its programs go on
+reading the table, and writing it. A database that they began gets our columns when it is first written; points exist of
+the records that were written here.
+
+Metric X over time for run Y is one range of the primary key of `points`, and its answer comes in order:
+
+    SELECT ts, rank, value FROM points WHERE job_id = 'Y' AND metric = 'X' ORDER BY ts;
+    SELECT datetime(ts / 1000000000, 'unixepoch'), value FROM points
+     WHERE job_id = 'Y' AND metric = 'X' AND ts >= 1760000000000000000 ORDER BY ts;
+    SELECT DISTINCT metric FROM points WHERE job_id = 'Y';
+    SELECT timestamp, event, status, message FROM telemetry WHERE job_id = 'Y' ORDER BY timestamp;
+
+WAL: readers never wait for a writer, and writers wait up to `BUSY` seconds for each other. A record is one transaction;
+it survives the process, not the power.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import orjson
+
+from stepspan.compat.cloudmesh.files import SQLITE, file_path, is_database
+from stepspan.compat.cloudmesh.records import instant, numbers
+from stepspan.errors import ConfigError
+from stepspan.events import plain
+
+BUSY = 10.0
+RELEASED = ("timestamp", "command", "status", "metrics", "system", "message")
+OURS = {
+    "event": "TEXT", "attributes": "TEXT", "span": "TEXT", "user": "TEXT",
+    "job_id": "TEXT", "rank": "INTEGER", "local_rank": "INTEGER", "world_size": "INTEGER",
+}  # fmt: skip
+TEXTS = ("metrics", "system", "attributes", "user")
+"""Columns that hold JSON."""
+COLUMNS = (*RELEASED, *OURS)
+INSERT = f"INSERT INTO telemetry ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS telemetry (id INTEGER PRIMARY KEY AUTOINCREMENT, "
+    + ", ".join([*(f"{name} TEXT" for name in RELEASED), *(f"{name} {kind}" for name, kind in OURS.items())])
+    + ")",
+    "CREATE TABLE IF NOT EXISTS points (job_id TEXT NOT NULL, metric TEXT NOT NULL, ts INTEGER NOT NULL,"
+    " rank INTEGER NOT NULL, value REAL, record INTEGER NOT NULL REFERENCES telemetry (id),"
+    " PRIMARY KEY (job_id, metric, ts, rank, record)) WITHOUT ROWID",
+)
+INDEXES = (
+    "CREATE INDEX IF NOT EXISTS telemetry_by_job ON telemetry (job_id, timestamp)",
+    "CREATE INDEX IF NOT EXISTS telemetry_by_time ON telemetry (timestamp)",
+)
+_abandoned: list[sqlite3.Connection] = []
+"""A forked child may not even close its parent's connections."""
+
+
+class SqliteBackend:
+    """Records and their numbers in a database that any number of threads and processes may write."""
+
+    def __init__(self, path: object = None) -> None:
+        self.path = file_path(path, "telemetry.db")
+        if self.path.exists() and self.path.stat().st_size and not is_database(self.path):
+            raise ConfigError("path", str(path), f"this is no SQLite database: it begins with no {SQLITE[:15]!r}")
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+        self._connection: sqlite3.Connection | None = None
+        self._finalizer: Any = None
+
+    def emit(self, record: Mapping[str, Any]) -> None:
+        """Insert a record and its points. Raises sqlite3.Error, OSError."""
+        texts = {key: orjson.dumps(plain(record[key])).decode() for key in TEXTS if record.get(key) is not None}
+        row = [plain(texts.get(name, record.get(name))) for name in COLUMNS]
+        ts, job, rank = instant(record["timestamp"]), record["job_id"], record["rank"]
+        values = [(job, plain(key), ts, rank, float(value)) for key, value in numbers(record).items()]
+        with self._lock:
+            connection = self._open()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                number = connection.execute(INSERT, row).lastrowid
+                connection.executemany("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?)", [(*v, number) for v in values])
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.rollback()
+                raise
+
+    def close(self) -> None:
+        """Close the database; the next record opens it again."""
+        with self._lock:
+            if self._finalizer is not None and self._pid == os.getpid():
+                self._finalizer()
+            self._connection = None
+
+    def after_fork(self) -> None:
+        """In a forked child: let go of the parent's connection and its lock."""
+        if self._connection is not None:
+            self._finalizer.detach()
+            _abandoned.append(self._connection)
+        self._lock, self._connection, self._pid = threading.Lock(), None, os.getpid()
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))
+            connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            try:
+                _prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+            self._finalizer = weakref.finalize(self, connection.close)
+        return self._connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    """WAL, and whatever is missing of the schema. Several processes may be here at once."""
+    deadline = time.monotonic() + BUSY
+    while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
+        try:
+            if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
+                break  # a file system without shared memory: it works, slower
+        except sqlite3.OperationalError:  # changing it does not wait for others as all else does
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statement in SCHEMA:
+            connection.execute(statement)
+        known = {row[1] for row in connection.execute("PRAGMA table_info(telemetry)")}
+        for name, kind in {**dict.fromkeys(RELEASED, "TEXT"), **OURS}.items():
+            if name not in known:
+                connection.execute(f"ALTER TABLE telemetry ADD COLUMN {name} {kind}")
+        for statement in INDEXES:
+            connection.execute(statement)
+        connection.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            connection.rollback()
+        raise
