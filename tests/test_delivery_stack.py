@@ -35,10 +35,10 @@ def endpoint(way, prometheus, collector):
     return collector.http_endpoint if way == "through the collector" else prometheus.otlp_endpoint
 
 
-def sync(directory, where, **fields):
+def sync(directory, where, protocol=None, **fields):
     """Deliver the metrics; session's rank -> the cursor's state."""
     env = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
-    with closing(OtlpExporter(where, env=env, destination="there")) as exporter:
+    with closing(OtlpExporter(where, protocol=protocol, env=env, destination="there")) as exporter:
         deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", **fields))
         deliverer.start()
         deliverer.wait(caught_up)
@@ -75,17 +75,19 @@ def test_two_journals_of_five_days_arrive_whole_in_an_empty_prometheus(tmp_path,
         assert state.position.finished
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "through the collector's gRPC"])
 def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(tmp_path, prometheus, collector, way):
-    where = endpoint(way, prometheus, collector)
+    by_grpc = way.endswith("gRPC")
+    where = collector.grpc_endpoint if by_grpc else endpoint(way, prometheus, collector)
+    protocol = "grpc" if by_grpc else None
     live = training(tmp_path / "live", 0, ago(60), 50, 1.0)
-    assert sync(tmp_path / "live", where)[0].state == "ok"
+    assert sync(tmp_path / "live", where, protocol)[0].state == "ok"
     training(tmp_path / "old", 1, ago(5 * DAY), 240, 5 * DAY / 250)
-    (state,) = sync(tmp_path / "old", where).values()
+    (state,) = sync(tmp_path / "old", where, protocol).values()
     assert state.state == "hold"
     assert (state.ledger.rejected, state.ledger.delivered) == (0, 0)
     assert "storage.tsdb.out_of_order_time_window" in state.message
-    if way == "through the collector":
+    if way != "straight":
         assert "look in the log of what is behind it" in state.message
     assert list((tmp_path / "old").rglob("rejected.jsonl")) == []
     assert arrived(prometheus, "6d") == {0: live}

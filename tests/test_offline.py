@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from contextlib import closing
 
 import processes
@@ -100,9 +99,8 @@ def test_a_traces_endpoint_that_is_not_there_stops_traces_only(ranks):
         receiver.script("traces", lambda _: Answer(404))
         ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         until(lambda: len(receiver.points("training.loss")) > 20)
-        before = time.monotonic()
-        ((steps, _),) = ranks.stop()
-        assert time.monotonic() - before < 10
+        ((steps, seconds),) = ranks.stop()
+        assert seconds < 2.0, "nobody waits for what is held"
         until(lambda: not ranks.deliverers(), 30)
         losses = {p.number for p in receiver.points("training.loss") if p.value is not None}
         assert losses == set(map(float, range(steps)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from stepspan.compat.cloudmesh.telemetry import Telemetry as Telemetry
     from stepspan.errors import ConfigError as ConfigError
     from stepspan.errors import StepspanError as StepspanError
     from stepspan.exporters.jsonl import JsonlExporter as JsonlExporter
@@ -33,6 +34,7 @@ _HOME = {
     "Run": "stepspan.run",
     "SdkExporter": "stepspan.exporters.sdk",
     "StepspanError": "stepspan.errors",
+    "Telemetry": "stepspan.compat.cloudmesh.telemetry",
     "current_run": "stepspan.start",
     "start_run": "stepspan.start",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from stepspan.compat.cloudmesh.telemetry import Backend, Emitted, Telemetry
+from stepspan.compat.cloudmesh.telemetry import Backend, Telemetry
+from stepspan.compat.cloudmesh.writing import Emitted
 
 __all__ = ["Backend", "Emitted", "Telemetry"]

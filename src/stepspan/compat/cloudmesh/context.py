@@ -21,8 +21,8 @@ CPU_MODEL = re.compile(r"^(?:model name|Hardware)\s*:\s*(.+)$", re.MULTILINE)
 def system() -> Mapping[str, Any]:
     """CPU model and count, total memory in bytes, GPU presence, model and count, host, platform, Python's version.
 
-    The first four keys of cloudmesh's own are among them: cpu, gpu_present, gpu_model, memory_total. Never raises. Where
-    GPUs sleep the driver may take seconds to answer, the first time.
+    cloudmesh's own four keys are among them: cpu, gpu_present, gpu_model, memory_total. Never raises. Where GPUs sleep,
+    the driver may take seconds to answer, the first time.
     """
     gpus = gpu_models()
     return MappingProxyType(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,26 +45,18 @@ class JsonlBackend:
     """A line per record, appended with one `write(2)`: any number of threads and processes may write one file.
 
     The file is opened for each record, so it may be rotated. A line that a full disk, or a writer that died, cut in the
-    middle is ended before the next one.
+    middle is ended before the next one. Needs no lock, so a signal handler may tell, too.
     """
 
     def __init__(self, path: object = None) -> None:
         self.path = file_path(path, "telemetry.jsonl")
         if is_database(self.path):
             raise ConfigError("path", str(path), 'this is a SQLite database: give backend="sqlite", or another path')
-        self._lock = threading.Lock()
         self._seen = False
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises OSError."""
         line = orjson.dumps(plain(record)) + b"\n"
-        with self._lock:
-            self._append(line)
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-    def _append(self, line: bytes) -> None:
         if not self._seen:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -80,6 +71,9 @@ class JsonlBackend:
             self._seen = True
         finally:
             os.close(fd)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class TextBackend:

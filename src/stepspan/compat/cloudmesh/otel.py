@@ -84,7 +84,7 @@ class OtelBackend:
         if run is not DISABLED:
             if run is not self._own and run is not self._others:
                 self._others = run
-                known = {part: dict(record.get(part) or {}) for part in ("system", "user")}
+                known: dict[str, Any] = {part: record.get(part) for part in ("system", "user")}
                 run.log_event("telemetry.context", **known)
             return run
         if self._others is not None:

@@ -27,6 +27,7 @@ import sqlite3
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -52,9 +53,10 @@ SCHEMA = (
     "CREATE TABLE IF NOT EXISTS telemetry (id INTEGER PRIMARY KEY AUTOINCREMENT, "
     + ", ".join([*(f"{name} TEXT" for name in RELEASED), *(f"{name} {kind}" for name, kind in OURS.items())])
     + ")",
-    "CREATE TABLE IF NOT EXISTS points (job_id TEXT NOT NULL, metric TEXT NOT NULL, ts INTEGER NOT NULL,"
-    " rank INTEGER NOT NULL, value REAL, record INTEGER NOT NULL REFERENCES telemetry (id),"
-    " PRIMARY KEY (job_id, metric, ts, rank, record)) WITHOUT ROWID",
+    """CREATE TABLE IF NOT EXISTS points (
+        job_id TEXT NOT NULL, metric TEXT NOT NULL, ts INTEGER NOT NULL, rank INTEGER NOT NULL, value REAL,
+        record INTEGER NOT NULL REFERENCES telemetry (id), PRIMARY KEY (job_id, metric, ts, rank, record)
+    ) WITHOUT ROWID""",
 )
 INDEXES = (
     "CREATE INDEX IF NOT EXISTS telemetry_by_job ON telemetry (job_id, timestamp)",
@@ -71,8 +73,10 @@ class SqliteBackend:
         self.path = file_path(path, "telemetry.db")
         if self.path.exists() and self.path.stat().st_size and not is_database(self.path):
             raise ConfigError("path", str(path), f"this is no SQLite database: it begins with no {SQLITE[:15]!r}")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._pid = os.getpid()
+        self._busy = False
+        self._pending: deque[tuple[list[Any], list[tuple[Any, ...]]]] = deque()
         self._connection: sqlite3.Connection | None = None
         self._finalizer: Any = None
 
@@ -82,30 +86,43 @@ class SqliteBackend:
         row = [plain(texts.get(name, record.get(name))) for name in COLUMNS]
         ts, job, rank = instant(record["timestamp"]), record["job_id"], record["rank"]
         values = [(job, plain(key), ts, rank, float(value)) for key, value in numbers(record).items()]
+        if self._pid != os.getpid():
+            self._after_fork()
         with self._lock:
-            connection = self._open()
-            connection.execute("BEGIN IMMEDIATE")
+            self._pending.append((row, values))
+            if self._busy:  # this thread is in here already: a signal handler tells
+                return
+            self._busy = True
             try:
-                number = connection.execute(INSERT, row).lastrowid
-                connection.executemany("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?)", [(*v, number) for v in values])
-                connection.execute("COMMIT")
-            except BaseException:
-                connection.rollback()
-                raise
+                while self._pending:
+                    self._insert(*self._pending.popleft())
+            finally:
+                self._busy = False
 
     def close(self) -> None:
         """Close the database; the next record opens it again."""
         with self._lock:
             if self._finalizer is not None and self._pid == os.getpid():
                 self._finalizer()
-            self._connection = None
+                self._connection = None
 
-    def after_fork(self) -> None:
-        """In a forked child: let go of the parent's connection and its lock."""
+    def _after_fork(self) -> None:
         if self._connection is not None:
             self._finalizer.detach()
             _abandoned.append(self._connection)
-        self._lock, self._connection, self._pid = threading.Lock(), None, os.getpid()
+        self._lock, self._pid, self._busy, self._connection = threading.RLock(), os.getpid(), False, None
+        self._pending.clear()
+
+    def _insert(self, row: list[Any], values: list[tuple[Any, ...]]) -> None:
+        connection = self._open()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            number = connection.execute(INSERT, row).lastrowid
+            connection.executemany("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?)", [(*v, number) for v in values])
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.rollback()
+            raise
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:

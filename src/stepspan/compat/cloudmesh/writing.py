@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,56 +25,55 @@ class Emitted:
 
 
 class Writing:
-    """Calls jobs that must not raise. Called in an event loop they wait for a thread; nothing passes those that wait."""
+    """Calls jobs that do not raise. What is called in an event loop waits for a thread, and nothing overtakes it."""
 
-    def __init__(self) -> None:
-        self._reset()
+    def __init__(self, most: int = MOST_WAITING) -> None:
+        self._most = most
+        self._lock = threading.RLock()
+        self._executor: ThreadPoolExecutor | None = None
+        self._waiting = 0
+        self._worker = 0
 
     def do(self, job: Callable[[], None]) -> Emitted | None:
         """Have a job done; None where too many wait already."""
-        if self._pid != os.getpid():
-            self._reset()
         loop = in_event_loop()
-        if not loop and not self._waiting:
+        if (not loop and not self._waiting) or threading.get_ident() == self._worker:
             job()
             return Emitted()
-        if self._waiting >= MOST_WAITING:
+        if self._waiting >= self._most:
             return None
-        try:
-            with self._lock:
-                self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="stepspan-telemetry")
-                self._waiting += 1
-                future = self._executor.submit(self._done, job)
-        except RuntimeError:  # the interpreter is ending
-            self._waiting -= 1
+        with self._lock:
+            self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="stepspan-telemetry")
+            self._waiting += 1
+            try:
+                future = self._executor.submit(self._do, job)
+            except RuntimeError:  # the interpreter is ending, and takes no more work
+                self._waiting -= 1
+                future = None
+        if future is None:
             job()
-            return Emitted()
-        if not loop:
+        elif not loop:
             future.result()
         return Emitted(future)
 
     def wait(self, timeout: float) -> bool:
         """Until all that waits now is done; False where `timeout` seconds did not suffice."""
-        if self._pid != os.getpid() or self._executor is None or not self._waiting:
+        executor = self._executor
+        if executor is None or not self._waiting:
             return True
         done = threading.Event()
-        self._executor.submit(done.set)
+        executor.submit(done.set)
         return done.wait(timeout)
 
     def close(self) -> None:
-        """Do what waits. Later jobs are done all the same."""
+        """Do what waits. Jobs that come later are done all the same."""
         with self._lock:
             executor, self._executor = self._executor, None
-        if executor is not None and self._pid == os.getpid():
+        if executor is not None:
             executor.shutdown()
 
-    def _reset(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-        self._waiting = 0
-
-    def _done(self, job: Callable[[], None]) -> None:
+    def _do(self, job: Callable[[], None]) -> None:
+        self._worker = threading.get_ident()
         try:
             job()
         finally:
