@@ -34,7 +34,7 @@ def load_telemetry_sessions(
     manifest, segments = _sink(path)
     if segments:
         found = list(_of_lines(path, segments, manifest, permissive_legacy))
-    elif path.is_dir():
+    elif path.is_dir() or manifest.sessions or manifest.segments:
         raise RecordError(f"Telemetry sink {path} retained no segments (it should have segment-*.jsonl files)")
     else:
         manifest = Manifest()
