@@ -27,7 +27,8 @@ def lay(path: Path, *rows: object, mtime: float | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     if mtime is not None:
-        os.utime(path, ns=(int(mtime * NS), int(mtime * NS)))
+        ns = int(mtime) * NS + round(mtime % 1 * 1e6) * 1000
+        os.utime(path, ns=(ns, ns))
     return path
 
 
@@ -174,13 +175,11 @@ def test_corrupt_hyperparameters_and_artifacts_count_as_empty(tmp_path, text):
 
 
 def test_values_that_are_no_numbers_are_left_out_and_told(tmp_path, caplog):
-    row = (
-        '{"ts": %d, "step": 0, "metrics": {"a": NaN, "b": null, "c": "x", "d": true, "e": Infinity, "f": 1e999}}\n' % T
-    )
+    row = '{"ts": 1760000000, "step": 0, "metrics": {"a": NaN, "b": null, "c": "x", "d": true, "e": 1e999}}\n'
     lay(tmp_path / "metrics.jsonl", row, {"ts": T + 1, "step": -1, "metrics": {"a": 1}}, {"step": 2.0, "metrics": {}})
     found = metrics(imported(tmp_path, tmp_path / "runs"))
     assert found == [
-        (0.0, 0, "train", {"a": "NaN", "d": 1.0, "e": "Infinity", "f": "Infinity"}),
+        (0.0, 0, "train", {"a": "NaN", "d": 1.0, "e": "Infinity"}),
         (1.0, None, "train", {"a": 1.0}),
     ]
     assert [record.getMessage() for record in caplog.records] == [

@@ -201,10 +201,10 @@ def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        (begin(0), "qmlhc telemetry: its first row is a step_begin"),
-        (end(0, loss=1), "qmlhc telemetry: its first row is a step_end"),
-        (epoch(0), "qmlhc telemetry: its first row is a epoch_begin"),
-        (ERROR, "qmlhc telemetry: its first row is a error"),
+        (begin(0), "qmlhc telemetry that begins with step_begin"),
+        (end(0, loss=1), "qmlhc telemetry that begins with step_end"),
+        (epoch(0), "qmlhc telemetry that begins with epoch_begin"),
+        (ERROR, "qmlhc telemetry that begins with error"),
         ({**begin(0), "seq": 3, "crc": 1, "parent": 1, "split": "train"}, None),
         ({"tag": "step_begin"}, None),
         ({**begin(0), "loss": 1}, None),

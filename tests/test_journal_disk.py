@@ -167,7 +167,7 @@ def test_a_rotation_on_a_full_disk_keeps_order_and_sizes(tmp_path: Path) -> None
     events = [decode(line) for line in raw.splitlines() if line.endswith(b"}")]
     assert logged(events) == list(range(last + 1))
     assert_ordered(events)
-    for number, size in writer._sizes.items():
+    for number, size in list(writer._sizes.items())[:-1]:
         assert abs(size - (writer.path / segment_name(number)).stat().st_size) <= 140
 
 

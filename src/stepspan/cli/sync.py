@@ -76,6 +76,7 @@ class Sync:
                 deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)
             deliverer.stop()
             unreadable = {f"{p}: {why}" for shipper in deliverer.shippers for p, why in shipper.unreadable.items()}
+            unreadable |= {f"{s.signal}: stopped by a defect, see above" for s in deliverer.shippers if s.broken}
             return self._summary(before, unreadable)
 
     @contextmanager

@@ -37,7 +37,8 @@ class Lines:
         self._waiting = bytearray()
         self._busy = False
         self._pid = os.getpid()
-        if util := sys.modules.get("multiprocessing.util"):
+        process, util = map(sys.modules.get, ("multiprocessing.process", "multiprocessing.util"))
+        if process and util and process.parent_process() is not None:
             util.Finalize(None, self.flush, exitpriority=0)
 
     def add(self, line: bytes) -> None:

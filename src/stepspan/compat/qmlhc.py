@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepspan.compat.importing import Imported, Mark
+from stepspan.compat.importing import Imported, Line, Mark
 from stepspan.compat.jsonl import dumps, first_row, harmless, nanoseconds, number, rows, scalar, whole
 from stepspan.compat.lines import Lines
 from stepspan.events import Event
@@ -255,7 +255,7 @@ def detect(path: Path) -> str | None:
     expected = {"ts", "tag", *(("type", "message") if tag == "error" else (NUMBERED[tag],))}
     if tag.endswith("_end"):
         expected.add("context")
-    return f"qmlhc telemetry: its first row is a {tag}" if row.keys() == expected else None
+    return f"qmlhc telemetry that begins with {tag}" if row.keys() == expected else None
 
 
 def read(path: Path, *, job_id: str | None = None) -> Iterator[Imported]:
@@ -278,7 +278,7 @@ def read(path: Path, *, job_id: str | None = None) -> Iterator[Imported]:
     started = first - MICROSECOND
     status = story.outcome
 
-    def lines() -> Iterator[tuple[int, Event, Mark | None]]:
+    def lines() -> Iterator[Line]:
         return _events(path, started, last, job, status)
 
     yield Imported("qmlhc", path, job, started, lines, status=status)
@@ -312,7 +312,7 @@ def _timed(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
     last = 0
     for line, row in rows(path):
         ts, tag = nanoseconds(row.get("ts")), row.get("tag")
-        if ts is None or tag not in TAGS:
+        if ts is None or not isinstance(tag, str) or tag not in TAGS:
             raise ValueError(f"{path}, line {line}: not a row of qmlhc's: ts={row.get('ts')!r:.40}, tag={tag!r:.40}")
         field = NUMBERED.get(tag)
         if field and whole(row.get(field)) is None:
@@ -321,12 +321,12 @@ def _timed(path: Path) -> Iterator[tuple[int, int, dict[str, Any]]]:
         yield last, line, row
 
 
-def _events(path: Path, started: int, last: int, job: str, status: str) -> Iterator[tuple[int, Event, Mark | None]]:
+def _events(path: Path, started: int, last: int, job: str, status: str) -> Iterator[Line]:
     run, opened = Mark(), dict[str, Mark]()
     epoch: int | None = None
     place, lap, before = (-1, -1), 0, started
 
-    def end(scope: str, ts: int, **fields: Any) -> Iterator[tuple[int, Event, Mark | None]]:
+    def end(scope: str, ts: int, **fields: Any) -> Iterator[Line]:
         if scope in opened:
             yield ts, _event(f"{scope}_end", begin=0, **fields), opened.pop(scope)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from stepspan.otlp.records import Attributes, Record, Signal
-from stepspan.otlp.transport import Outcome
-from stepspan.processors import Processor
+if TYPE_CHECKING:
+    from stepspan.otlp.records import Attributes, Record, Signal
+    from stepspan.otlp.transport import Outcome
+    from stepspan.processors import Processor
 
 
 class Exporter(Protocol):

@@ -33,6 +33,7 @@ from stepspan.journal.layout import open_directory, open_file, segment_name, ses
 from stepspan.journal.liveness import CLOSED, Closed, take_lock, write_closed
 
 SECOND = 1_000_000_000
+THREADS = threading._active  # type: ignore[attr-defined] # what active_count() counts, without its lock and its cost
 LONGEST_BACKLOG = 16 << 20  # bytes of lines that wait for the disk
 
 
@@ -63,22 +64,14 @@ class Limits:
 class Disk:
     """The system calls that can fail under load; tests inject faults here."""
 
+    write = staticmethod(os.write)
+    """(fd, data) -> bytes written by one call; OSError. Gives up the GIL."""
+
     def __init__(self) -> None:
-        self._keep_gil = ctypes.PyDLL(None).write
-        self._keep_gil.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
-        self._keep_gil.restype = ctypes.c_ssize_t
-
-    def writer(self) -> Callable[[int, bytes, int], int]:
-        """The best write for the threads there are now: (fd, data, length) -> bytes written, -1 for an error."""
-        return self._keep_gil if threading.active_count() > 1 else self._release_gil
-
-    @staticmethod
-    def _release_gil(fd: int, data: bytes, length: int) -> int:
-        return os.write(fd, data)
-
-    def write(self, fd: int, data: bytes) -> int:
-        """Bytes written by one call; OSError."""
-        return os.write(fd, data)
+        self.write_keeping_gil = ctypes.PyDLL(None).write
+        """(fd, data, length) -> bytes written by one call, -1 for an error."""
+        self.write_keeping_gil.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t)
+        self.write_keeping_gil.restype = ctypes.c_ssize_t
 
     def sync(self, fd: int) -> None:
         """Until the data is on the disk."""
@@ -139,8 +132,12 @@ class JournalWriter:
         self._backlog_size = self._dropped = 0
         self._torn = self._low = self._taken = False
         self._sizes: dict[int, int] = {}
+        """Segment -> its bytes; the open one counts as full."""
+        self._sync_each = self.limits.sync_every == 0
         self._last = self._next_tick = 0
-        self._write = self._disk.writer()
+        self._write, self._write_keeping_gil = self._disk.write, self._disk.write_keeping_gil
+        self._room = 0
+        """Bytes until the next segment."""
         self._fd = -1
         self._mode = 0o640 if self.limits.group_readable else 0o600
 
@@ -198,15 +195,18 @@ class JournalWriter:
             self._wait(line)
             return
         try:
-            written = self._write(self._fd, line, length)
+            if len(THREADS) > 1:
+                written = self._write_keeping_gil(self._fd, line, length)
+            else:
+                written = self._write(self._fd, line)
         except OSError:
             written = -1
         if written != length and not self._complete(line, max(written, 0)):
             return
-        self._sizes[self._number] += length
-        if self._sizes[self._number] >= self.limits.segment_bytes:
+        self._room -= length
+        if self._room <= 0:
             self._rotate()
-        if self.limits.sync_every == 0:
+        if self._sync_each:
             self._sync(self._fd)
 
     def _put_off(self, event: Event, scope: Scope | None) -> None:
@@ -250,7 +250,7 @@ class JournalWriter:
                     self._torn = written < len(line)
                 self._backlog.popleft()
                 self._backlog_size -= len(line)
-                self._sizes[self._number] += len(line)
+                self._room -= len(line)
         except OSError as error:
             self.trouble = self._why = error
             return
@@ -264,7 +264,6 @@ class JournalWriter:
             self._taken = True
             raise SessionTaken(str(self.path))  # and the next tick is due at once, so nobody writes here any more
         self._next_tick = ts + SECOND
-        self._write = self._disk.writer()
         self._low = self._is_low() and not self._prune_delivered()
         if self._low:
             least = f"max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})"
@@ -287,17 +286,18 @@ class JournalWriter:
             self.trouble = error
             return
         if self._fd >= 0:
+            self._sizes[number - 1] -= self._room
             self._sync(self._fd)
             os.close(self._fd)
-        self._fd, self._number = fd, number
-        self._sizes[number] = 0
+        self._fd = fd
+        self._sizes[number] = self._room = self.limits.segment_bytes
         ts = max(self._clock(), self._last + 1)
         self._last, self.seq = ts, self.seq + 1
         line = encode({**self._header, "ts": ts, "seq": self.seq})
         if self._complete(line, 0):
-            self._sizes[number] += len(line)
+            self._room -= len(line)
         self._sync(self._directory)
-        while sum(self._sizes.values()) > self.limits.session_bytes and len(self._sizes) > 1:
+        while sum(self._sizes.values()) - self._room > self.limits.session_bytes and len(self._sizes) > 1:
             self._remove(min(self._sizes))
 
     def _prune_delivered(self) -> bool:
@@ -333,7 +333,7 @@ class JournalWriter:
 
         What signal handlers logged in the meantime is written after the next event.
         """
-        with self._lock:
+        with self._lock, other._lock:  # its other threads see it closed, or not at all
             self._pending.extend(other._pending)
             waiting = len(other._backlog)
             self.lost = other.lost + waiting

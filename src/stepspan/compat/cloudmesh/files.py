@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ SQLITE = b"SQLite format 3\0"
 
 def file_path(path: object, default: str) -> Path:
     """Where a file is or will be. Raises `ConfigError` for what can't be one."""
+    mode = stat.S_IFREG
     try:
         found = Path(default if path is None else path).expanduser()  # type: ignore[arg-type]
-        mode = found.stat().st_mode if found.exists() else stat.S_IFREG
+        with suppress(FileNotFoundError, NotADirectoryError):
+            mode = found.stat().st_mode
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise ConfigError("path", path, f"name a file: {error}") from None
     if not stat.S_ISREG(mode):
@@ -93,7 +96,7 @@ class TextBackend:
             sys.stdout.write(text)
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        with open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
             file.write(text)
 
     def close(self) -> None:
@@ -103,3 +106,7 @@ class TextBackend:
 def _is_torn(fd: int) -> bool:
     size = os.fstat(fd).st_size
     return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)

@@ -152,6 +152,8 @@ def _event(tag: str, **fields: Any) -> Event:
 
 def _part_of(record: Record, parts: dict[tuple[str, int], _Part]) -> _Part:
     """The session that a record belongs to. What only the first record says is taken out of the others."""
+    if not record.keys() & {"command", "timestamp"}:
+        raise ValueError("no record of cloudmesh's: neither command nor timestamp")
     for name in ("metrics", "attributes", "system", "user"):
         if not isinstance(record.get(name), (dict, type(None))):
             raise ValueError(f"{name} is no object")

@@ -23,7 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from stepspan.compat.importing import Imported, Mark
+from stepspan.compat.importing import Imported, Line, Mark
 from stepspan.compat.jsonl import content, first_row, harmless, nanoseconds, number, rows, whole
 from stepspan.events import Event
 
@@ -74,7 +74,7 @@ def read(path: Path, *, job_id: str | None = None) -> Iterator[Imported]:
     digest = blake2b(str(path.resolve()).encode("utf-8", "replace"), digest_size=3).hexdigest()
     status = _status(root / CONCLUSION)
 
-    def lines() -> Iterator[tuple[int, Event, Mark | None]]:
+    def lines() -> Iterator[Line]:
         run = Mark()
         yield started, _event("run_begin", parent=0, name=name, group=None, tags=[], attempt=[0, 0]), run
         if hyperparams:
@@ -99,10 +99,9 @@ class _Source:
         self.times = array("q", sorted(self._as_written))
 
     def __iter__(self) -> Iterator[Timed]:
-        timed: Iterable[Timed] = zip(self._as_written, self._events(), strict=False)  # the file may have grown
-        if self.times != self._as_written:
-            timed = sorted(timed, key=itemgetter(0))
-        return ((ts, event) for ts, event in timed if event["metrics"])
+        pairs = zip(self._events(), self._as_written, strict=False)  # the file may have grown
+        timed: Iterable[Timed] = ((ts, event) for event, ts in pairs if event["metrics"])
+        return iter(timed if self.times == self._as_written else sorted(timed, key=itemgetter(0)))
 
     def _time(self, line: int, row: dict[str, Any]) -> int:
         ts = nanoseconds(row["ts"]) if "ts" in row else 0

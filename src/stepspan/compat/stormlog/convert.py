@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepspan.compat.stormlog.events import TelemetryEventLike, event_of
@@ -13,9 +13,16 @@ from stepspan.compat.stormlog.fields import (
     SCHEMA_VERSION_V3,
     RecordError,
     shown,
+    text,
 )
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
-from stepspan.compat.stormlog.legacy import UNKNOWN_HOST, UNKNOWN_PID, record_of_legacy, session_of
+from stepspan.compat.stormlog.legacy import (
+    UNKNOWN_HOST,
+    UNKNOWN_PID,
+    check_legacy,
+    metadata_of_legacy,
+    record_of_legacy,
+)
 from stepspan.compat.stormlog.validate import LAYOUTS, accepted, layout_of
 
 
@@ -33,23 +40,22 @@ def telemetry_event_from_record(
     copy, one level deep. Raises `RecordError`, a ValueError that names the fields, for what is not as the schema says.
     """
     known = accepted(record) if type(record) is dict else None
-    if known is not None and known[0].version != SCHEMA_VERSION_V2:
-        return event_of(known[0].version, known[1])
+    if known is not None:
+        layout, values = known
+        if layout.version != SCHEMA_VERSION_V2:
+            return event_of(layout.version, values)
+        session = _session(record, record["metadata"], default_session_id)
+        return event_of(SCHEMA_VERSION_V3, (SCHEMA_VERSION_V3, session, *values[1:]))
     if not isinstance(record, Mapping):
         raise RecordError(f"record must be a mapping, not {shown(record)}")
     if "schema_version" in record:
         return _upgraded(record, default_session_id)
     if not permissive_legacy:
         raise RecordError("Legacy record conversion is disabled (permissive_legacy=False)", "schema_version")
-    if default_session_id is None:
-        default_session_id = _generated_session(record)
-    converted = record_of_legacy(
-        record,
-        session_id=default_session_id,
-        collector=default_collector,
-        sampling_interval_ms=default_sampling_interval_ms,
-    )
-    return _checked(converted)
+    metadata = metadata_of_legacy(record)
+    session = _session(record, metadata, default_session_id)
+    converted = record_of_legacy(record, metadata, session, default_collector, default_sampling_interval_ms)
+    return _checked(converted, check_legacy)
 
 
 def legacy_session_id(*seed: object) -> str:
@@ -57,7 +63,15 @@ def legacy_session_id(*seed: object) -> str:
     return f"legacy-{uuid.uuid5(uuid.NAMESPACE_URL, '::'.join(str(part) for part in seed if part is not None))}"
 
 
-def _generated_session(record: Mapping[str, Any]) -> str:
+def _session(record: Mapping[str, Any], metadata: Mapping[str, Any], default: str | None) -> str:
+    """The session that a record or its metadata names, else the default, else one made from the record."""
+    name = record.get("session_id")
+    if name is None:
+        name = metadata.get("session_id")
+    if isinstance(name, str) and name.strip():
+        return name
+    if default is not None:
+        return text("session_id", default)
     time = record.get("timestamp_ns", record.get("timestamp"))
     return legacy_session_id(time, record.get("host", UNKNOWN_HOST), record.get("pid", UNKNOWN_PID))
 
@@ -67,11 +81,17 @@ def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> Tele
     if "metadata" in record and not isinstance(record["metadata"], dict):
         raise RecordError(f"metadata must be an object, not {shown(record['metadata'])}", "metadata")
     identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY})
-    session = session_of(record, record.get("metadata", {}), default_session_id)
-    named = {"session_id": _generated_session(record) if session is None else session}
-    return _checked({**identity, **record, **named, "schema_version": max(version, SCHEMA_VERSION_V3)})
+    session = _session(record, record.get("metadata", {}), default_session_id)
+    version = max(version, SCHEMA_VERSION_V3)
+    return _checked({**identity, **record, "schema_version": version, "session_id": session})
 
 
-def _checked(record: dict[str, Any]) -> TelemetryEventLike:
-    layout, values = accepted(record) or (LAYOUTS[record["schema_version"]], None)
-    return event_of(layout.version, layout.check(record) if values is None else values)
+def _checked(
+    record: dict[str, Any], check_first: Callable[[dict[str, Any]], None] = lambda _: None
+) -> TelemetryEventLike:
+    known = accepted(record)
+    if known is not None:
+        return event_of(known[0].version, known[1])
+    check_first(record)
+    layout = LAYOUTS[record["schema_version"]]
+    return event_of(layout.version, layout.check(record))

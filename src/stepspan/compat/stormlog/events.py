@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Literal
 
 from stepspan.compat.stormlog.fields import VERSIONS, RecordError, shown
@@ -117,7 +115,7 @@ TelemetryEventLike = TelemetryEventV3 | TelemetryEventV4
 """What records are converted to: V4 stays V4, because V3 has no place for its nulls; all else becomes V3."""
 
 _TYPES: dict[int, type[Any]] = {2: TelemetryEventV2, 3: TelemetryEventV3, 4: TelemetryEventV4}
-_READ: dict[int, Callable[[Any], Values]] = {version: attrgetter(*LAYOUTS[version].names) for version in VERSIONS}
+_LAYOUTS = {_TYPES[version]: LAYOUTS[version] for version in VERSIONS}
 
 
 def event_of(version: int, values: Values) -> TelemetryEventLike:
@@ -131,9 +129,9 @@ def event_of(version: int, values: Values) -> TelemetryEventLike:
 
 def telemetry_event_to_dict(event: TelemetryEventLike | TelemetryEventV2) -> dict[str, Any]:
     """The record of an event, in the schema's order. Its metadata is a copy, one level deep."""
-    for version, kind in _TYPES.items():
-        if isinstance(event, kind):
-            record = dict(zip(LAYOUTS[version].names, _READ[version](event), strict=True))
-            record["metadata"] = dict(record["metadata"])
-            return record
-    raise RecordError(f"event must be a TelemetryEvent, not {shown(event)}")
+    layout = next((_LAYOUTS[kind] for kind in type(event).__mro__ if kind in _LAYOUTS), None)
+    if layout is None:
+        raise RecordError(f"event must be a TelemetryEvent, not {shown(event)}")
+    record = dict(zip(layout.names, layout.pick(vars(event)), strict=True))
+    record["metadata"] = dict(record["metadata"])
+    return record

@@ -19,7 +19,6 @@ UNKNOWN_PID = -1
 UNKNOWN_HOST = "unknown"
 TOTALS = ("total_memory", "device_total", "total_bytes")
 BACKENDS = ("cuda", "rocm", "mps", "cpu")
-# stormlog finds fault with these before it looks at ranks and sessions.
 _CHECKED_FIRST = (
     *(field for field in FIELDS if field.kind is int and field.name not in IDENTITY),
     *(field for field in FIELDS if field.name in ("event_type", "host")),
@@ -28,13 +27,13 @@ _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
 def record_of_legacy(
-    record: Mapping[str, Any], *, session_id: str, collector: str, sampling_interval_ms: int
+    record: Mapping[str, Any], metadata: dict[str, Any], session_id: str, collector: str, sampling_interval_ms: int
 ) -> dict[str, Any]:
-    """A record of schema 3. What it does not tell is what the arguments say.
+    """A record of schema 3, yet to be checked; the last two arguments are for what a legacy record does not tell.
 
-    Raises `RecordError` for metadata that is no object, a time that is none, a counter that is no integer.
+    Takes out of its `metadata` what becomes a field. Raises `RecordError` for a time that is none, a counter that is no
+    integer, and a rank outside its world.
     """
-    metadata = _metadata(record)
     time = _timestamp_ns(record)
     device_id = _device_id(record)
     backend = _backend(record, metadata)
@@ -44,7 +43,7 @@ def record_of_legacy(
     total = _total(record, metadata)
     converted = {
         "schema_version": SCHEMA_VERSION_LATEST,
-        "session_id": session_of(record, metadata, session_id),
+        "session_id": session_id,
         "timestamp_ns": time,
         "event_type": _first(record, ("event_type", "type"), "sample"),
         "collector": _collector(record, backend, device_id, collector),
@@ -62,20 +61,20 @@ def record_of_legacy(
         "device_total_bytes": total,
         "context": _first(record, ("context", "message"), None),
     }
-    for field in _CHECKED_FIRST:
-        field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
-    identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
+    try:
+        identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
+    except RecordError:
+        check_legacy(converted)
+        raise
     for name in (*IDENTITY, "session_id"):
         metadata.pop(name, None)
     return {**converted, **identity, "metadata": metadata}
 
 
-def session_of(record: Mapping[str, Any], metadata: Mapping[str, Any], default: str | None) -> str | None:
-    """The session that a record or its metadata names, if that is a name."""
-    name = record.get("session_id")
-    if name is None:
-        name = metadata.get("session_id")
-    return name if isinstance(name, str) and name.strip() else default
+def check_legacy(converted: Mapping[str, Any]) -> None:
+    """Raise `RecordError` for what stormlog finds first in a legacy record: wrong types, before identities."""
+    for field in _CHECKED_FIRST:
+        field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
@@ -97,8 +96,8 @@ def _scaled(name: str, value: float, scale: float) -> int:
         raise RecordError(f"{name} must be a finite number, not {shown(value)}", name) from None
 
 
-def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy, with what stands in `metadata_*` keys."""
+def metadata_of_legacy(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a record's metadata, with what stands in `metadata_*` keys. Raises `RecordError` if it is no object."""
     metadata = record.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise RecordError(f"metadata must be an object when provided, not {shown(metadata)}", "metadata")

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -17,7 +19,7 @@ from stepspan.compat.stormlog.events import (
     TelemetryEventV4,
     telemetry_event_to_dict,
 )
-from stepspan.compat.stormlog.fields import RecordError
+from stepspan.compat.stormlog.fields import NAMES, RecordError
 
 SOURCE_KINDS = ("cuda", "rocm", "mps", "cpu", "tensorflow")
 SEVERITIES = {
@@ -73,7 +75,7 @@ def project_telemetry_event(
         event = telemetry_event_to_dict(event)
     if not isinstance(event, (TelemetryEventV3, TelemetryEventV4)):
         event = telemetry_event_from_record(event)
-    record = telemetry_event_to_dict(event)
+    record = vars(event)
     try:
         metadata: Mapping[str, Any] = _frozen(event.metadata)
         record_id = _record_id({**record, "metadata": metadata})
@@ -134,15 +136,28 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _as_json(value: object) -> object:
+def _record_id(record: Mapping[str, Any]) -> str:
+    return f"telemetry-{hashlib.sha256(_json(record).encode()).hexdigest()[:32]}"
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    """What `json.dumps(record, sort_keys=True)` writes. The record's own keys are sorted once for all."""
+    return _TEMPLATE % tuple(map(_json_value, _SORTED(record)))
+
+
+def _json_value(value: object) -> object:
+    if type(value) is int:
+        return value
+    return "null" if value is None else encode_basestring_ascii(value) if type(value) is str else _ENCODE(value)
+
+
+def _plain(value: object) -> object:
     return dict(value) if isinstance(value, MappingProxyType) else str(value)
 
 
-_ENCODE = json.JSONEncoder(sort_keys=True, default=_as_json).encode
-
-
-def _record_id(record: Mapping[str, Any]) -> str:
-    return f"telemetry-{hashlib.sha256(_ENCODE(record).encode()).hexdigest()[:32]}"
+_ENCODE = json.JSONEncoder(sort_keys=True, default=_plain).encode
+_SORTED = itemgetter(*sorted(NAMES))
+_TEMPLATE = "{" + ", ".join(f'"{name}": %s' for name in sorted(NAMES)) + "}"
 
 
 def _source_kind(event: TelemetryEventLike, metadata: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ what is wrong with it is a warning. A file that it names outside its directory i
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,14 +46,12 @@ def read_manifest(directory: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         manifest.warnings.append(f"{path}: ignored: {error}")
         return manifest
-    readers = (
-        {"segments": _add_segment, "sessions": _add_session} if version >= WITH_SESSIONS else {"segments": _add_segment}
-    )
-    for kind, read in readers.items():
+    kinds = {"segments": _add_segment, "sessions": _add_session}
+    for kind in kinds if version >= WITH_SESSIONS else ("segments",):
         entries = content.get(kind)
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             try:
-                read(manifest, entry)
+                kinds[kind](manifest, entry)
             except RecordError as error:
                 manifest.warnings.append(f"{path}: {kind}[{number}] ignored: {error}")
     return manifest
@@ -61,7 +60,10 @@ def read_manifest(directory: Path) -> Manifest:
 def segments_of(directory: Path, manifest: Manifest) -> list[Path]:
     """The segments that are there, listed or not, in the order of their names."""
     listed = (directory / name for name in manifest.segments)
-    return sorted({path for path in (*listed, *directory.glob(SEGMENTS)) if path.is_file()}, key=lambda path: path.name)
+    found = {
+        path for path in (*listed, *directory.glob(SEGMENTS)) if os.path.isfile(path)
+    }  # takes any name, never raises
+    return sorted(found, key=lambda path: path.name)
 
 
 def _add_session(manifest: Manifest, entry: Any) -> None:
@@ -91,7 +93,7 @@ def _add_segment(manifest: Manifest, entry: Any) -> None:
     if not isinstance(entry, dict):
         raise RecordError(f"must be an object, not {shown(entry)}")
     name = text("filename", entry.get("filename"))
-    if name != Path(name).name or "\0" in name:
+    if name != Path(name).name:
         raise RecordError(f"filename must be a name in the sink's directory, not {shown(name)}", "filename")
     session = entry.get("session_id")
     manifest.segments[name] = session if isinstance(session, str) and session.strip() else None
