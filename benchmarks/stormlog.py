@@ -84,7 +84,7 @@ def legacy(n: int) -> dict[str, Any]:
 
 
 def look_in(path: list[str]) -> None:
-    """Import from `path` as well, and not from this directory: this script bears the name of the package it measures."""
+    """Import from `path` as well, and not from this directory, where this script bears the package's name."""
     here = Path(__file__).parent
     sys.path[:] = [*(place for place in sys.path if Path(place).resolve() != here), *path]
 

@@ -108,7 +108,7 @@ RELEASED = (
 def test_a_release_becomes_points_milestones_and_spans(made: Any) -> None:
     path = journal(only(made(*RELEASED)))
     assert outline(path) == [
-        "run llm",
+        "run",
         "train -: batch_size=32.0",
         "  span llm",
         "    event llm",

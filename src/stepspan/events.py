@@ -10,7 +10,7 @@ Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 from zlib import crc32
 
@@ -69,6 +69,25 @@ def decode(line: bytes) -> Event:
     except (ValueError, KeyError):
         pass
     raise Damaged(f"not a journal line: {line[:60]!r}")
+
+
+def decode_sequence(lines: Sequence[bytes], seq: int) -> list[Event] | None:
+    """The events of lines that are numbered from `seq` + 1 on, whole and in order; None where any of them is not.
+
+    For the usual case, at two thirds of the cost of `decode` for each.
+    """
+    ts = 0
+    try:
+        events: list[Event] = orjson.loads(b"[%b]" % b",".join(lines))
+        for line, event in zip(lines, events, strict=True):
+            seq += 1
+            sealed = crc32(line[: line.rindex(b',"crc":')]) == event["crc"]
+            if not sealed or event["seq"] != seq or not ts < event["ts"] or type(event["tag"]) is not str:
+                return None
+            ts = event["ts"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return events
 
 
 def number_text(value: float) -> float | str:

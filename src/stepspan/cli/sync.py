@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepspan.compat.stormlog.sink import SEGMENTS
-from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up
+from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up, spare_the_collector
 from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors, session_ledger
 from stepspan.deliver.process import Lock, on_signal
@@ -71,6 +71,7 @@ class Sync:
             before = self._totals()
             deliverer = Deliverer([self._exporter], self._sessions, self._options)
             on_signal(deliverer.interrupt)
+            spare_the_collector()
             deliverer.start()
             with _Progress(deliverer, self._journaled() * len(deliverer.shippers), follow) as progress:
                 deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)

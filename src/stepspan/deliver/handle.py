@@ -107,6 +107,12 @@ class ProcessDelivery(Delivery):
         except Exception as error:  # a run that can't start a process still has its journal
             self._tell("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
+    def wait(self, session: Path, seq: int, timeout: float) -> bool:
+        """As the base; starts the deliverer that nobody has started yet."""
+        self._next = 0.0
+        self.watch()
+        return super().wait(session, seq, timeout)
+
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
         """As the base; looks once more whether a deliverer is at work, for nobody will after us."""
         self._next = 0.0

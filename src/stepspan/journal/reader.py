@@ -14,10 +14,11 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate, islice, repeat
 from pathlib import Path
 
 from stepspan.errors import Damaged, NewerSchema
-from stepspan.events import SCHEMA_MAJOR, Event, decode
+from stepspan.events import SCHEMA_MAJOR, Event, decode, decode_sequence
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, open_directory, open_file, segment_name
 from stepspan.journal.liveness import Closed
@@ -66,7 +67,16 @@ class JournalReader:
             successor = self._successor(number)  # looked up first: if it exists, what we read now is all of this one
             data = self._pread(number, offset, size - taken)
             whole = data.rfind(b"\n") + 1
-            for line in data[:whole].split(b"\n")[:-1]:
+            lines = data[:whole].splitlines(keepends=True)
+            usual = decode_sequence(lines, seq) if lines else None
+            if usual and _within(usual[-1], until, closed):
+                events += usual
+                ends += islice(zip(repeat(number), accumulate(map(len, lines), initial=offset)), 1, None)
+                seq, offset = usual[-1]["seq"], offset + whole
+                lines = []
+            else:
+                lines = data[:whole].split(b"\n")[:-1]
+            for line in lines:
                 offset += len(line) + 1
                 try:
                     event = decode(line)
@@ -169,6 +179,10 @@ class JournalReader:
                 check_schema(event, self.session.path)
                 return event
         raise Damaged(f"{self.session.path}: no segment begins with a header that can be read")
+
+
+def _within(event: Event, until: int | None, closed: Closed | None) -> bool:
+    return (until is None or event["ts"] <= until) and (closed is None or event["seq"] <= closed.seq)
 
 
 def check_schema(header: Event, path: Path) -> None:

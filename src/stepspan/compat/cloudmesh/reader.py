@@ -81,7 +81,7 @@ def read(path: Path, *, job_id: str | None = None) -> Iterator[Imported]:
             local_rank=part.local_rank,
             world_size=max(part.world_size, rank + 1),
             host=part.host or "imported",
-            status=part.status() if job else "completed",
+            status=part.status,
             resource=part.resource,
         )
 
@@ -90,6 +90,7 @@ def read(path: Path, *, job_id: str | None = None) -> Iterator[Imported]:
 class _Part:
     """One session's records in the order of their times."""
 
+    job: str
     name: str
     resource: dict[str, Any]
     host: str
@@ -119,10 +120,13 @@ class _Part:
             if span is not None and step == "end":
                 ended = {"status": "failed"} if has_failed(record) else {}
                 yield ts, _event("span_end", begin=span.seq, **ended), span
-        yield self.records[-1][0], _event("run_end", begin=run.seq, status=self.status()), run
+        yield self.records[-1][0], _event("run_end", begin=run.seq, status=self.status), run
 
+    @property
     def status(self) -> str:
-        """How it ended, by the last record that says anything of it."""
+        """How it ended, by the last record that says so. A release's log is of many runs: it has just ended."""
+        if not self.job:
+            return "completed"
         last = next((record for _, record in reversed(self.records) if edge(record) == "end"), {})
         return "failed" if has_failed(last) else "completed"
 
@@ -167,7 +171,7 @@ def _part_of(record: Record, parts: dict[tuple[str, int], _Part]) -> _Part:
         host = (record.get("system") or {}).get("host")
         sizes = whole(record.get("local_rank")) or 0, whole(record.get("world_size")) or 1
         name = str(record.get("command") or "telemetry")
-        parts[key] = _Part(name, resource(record), host if isinstance(host, str) else "", *sizes)
+        parts[key] = _Part(key[0], name, resource(record), host if isinstance(host, str) else "", *sizes)
     record.pop("system", None)
     record.pop("user", None)
     return parts[key]
