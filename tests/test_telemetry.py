@@ -591,6 +591,7 @@ def test_a_task_that_is_cancelled_does_not_take_its_record_with_it() -> None:
     t = Telemetry(backend=slow)
 
     async def main() -> None:
+        t.emit("before")
         task = asyncio.create_task(_await(t))
         await asyncio.sleep(0)
         task.cancel()
@@ -600,7 +601,7 @@ def test_a_task_that_is_cancelled_does_not_take_its_record_with_it() -> None:
 
     asyncio.run(main())
     assert t.flush(20)
-    assert [r["status"] for r in slow.records] == ["ready"]
+    assert [r["status"] for r in slow.records] == ["before", "ready"]
     t.close()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from stepspan.errors import ConfigError
 from stepspan.events import plain
 
 SQLITE = b"SQLite format 3\0"
+SETTLE = 0.02  # seconds; more than a write takes
 
 
 def file_path(path: object, default: str) -> Path:
@@ -104,8 +106,12 @@ class TextBackend:
 
 
 def _is_torn(fd: int) -> bool:
+    """Whether a file ends within a line, and nobody is just writing it: to others a write shows itself in parts."""
     size = os.fstat(fd).st_size
-    return size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+        return False
+    time.sleep(SETTLE)
+    return os.fstat(fd).st_size == size and os.pread(fd, 1, size - 1) != b"\n"
 
 
 def _private(path: str, flags: int) -> int:

@@ -129,7 +129,7 @@ def event_of(version: int, values: Values) -> TelemetryEventLike:
 
 def telemetry_event_to_dict(event: TelemetryEventLike | TelemetryEventV2) -> dict[str, Any]:
     """The record of an event, in the schema's order. Its metadata is a copy, one level deep."""
-    layout = next((_LAYOUTS[kind] for kind in type(event).__mro__ if kind in _LAYOUTS), None)
+    layout = _LAYOUTS.get(type(event)) or next((_LAYOUTS[kind] for kind in _LAYOUTS if isinstance(event, kind)), None)
     if layout is None:
         raise RecordError(f"event must be a TelemetryEvent, not {shown(event)}")
     record = dict(zip(layout.names, layout.pick(vars(event)), strict=True))

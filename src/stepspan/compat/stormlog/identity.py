@@ -44,8 +44,6 @@ def resolve_distributed_identity(
         known = _of_launcher(env) if None in (found["rank"], found["local_rank"], found["world_size"]) else {}
         known["job_id"] = next((job for name in JOBS if (job := _variable(env, name))), None)
         found = {name: known.get(name) if value is None else value for name, value in found.items()}
-    if not any(value is not None for value in found.values()):
-        return dict(IDENTITY)
     if found["local_rank"] is None:
         found["local_rank"] = found["rank"]
     identity: dict[str, Any] = {name: IDENTITY[name] if value is None else value for name, value in found.items()}

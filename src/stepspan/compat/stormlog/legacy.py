@@ -23,6 +23,7 @@ _CHECKED_FIRST = (
     *(field for field in FIELDS if field.kind is int and field.name not in IDENTITY),
     *(field for field in FIELDS if field.name in ("event_type", "host")),
 )
+_TAKEN = (*IDENTITY, "session_id")  # out of metadata
 _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
@@ -61,12 +62,14 @@ def record_of_legacy(
         "device_total_bytes": total,
         "context": _first(record, ("context", "message"), None),
     }
-    try:
-        identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
-    except RecordError:
-        check_legacy(converted)
-        raise
-    for name in (*IDENTITY, "session_id"):
+    identity = IDENTITY
+    if not (identity.keys().isdisjoint(record) and identity.keys().isdisjoint(metadata)):
+        try:
+            identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
+        except RecordError:
+            check_legacy(converted)
+            raise
+    for name in _TAKEN:
         metadata.pop(name, None)
     return {**converted, **identity, "metadata": metadata}
 
@@ -78,11 +81,17 @@ def check_legacy(converted: Mapping[str, Any]) -> None:
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    return next((record[name] for name in names if name in record), default)
+    for name in names:
+        if name in record:
+            return record[name]
+    return default
 
 
 def _counter(record: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
-    return next((integer(name, record[name]) for name in names if name in record), default)
+    for name in names:
+        if name in record:
+            return integer(name, record[name])
+    return default
 
 
 def _is_number(value: object) -> bool:
@@ -136,9 +145,11 @@ def _device_id(record: Mapping[str, Any]) -> int:
 
 
 def _backend(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    named = (backend for backend in (record.get("backend"), metadata.get("backend")) if isinstance(backend, str))
-    backend = next((backend.strip().lower() for backend in named if backend.strip()), "")
-    return backend if backend in BACKENDS else ""
+    for backend in (record.get("backend"), metadata.get("backend")):
+        if isinstance(backend, str) and backend.strip():
+            name = backend.strip().lower()
+            return name if name in BACKENDS else ""
+    return ""
 
 
 def _collector(record: Mapping[str, Any], backend: str, device_id: int, default: str) -> Any:

@@ -26,6 +26,12 @@ from stepspan.compat.stormlog.fields import (
 )
 
 Values = tuple[Any, ...]  # of a record, in the order of its layout's names
+Picker = Callable[[Values], Values]
+
+_LIMITS = (
+    *("pid", "rank", "local_rank", "world_size"),
+    *("device_used_bytes", "device_free_bytes", "device_total_bytes"),
+)
 
 
 class Layout:
@@ -40,28 +46,24 @@ class Layout:
         self.known = frozenset(self.names)
         self.required = tuple(field.name for field in self.fields if not field.optional)
         self.pick: Callable[[Mapping[str, Any]], Values] = itemgetter(*self.names)
-        self._texts = self._numbered(lambda field: field.kind is str and field.null is None)
-        self._limits: Callable[[Values], Values] = itemgetter(
-            *map(self.names.index, ("pid", "job_id", "rank", "local_rank", "world_size")),
-            *map(self.names.index, ("device_used_bytes", "device_free_bytes", "device_total_bytes")),
-        )
-        # Types found right, as a tuple in the order of the names -> the integers among them that may not be negative.
-        self._counters: dict[tuple[type, ...], Callable[[Values], Values]] = {}
-
-    def _numbered(self, wanted: Callable[[Any], bool]) -> Callable[[Values], Values]:
-        return itemgetter(*(i for i, field in enumerate(self.fields) if wanted(field)))
+        self._limits = itemgetter(*map(self.names.index, _LIMITS))
+        # Types found right, in the order of the names -> picks the integers that may not be negative, and the texts
+        # that may not be blank.
+        self._shapes: dict[tuple[type, ...], tuple[Picker, Picker]] = {}
 
     def fits(self, values: Values) -> bool:
         """Quickly: True only if `check` has nothing to say about them but, in V4, about capabilities."""
-        counters = self._counters.get(tuple(map(type, values)))
-        if counters is None or min(counters(values)) < 0 or not all(map(str.strip, self._texts(values))):
+        shape = self._shapes.get(tuple(map(type, values)))
+        if shape is None:
             return False
-        pid, job_id, rank, local_rank, world_size, used, free, total = self._limits(values)
+        counters, texts = shape
+        pid, rank, local_rank, world_size, used, free, total = self._limits(values)
         return (
-            pid >= -1
+            min(counters(values)) >= 0
+            and all(map(str.strip, texts(values)))
+            and pid >= -1
             and rank < world_size
             and local_rank < world_size
-            and (job_id is None or bool(job_id.strip()))
             and (total is None or ((used is None or used <= total) and (free is None or free <= total)))
         )
 
@@ -69,8 +71,10 @@ class Layout:
         """These values passed `check`: others of the same types need not go there."""
         types = tuple(map(type, values))
         if all(kind in (int, str, dict, type(None)) for kind in types):
-            self._counters[types] = self._numbered(
-                lambda field: field.minimum == 0 and types[self.names.index(field.name)] is int
+            present = [(i, field) for i, field in enumerate(self.fields) if types[i] is field.kind]
+            self._shapes[types] = (
+                itemgetter(*(i for i, field in present if field.minimum == 0)),
+                itemgetter(*(i for i, field in present if field.kind is str and not field.blank)),
             )
 
     def check(self, record: Mapping[str, Any]) -> Values:
