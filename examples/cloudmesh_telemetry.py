@@ -55,7 +55,7 @@ def main() -> None:
         asyncio.run(serve(telemetry))
         telemetry.complete()
     for time, seconds in latencies():
-        print(f"{time}  {seconds * 1000:5.1f} ms  {'#' * round(seconds * 1000)}")  # noqa: T201
+        print(f"{time}  {seconds * 1000:5.1f} ms  {'#' * round(seconds * 1000)}")
 
 
 if __name__ == "__main__":

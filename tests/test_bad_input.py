@@ -503,3 +503,12 @@ def test_a_status_of_any_kind_closes(start: Start) -> None:
     run.close(Hostile())  # type: ignore[arg-type]
     assert outline(run)[-1] == "end run <Hostile: RuntimeError in __str__>"
     assert run.stats()["troubles"] == {}
+
+
+def test_attributes_may_have_the_names_of_parameters(start: Start) -> None:
+    run = start()
+    run.log_event("event", name="mine")
+    run.log_error(ValueError("no"), error="mine")
+    with run.span("span", name="mine"):
+        pass
+    assert run.stats()["troubles"] == {}

@@ -215,3 +215,12 @@ def test_a_growing_sink_is_followed(tmp_path: Path):
             process.send_signal(signal.SIGINT)
             process.communicate(timeout=30)
         assert process.returncode == 0
+
+
+def test_the_example_runs(tmp_path: Path):
+    example = Path(__file__).parent.parent / "examples" / "stormlog_memory.py"
+    done = subprocess.run([sys.executable, "-W", "error", example], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("10 events in the sink\n")
+    (session,) = find_sessions(tmp_path / "stepspan-runs")
+    assert session.path.parents[1].name == "stormlog-example"

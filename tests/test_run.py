@@ -249,7 +249,8 @@ def test_a_journal_that_fails_under_a_run_is_told(
 
 # disabled
 
-MEMBERS = sorted(name for name in vars(Run) if not name.startswith("_"))
+MEMBERS = sorted(name for name in vars(Run) if not name.startswith("_") and name != "as_log_store")
+"""A log store of a run calls nothing but the others."""
 
 
 @pytest.fixture

@@ -604,6 +604,12 @@ def test_a_subclass_of_int_is_an_integer() -> None:
     assert stormlog.telemetry_event_from_record(RECORD | {"pid": Pid(7)}).pid == 7
 
 
+def test_a_lone_surrogate_is_a_host_like_any_other() -> None:
+    event = stormlog.telemetry_event_from_record({"timestamp": 1, "host": "\ud800"})
+    assert event.session_id.startswith("legacy-")
+    assert stormlog.project_telemetry_event(event).resource["host"] == "\ud800"
+
+
 def test_what_contains_itself_is_refused() -> None:
     held: dict[str, Any] = {}
     held["itself"] = held

@@ -79,10 +79,10 @@ class DisabledRun(Run):
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
         """Nothing."""
 
-    def log_event(self, name: str, *, status: str | None = None, **attributes: Any) -> None:
+    def log_event(self, name: str, /, *, status: str | None = None, **attributes: Any) -> None:
         """Nothing."""
 
-    def log_error(self, error: BaseException, **attributes: Any) -> None:
+    def log_error(self, error: BaseException, /, **attributes: Any) -> None:
         """Nothing."""
 
     def epoch(self, n: int) -> Any:
@@ -93,7 +93,7 @@ class DisabledRun(Run):
         """Nothing to enter."""
         return _NOTHING
 
-    def span(self, name: str, *, collective: bool = False, **attributes: Any) -> Any:
+    def span(self, name: str, /, *, collective: bool = False, **attributes: Any) -> Any:
         """Nothing to enter."""
         return _NOTHING
 

@@ -119,12 +119,12 @@ class Run:
         step = {} if scope is None or scope.step is None else {"step": scope.step}
         self._record("artifact", lambda: {"name": text(name), "path": os.fsdecode(path), "kind": text(kind), **step})
 
-    def log_event(self, name: str, *, status: str | None = None, **attributes: Any) -> None:
+    def log_event(self, name: str, /, *, status: str | None = None, **attributes: Any) -> None:
         """A named milestone."""
         state = {} if status is None else {"status": text(status)}
         self._record("event", lambda: {"name": text(name), **state, "attributes": plain(attributes)}, inside=True)
 
-    def log_error(self, error: BaseException, **attributes: Any) -> None:
+    def log_error(self, error: BaseException, /, **attributes: Any) -> None:
         """An exception with its stack trace; the innermost open span becomes an error."""
         self._record("error", lambda: {**describe(error), "attributes": plain(attributes)}, inside=True)
         self._scopes.recorded(error)
@@ -140,7 +140,7 @@ class Run:
             number = self._whole("step", n)
         return self._scopes.step(number, split if type(split) is str else text(split))
 
-    def span(self, name: str, *, collective: bool = False, **attributes: Any) -> Scope:
+    def span(self, name: str, /, *, collective: bool = False, **attributes: Any) -> Scope:
         """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`)."""
         begin: Event = {"name": text(name)}
         if collective:

@@ -60,7 +60,10 @@ def telemetry_event_from_record(
 
 def legacy_session_id(*seed: object) -> str:
     """The session of records that name none, the same for the same seed."""
-    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_URL, '::'.join(str(part) for part in seed if part is not None))}"
+    name = "::".join(str(part) for part in seed if part is not None)
+    # A lone surrogate, which JSON allows, has no UTF-8; all else comes back as it was.
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_URL, name)}"
 
 
 def _session(record: Mapping[str, Any], metadata: Mapping[str, Any], default: str | None) -> str:

@@ -28,10 +28,10 @@ from stepspan.compat.stormlog.fields import (
 Values = tuple[Any, ...]  # of a record, in the order of its layout's names
 Picker = Callable[[Values], Values]
 
-_LIMITS = (
-    *("pid", "rank", "local_rank", "world_size"),
-    *("device_used_bytes", "device_free_bytes", "device_total_bytes"),
-)
+# fmt: off
+_LIMITS = ("pid", "rank", "local_rank", "world_size",
+           "device_used_bytes", "device_free_bytes", "device_total_bytes")
+# fmt: on
 
 
 class Layout:
