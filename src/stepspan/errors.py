@@ -2,6 +2,7 @@
 
 StepspanError
 ├── ConfigError        an argument, variable or file entry is wrong (also a ValueError)
+├── RecordError        a record or file of another system is not as its schema says (also a ValueError)
 └── JournalError       a journal cannot be read or written as asked
     ├── NewerSchema    it was written by a newer major version of stepspan
     └── Damaged        a line, cursor or checkpoint whose checksum does not hold
@@ -40,3 +41,17 @@ class NewerSchema(JournalError):
 
 class Damaged(JournalError):
     """Bytes whose checksum or form does not hold."""
+
+
+class RecordError(StepspanError, ValueError):
+    """A record or file is not as the schema says: `problem`, which names the `fields` it is about, found at `where`."""
+
+    def __init__(self, problem: str, *fields: str, where: str = "") -> None:
+        self.problem = problem
+        self.fields = fields
+        self.where = where
+        super().__init__(f"{where}: {problem}" if where else problem)
+
+    def at(self, where: str) -> RecordError:
+        """The same error, found at `where`."""
+        return RecordError(self.problem, *self.fields, where=where)

@@ -9,27 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from stepspan.errors import StepspanError
+from stepspan.errors import RecordError as RecordError
 
 SCHEMA_VERSION_V2: Final = 2
 SCHEMA_VERSION_V3: Final = 3
 SCHEMA_VERSION_V4: Final = 4
 SCHEMA_VERSION_LATEST: Final = 3  # what is written; V4 is read
 VERSIONS = (SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, SCHEMA_VERSION_V4)
-
-
-class RecordError(StepspanError, ValueError):
-    """A record or file is not as the schema says: `problem`, which names the `fields` it is about, found at `where`."""
-
-    def __init__(self, problem: str, *fields: str, where: str = "") -> None:
-        self.problem = problem
-        self.fields = fields
-        self.where = where
-        super().__init__(f"{where}: {problem}" if where else problem)
-
-    def at(self, where: str) -> RecordError:
-        """The same error, found at `where`."""
-        return RecordError(self.problem, *self.fields, where=where)
 
 
 def shown(value: object) -> str:
