@@ -23,6 +23,7 @@ log = logging.getLogger("stepspan")
 
 POLL = 0.02
 CHECK = 5.0  # seconds between looks at the deliverer's lock
+LAST_CHECKS = 0.25  # the same while a run waits for its end to be delivered
 ANSWERING = 5.0  # seconds since its last answer for which a receiver counts as there
 
 
@@ -58,6 +59,7 @@ class Delivery:
                 answered = max((state.answered for state in open_ones if state.state != "hold"), default=0.0)
                 if time.time() - answered > ANSWERING:
                     return False
+            self.watch()  # a deliverer may die as the run ends, and then nobody else looks
             time.sleep(POLL)
 
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
@@ -114,8 +116,8 @@ class ProcessDelivery(Delivery):
         return super().wait(session, seq, timeout)
 
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
-        """As the base; looks once more whether a deliverer is at work, for nobody will after us."""
-        self._next = 0.0
+        """As the base; looks again and again whether a deliverer is at work, for nobody will after us."""
+        self._next, self.check = 0.0, LAST_CHECKS
         self.watch()
         super().close(session, seq, timeout)
         if self._process is not None and self._process.poll() is None:
