@@ -25,7 +25,12 @@ from stepspan.run import Run
 _LAUNCHERS = ("STEPSPAN_", "OTEL_", "SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "RAY_", *(row.mark for row in LAUNCHERS))
 
 
+_OF_THE_TESTS = {"STEPSPAN_STACK", "STEPSPAN_REQUIRE_STACK"}
+
+
 def is_ours(name: str) -> bool:
+    if name in _OF_THE_TESTS:
+        return False
     return name.startswith(_LAUNCHERS) or name in {"WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK"}
 
 
