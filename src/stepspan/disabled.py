@@ -117,7 +117,7 @@ class DisabledRun(Run):
     def tell(self, kind: str, message: str) -> None:
         """Nothing."""
 
-    def after_fork(self, role: str) -> None:
+    def after_fork(self, number: int) -> None:
         """Nothing."""
 
     def __exit__(

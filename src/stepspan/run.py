@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -227,11 +227,11 @@ class Run:
             self._scopes.end(self._scope, error)
         self.close("failed" if failed else "completed")
 
-    def after_fork(self, role: str) -> None:
-        """In a forked child, whose first event begins a session of its own under `role`."""
+    def after_fork(self, number: int) -> None:
+        """In a forked child, the parent's `number`-th, whose first event begins a session of its own."""
         self._lock = threading.Lock()
         self._tells = False
-        self.identity = replace(self.identity, role=f"{self.identity.role}{role}")
+        self.identity = self.identity.for_worker(number)
         self._scopes.before_fork_child(self.identity)
         self._journal.after_fork()
         self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too

@@ -246,7 +246,7 @@ def _count_fork() -> None:
 
 def _after_fork_in_child() -> None:
     if _open is not None and not _open.closed:
-        _open.after_fork(f"worker{_forks}")
+        _open.after_fork(_forks)
 
 
 atexit.register(_close_at_exit)

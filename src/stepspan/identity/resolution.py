@@ -50,7 +50,7 @@ class Identity:
 
     def for_worker(self, number: int) -> Identity:
         """The identity of a forked worker: the same run and rank, with series of its own."""
-        return replace(self, role=f"worker{number}")
+        return replace(self, role=f"{self.role}worker{number}")
 
 
 def resolve(
