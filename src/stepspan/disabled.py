@@ -13,6 +13,7 @@ from stepspan.run import Run
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from stepspan.events import Event
     from stepspan.identity import Identity
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class DisabledRun(Run):
 
     def __init__(self) -> None:
         self.closed = False
+        self.companions = []
 
     @cached_property
     def identity(self) -> Identity:  # type: ignore[override] # looked up only if somebody asks
@@ -102,6 +104,9 @@ class DisabledRun(Run):
     ) -> Any:
         """The batches as they are."""
         return _Batches(iterable)
+
+    def emit_beside(self, event: Event) -> None:
+        """Nothing."""
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Nothing waits."""

@@ -30,7 +30,7 @@ FIELDS: Mapping[str, str] = {
     "epoch_begin": "parent, epoch",
     "epoch_end": "begin, status?",
     "step_begin": "parent, step, split, epoch?, lap?",
-    "step_end": "begin, status?, data_wait? (s), ended? (ns, where the line was written later)",
+    "step_end": "begin, status?, data_wait? (s), samples?, tokens?, ended? (ns, where the line was written later)",
     "span_begin": "parent, name, collective?, attributes?",
     "span_end": "begin, status?",
     "metrics": "step?, split, attributes?, metrics {key: number}",
@@ -38,7 +38,10 @@ FIELDS: Mapping[str, str] = {
     "artifact": "name, path, kind, step?",
     "event": "parent, name, status?, severity?, attributes?",
     "error": "parent, type, message, stack, attributes",
+    "progress": "total_steps",
+    "sample": "source, values [[name, value, {attribute: value}?], ...]",
     "memory": "device_id, counters {name: bytes}",
+    "otel": "signal, scope, schema_url?, record: what an OpenTelemetry SDK handed over, as OTLP JSON",
     "gap": "dropped, why: so many events before this one could not be written",
 }
 """Tag -> the tag's own fields, beside `ts` (Unix ns), `seq` and `crc`. `?`: left out where there is nothing to say.

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepspan.deliver.handle import Delivery
 from stepspan.events import SCHEMA, Event, number_text, plain
@@ -35,6 +35,14 @@ log = logging.getLogger("stepspan")
 LONGEST_STACK = 64 << 10
 CLOSE_WAIT = 5.0
 LARGEST = 1 << 63
+
+
+class Companion(Protocol):
+    """What works beside a run, on a thread of its own, until the run ends."""
+
+    def stop(self) -> None:
+        """Say what is left to say, and end."""
+        ...
 
 
 class Run:
@@ -56,6 +64,10 @@ class Run:
         self.pipeline = pipeline
         self.delivery = delivery
         self.closed = False
+        self.companions: list[Companion] = []
+        """Stopped before the run ends; a forked child has none."""
+        self.beside = 0
+        """How many events came from companions."""
         self._resource = dict(resource)
         self._boot_id = boot_id
         self._journal = pipeline.journal
@@ -169,6 +181,14 @@ class Run:
 
         return RunLogStore(self)
 
+    def emit_beside(self, event: Event) -> None:
+        """Write an event of a companion: one that does not show that training goes on."""
+        try:
+            self.beside += 1
+            self._emit(event)
+        except Exception as error:
+            self.tell(event["tag"], f"{event['tag']} was lost: {error!r}")
+
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""
         writer = self._journal.writer
@@ -184,6 +204,7 @@ class Run:
             if self.closed:
                 return
             self.closed = True
+        self._stop_companions()
         try:
             self._scopes.end(self._scope, None, text(status))
             self._scopes.closed = True
@@ -224,6 +245,7 @@ class Run:
     ) -> None:
         failed = error is not None and is_failure(error)
         if failed:
+            self._stop_companions()
             self._scopes.end(self._scope, error)
         self.close("failed" if failed else "completed")
 
@@ -231,10 +253,19 @@ class Run:
         """In a forked child, the parent's `number`-th, whose first event begins a session of its own."""
         self._lock = threading.Lock()
         self._tells = False
+        self.companions, self.beside = [], 0
         self.identity = self.identity.for_worker(number)
         self._scopes.before_fork_child(self.identity)
         self._journal.after_fork()
         self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
+
+    def _stop_companions(self) -> None:
+        while self.companions:
+            companion = self.companions.pop()
+            try:
+                companion.stop()
+            except Exception as error:
+                self.tell("companion", f"{type(companion).__name__} did not stop well: {error!r}")
 
     def _upkeep(self) -> None:
         writer = self._journal.writer
