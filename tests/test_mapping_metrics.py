@@ -21,6 +21,7 @@ from stepspan.otlp.mapping import metrics as mapping
 from stepspan.otlp.records import Histogram, Sum
 
 TRAIN = ("split", "train")
+STARTED = START / SECOND
 WHOLE_RUN = """
 {"resourceMetrics": [
   {"resource": {"attributes": [
@@ -59,6 +60,12 @@ WHOLE_RUN = """
            {"key": "name", "value": {"stringValue": "digits"}},
            {"key": "group", "value": {"stringValue": "ablation"}},
            {"key": "lr", "value": {"stringValue": "0.5"}}]}]}},
+      {"name": "training.run.start_time",
+       "unit": "s",
+       "gauge": {"dataPoints": [
+         {"timeUnixNano": "1760000000001000000", "asDouble": 1760000000.0, "attributes": []},
+         {"timeUnixNano": "1760000001009000000", "asDouble": 1760000000.0, "attributes": []},
+         {"timeUnixNano": "1760000001010000000", "flags": 1, "attributes": []}]}},
       {"name": "training.run.epoch",
        "gauge": {"dataPoints": [
          {"timeUnixNano": "1760000000003000000", "asDouble": 0.0, "attributes": []},
@@ -125,6 +132,11 @@ WHOLE_RUN = """
           "flags": 1,
           "attributes": [{"key": "split", "value": {"stringValue": "train"}}]}]},
        "unit": "s"},
+      {"name": "training.run.checkpoint_time",
+       "unit": "s",
+       "gauge": {"dataPoints": [
+         {"timeUnixNano": "1760000001009000000", "asDouble": 1760000001.006, "attributes": []},
+         {"timeUnixNano": "1760000001010000000", "flags": 1, "attributes": []}]}},
       {"name": "training.step.duration",
        "exponentialHistogram": {"dataPoints": [
          {"timeUnixNano": "1760000001009000000",
@@ -285,7 +297,7 @@ def test_the_step_is_no_label():
         s.metrics({"loss": 1.0, "step": 2.0}, step=number)
         s.emit("step_end", begin=step)
     points = s.records("metrics", status="completed")
-    assert len({key_of(series) for series, _, _ in points}) == 6
+    assert len({key_of(series) for series, _, _ in points}) == 7
     assert {label for series, _, _ in points for label in series.attributes} == {"split", "name"}
 
 
@@ -500,6 +512,7 @@ def test_the_runs_info_has_the_chosen_hyperparameters_and_ends_when_it_changes()
     second = ("training.run.info", ("group", "g"), ("lr", "0.5"), ("name", "n"), optimizer)
     third = ("training.run.info", ("group", "g"), ("lr", "0.25"), ("name", "n"), optimizer)
     assert by_series(s.records("metrics", status="completed")) == {
+        ("training.run.start_time",): [(0.001, STARTED), (0.005, STARTED), (0.006, None)],
         first: [(0.001, 1.0), (0.002, None)],
         second: [(0.002, 1.0), (0.004, None)],
         third: [(0.004, 1.0), (0.005, 1.0), (0.006, None)],
@@ -513,14 +526,17 @@ def test_info_that_comes_back_is_the_same_series_again():
         s.emit("hyperparams", params={"lr": lr})
     points = s.records("metrics", status="completed")
     assert values(points, "training.run.info", lr="1") == [1.0, None, 1.0, 1.0, None]
-    assert len({id(series) for series, _, _ in points}) == 3
+    assert len({id(series) for series, _, _ in points if series.name == "training.run.info"}) == 3
 
 
 def test_the_info_is_repeated_every_ten_seconds_so_that_a_join_finds_it():
     s = SessionEvents()
     s.run(name="n")
     s.emit("event", 21.0, parent=0, name="later")
-    assert by_series(s.records("metrics")) == {("training.run.info", ("name", "n")): [(0.001, 1.0), (20.0, 1.0)]}
+    assert by_series(s.records("metrics")) == {
+        ("training.run.info", ("name", "n")): [(0.001, 1.0), (20.0, 1.0)],
+        ("training.run.start_time",): [(0.001, STARTED), (20.0, STARTED)],
+    }
 
 
 # --- the end

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from stepspan.events import Event
     from stepspan.identity import Identity
+    from stepspan.scopes import Amount
 
 T = TypeVar("T")
 PREFIX = "STEPSPAN_"
@@ -91,7 +92,9 @@ class DisabledRun(Run):
         """Nothing to enter."""
         return _NOTHING
 
-    def step(self, n: int, *, split: str = "train") -> Any:
+    def step(
+        self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None
+    ) -> Any:
         """Nothing to enter."""
         return _NOTHING
 
@@ -100,10 +103,20 @@ class DisabledRun(Run):
         return _NOTHING
 
     def steps(
-        self, iterable: Iterable[T], *, start: int | None = None, accumulate: int = 1, split: str = "train"
+        self,
+        iterable: Iterable[T],
+        *,
+        start: int | None = None,
+        accumulate: int = 1,
+        split: str = "train",
+        samples: Amount = None,
+        tokens: Amount = None,
     ) -> Any:
         """The batches as they are."""
         return _Batches(iterable)
+
+    def set_total_steps(self, n: int) -> None:
+        """Nothing."""
 
     def emit_beside(self, event: Event) -> None:
         """Nothing."""

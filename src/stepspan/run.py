@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepspan.deliver.handle import Delivery
 from stepspan.events import SCHEMA, Event, number_text, plain
-from stepspan.scopes import Scope, Scopes, Steps, is_failure
+from stepspan.scopes import Amount, Scope, Scopes, Steps, is_failure
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -145,12 +145,18 @@ class Run:
         """A context manager: epoch `n`."""
         return self._scopes.epoch(self._whole("epoch", n))
 
-    def step(self, n: int, *, split: str = "train") -> Scope:
-        """A context manager: step `n`. All ranks' steps of one number share a trace."""
+    def step(self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None) -> Scope:
+        """A context manager: step `n`. All ranks' steps of one number share a trace.
+
+        `samples`, `tokens`: how many this rank's step processes, for `training.throughput`; the scope's attributes of
+        these names may also be set while the step is open.
+        """
         number: int | None = n
         if type(n) is not int or n < 0 or n >= LARGEST:
             number = self._whole("step", n)
-        return self._scopes.step(number, split if type(split) is str else text(split))
+        scope = self._scopes.step(number, split if type(split) is str else text(split))
+        scope.samples, scope.tokens = samples, tokens
+        return scope
 
     def span(self, name: str, /, *, collective: bool = False, **attributes: Any) -> Scope:
         """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`)."""
@@ -165,15 +171,31 @@ class Run:
         return self._scopes.span(begin)
 
     def steps(
-        self, iterable: Iterable[T], *, start: int | None = None, accumulate: int = 1, split: str = "train"
+        self,
+        iterable: Iterable[T],
+        *,
+        start: int | None = None,
+        accumulate: int = 1,
+        split: str = "train",
+        samples: Amount = None,
+        tokens: Amount = None,
     ) -> Steps[T]:
         """Iterate over batches, one step for each `accumulate` of them, timing the wait for data and then the step.
 
         The number goes on across epochs; `start` sets it, for resuming. What the iterable raises gets out of the loop.
+        `samples`, `tokens`: how many a batch holds, or a function of the batch that counts them (`len`, say).
         """
         first = None if start is None else self._whole("start", start)
         each = self._whole("accumulate", accumulate) or 1
-        return Steps(self._scopes, iterable, start=first, accumulate=each, split=text(split))
+        return Steps(
+            self._scopes, iterable, start=first, accumulate=each, split=text(split), samples=samples, tokens=tokens
+        )
+
+    def set_total_steps(self, n: int) -> None:
+        """How many training steps there will be, counted from step 0: gives `training.run.eta` (s)."""
+        total = self._whole("total_steps", n)
+        if total is not None:
+            self._record("progress", lambda: {"total_steps": total})
 
     def as_log_store(self) -> RunLogStore:
         """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""

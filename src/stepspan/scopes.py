@@ -7,14 +7,15 @@ whether its loop was left by `break` or by an exception, which the loop's iterat
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from stepspan.events import Event
+from stepspan.events import Event, plain
 from stepspan.otlp import ids
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Scope:
 
     __slots__ = (
         "begin", "epoch", "home", "lap", "loose", "outer", "owner",
-        "seq", "split", "step", "tag", "token", "ts", "waited",
+        "samples", "seq", "split", "step", "tag", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
     def __init__(
@@ -55,6 +56,10 @@ class Scope:
         self.outer: Scope | None = None
         self.waited: int | None = None
         """Nanoseconds that a step waited for its data."""
+        self.samples: float | None = None
+        """How many samples a step processed: `training.throughput`. May be set while the step is open."""
+        self.tokens: float | None = None
+        """How many tokens."""
         self.token: Any = None
 
     def __enter__(self) -> Self:
@@ -157,6 +162,10 @@ class Scopes:
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
             if scope.waited is not None:
                 event["data_wait"] = scope.waited / SECOND
+            if scope.samples is not None and (samples := self.amount("samples", scope.samples)) is not None:
+                event["samples"] = samples
+            if scope.tokens is not None and (tokens := self.amount("tokens", scope.tokens)) is not None:
+                event["tokens"] = tokens
             if scope.loose:
                 event["ended"], scope.loose = scope.loose, 0
             if error is not None and is_failure(error):
@@ -213,6 +222,17 @@ class Scopes:
         session = getattr(scope.home or self._journal.writer, "session", "")
         return trace_id, ids.span_id(session, scope.seq)
 
+    def amount(self, field: str, given: Any, batch: Any = None, before: float | None = None) -> float | None:
+        """`before` plus how much is in a batch. What is no number at all is counted, and told once."""
+        try:
+            found = float(given(batch) if callable(given) else given)
+            if 0 <= found < math.inf:
+                return found + (before or 0.0)
+            raise ValueError("below 0 or not finite")
+        except Exception as error:  # a user's function may raise anything
+            self._tell(field, f"{field}={plain(given)!s:.80}: {plain(error)}; throughput is left out")
+            return before
+
     def before_fork_child(self, identity: Identity) -> None:
         """In a forked child, while the journal is still the parent's: what the parent has open is not ours to end."""
         self._forebears[self._journal.home] = self._identity
@@ -268,6 +288,10 @@ class Scopes:
             self._propagation.detach(token)
 
 
+Amount: TypeAlias = "float | Callable[[Any], float] | None"
+"""How much is in a batch: a number, or what counts it."""
+
+
 class Steps(Generic[T]):
     """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
 
@@ -276,7 +300,15 @@ class Steps(Generic[T]):
     """
 
     def __init__(
-        self, scopes: Scopes, iterable: Iterable[T], *, start: int | None, accumulate: int, split: str
+        self,
+        scopes: Scopes,
+        iterable: Iterable[T],
+        *,
+        start: int | None,
+        accumulate: int,
+        split: str,
+        samples: Amount = None,
+        tokens: Amount = None,
     ) -> None:
         self._scope: Scope | None = None
         self._scopes = scopes
@@ -287,6 +319,8 @@ class Steps(Generic[T]):
         self._start = start
         self._accumulate = accumulate
         self._split = split
+        self._samples = samples
+        self._tokens = tokens
         self._batches = 0
 
     def __iter__(self) -> Iterator[T]:
@@ -322,6 +356,10 @@ class Steps(Generic[T]):
             self._scopes.begin(scope)
         else:
             scope.waited = (scope.waited or 0) + waited
+        if self._samples is not None:
+            scope.samples = self._scopes.amount("samples", self._samples, batch, scope.samples)
+        if self._tokens is not None:
+            scope.tokens = self._scopes.amount("tokens", self._tokens, batch, scope.tokens)
         return batch
 
     def _finish(self, error: BaseException | None) -> None:

@@ -11,6 +11,7 @@ from stepspan.otlp import ids
 from stepspan.otlp.mapping import histogram
 from stepspan.otlp.mapping.names import metric_name
 from stepspan.otlp.mapping.open_scopes import step_trace_id
+from stepspan.otlp.mapping.progress import Progress
 from stepspan.otlp.mapping.thinning import Thinning
 from stepspan.otlp.mapping.values import MALFORMED, number, short, tell_unmappable
 from stepspan.otlp.records import Attributes, Exemplar, Point, Record, Series, Sum
@@ -26,6 +27,8 @@ CHOSEN = (
 """Hyperparameters that are labels of `training.run.info`."""
 LONGEST_LABEL = 120
 MOST_PLANS = 1000
+ITEMS = ("samples", "tokens")
+"""What throughput is told of."""
 OURS: dict[str, tuple[str, str, Any]] = {
     "training.step.number": ("split", "", "gauge"),
     "training.step.time": ("split", "s", "gauge"),
@@ -60,6 +63,7 @@ class MetricMapper:
         self._durations: dict[str, dict[str, Any]] = {}
         self._slowest: dict[str, list[Any]] = {}
         self._thinning = Thinning(header)
+        self._progress = Progress()
         self._handlers: dict[str, Callable[[Event], None]] = {
             "metrics": self._metrics,
             "step_begin": self._begin,
@@ -70,6 +74,8 @@ class MetricMapper:
             "run_begin": self._run_begin,
             "hyperparams": self._hyperparams,
             "error": self._error,
+            "progress": self._progress.plan,
+            "artifact": self._progress.artifact,
             "memory": self._memory,
         }
 
@@ -116,6 +122,7 @@ class MetricMapper:
             "durations": self._durations,
             "slowest": self._slowest,
             "thinning": self._thinning.state,
+            "progress": self._progress.state,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -128,6 +135,7 @@ class MetricMapper:
         self._info, self._errors = state["info"], state["errors"]
         self._durations, self._slowest = state["durations"], state["slowest"]
         self._thinning.state = state["thinning"]
+        self._progress.state = state["progress"]
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Any = "gauge") -> Series:
         """The series of that name and those attributes."""
@@ -215,6 +223,10 @@ class MetricMapper:
             self._put(self._own("training.step.wait", split), ts, begin["wait"])
         if "data_wait" in event:
             self._put(self._own("training.phase.time", "data_wait"), ts, event["data_wait"])
+        for item in ITEMS:
+            if item in event:
+                self._throughput(item, split, event, duration)
+        self._progress.step(begin, ts)
         if split not in self._durations:
             self._durations[split] = histogram.empty()
         histogram.add(self._durations[split], duration)
@@ -223,6 +235,16 @@ class MetricMapper:
             trace_id = step_trace_id(self._header, begin)
             span_id = ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
             self._slowest[split] = [duration, ts, trace_id.hex(), span_id.hex()]
+
+    def _put_progress(self, ts: int) -> None:
+        for name, unit, value in self._progress.values(ts):
+            self._put(self._of(name, {}, unit), ts, value)
+
+    def _throughput(self, item: str, split: str, event: Event, duration: float) -> None:
+        amount, taken = number(event[item]), duration + event.get("data_wait", 0.0)
+        if amount is not None and taken > 0:
+            series = self._of("training.throughput", {"item": item, "split": split}, "{item}/s")
+            self._put(series, event["ts"], amount / taken)
 
     def _span_end(self, event: Event) -> None:
         begin = self._open.pop(event["begin"], None)
@@ -248,6 +270,8 @@ class MetricMapper:
 
     def _run_begin(self, event: Event) -> None:
         self._tell(event["ts"], {"name": event["name"], "group": event["group"]})
+        self._progress.begin(self._start)
+        self._put_progress(event["ts"])
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]
@@ -280,6 +304,7 @@ class MetricMapper:
             self._put(self._of("training.run.info", self._info), ts, 1.0)
         if self._epoch is not None:
             self._put(self._of("training.run.epoch", {}), ts, self._epoch)
+        self._put_progress(ts)
         for kind, count in self._errors.items():
             self._put(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
         for split, durations in self._durations.items():
