@@ -380,7 +380,7 @@ def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(dur
     assume(all(abs(d / b - 1) > 1e-12 for d in durations for b in bounds))
     state = histogram.empty()
     for duration in durations:
-        histogram.add(state, duration)
+        histogram.add(state, [duration])
     found = histogram.value(json.loads(json.dumps(state)), START, ())
     assert (found.count, found.sum, found.minimum, found.maximum, found.zero_count) == (
         len(durations), sum(durations), min(durations), max(durations), 0
@@ -396,13 +396,13 @@ def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(dur
 )
 def test_a_bucket_has_its_upper_bound_and_not_its_lower_one(duration, bucket):
     state = histogram.empty()
-    histogram.add(state, duration)
+    histogram.add(state, [duration])
     assert (histogram.value(state, START, ()).offset, state["buckets"]) == (bucket, {str(bucket): 1})
 
 
 def test_a_duration_of_zero_is_counted_as_zero():
     state = histogram.empty()
-    histogram.add(state, 0.0)
+    histogram.add(state, [0.0])
     found = histogram.value(state, START, ())
     assert (found.count, found.zero_count, list(found.counts), found.maximum) == (1, 1, [], 0.0)
 

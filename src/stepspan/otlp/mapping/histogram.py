@@ -6,7 +6,8 @@ points depend on when they were taken. From a microsecond to a day that is under
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from math import ceil, log2
 from typing import Any
 
 from stepspan.otlp.records import Exemplar, Histogram
@@ -19,17 +20,20 @@ def empty() -> dict[str, Any]:
     return {"count": 0, "sum": 0.0, "min": 0.0, "max": 0.0, "zero": 0, "buckets": {}}
 
 
-def add(histogram: dict[str, Any], value: float) -> None:
-    """Count one value of 0 or more."""
-    histogram["min"] = min(histogram["min"], value) if histogram["count"] else value
-    histogram["max"] = max(histogram["max"], value)
-    histogram["count"] += 1
-    histogram["sum"] += value
-    if value > 0.0:
-        bucket = str(math.ceil(math.log2(value) * 2**SCALE) - 1)
-        histogram["buckets"][bucket] = histogram["buckets"].get(bucket, 0) + 1
-    else:
-        histogram["zero"] += 1
+def add(histogram: dict[str, Any], values: Sequence[float]) -> None:
+    """Count values of 0 or more, at least one."""
+    histogram["min"] = min(values) if not histogram["count"] else min(histogram["min"], min(values))
+    histogram["max"] = max(histogram["max"], max(values))
+    histogram["count"] += len(values)
+    total, buckets = histogram["sum"], histogram["buckets"]
+    for value in values:
+        total += value
+        if value > 0.0:
+            bucket = str(ceil(log2(value) * 2**SCALE) - 1)
+            buckets[bucket] = buckets.get(bucket, 0) + 1
+        else:
+            histogram["zero"] += 1
+    histogram["sum"] = total
 
 
 def value(histogram: dict[str, Any], start: int, exemplars: tuple[Exemplar, ...]) -> Histogram:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import count, repeat
 from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp import ids
-from stepspan.otlp.mapping import histogram
+from stepspan.otlp.mapping.durations import Durations
+from stepspan.otlp.mapping.foreign import ForeignRecords
 from stepspan.otlp.mapping.names import metric_name
-from stepspan.otlp.mapping.open_scopes import step_trace_id
 from stepspan.otlp.mapping.progress import Progress
-from stepspan.otlp.mapping.thinning import Thinning
 from stepspan.otlp.mapping.values import MALFORMED, number, short, tell_unmappable
-from stepspan.otlp.records import Attributes, Exemplar, Point, Record, Series, Sum
+from stepspan.otlp.records import Attributes, Foreign, Point, Record, Series, Sum
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
@@ -27,6 +26,7 @@ CHOSEN = (
 """Hyperparameters that are labels of `training.run.info`."""
 LONGEST_LABEL = 120
 MOST_PLANS = 1000
+FLOAT = {float}
 ITEMS = ("samples", "tokens")
 """What throughput is told of."""
 OURS: dict[str, tuple[str, str, Any]] = {
@@ -49,20 +49,21 @@ class MetricMapper:
         self._start: int = header["started"]
         self._series: dict[Any, Series] = {}
         self._ours: dict[tuple[str, str], Series] = {}
-        self._plans: dict[tuple[str, ...], tuple[list[Series], list[str]]] = {}
-        """A call's split and keys -> their series, and the splits whose step number it tells."""
-        self._points: list[Point] = []
+        self._plans: dict[tuple[Any, ...], list[Series]] = {}
+        """A call's split, whether it has a step, and keys -> series, no two the same."""
+        self._points: list[Point | Foreign] = []
+        self._foreign = ForeignRecords("metrics")
         self._now: dict[Series, int] = {}
-        """Series -> the index of its point of this millisecond."""
+        """Series -> the index of its point of this millisecond, but for those of the first call."""
+        self._first: tuple[list[Series], int] | None = None
+        """This millisecond's first call of `log_metrics`: its series, and the index of its first point."""
         self._millisecond = 0
         self._open: dict[int, Event] = {}
         self._boundary = 0
         self._epoch: float | None = None
         self._info: dict[str, str] = {}
         self._errors: dict[str, int] = {}
-        self._durations: dict[str, dict[str, Any]] = {}
-        self._slowest: dict[str, list[Any]] = {}
-        self._thinning = Thinning(header)
+        self._durations = Durations(header)
         self._progress = Progress()
         self._handlers: dict[str, Callable[[Event], None]] = {
             "metrics": self._metrics,
@@ -77,6 +78,7 @@ class MetricMapper:
             "progress": self._progress.plan,
             "artifact": self._progress.artifact,
             "memory": self._memory,
+            "otel": lambda event: self._points.extend(self._foreign.of(event)),
         }
 
     def map(self, events: Sequence[Event]) -> list[Record]:
@@ -84,10 +86,12 @@ class MetricMapper:
         self._points = []
         handlers, now = self._handlers, self._now
         now.clear()
+        self._first = None
         for event in events:
             ts = event["ts"]
             if ts // MILLISECOND != self._millisecond:
                 self._millisecond = ts // MILLISECOND
+                self._first = None
                 now.clear()
                 if ts >= self._boundary:
                     self._cross(ts)
@@ -119,9 +123,7 @@ class MetricMapper:
             "epoch": self._epoch,
             "info": self._info,
             "errors": self._errors,
-            "durations": self._durations,
-            "slowest": self._slowest,
-            "thinning": self._thinning.state,
+            "durations": self._durations.state,
             "progress": self._progress.state,
         }
 
@@ -133,8 +135,7 @@ class MetricMapper:
         self._open = {event["seq"]: event for event in state["open"]}
         self._boundary, self._epoch = state["boundary"], state["epoch"]
         self._info, self._errors = state["info"], state["errors"]
-        self._durations, self._slowest = state["durations"], state["slowest"]
-        self._thinning.state = state["thinning"]
+        self._durations.state = state["durations"]
         self._progress.state = state["progress"]
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Any = "gauge") -> Series:
@@ -163,45 +164,38 @@ class MetricMapper:
         return series
 
     def _metrics(self, event: Event) -> None:
-        ts, split, attributes, metrics = event["ts"], event["split"], event.get("attributes"), event["metrics"]
-        call = (split, *metrics)
+        ts, attributes, metrics = event["ts"], event.get("attributes"), event["metrics"]
+        step = number(event.get("step"))
+        call = (event["split"], step is not None, *metrics)
         plan = None if attributes else self._plans.get(call)
+        usual = plan is not None and self._first is None
         if plan is None:
             plan = self._plan(call, attributes)
-        points, now = self._points, self._now
-        for series, value in zip(plan[0], metrics.values(), strict=True):
-            if type(value) is not float:
-                value = number(value)
-                if value is None:
-                    continue
-            index = now.get(series)
-            if index is None:
-                now[series] = len(points)
-                points.append((series, ts, value))
-            else:
-                points[index] = (series, ts, value)
-                self.filtered += 1
-        step = number(event.get("step"))
-        if step is not None:
-            for name in plan[1]:
-                if attributes:
-                    series = self._of("training.step.number", {**attributes, "split": name})
-                else:
-                    series = self._own("training.step.number", name)
-                self._put(series, ts, step)
+        values = [*metrics.values(), *repeat(step, len(plan) - len(metrics))]
+        if usual and set(map(type, values)) == FLOAT:
+            self._first = plan, len(self._points)
+            self._points += zip(plan, repeat(ts), values)
+            return
+        if self._first:
+            self._now.update(zip(self._first[0], count(self._first[1])))
+        self._first = [], 0
+        for series, value in zip(plan, values, strict=True):
+            known = number(value)
+            if known is not None:
+                self._put(series, ts, known)
 
-    def _plan(self, call: tuple[str, ...], attributes: Attributes | None) -> tuple[list[Series], list[str]]:
-        """The series of a call's keys, and the splits they are of."""
-        split, *keys = call
-        found: list[Series] = []
-        splits: dict[str, None] = {}
-        for key in keys:
-            name = metric_name(key, split)
-            named = {"split": name.split} if name.key is None else {"split": name.split, "key": name.key}
-            found.append(self._of(name.name, {**(attributes or {}), **named}))
-            splits[name.split] = None
-        plan = found, list(splits)
-        if not attributes:
+    def _plan(self, call: tuple[Any, ...], attributes: Attributes | None) -> list[Series]:
+        """The series of a call's keys; where it has a step, also those that tell the step of each split."""
+        split, stepped, *keys = call
+        names = [metric_name(key, split) for key in keys]
+        plan = [
+            self._of(name, {**(attributes or {}), "split": of, **({} if key is None else {"key": key})})
+            for name, of, key in names
+        ]
+        if stepped:
+            splits = dict.fromkeys(name.split for name in names)
+            plan += [self._of("training.step.number", {**(attributes or {}), "split": of}) for of in splits]
+        if not attributes and len(set(plan)) == len(plan):
             if len(self._plans) >= MOST_PLANS:
                 self._plans.clear()
             self._plans[call] = plan
@@ -227,14 +221,7 @@ class MetricMapper:
             if item in event:
                 self._throughput(item, split, event, duration)
         self._progress.step(begin, ts)
-        if split not in self._durations:
-            self._durations[split] = histogram.empty()
-        histogram.add(self._durations[split], duration)
-        kept = self._thinning.keeps(begin, event, duration)
-        if kept and (split not in self._slowest or duration > self._slowest[split][0]):
-            trace_id = step_trace_id(self._header, begin)
-            span_id = ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
-            self._slowest[split] = [duration, ts, trace_id.hex(), span_id.hex()]
+        self._durations.add(begin, event, duration)
 
     def _put_progress(self, ts: int) -> None:
         for name, unit, value in self._progress.values(ts):
@@ -307,10 +294,5 @@ class MetricMapper:
         self._put_progress(ts)
         for kind, count in self._errors.items():
             self._put(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
-        for split, durations in self._durations.items():
-            series = self._own("training.step.duration", split)
-            exemplars: tuple[Exemplar, ...] = ()
-            if split in self._slowest:
-                value, time, trace_id, span_id = self._slowest.pop(split)
-                exemplars = (Exemplar(time, value, bytes.fromhex(trace_id), bytes.fromhex(span_id)),)
-            self._put(series, ts, histogram.value(durations, self._start, exemplars))
+        for split, durations in self._durations.values(self._start):
+            self._put(self._own("training.step.duration", split), ts, durations)

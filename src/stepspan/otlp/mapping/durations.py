@@ -1,0 +1,69 @@
+"""How long a session's steps take: a histogram for each split, whose exemplar is the period's slowest step that has a
+trace."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from stepspan.events import Event
+from stepspan.otlp import ids
+from stepspan.otlp.mapping import histogram
+from stepspan.otlp.mapping.open_scopes import step_trace_id
+from stepspan.otlp.mapping.thinning import Thinning
+from stepspan.otlp.records import Exemplar, Histogram
+
+
+class Durations:
+    """Steps in, histograms out."""
+
+    def __init__(self, header: Event) -> None:
+        self._header = header
+        self._thinning = Thinning(header)
+        self._histograms: dict[str, dict[str, Any]] = {}
+        self._counting: dict[str, list[float]] = {}
+        """Durations that are not in the histograms yet: they go there together."""
+        self._slowest: dict[str, list[Any]] = {}
+        """Split -> duration (s), end (ns) and begin event."""
+
+    def add(self, begin: Event, end: Event, duration: float) -> None:
+        """A step of `duration` seconds has ended. Call it once for each step, in order."""
+        split = begin["split"]
+        if split in self._counting:
+            self._counting[split].append(duration)
+        else:
+            self._counting[split] = [duration]
+        if self._thinning.keeps(begin, end, duration):
+            slowest = self._slowest.get(split)
+            if slowest is None or duration > slowest[0]:
+                self._slowest[split] = [duration, end["ts"], begin]
+
+    def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
+        """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
+        self._count()
+        for split, counted in self._histograms.items():
+            slowest = self._slowest.pop(split, None)
+            exemplars = () if slowest is None else (self._exemplar(*slowest),)
+            yield split, histogram.value(counted, start, exemplars)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is carried on, as JSON."""
+        self._count()
+        return {"histograms": self._histograms, "slowest": self._slowest, "thinning": self._thinning.state}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._histograms, self._slowest = state["histograms"], state["slowest"]
+        self._thinning.state = state["thinning"]
+
+    def _count(self) -> None:
+        for split, durations in self._counting.items():
+            if split not in self._histograms:
+                self._histograms[split] = histogram.empty()
+            histogram.add(self._histograms[split], durations)
+        self._counting = {}
+
+    def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
+        trace_id = step_trace_id(self._header, begin)
+        return Exemplar(ended, duration, trace_id, ids.step_span_id(trace_id, self._header["rank"], self._header["role"]))
