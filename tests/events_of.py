@@ -80,8 +80,7 @@ class SessionEvents:
     def records(self, signal: Signal, *, status: str | None = None) -> list[Any]:
         """What the session maps to; `status`: with its end."""
         fold = mapper(signal, self.header)
-        records = fold.map(self.events)
-        return records + fold.finish(self.closed(status)) if status else records
+        return [*fold.map(self.events), *(fold.finish(self.closed(status)) if status else ())]
 
 
 def by_series(points: Sequence[Record]) -> dict[tuple[Any, ...], list[tuple[float, Any]]]:

@@ -280,7 +280,7 @@ def test_attributes_that_a_processor_added_make_series_of_their_own():
 
 
 def test_many_sets_of_keys_are_not_all_remembered_and_still_are_the_same_series(monkeypatch):
-    monkeypatch.setattr(mapping, "MOST_PLANS", 2)
+    monkeypatch.setattr(mapping, "MOST_TABLES", 2)
     s = SessionEvents()
     for number in range(9):
         s.metrics({"loss": float(number), f"other_{number % 4}": 1.0})

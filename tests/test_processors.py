@@ -236,7 +236,7 @@ def test_sample_steps_thins_metrics_and_traces_but_every_step_still_counts():
     stage = SampleSteps(4)
     events = [found for e in s.events if (found := stage(e) if e["tag"] in stage.tags else e)]
     points = mapper("metrics", s.header)
-    found = points.map(events) + points.finish(s.closed())
+    found = [*points.map(events), *points.finish(s.closed())]
     steps = [value for series, _, value in found if series.name == "training.step.number"]
     times = [value for series, _, value in found if series.name == "training.step.time"]
     (durations,) = [value for series, _, value in found if series.kind == "histogram" and value]

@@ -81,8 +81,7 @@ class Session:
     def records(self, signal: Signal) -> list[Record]:
         """The events as records, with those of the session's end once it has ended."""
         fold = mapper(signal, self.header)
-        records = fold.map(self.events)
-        return records + fold.finish(self.closed) if self.closed else records
+        return [*fold.map(self.events), *(fold.finish(self.closed) if self.closed else ())]
 
 
 class Recording:
@@ -143,6 +142,7 @@ def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterat
         with patch.dict(os.environ):
             for name in [name for name in os.environ if name.startswith(("STEPSPAN_", "OTEL_"))]:
                 del os.environ[name]
+            os.environ["STEPSPAN_SAMPLERS"] = "none"
             run = start_run(exporters=[journal], **{**WHO, **arguments})
         recording = Recording(run, journal.directory)
         try:

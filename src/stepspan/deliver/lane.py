@@ -67,7 +67,7 @@ class Options:
 class Parcel:
     """A batch as records, where the cursor will stand, and what the ledger gains besides the receiver's answer."""
 
-    records: list[Record]
+    records: Sequence[Record]
     position: Position
     counts: Ledger
 
@@ -168,10 +168,10 @@ class Lane:
         if not batch.events and not finishing:
             return None
         before = self._mapper.filtered
-        records = self._mapper.map(self._process(batch.events))
+        records: Sequence[Record] = self._mapper.map(self._process(batch.events))
         counts, position = batch.counts, batch.position
         if finishing and closed is not None:
-            records += self._mapper.finish(closed)
+            records = [*records, *self._mapper.finish(closed)]
             counts.damaged += max(0, closed.seq - position.seq)  # the end was damaged: no later line shows the hole
             position = replace(position, seq=max(closed.seq, position.seq), finished=True)
         counts.filtered = self._mapper.filtered - before

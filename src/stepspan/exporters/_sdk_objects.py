@@ -22,7 +22,9 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from stepspan import __version__
-from stepspan.otlp.records import Attributes, Exemplar, Histogram, Log, Point, Span, Sum
+from stepspan.exporters._sdk_foreign import log_record, readable_span, scope_metrics
+from stepspan.otlp.points import Column
+from stepspan.otlp.records import Attributes, Exemplar, Foreign, Histogram, Log, Point, Span, Sum
 from stepspan.otlp.rules import (
     INT64_MAX,
     INT64_MIN,
@@ -32,7 +34,6 @@ from stepspan.otlp.rules import (
     SCOPE_NAME,
     SEVERITY_TEXT,
     MetricKey,
-    SeriesPoints,
     by_metric,
     utf8,
 )
@@ -43,31 +44,42 @@ _NO_BUCKETS = export.Buckets(0, [])
 _UNSET = trace.Status(trace.StatusCode.UNSET)
 
 
-def metrics_data(resource: Attributes, points: Sequence[Point]) -> export.MetricsData:
+def metrics_data(resource: Attributes, points: Sequence[Point | Foreign]) -> export.MetricsData:
     """What `MetricExporter.export` takes. Points without a value are left out, and metrics without a point."""
-    metrics = [_metric(key, series_points) for key, series_points in by_metric(points).items()]
-    scope = export.ScopeMetrics(_SCOPE, [metric for metric in metrics if metric.data.data_points], "")
-    return export.MetricsData([export.ResourceMetrics(_resource(resource), [scope], "")])
+    ours, foreign = by_metric(points)
+    metrics = [_metric(key, columns) for key, columns in ours.items()]
+    scopes = [export.ScopeMetrics(_SCOPE, [metric for metric in metrics if metric.data.data_points], "")]
+    if foreign:
+        scopes = [*(scopes if ours else ()), *scope_metrics(foreign)]
+    return export.MetricsData([export.ResourceMetrics(_resource(resource), scopes, "")])
 
 
-def readable_spans(resource: Attributes, spans: Sequence[Span]) -> list[ReadableSpan]:
+def readable_spans(resource: Attributes, spans: Sequence[Span | Foreign]) -> list[ReadableSpan]:
     """What `SpanExporter.export` takes."""
     sdk_resource = _resource(resource)
-    return [_span(sdk_resource, span) for span in spans]
+    return [
+        readable_span(sdk_resource, span) if isinstance(span, Foreign) else _span(sdk_resource, span) for span in spans
+    ]
 
 
-def log_records(resource: Attributes, logs: Sequence[Log]) -> list[ReadableLogRecord]:
+def log_records(resource: Attributes, logs: Sequence[Log | Foreign]) -> list[ReadableLogRecord]:
     """What `LogRecordExporter.export` takes."""
     sdk_resource = _resource(resource)
-    return [ReadableLogRecord(_log(log), sdk_resource, _SCOPE) for log in logs]
+    return [
+        log_record(sdk_resource, log)
+        if isinstance(log, Foreign)
+        else ReadableLogRecord(_log(log), sdk_resource, _SCOPE)
+        for log in logs
+    ]
 
 
-def _metric(key: MetricKey, series_points: list[SeriesPoints]) -> export.Metric:
+def _metric(key: MetricKey, columns: list[Column]) -> export.Metric:
     name, unit, kind = key
     points: list[Any] = []
-    for series, its_points in series_points:
+    for series, times, values in columns:
         attributes = _attributes(series.attributes)
-        points += [_point(attributes, time, value) for _, time, value in its_points if value is not None]
+        found = zip(times, values, strict=True)
+        points += [_point(attributes, time, value) for time, value in found if value is not None]
     data: export.DataT
     if kind == "gauge":
         data = export.Gauge(points)
@@ -75,7 +87,7 @@ def _metric(key: MetricKey, series_points: list[SeriesPoints]) -> export.Metric:
         data = export.Sum(points, _CUMULATIVE, is_monotonic=True)
     else:
         data = export.ExponentialHistogram(points, _CUMULATIVE)
-    return export.Metric(_text(name), _text(series_points[0][0].description), _text(unit), data)
+    return export.Metric(_text(name), _text(columns[0][0].description), _text(unit), data)
 
 
 def _point(attributes: dict[str, Any], time: int, value: float | Sum | Histogram) -> export.DataPointT:

@@ -11,17 +11,19 @@ a point, against 0.3 with a dict each and 0.6 with formatting).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
 from math import isfinite, isnan
 from typing import Any, cast
 
 import orjson
 
 from stepspan import __version__
+from stepspan.otlp.points import Column
 from stepspan.otlp.records import (
     Attributes,
-    AttributeValue,
     Exemplar,
+    Foreign,
     Histogram,
     Link,
     Log,
@@ -43,12 +45,14 @@ from stepspan.otlp.rules import (
     SEVERITY_TEXT,
     SPAN_FLAGS,
     MetricKey,
-    SeriesPoints,
+    apart,
     by_metric,
     utf8,
 )
 
 _Json = dict[str, Any]
+_Encoded = tuple[list[_Json], list[Foreign]]
+"""Our own records, and what is another SDK's."""
 
 _CUMULATIVE = 2
 _KIND_INTERNAL = 1
@@ -68,45 +72,55 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
     Points come in time order, mixed over series; each series leaves in time order.
     """
     resource_field, scope_field, records_field, encode_records = _ENVELOPE[signal]
-    scope = {"name": SCOPE_NAME, "version": __version__}
-    scope_records = {"scope": scope, records_field: encode_records(records)}
-    return _dumps({resource_field: [{"resource": {"attributes": _attributes(resource)}, scope_field: [scope_records]}]})
+    ours, foreign = encode_records(records)
+    scopes = []
+    if ours or not foreign:
+        scopes.append({"scope": {"name": SCOPE_NAME, "version": __version__}, records_field: ours})
+    if foreign:
+        from stepspan.otlp.foreign import scopes_of
+
+        scopes += scopes_of(signal, foreign)
+    return _dumps({resource_field: [{"resource": {"attributes": attributes_json(resource)}, scope_field: scopes}]})
 
 
-def _metrics(records: Sequence[Record]) -> list[_Json]:
-    return [_metric(key, series) for key, series in by_metric(cast("Sequence[Point]", records)).items()]
+def _metrics(records: Sequence[Record]) -> _Encoded:
+    metrics, foreign = by_metric(cast("Sequence[Point | Foreign]", records))
+    written: dict[int, list[bytes]] = {}
+    return [_metric(key, columns, written) for key, columns in metrics.items()], foreign
 
 
-def _metric(key: MetricKey, series_points: list[SeriesPoints]) -> _Json:
+def _metric(key: MetricKey, columns: list[Column], written: dict[int, list[bytes]]) -> _Json:
+    """`written`: times that columns share, by their id, as they were written for another one."""
     name, unit, kind = key
     field, data = _DATA[kind]
-    points = b",".join([_points(series, points) for series, points in series_points])
+    points = b",".join([_points(*column, written) for column in columns])
     metric: _Json = {"name": name, field: {"dataPoints": orjson.Fragment(b"[" + points + b"]"), **data}}
     if unit:
         metric["unit"] = unit
-    if description := series_points[0][0].description:
+    if description := columns[0][0].description:
         metric["description"] = description
     return metric
 
 
-def _points(series: Series, points: list[Point]) -> bytes:
+def _points(series: Series, times: Sequence[int], values: Sequence[Any], written: dict[int, list[bytes]]) -> bytes:
     """A series' data points, separated by commas."""
     attributes = _series_attributes(series)
     if series.kind == "gauge":
-        values = orjson.dumps([point[2] for point in points])
-        if b"null" not in values:  # orjson's word for None, NaN and infinities alike
-            return _finite_gauge_points(attributes, orjson.dumps([point[1] for point in points]), values)
+        digits = orjson.dumps(values)
+        if b"null" not in digits:  # orjson's word for None, NaN and infinities alike
+            if id(times) not in written:
+                written[id(times)] = orjson.dumps(times)[1:-1].split(b",")
+            return _finite_gauge_points(attributes, written[id(times)], digits[1:-1].split(b","))
     shared = {"attributes": orjson.Fragment(attributes)}
-    return _dumps([_point(time, value) | shared for _, time, value in points])[1:-1]
+    return _dumps([_point(time, value) | shared for time, value in zip(times, values, strict=True)])[1:-1]
 
 
-def _finite_gauge_points(attributes: bytes, times: bytes, values: bytes) -> bytes:
-    """Two JSON arrays of numbers become the points: every fourth piece is a time, every fourth a value."""
-    time_digits, value_digits = times[1:-1].split(b","), values[1:-1].split(b",")
-    pieces = [b'","asDouble":'] * (4 * len(time_digits))
-    pieces[0::4] = time_digits
-    pieces[2::4] = value_digits
-    pieces[3::4] = [b',"attributes":' + attributes + b'},{"timeUnixNano":"'] * len(time_digits)
+def _finite_gauge_points(attributes: bytes, times: list[bytes], values: list[bytes]) -> bytes:
+    """The digits of numbers become the points: every fourth piece is a time, every fourth a value."""
+    pieces = [b'","asDouble":'] * (4 * len(times))
+    pieces[0::4] = times
+    pieces[2::4] = values
+    pieces[3::4] = [b',"attributes":' + attributes + b'},{"timeUnixNano":"'] * len(times)
     pieces[-1] = b',"attributes":' + attributes + b"}"
     return b'{"timeUnixNano":"' + b"".join(pieces)
 
@@ -114,7 +128,7 @@ def _finite_gauge_points(attributes: bytes, times: bytes, values: bytes) -> byte
 def _series_attributes(series: Series) -> bytes:
     cached = series.encoded.get("json")
     if not isinstance(cached, bytes):
-        cached = series.encoded["json"] = _dumps(_attributes(series.attributes))
+        cached = series.encoded["json"] = _dumps(attributes_json(series.attributes))
     return cached
 
 
@@ -123,11 +137,11 @@ def _point(time: int, value: float | Sum | Histogram | None) -> _Json:
     if value is None:
         point["flags"] = NO_RECORDED_VALUE
     elif isinstance(value, Sum):
-        point.update(startTimeUnixNano=str(value.start), asDouble=_double(value.value))
+        point.update(startTimeUnixNano=str(value.start), asDouble=number_json(value.value))
     elif isinstance(value, Histogram):
         point.update(_histogram(value))
     else:
-        point["asDouble"] = _double(value)
+        point["asDouble"] = number_json(value)
     return point
 
 
@@ -135,9 +149,9 @@ def _histogram(histogram: Histogram) -> _Json:
     point: _Json = {
         "startTimeUnixNano": str(histogram.start),
         "count": str(histogram.count),
-        "sum": _double(histogram.sum),
-        "min": _double(histogram.minimum),
-        "max": _double(histogram.maximum),
+        "sum": number_json(histogram.sum),
+        "min": number_json(histogram.minimum),
+        "max": number_json(histogram.maximum),
         "scale": histogram.scale,
         "zeroCount": str(histogram.zero_count),
     }
@@ -151,14 +165,15 @@ def _histogram(histogram: Histogram) -> _Json:
 def _exemplar(exemplar: Exemplar) -> _Json:
     return {
         "timeUnixNano": str(exemplar.time),
-        "asDouble": _double(exemplar.value),
+        "asDouble": number_json(exemplar.value),
         "traceId": exemplar.trace_id.hex(),
         "spanId": exemplar.span_id.hex(),
     }
 
 
-def _spans(records: Sequence[Record]) -> list[_Json]:
-    return [_span(span) for span in cast("Sequence[Span]", records)]
+def _spans(records: Sequence[Record]) -> _Encoded:
+    spans, foreign = apart(records)
+    return [_span(span) for span in cast("Sequence[Span]", spans)], foreign
 
 
 def _span(span: Span) -> _Json:
@@ -169,7 +184,7 @@ def _span(span: Span) -> _Json:
         "kind": _KIND_INTERNAL,
         "startTimeUnixNano": str(span.start),
         "endTimeUnixNano": str(span.end),
-        "attributes": _attributes(span.attributes),
+        "attributes": attributes_json(span.attributes),
         "flags": SPAN_FLAGS,
     }
     if span.parent_id is not None:
@@ -184,20 +199,21 @@ def _span(span: Span) -> _Json:
 
 
 def _event(event: SpanEvent) -> _Json:
-    return {"timeUnixNano": str(event.time), "name": event.name, "attributes": _attributes(event.attributes)}
+    return {"timeUnixNano": str(event.time), "name": event.name, "attributes": attributes_json(event.attributes)}
 
 
 def _link(link: Link) -> _Json:
     return {
         "traceId": link.trace_id.hex(),
         "spanId": link.span_id.hex(),
-        "attributes": _attributes(link.attributes),
+        "attributes": attributes_json(link.attributes),
         "flags": SPAN_FLAGS,
     }
 
 
-def _logs(records: Sequence[Record]) -> list[_Json]:
-    return [_log(log) for log in cast("Sequence[Log]", records)]
+def _logs(records: Sequence[Record]) -> _Encoded:
+    logs, foreign = apart(records)
+    return [_log(log) for log in cast("Sequence[Log]", logs)], foreign
 
 
 def _log(log: Log) -> _Json:
@@ -207,9 +223,9 @@ def _log(log: Log) -> _Json:
         "observedTimeUnixNano": time,
         "severityNumber": log.severity,
         "severityText": SEVERITY_TEXT.get(log.severity, ""),
-        "body": _value(log.body),
+        "body": value_json(log.body),
         "eventName": log.event_name,
-        "attributes": _attributes(log.attributes),
+        "attributes": attributes_json(log.attributes),
     }
     if log.trace_id is not None:
         encoded.update(traceId=log.trace_id.hex(), flags=SAMPLED)
@@ -218,11 +234,13 @@ def _log(log: Log) -> _Json:
     return encoded
 
 
-def _attributes(attributes: Attributes, depth: int = 0) -> list[_Json]:
-    return [{"key": key, "value": _value(value, depth)} for key, value in attributes.items() if value is not None]
+def attributes_json(attributes: Mapping[str, Any], depth: int = 0) -> list[_Json]:
+    """KeyValue objects; what is None is left out."""
+    return [{"key": key, "value": value_json(value, depth)} for key, value in attributes.items() if value is not None]
 
 
-def _value(value: AttributeValue | None, depth: int = 0) -> _Json:
+def value_json(value: Any, depth: int = 0) -> _Json:
+    """An AnyValue."""
     if isinstance(value, str):
         return {"stringValue": value}
     if isinstance(value, bool):  # before int, which it is a kind of
@@ -230,17 +248,20 @@ def _value(value: AttributeValue | None, depth: int = 0) -> _Json:
     if isinstance(value, int):
         return {"intValue": str(value)} if INT64_MIN <= value <= INT64_MAX else {"stringValue": str(value)}
     if isinstance(value, float):
-        return {"doubleValue": _double(value)}
+        return {"doubleValue": number_json(value)}
     if value is None:  # within a list, where leaving it out would move the others
         return {}
+    if isinstance(value, bytes):  # of other instrumentation: our own records hold none
+        return {"bytesValue": b64encode(value).decode()}
     if depth == MAX_DEPTH:
         return {"stringValue": str(value)}
     if isinstance(value, Mapping):
-        return {"kvlistValue": {"values": _attributes(value, depth + 1)}}
-    return {"arrayValue": {"values": [_value(item, depth + 1) for item in value]}}
+        return {"kvlistValue": {"values": attributes_json(value, depth + 1)}}
+    return {"arrayValue": {"values": [value_json(item, depth + 1) for item in value]}}
 
 
-def _double(value: float) -> float | str:
+def number_json(value: float) -> float | str:
+    """A double: one that is not finite is a string."""
     if isfinite(value):
         return value
     return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
@@ -263,7 +284,7 @@ def _readable(value: object) -> object:
     return value
 
 
-_ENVELOPE: dict[Signal, tuple[str, str, str, Callable[[Sequence[Record]], Iterable[_Json]]]] = {
+_ENVELOPE: dict[Signal, tuple[str, str, str, Callable[[Sequence[Record]], _Encoded]]] = {
     "metrics": ("resourceMetrics", "scopeMetrics", "metrics", _metrics),
     "traces": ("resourceSpans", "scopeSpans", "spans", _spans),
     "logs": ("resourceLogs", "scopeLogs", "logRecords", _logs),

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
 
-from stepspan.otlp.records import Point, Series
+from stepspan.otlp.points import Column, Points, merged
+from stepspan.otlp.records import Foreign, Point, Record, Series, Source
 
 SCOPE_NAME = "stepspan"
 
@@ -41,8 +42,10 @@ SEVERITY_TEXT = {
 }
 """Severity number -> the short name of the log data model: 9 INFO, 10 INFO2 … 24 FATAL4."""
 
+POINTS = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "summary"})
+"""The fields of an OTLP JSON Metric that hold data points."""
+
 MetricKey: TypeAlias = tuple[str, str, Literal["gauge", "sum", "histogram"]]
-SeriesPoints: TypeAlias = tuple[Series, list[Point]]
 
 
 def utf8(text: str) -> bytes:
@@ -50,12 +53,33 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def by_metric(points: Iterable[Point]) -> dict[MetricKey, list[SeriesPoints]]:
-    """Points in time order, mixed over series -> metric by (name, unit, kind) -> its series, each in time order."""
-    by_series: defaultdict[Series, list[Point]] = defaultdict(list)
-    for point in points:
+def by_metric(points: Sequence[Point | Foreign]) -> tuple[dict[MetricKey, list[Column]], list[Foreign]]:
+    """Points in time order, mixed over series -> metric by (name, unit, kind) -> its series, each in time order.
+
+    And beside them the data points of other instrumentation, by metric.
+    """
+    singles, columns = (points.singles, points.columns) if isinstance(points, Points) else (points, ())
+    by_series: defaultdict[Series | Source, list[Any]] = defaultdict(list)
+    for point in singles:
         by_series[point[0]].append(point)
-    metrics: dict[MetricKey, list[SeriesPoints]] = {}
+    found: dict[Series, Column] = {}
+    foreign: list[Foreign] = []
     for series, its_points in by_series.items():
-        metrics.setdefault((series.name, series.unit, series.kind), []).append((series, its_points))
-    return metrics
+        if isinstance(series, Source):
+            foreign += its_points
+        else:
+            _, times, values = zip(*its_points, strict=True)
+            found[series] = series, times, values
+    for column in columns:
+        series = column[0]
+        found[series] = merged(found[series], column) if series in found else column
+    metrics: dict[MetricKey, list[Column]] = {}
+    for series, column in found.items():
+        metrics.setdefault((series.name, series.unit, series.kind), []).append(column)
+    return metrics, foreign
+
+
+def apart(records: Sequence[Record]) -> tuple[list[Record], list[Foreign]]:
+    """Our own spans or logs, and those of other instrumentation."""
+    ours = [record for record in records if type(record) is not Foreign]
+    return ours, [record for record in records if type(record) is Foreign] if len(ours) < len(records) else []

@@ -25,14 +25,16 @@ VERSION = 1
 class Mapper(Protocol):
     """One session's events as one signal's records."""
 
-    filtered: int
-    """Records that were made and left out, so far."""
+    @property
+    def filtered(self) -> int:
+        """Records that were made and left out, so far."""
+        ...
 
-    def map(self, events: Sequence[Event]) -> list[Record]:
+    def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """The records of the next events, which end between two milliseconds."""
         ...
 
-    def finish(self, closed: Closed) -> list[Record]:
+    def finish(self, closed: Closed) -> Sequence[Record]:
         """The records of the session's end."""
         ...
 

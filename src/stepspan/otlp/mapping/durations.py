@@ -1,5 +1,4 @@
-"""How long a session's steps take: a histogram for each split, whose exemplar is the period's slowest step that has a
-trace."""
+"""How long a session's steps take: a histogram for each split, the slowest step with a trace as its exemplar."""
 
 from __future__ import annotations
 
@@ -66,4 +65,6 @@ class Durations:
 
     def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
         trace_id = step_trace_id(self._header, begin)
-        return Exemplar(ended, duration, trace_id, ids.step_span_id(trace_id, self._header["rank"], self._header["role"]))
+        return Exemplar(
+            ended, duration, trace_id, ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
+        )

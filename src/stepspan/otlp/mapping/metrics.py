@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import count, repeat
+from itertools import repeat
 from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.otlp.mapping.durations import Durations
 from stepspan.otlp.mapping.foreign import ForeignRecords
+from stepspan.otlp.mapping.gathering import Gathering, Table
 from stepspan.otlp.mapping.names import metric_name
 from stepspan.otlp.mapping.progress import Progress
+from stepspan.otlp.mapping.samples import sampled
 from stepspan.otlp.mapping.values import MALFORMED, number, short, tell_unmappable
-from stepspan.otlp.records import Attributes, Foreign, Point, Record, Series, Sum
+from stepspan.otlp.records import Attributes, Record, Series, Sum
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
@@ -25,10 +27,7 @@ CHOSEN = (
 )  # fmt: skip
 """Hyperparameters that are labels of `training.run.info`."""
 LONGEST_LABEL = 120
-MOST_PLANS = 1000
-FLOAT = {float}
-ITEMS = ("samples", "tokens")
-"""What throughput is told of."""
+MOST_TABLES = 1000
 OURS: dict[str, tuple[str, str, Any]] = {
     "training.step.number": ("split", "", "gauge"),
     "training.step.time": ("split", "s", "gauge"),
@@ -44,19 +43,15 @@ class MetricMapper:
     """One session's events as points; each series' points in time order."""
 
     def __init__(self, header: Event) -> None:
-        self.filtered = 0
         self._header = header
         self._start: int = header["started"]
         self._series: dict[Any, Series] = {}
         self._ours: dict[tuple[str, str], Series] = {}
-        self._plans: dict[tuple[Any, ...], list[Series]] = {}
-        """A call's split, whether it has a step, and keys -> series, no two the same."""
-        self._points: list[Point | Foreign] = []
+        self._points = Gathering()
+        self._put = self._points.put
+        self._tables: dict[tuple[Any, ...], Table] = {}
+        """A call's split, whether it has a step, and keys; or a step's split and which times it has -> their points."""
         self._foreign = ForeignRecords("metrics")
-        self._now: dict[Series, int] = {}
-        """Series -> the index of its point of this millisecond, but for those of the first call."""
-        self._first: tuple[list[Series], int] | None = None
-        """This millisecond's first call of `log_metrics`: its series, and the index of its first point."""
         self._millisecond = 0
         self._open: dict[int, Event] = {}
         self._boundary = 0
@@ -78,21 +73,23 @@ class MetricMapper:
             "progress": self._progress.plan,
             "artifact": self._progress.artifact,
             "memory": self._memory,
-            "otel": lambda event: self._points.extend(self._foreign.of(event)),
+            "sample": self._sample,
+            "otel": lambda event: self._points.singles.extend(self._foreign.of(event)),
         }
 
-    def map(self, events: Sequence[Event]) -> list[Record]:
+    @property
+    def filtered(self) -> int:
+        """Points that were made and left out, so far."""
+        return self._points.filtered
+
+    def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """The points of the next events. Of several of a series in one millisecond, the last."""
-        self._points = []
-        handlers, now = self._handlers, self._now
-        now.clear()
-        self._first = None
+        handlers, points = self._handlers, self._points
         for event in events:
             ts = event["ts"]
-            if ts // MILLISECOND != self._millisecond:
-                self._millisecond = ts // MILLISECOND
-                self._first = None
-                now.clear()
+            if not self._millisecond <= ts < self._millisecond + MILLISECOND:
+                self._millisecond = ts - ts % MILLISECOND
+                points.next_millisecond()
                 if ts >= self._boundary:
                     self._cross(ts)
             handler = handlers.get(event["tag"])
@@ -101,17 +98,15 @@ class MetricMapper:
                     handler(event)
                 except MALFORMED as error:
                     tell_unmappable(event["tag"], repr(error))
-        return list(self._points)
+        return points.take()
 
-    def finish(self, closed: Closed) -> list[Record]:
+    def finish(self, closed: Closed) -> Sequence[Record]:
         """The cumulative points after the last event, and then the end of every series."""
-        self._points = []
-        self._now.clear()
         after = (closed.ts // MILLISECOND + 1) * MILLISECOND
         self._cumulative(after)
         info = self._of("training.run.info", self._info) if self._info else None
         live = (s for s in self._series.values() if s is info or s.name != "training.run.info")
-        return [*self._points, *((series, after + MILLISECOND, None) for series in live)]
+        return [*self._points.take(), *((series, after + MILLISECOND, None) for series in live)]
 
     def state(self) -> dict[str, Any]:
         """What is carried on."""
@@ -129,7 +124,7 @@ class MetricMapper:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.filtered = state["filtered"]
+        self._points.filtered = state["filtered"]
         for series in state["series"]:
             self._of(*series)
         self._open = {event["seq"]: event for event in state["open"]}
@@ -146,15 +141,6 @@ class MetricMapper:
             series = self._series[identity] = Series(name, attributes, unit, kind)
         return series
 
-    def _put(self, series: Series, ts: int, value: Any) -> None:
-        known = self._now.get(series)
-        if known is None:
-            self._now[series] = len(self._points)
-            self._points.append((series, ts, value))
-        else:
-            self._points[known] = (series, ts, value)
-            self.filtered += 1
-
     def _own(self, name: str, label: str) -> Series:
         """One of `OURS`."""
         series = self._ours.get((name, label))
@@ -165,41 +151,31 @@ class MetricMapper:
 
     def _metrics(self, event: Event) -> None:
         ts, attributes, metrics = event["ts"], event.get("attributes"), event["metrics"]
-        step = number(event.get("step"))
-        call = (event["split"], step is not None, *metrics)
-        plan = None if attributes else self._plans.get(call)
-        usual = plan is not None and self._first is None
-        if plan is None:
-            plan = self._plan(call, attributes)
-        values = [*metrics.values(), *repeat(step, len(plan) - len(metrics))]
-        if usual and set(map(type, values)) == FLOAT:
-            self._first = plan, len(self._points)
-            self._points += zip(plan, repeat(ts), values)
+        call = (event["split"], "step" in event, *metrics)
+        table = None if attributes else self._tables.get(call)
+        series = table.series if table else self._series_of(call, attributes)
+        row = [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))]
+        if table is not None:
+            self._points.lay("metrics", table, ts, row)
             return
-        if self._first:
-            self._now.update(zip(self._first[0], count(self._first[1])))
-        self._first = [], 0
-        for series, value in zip(plan, values, strict=True):
-            known = number(value)
-            if known is not None:
-                self._put(series, ts, known)
+        self._points.put_row(series, ts, row)
+        if not attributes and len(set(series)) == len(series):
+            if len(self._tables) >= MOST_TABLES:
+                self._tables.clear()
+            self._tables[call] = Table(series)
 
-    def _plan(self, call: tuple[Any, ...], attributes: Attributes | None) -> list[Series]:
+    def _series_of(self, call: tuple[Any, ...], attributes: Attributes | None) -> list[Series]:
         """The series of a call's keys; where it has a step, also those that tell the step of each split."""
         split, stepped, *keys = call
         names = [metric_name(key, split) for key in keys]
-        plan = [
+        series = [
             self._of(name, {**(attributes or {}), "split": of, **({} if key is None else {"key": key})})
             for name, of, key in names
         ]
         if stepped:
             splits = dict.fromkeys(name.split for name in names)
-            plan += [self._of("training.step.number", {**(attributes or {}), "split": of}) for of in splits]
-        if not attributes and len(set(plan)) == len(plan):
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            self._plans[call] = plan
-        return plan
+            series += [self._of("training.step.number", {**(attributes or {}), "split": of}) for of in splits]
+        return series
 
     def _begin(self, event: Event) -> None:
         self._open[event["seq"]] = event
@@ -212,16 +188,30 @@ class MetricMapper:
             return
         ts, split = event["ts"], begin["split"]
         duration = max(0, event.get("ended", ts) - begin["ts"]) / SECOND
-        self._put(self._own("training.step.time", split), ts, duration)
+        row = [duration]
         if "wait" in begin:
-            self._put(self._own("training.step.wait", split), ts, begin["wait"])
+            row.append(begin["wait"])
         if "data_wait" in event:
-            self._put(self._own("training.phase.time", "data_wait"), ts, event["data_wait"])
-        for item in ITEMS:
-            if item in event:
-                self._throughput(item, split, event, duration)
+            row.append(event["data_wait"])
+        call = ("step", split, "wait" in begin, "data_wait" in event)
+        table = self._tables.get(call)
+        if table is None:
+            table = self._tables[call] = self._step_table(*call[1:])
+        self._points.lay("step", table, ts, row)
+        if "samples" in event:
+            self._throughput("samples", split, event, duration)
+        if "tokens" in event:
+            self._throughput("tokens", split, event, duration)
         self._progress.step(begin, ts)
         self._durations.add(begin, event, duration)
+
+    def _step_table(self, split: str, waited: bool, waited_for_data: bool) -> Table:
+        series = [self._own("training.step.time", split)]
+        if waited:
+            series.append(self._own("training.step.wait", split))
+        if waited_for_data:
+            series.append(self._own("training.phase.time", "data_wait"))
+        return Table(series)
 
     def _put_progress(self, ts: int) -> None:
         for name, unit, value in self._progress.values(ts):
@@ -250,6 +240,11 @@ class MetricMapper:
         device = {"device_id": event["device_id"]}
         for name, size in event["counters"].items():
             self._put(self._of(f"training.memory.{name}", device, "By"), event["ts"], float(size))
+
+    def _sample(self, event: Event) -> None:
+        for name, attributes, unit, kind, value in sampled(event):
+            point = value if kind == "gauge" else Sum(self._start, value)
+            self._put(self._of(name, attributes, unit, kind), event["ts"], point)
 
     def _epoch_begin(self, event: Event) -> None:
         self._epoch = float(event["epoch"])
@@ -282,8 +277,8 @@ class MetricMapper:
         boundary = ts // PERIOD * PERIOD
         if self._boundary:
             self._cumulative(boundary)
-            if boundary // MILLISECOND != self._millisecond:
-                self._now.clear()
+            if boundary != self._millisecond:
+                self._points.next_millisecond()
         self._boundary = boundary + PERIOD
 
     def _cumulative(self, ts: int) -> None:

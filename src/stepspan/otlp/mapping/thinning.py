@@ -23,35 +23,47 @@ RANKS = 2000
 
 
 class Thinning:
-    """Keeps or leaves out each step as it ends. `state` is plain JSON."""
+    """Keeps or leaves out each step as it ends."""
 
     def __init__(self, header: Event) -> None:
         self._header = header
         self._rank: int = header["rank"]
         self._world: int = header["world_size"]
-        self.state: dict[str, Any] = {"window": 0, "seen": 0, "kept": 0, "slow": 0, "k": 0, "means": {}}
+        self._window = self._seen = self._kept = self._slow = self._k = 0
+        self._means: dict[str, tuple[int, float]] = {}
 
     def keeps(self, begin: Event, end: Event, duration: float) -> bool:
         """Whether the trace of this step goes out. Call it once for each step, in order."""
-        state, window = self.state, end["ts"] // WINDOW
-        if window != state["window"]:
-            seen = state["seen"] if window == state["window"] + 1 else 0
-            state.update(window=window, seen=0, kept=0, slow=0, k=(max(0, seen - 1) // KEPT).bit_length())
-        state["seen"] += 1
-        count, mean = state["means"].get(begin["split"], (0, duration))
-        slow = count >= LEARNING and duration > SLOW * mean and state["slow"] < SLOW_KEPT
-        state["means"][begin["split"]] = (count + 1, mean + (duration - mean) / 32)
-        if begin.get("thin"):
+        window, split = end["ts"] // WINDOW, begin["split"]
+        if window != self._window:
+            seen = self._seen if window == self._window + 1 else 0
+            self._window, self._seen, self._kept, self._slow = window, 0, 0, 0
+            self._k = (max(0, seen - 1) // KEPT).bit_length()
+        self._seen += 1
+        count, mean = self._means.get(split, (0, duration))
+        slow = duration > SLOW * mean and count >= LEARNING and self._slow < SLOW_KEPT
+        self._means[split] = count + 1, mean + (duration - mean) / 32
+        if "thin" in begin and begin["thin"]:
             return False
         if slow or "status" in end:
-            state["slow"] += slow
+            self._slow += slow
             return True
-        if begin["step"] % (1 << state["k"]):
+        if self._k and begin["step"] % (1 << self._k):
             return False
-        state["kept"] += 1
-        if state["kept"] > KEPT:
-            state["k"] += 1
+        self._kept += 1
+        if self._kept > KEPT:
+            self._k += 1
         return self._world <= RANKS or self._rank == 0 or self._drawn(step_trace_id(self._header, begin))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is carried on, as JSON."""
+        return {"counts": [self._window, self._seen, self._kept, self._slow, self._k], "means": self._means}
+
+    @state.setter
+    def state(self, state: dict[str, Any]) -> None:
+        self._window, self._seen, self._kept, self._slow, self._k = state["counts"]
+        self._means = {split: (count, mean) for split, (count, mean) in state["means"].items()}
 
     def _drawn(self, trace_id: bytes) -> bool:
         hashed = blake2b(trace_id + self._rank.to_bytes(8, "big"), digest_size=8).digest()
