@@ -11,13 +11,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stack import Collector, Prometheus
+from stack import Collector, Loki, Prometheus, Tempo
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"prometheus", "collector"} & set(getattr(item, "fixturenames", ())):
+        if {"prometheus", "collector", "loki", "tempo"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("stack")
+
+
+@pytest.fixture(autouse=True)
+def unsampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No samplers beside the runs of tests, so that their journals hold what the test logs and nothing else."""
+    monkeypatch.setenv("STEPSPAN_SAMPLERS", "none")
 
 
 @pytest.fixture
@@ -31,4 +37,18 @@ def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
 def collector(tmp_path: Path, prometheus: Prometheus) -> Iterator[Collector]:
     """A real Collector in front of `prometheus`."""
     with Collector(tmp_path / "collector", prometheus) as server:
+        yield server
+
+
+@pytest.fixture
+def loki(tmp_path: Path) -> Iterator[Loki]:
+    """A real Loki with the configuration that ships, and nothing in it."""
+    with Loki(tmp_path / "loki") as server:
+        yield server
+
+
+@pytest.fixture
+def tempo(tmp_path: Path) -> Iterator[Tempo]:
+    """A real Tempo with the configuration that ships; the test is skipped where there is none."""
+    with Tempo(tmp_path / "tempo") as server:
         yield server

@@ -25,7 +25,7 @@ from stepspan.run import Run
 _LAUNCHERS = ("STEPSPAN_", "OTEL_", "SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "RAY_", *(row.mark for row in LAUNCHERS))
 
 
-_OF_THE_TESTS = {"STEPSPAN_STACK", "STEPSPAN_REQUIRE_STACK"}
+_OF_THE_TESTS = {"STEPSPAN_STACK", "STEPSPAN_REQUIRE_STACK", "STEPSPAN_SAMPLERS"}
 
 
 def is_ours(name: str) -> bool:
@@ -52,6 +52,15 @@ def python(code: str, cwd: Path, *flags: str, **env: str) -> subprocess.Complete
     return subprocess.run(
         [sys.executable, "-W", "error", *flags, str(file)],
         cwd=cwd, env={**inherited, **env}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+def command(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`stepspan`, as in a shell with no other variables of ours."""
+    inherited = {name: value for name, value in os.environ.items() if not is_ours(name)}
+    return subprocess.run(
+        [sys.executable, "-m", "stepspan", *map(str, arguments)],
+        env={**inherited, **variables}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
 
 

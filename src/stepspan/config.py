@@ -23,6 +23,12 @@ def _words(value: Any) -> Any:
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
+def _names(value: Any) -> Any:
+    """`none` in a variable is an empty list."""
+    words = _words(value)
+    return [] if words == ["none"] else words
+
+
 def _mapping(value: Any) -> Any:
     """`{"team": "vision"}` or `team=vision,tier=a` in a variable is a mapping."""
     if not isinstance(value, str):
@@ -45,6 +51,7 @@ def _json(value: Any) -> Any:
 
 Words = Annotated[list[str], BeforeValidator(_words)]
 Table = Annotated[dict[str, Any], BeforeValidator(_mapping)]
+Samplers = Annotated[list[Literal["host", "process", "gpu", "torch"]], BeforeValidator(_names)]
 Listing = Annotated[list[dict[str, Any]], BeforeValidator(_json)]
 
 
@@ -86,8 +93,16 @@ class Settings(_Strict):
     group_readable: bool = False
     redact: bool = True
     redact_names: Words = []
+    health: bool = True
+    """Deliverers tell their OTLP destinations how the delivery goes: `stepspan.deliver.health`."""
     propagate: bool | None = None
     """Make steps the parents of the user's own spans; None: unless a global TracerProvider is installed."""
+    stall_after: float = Field(default=600.0, ge=0)
+    """Seconds without an event of training after which it counts as stalled; 0: no watch."""
+    samplers: Samplers = ["host", "process", "gpu", "torch"]
+    """What is sampled beside training; "none" in a variable, or an empty list: nothing."""
+    sample_interval: float = Field(default=10.0, ge=0.1)
+    """Seconds between two samples."""
     processors: Listing = []
     """Shared processors in order, each `{name: {argument: value}}`: attributes, rename, redact."""
     exporters: Annotated[list[OtlpSettings], BeforeValidator(_json)] = []

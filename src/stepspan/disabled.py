@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
@@ -132,7 +133,7 @@ class DisabledRun(Run):
         """As a run that has done nothing."""
         return {"journaled": 0, "lost": 0, "durable": True, "journal": None, "troubles": {}, "delivery": {}}
 
-    def tell(self, kind: str, message: str) -> None:
+    def tell(self, kind: str, message: str, level: int = logging.WARNING) -> None:
         """Nothing."""
 
     def after_fork(self, number: int) -> None:

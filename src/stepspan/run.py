@@ -206,8 +206,9 @@ class Run:
     def emit_beside(self, event: Event) -> None:
         """Write an event of a companion: one that does not show that training goes on."""
         try:
-            self.beside += 1
-            self._emit(event)
+            self.beside += 1  # before it is written: a stall watch that looks now must not take it for training's
+            if not self._emit(event):
+                self.beside -= 1
         except Exception as error:
             self.tell(event["tag"], f"{event['tag']} was lost: {error!r}")
 
@@ -252,12 +253,11 @@ class Run:
             "delivery": delivery,
         }
 
-    def tell(self, kind: str, message: str) -> None:
+    def tell(self, kind: str, message: str, level: int = logging.WARNING) -> None:
         """Count a trouble, and say it the first time."""
         self._troubles[kind] += 1
         if self._troubles[kind] == 1:
-            level = logging.WARNING if self._tells else logging.DEBUG
-            log.log(level, "%s (told once; run.stats() counts)", message)
+            log.log(level if self._tells else logging.DEBUG, "%s (told once; run.stats() counts)", message)
 
     def __enter__(self) -> Self:
         return self

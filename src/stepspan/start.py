@@ -150,6 +150,14 @@ def _assemble(
         propagate=settings.propagate,
     )
     teller.run = run
+    if settings.stall_after:
+        from stepspan.stall import StallWatch
+
+        run.companions.append(StallWatch(run, settings.stall_after))
+    if settings.samplers:
+        from stepspan.samplers import start_sampling
+
+        start_sampling(run, settings.samplers, settings.sample_interval)
     for warning in (*identity.warnings, *warnings):
         run.tell(warning, warning)
     if not journal.durable:
@@ -214,7 +222,10 @@ def _delivery(
 
     portable = all(isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors) for e in followers)
     if settings.delivery == "process" and portable:
-        return ProcessDelivery(journal.directory, identity.host, followers, first=identity.local_rank == 0, tell=tell)
+        first = identity.local_rank == 0
+        return ProcessDelivery(
+            journal.directory, identity.host, followers, first=first, health=settings.health, tell=tell
+        )
     return ThreadDelivery(followers, lambda: journal.writer.path if journal.writer else None, boot_id)
 
 

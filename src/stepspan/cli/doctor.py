@@ -7,6 +7,8 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from stepspan import __version__
@@ -19,6 +21,8 @@ from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.otlp.endpoint import Endpoint, resolve_endpoints
 from stepspan.otlp.records import SIGNALS, Signal
 from stepspan.otlp.transport import Verdict, open_transport
+from stepspan.samplers import sampled_by
+from stepspan.samplers.gpu import gpu
 
 LINES = 2000
 PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp", "grpcio", "orjson", "pydantic", "requests", "torch")
@@ -50,16 +54,17 @@ def examine(directory: Path | None, endpoint: str | None) -> int:
         return 1
     if not settings.enabled:
         print("settings\n  enabled          no: start_run() does nothing (STEPSPAN_DISABLED)")
-    _identity(report, settings.directory, settings.service_name)
+    local_rank = _identity(report, settings.directory, settings.service_name)
     _journal(report, settings.directory, settings.limits())
     _endpoints(report, settings.endpoint, settings.protocol)
-    _gpu(report)
+    _samplers(report, settings.samplers, settings.sample_interval, local_rank)
     _versions(report)
     print(f"\n{'a run would work' if not report.failed else f'{report.failed} problem(s): see FAIL above'}")
     return 1 if report.failed else 0
 
 
-def _identity(report: Report, directory: Path, service_name: str | None) -> None:
+def _identity(report: Report, directory: Path, service_name: str | None) -> int:
+    """The local rank."""
     print("identity")
     try:
         earlier = lambda job, rank: len(sessions_of_rank(directory, job, rank))  # noqa: E731
@@ -67,7 +72,7 @@ def _identity(report: Report, directory: Path, service_name: str | None) -> None
         attributes, warnings = resource_attributes(me, os.environ, service_name=service_name)
     except ConfigError as error:
         report.fail("identity", error)
-        return
+        return 0
     for field in ("job_id", "rank", "local_rank", "world_size", "attempt"):
         report.say(field, f"{getattr(me, field)}  ({me.sources[field]})")
     report.say("launcher", me.launcher)
@@ -76,6 +81,7 @@ def _identity(report: Report, directory: Path, service_name: str | None) -> None
         report.say("warning", warning)
     if me.may_merge:
         report.fail("job_id", "nothing tells this launch from the next one: give STEPSPAN_JOB_ID, new for each launch")
+    return me.local_rank
 
 
 def _journal(report: Report, directory: Path, limits: Limits) -> None:
@@ -141,18 +147,24 @@ def _probe(report: Report, signal: Signal, endpoint: Endpoint) -> None:
         report.fail(signal, f"{told}: {outcome.message}")
 
 
-def _gpu(report: Report) -> None:
-    print("gpu")
+def _samplers(report: Report, names: Sequence[str], interval: float, local_rank: int) -> None:
+    print("samplers")
+    chosen = sampled_by(names, local_rank)
+    report.say("every", f"{interval:g} s: {', '.join(chosen)}" if chosen else "nothing is sampled")
+    if "gpu" not in chosen:
+        return
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        devices = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
-        names = [pynvml.nvmlDeviceGetName(device) for device in devices]
-        report.say("nvml", f"driver {pynvml.nvmlSystemGetDriverVersion()}: {', '.join(map(str, names)) or 'no GPU'}")
-        pynvml.nvmlShutdown()
+        source = gpu(local_rank, lambda event: None)
     except Exception as error:  # no driver, no GPU, a driver that fails: all of them mean "no GPU metrics"
-        report.say("nvml", f"no GPU metrics: {error}")
+        report.say("gpu", f"no GPU metrics: {error}")
+        return
+    told = []
+    for quantity, read in source.quantities.items():
+        with suppress(Exception):  # as in a run: left out
+            list(read(0.0))
+            told.append(quantity)
+    source.close()
+    report.say("gpu", f"{source.about}: {', '.join(told)}")
 
 
 def _versions(report: Report) -> None:

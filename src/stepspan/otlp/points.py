@@ -30,6 +30,9 @@ class Points(Sequence["Point | Foreign"]):
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
+        if index == -1 and self._length:  # delivery keeps the last of each request
+            last = ((series, times[-1], values[-1]) for series, times, values in self.columns)
+            return sorted([*self.singles[-1:], *last], key=TIME)[-1]
         return self._listed[index]
 
     def __iter__(self) -> Iterator[Point | Foreign]:
