@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format bench clean
+.PHONY: help demo test test-frameworks check format bench dashboards clean
 
 help:  ## What can be made
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -14,6 +14,9 @@ demo: $(VENV)/.demo  ## Train a small classifier in two ranks, and see what beca
 
 test: $(VENV)/.dev  ## Run the tests; those against real servers need `make stack` before
 	$(VENV)/bin/python -m pytest
+
+test-frameworks: .venv-frameworks/.installed  ## Train with Lightning and Hugging Face (torch: some GB) before the real stack
+	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks
 
 check: $(VENV)/.dev  ## Lint and type-check
 	$(VENV)/bin/ruff check .
@@ -28,8 +31,11 @@ bench: $(VENV)/.dev  ## Measure: the figures of benchmarks/README.md
 	$(VENV)/bin/python benchmarks/hot_path.py
 	$(VENV)/bin/python benchmarks/sync.py
 
+dashboards: $(VENV)/.dev  ## Write Grafana's dashboards and Prometheus' recording rules from their code
+	cd collector-config && ../$(VENV)/bin/python -m dashboards
+
 clean:  ## Remove what was made, but for the stack
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-frameworks .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(VENV)/.python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "stepspan needs Python 3.10 or newer")'
@@ -43,5 +49,11 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+.venv-frameworks/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-frameworks
+	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,lightning,huggingface]' \
+		'pytest>=8.3' 'pytest-timeout>=2.3' 'pytorch-lightning>=2.2' 'pyyaml>=6'
+	@touch $@
 
 include collector-config/stack.mk

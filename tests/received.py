@@ -108,6 +108,11 @@ def attributes(holder: Any) -> dict[str, Any]:
     return {pair.key: _value(pair.value) for pair in holder.attributes}
 
 
+def is_health(request: Any) -> bool:
+    """Whether a metrics request is a deliverer's own."""
+    return any(attributes(r.resource).get("service.name") == "stepspan" for r in request.resource_metrics)
+
+
 def _identity(resource: Any) -> tuple[Any, Any]:
     known = attributes(resource)
     return known.get("job_id"), known.get("rank")

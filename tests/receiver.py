@@ -36,7 +36,7 @@ from google.protobuf.message import Message
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from received import Point, attributes, decode, logs, once, points, spans
+from received import Point, attributes, decode, is_health, logs, once, points, spans
 from stack import free_address
 
 from stepspan.otlp.records import SIGNALS, Signal
@@ -158,6 +158,8 @@ class ScriptedReceiver:
     def __init__(self, *, tls: bool = False, client_certificate: bool = False) -> None:
         self.requests: dict[Signal, list[Any]] = {signal: [] for signal in SIGNALS}
         self.seen: list[Seen] = []
+        self.health: list[Any] = []
+        """What deliverers told of themselves: taken apart from the run's requests, without a script."""
         self.connections = 0
         """HTTP connections accepted so far."""
         self.failures: list[BaseException] = []
@@ -263,6 +265,9 @@ class ScriptedReceiver:
     def decide(self, signal: Signal, request: Any, protocol: Any, headers: Mapping[str, str], size: int) -> Answer:
         """Record a request and look up what it gets."""
         with self._lock:
+            if signal == "metrics" and is_health(request):
+                self.health.append(request)
+                return OK
             answer = self._scripts.get(signal, lambda _: OK)(request)
             self.seen.append(Seen(signal, request, protocol, headers, size, answer))
             if answer.accepted:

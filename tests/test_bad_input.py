@@ -227,14 +227,10 @@ def test_a_value_that_is_no_number_costs_only_itself(run: Run, value: Any, warni
     assert len(told) < 300
 
 
-def test_a_number_written_as_an_array_of_one_is_a_number_or_counted(run: Run) -> None:
-    try:
-        number = float(np.ones(1))
-    except (TypeError, DeprecationWarning):  # as this numpy and this filter have it
-        number = None
+def test_a_number_written_as_an_array_of_one_is_a_number(run: Run) -> None:
     run.log_metrics({"x": np.ones(1)})
-    assert [event["metrics"]["x"] for event in events(run, "metrics")] == ([] if number is None else [1.0])
-    assert run.stats()["troubles"] == ({"value": 1} if number is None else {})
+    assert [event["metrics"]["x"] for event in events(run, "metrics")] == [1.0]
+    assert run.stats()["troubles"] == {}
 
 
 @pytest.mark.parametrize(

@@ -93,13 +93,11 @@ class DisabledRun(Run):
         """Nothing to enter."""
         return _NOTHING
 
-    def step(
-        self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None
-    ) -> Any:
+    def step(self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None) -> Any:
         """Nothing to enter."""
         return _NOTHING
 
-    def span(self, name: str, /, *, collective: bool = False, **attributes: Any) -> Any:
+    def span(self, name: str, /, *, collective: bool = False, cuda: bool = False, **attributes: Any) -> Any:
         """Nothing to enter."""
         return _NOTHING
 

@@ -31,17 +31,19 @@ FIELDS: Mapping[str, str] = {
     "epoch_end": "begin, status?",
     "step_begin": "parent, step, split, epoch?, lap?",
     "step_end": "begin, status?, data_wait? (s), samples?, tokens?, ended? (ns, where the line was written later)",
-    "span_begin": "parent, name, collective?, attributes?",
+    "span_begin": "parent, name, collective?, cuda? (its time on the device follows), attributes?",
     "span_end": "begin, status?",
-    "metrics": "step?, split, attributes?, metrics {key: number}",
+    "device_time": "begin, seconds (null: not known); written when the device has got there",
+    "metrics": "step?, split, attributes?, metrics {key: number; null: follows}, at? (`ts` of the line it follows)",
     "hyperparams": "params {key: value}",
     "artifact": "name, path, kind, step?",
     "event": "parent, name, status?, severity?, attributes?",
     "error": "parent, type, message, stack, attributes",
+    "log": "parent, severity, logger, message, attributes, exception? {type, message, stack}",
     "progress": "total_steps",
     "sample": "source, values [[name, value, {attribute: value}?], ...]",
     "memory": "device_id, counters {name: bytes}",
-    "otel": "signal, scope, schema_url?, record: what an OpenTelemetry SDK handed over, as OTLP JSON",
+    "otel": "parent?, signal, scope, schema_url?, record: a span, log record or metric of an OpenTelemetry SDK, as OTLP JSON",
     "gap": "dropped, why: so many events before this one could not be written",
 }
 """Tag -> the tag's own fields, beside `ts` (Unix ns), `seq` and `crc`. `?`: left out where there is nothing to say.
@@ -83,11 +85,11 @@ def decode_sequence(lines: Sequence[bytes], seq: int) -> list[Event] | None:
     try:
         events: list[Event] = orjson.loads(b"[%b]" % b",".join(lines))
         for line, event in zip(lines, events, strict=True):
-            seq += 1
-            sealed = crc32(line[: line.rindex(b',"crc":')]) == event["crc"]
-            if not sealed or event["seq"] != seq or not ts < event["ts"] or type(event["tag"]) is not str:
+            seq, before, ts = seq + 1, ts, event["ts"]
+            if event["seq"] != seq or ts <= before or type(event["tag"]) is not str:
                 return None
-            ts = event["ts"]
+            if event["crc"] != crc32(line[: line.rindex(b',"crc":')]):
+                return None
     except (ValueError, KeyError, TypeError):
         return None
     return events

@@ -52,15 +52,16 @@ class Pipeline:
         self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in FIELDS}
         self._append = self.journal.append
 
-    def emit(self, event: Event, scope: Scope | None = None) -> None:
-        """Take one event to the journal. When this returns it survives the process."""
+    def emit(self, event: Event, scope: Scope | None = None) -> bool:
+        """Take one event to the journal; False: a processor dropped it. When this returns it survives the process."""
         stages = self._stages[event["tag"]]
         if stages:
             processed = self.process(event)
             if processed is None:
-                return
+                return False
             event = processed
         self._append(event, scope)
+        return True
 
     def process(self, event: Event) -> Event | None:
         """The event after the shared processors; None where one dropped it."""

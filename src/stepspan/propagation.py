@@ -39,9 +39,18 @@ class ScopeSpan(NonRecordingSpan):
         return f"ScopeSpan({self.get_span_context()!r})"
 
 
+_adopted: object = None
+
+
+def adopt(provider: object) -> None:
+    """Take a global TracerProvider for ours: it writes to our journal, and its sampler keeps everything anyway."""
+    global _adopted
+    _adopted = provider
+
+
 def foreign_provider() -> bool:
     """Whether somebody has installed a global TracerProvider, whose sampler a sampled parent would overrule."""
-    return trace._TRACER_PROVIDER is not None
+    return trace._TRACER_PROVIDER is not None and trace._TRACER_PROVIDER is not _adopted
 
 
 def attach(scope: Scope) -> Token[Context]:

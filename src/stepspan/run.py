@@ -11,6 +11,7 @@ import operator
 import os
 import sys
 import threading
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,8 +20,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepspan.deliver.handle import Delivery
-from stepspan.events import SCHEMA, Event, number_text, plain
+from stepspan.events import SCHEMA, Event, plain
 from stepspan.scopes import Amount, Scope, Scopes, Steps, is_failure
+from stepspan.tensors import LATER, Resolver, about, number_of, resolver_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,6 +70,7 @@ class Run:
         """Stopped before the run ends; a forked child has none."""
         self.beside = 0
         """How many events came from companions."""
+        self._late: Resolver | None = None
         self._resource = dict(resource)
         self._boot_id = boot_id
         self._journal = pipeline.journal
@@ -85,19 +88,24 @@ class Run:
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
         """One point per key at this instant.
 
-        `metrics`: key -> number (int, float, bool, or anything with `__float__`: a numpy scalar, a 0-d array).
+        `metrics`: key -> number (int, float, bool, or anything with `__float__`), or an array or tensor of one element
+        of numpy, torch or JAX. One that a GPU still computes is not waited for: `stepspan.tensors`.
         `step`: the current step's number unless given. `split`: the current step's split unless given, else "train";
         a leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
         """
         try:
-            values: dict[str, float | str] = {}
+            values: dict[str, float | str | None] = {}
+            late: dict[str, Any] = {}
             for key, value in metrics.items():
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
                 else:
                     number = self._number(key, value)
-                    if number is not None:
-                        values[key if type(key) is str else text(key)] = number
+                    name = key if type(key) is str else text(key)
+                    if number is LATER:
+                        values[name], late[name] = None, value
+                    elif number is not None:
+                        values[name] = number
             if not values:
                 return
             scope = self._scopes.innermost()
@@ -110,7 +118,10 @@ class Run:
             if number is not None:
                 event["step"] = number
             event["metrics"] = values
-            self._emit(event)
+            if late or (self._late is not None and self._late.busy):
+                resolver_of(self).metrics(event, late)
+            else:
+                self._emit(event)
         except Exception as error:
             self.tell("metrics", f"metrics were lost: {error!r}")
 
@@ -158,8 +169,12 @@ class Run:
         scope.samples, scope.tokens = samples, tokens
         return scope
 
-    def span(self, name: str, /, *, collective: bool = False, **attributes: Any) -> Scope:
-        """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`)."""
+    def span(self, name: str, /, *, collective: bool = False, cuda: bool = False, **attributes: Any) -> Scope:
+        """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`).
+
+        `cuda=True`: what the current CUDA stream does in it is timed on the GPU, too, as `training.phase.device_time`
+        (s), and that is a collective one's wait. Nothing waits for the GPU.
+        """
         begin: Event = {"name": text(name)}
         if collective:
             begin["collective"] = True
@@ -168,6 +183,10 @@ class Run:
                 begin["attributes"] = plain(attributes)
             except Exception as error:  # a user's mapping may raise anything
                 self.tell("span", f"the attributes of a span were lost: {error!r}")
+        if cuda:
+            from stepspan.integrations.torch import device_span
+
+            return device_span(self, begin)
         return self._scopes.span(begin)
 
     def steps(
@@ -214,9 +233,12 @@ class Run:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""
+        deadline = time.monotonic() + timeout
+        arrived = self._late is None or self._late.drain(timeout)
         writer = self._journal.writer
         try:
-            return writer is None or self.delivery.wait(writer.path, writer.seq, timeout)
+            left = max(0.0, deadline - time.monotonic())
+            return (writer is None or self.delivery.wait(writer.path, writer.seq, left)) and arrived
         except Exception as error:
             self.tell("flush", f"delivery could not be waited for: {error!r}")
             return False
@@ -276,6 +298,7 @@ class Run:
         self._lock = threading.Lock()
         self._tells = False
         self.companions, self.beside = [], 0
+        self._late = None
         self.identity = self.identity.for_worker(number)
         self._scopes.before_fork_child(self.identity)
         self._journal.after_fork()
@@ -310,9 +333,9 @@ class Run:
         try:
             if isinstance(value, (str, bytes)):
                 raise TypeError("text")
-            return number_text(float(value))
+            return number_of(value)
         except Exception as error:  # a user's __float__ may raise anything
-            self.tell("value", f"metric {text(key):.80}={text(value):.80}: not a number: {text(error)}")
+            self.tell("value", f"metric {text(key):.80}={about(value)}: not a number: {text(error):.200}")
             return None
 
     def _whole(self, field: str, value: Any) -> int | None:

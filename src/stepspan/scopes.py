@@ -38,6 +38,8 @@ class Scope:
         "samples", "seq", "split", "step", "tag", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
+    aside = False  # whether what it times goes on beside the code here, so that nothing comes to lie in it
+
     def __init__(
         self, owner: Scopes, tag: str, begin: Event, step: int | None = None, split: str | None = None
     ) -> None:
@@ -96,6 +98,8 @@ class Scopes:
         self._forebears: dict[object, Identity] = {}
         """The session of a process that forked this one -> its identity."""
         self._main: Scope | None = None
+        self._spans: dict[Scope, None] = {}
+        """The open ones of all threads, in the order of their beginning."""
         self._laps: dict[str, tuple[int, int, int]] = {}
         self._next_epoch = 0
         self._next_step: dict[str, int] = {}
@@ -144,9 +148,13 @@ class Scopes:
             scope.home = self._journal.home
             if scope.home is not home:  # the event opened a session of its own: nothing there to lie in
                 event["parent"] = 0
-            current.set(scope)
-            if tag != "span":
+            if tag == "span":
+                self._spans[scope] = None
+            else:
                 self._main = scope
+            if scope.aside:
+                return
+            current.set(scope)
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
                 self._attach(scope)
         except Exception as error:
@@ -181,7 +189,9 @@ class Scopes:
             scope.home = None
             if current.get() is scope:
                 current.set(scope.outer)
-            if self._main is scope:
+            if scope.tag == "span":
+                self._spans.pop(scope, None)
+            elif self._main is scope:
                 self._main = scope.outer
             if scope.token is not None:
                 self._detach(scope)
@@ -197,10 +207,30 @@ class Scopes:
             scope = outer
         return scope
 
+    def open(self) -> list[Scope]:
+        """What is open in this session, whichever thread asks: run, epoch, step, then the spans of all threads."""
+        chain, scope = [], self._main
+        while scope is not None:
+            chain.append(scope)
+            scope = scope.outer
+        chain.reverse()
+        home = self._journal.home
+        chain += [span for span in list(self._spans) if span not in chain]
+        return [scope for scope in chain if scope.home is home and not scope.loose]
+
     def parent(self) -> int:
         """The `seq` of the innermost scope's begin line; 0 for none in this session."""
         scope = self.innermost()
         return scope.seq if scope is not None and scope.home is self._journal.home else 0
+
+    def around(self) -> int:
+        """The same, but a step whose loop was left stays open: what asks may itself run as an exception passes."""
+        scope = current.get()
+        if scope is None or scope.owner is not self:
+            scope = self._main
+        while scope is not None and (scope.loose or scope.home is not self._journal.home):
+            scope = scope.outer
+        return scope.seq if scope is not None else 0
 
     def recorded(self, error: BaseException) -> None:
         """Remember that an exception stands in this session: the scopes it passes through need not say it again."""
@@ -238,6 +268,7 @@ class Scopes:
         self._forebears[self._journal.home] = self._identity
         self._identity = identity
         self._main = None
+        self._spans.clear()
         current.set(None)
 
     @property

@@ -19,6 +19,7 @@ Paths = Annotated[list[Path], typer.Argument(help="Journal directories: all runs
 Endpoint = Annotated[
     str | None, typer.Option(help="OTLP endpoint; by default what the OTEL_EXPORTER_OTLP_* variables say.")
 ]
+OnePath = Annotated[Path, typer.Argument(help="A journal directory: all runs, one job, or one session.")]
 
 
 @app.command()
@@ -92,6 +93,77 @@ def status(
     from stepspan.cli.status import show_status
 
     raise typer.Exit(show_status(path, as_json=as_json, state_directory=state_directory))
+
+
+@app.command()
+def tail(
+    path: OnePath = Path("stepspan-runs"),
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many to begin with.")] = 20,
+    rank: Annotated[int | None, typer.Option(min=0, help="Of this rank only.")] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(help="Of this kind only: metrics, step_end, error, event, log, artifact … May be given twice."),
+    ] = None,
+) -> None:
+    """Show the newest lines of a journal: time, rank, step, and what happened, merged over ranks by time.
+
+    It only reads, so it works on a run that is going on, has crashed, or was never sent anywhere. Times are local.
+    `stepspan tail --follow --tag metrics` watches a loss; `--tag error --tag event` shows what broke.
+    """
+    from stepspan.cli.tail import show_tail
+
+    raise typer.Exit(show_tail(path, count=lines, follow=follow, rank=rank, tags=tag or ()))
+
+
+@app.command()
+def report(
+    path: OnePath = Path("stepspan-runs"),
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
+    state_directory: Annotated[
+        Path | None, typer.Option(help="Where `sync --state-directory` keeps its cursors.")
+    ] = None,
+) -> None:
+    """Tell each run on one page, from its journal alone: nothing is sent and no server is asked.
+
+    Ranks and attempts and how each ended, steps and their times, the straggler where time in collectives was recorded,
+    the last and least value of each metric, errors, checkpoints, what is lost, and what has been delivered.
+    """
+    from stepspan.cli.report import show_report
+
+    raise typer.Exit(show_report(path, as_json=as_json, state_directory=state_directory))
+
+
+@app.command()
+def export(
+    paths: Paths,
+    to: Annotated[str, typer.Option(help="otlp-json: one OTLP request a line, as the Collector's file format.")] = (
+        "otlp-json"
+    ),
+    output: Annotated[
+        str | None,
+        typer.Option(help="A file, or DIRECTORY/ for one a signal (traces.jsonl …); by default standard output."),
+    ] = None,
+    signal: Annotated[
+        list[str] | None, typer.Option(help="metrics, traces or logs; may be given more than once. By default all.")
+    ] = None,
+    dead_after: Annotated[
+        float,
+        typer.Option(min=1.0, help="Seconds of silence after which a session of another host counts as dead."),
+    ] = 900.0,
+) -> None:
+    """Write journals as files: exactly what `stepspan sync` would send, whether it has been sent or not.
+
+    Nothing is sent and the journals stay as they are. A line is one request for OTLP over HTTP/JSON, under 1 MiB: the
+    file format of the Collector, whose `otlp_json_file` receiver reads it (set `start_at: beginning`, and
+    `include_file_name: false`, or every record gets one more attribute).
+
+    A session that is still being written is exported as far as it goes. Exit code 0: all is written; 1: something could
+    not be read or written, and the last lines say why; 2: wrong arguments.
+    """
+    from stepspan.cli.export import export_journals
+
+    raise typer.Exit(export_journals(paths, to, output, signal or (), dead_after))
 
 
 @app.command("import")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -9,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from stepspan.compat.stormlog.sink import SEGMENTS
+from stepspan.config import load
 from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up, spare_the_collector
 from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors, session_ledger
@@ -69,11 +71,13 @@ class Sync:
             raise ConfigError("PATH", str(self._sinks[0]), "a stormlog sink: `stepspan import` it, or --follow it")
         with self._locks(), self._imports():
             before = self._totals()
-            deliverer = Deliverer([self._exporter], self._sessions, self._options)
+            health = self._host if follow and load({}, os.environ).health else None
+            deliverer = Deliverer([self._exporter], self._sessions, self._options, health=health)
             on_signal(deliverer.interrupt)
             spare_the_collector()
             deliverer.start()
-            with _Progress(deliverer, self._journaled() * len(deliverer.shippers), follow) as progress:
+            total = None if follow else self._journaled() * len(deliverer.shippers)
+            with Progress(deliverer, total, verb="delivering") as progress:
                 deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)
             deliverer.stop()
             unreadable = {f"{p}: {why}" for shipper in deliverer.shippers for p, why in shipper.unreadable.items()}
@@ -213,27 +217,29 @@ class Sync:
         return 1 if stuck or unreadable else 0
 
 
-class _Progress:
-    """How far delivery is: a bar on a terminal, a line now and then in a log."""
+class Progress:
+    """How far a deliverer is: a bar on a terminal, a line now and then in a log. `total`: lines; None: no end."""
 
-    def __init__(self, deliverer: Deliverer, total: int, follow: bool) -> None:
+    def __init__(self, deliverer: Deliverer, total: int | None, *, verb: str, stream: TextIO | None = None) -> None:
         self._deliverer = deliverer
         self._total = total
-        self._follow = follow
+        self._verb = verb
+        self._stream = stream or sys.stdout
         self._seen: dict[tuple[str, Path], int] = {}
         self._reported = time.monotonic()
         self._bar = None
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
 
-            self._bar = Progress(
-                TextColumn("delivering"), BarColumn(), MofNCompleteColumn(), TextColumn("lines"), TimeRemainingColumn()
-            )
+            columns = (TextColumn(verb), BarColumn(), MofNCompleteColumn(), TextColumn("lines"), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=Console(file=self._stream))
 
     def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
-            self._task = self._bar.add_task("", total=None if self._follow else self._total)
+            self._task = self._bar.add_task("", total=self._total)
         return self
 
     def tick(self) -> None:
@@ -246,10 +252,11 @@ class _Progress:
             self._bar.update(self._task, completed=done)
         elif time.monotonic() - self._reported >= REPORT_EVERY:
             self._reported = time.monotonic()
-            print(f"delivered {done:,} of {self._total:,} lines", flush=True)
+            of = "" if self._total is None else f" of {self._total:,}"
+            print(f"{self._verb}: {done:,}{of} lines", file=self._stream, flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._bar:
-            if not self._follow and caught_up(self._deliverer):
+            if self._total is not None and caught_up(self._deliverer):
                 self._bar.update(self._task, completed=self._total)
             self._bar.stop()

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from stepspan.deliver.health import TIMEOUT, Health
 from stepspan.deliver.lane import Options
 from stepspan.deliver.shipper import Shipper
 from stepspan.exporters import Exporter
+from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import SessionPath
 
 log = logging.getLogger("stepspan.deliver")
@@ -23,7 +25,8 @@ SILENCE = 30.0
 class Deliverer:
     """Delivers what `find` lists to `exporters` until told to stop, or until `done`.
 
-    `pace` is called with the CPU seconds of each round, for a thread that shares its process with training.
+    `pace` is called with the CPU seconds of each round, for a thread that shares its process with training. `health` is
+    the host in whose name every OTLP destination that takes metrics is told how the delivery goes; None: it is not.
     """
 
     def __init__(
@@ -33,9 +36,15 @@ class Deliverer:
         options: Options,
         *,
         pace: Callable[[float], None] | None = None,
+        health: str | None = None,
     ) -> None:
         self.shippers = [Shipper(signal, e, find, options) for e in exporters for signal in e.signals]
         self._exporters = exporters
+        self._health = [
+            Health(e, [s for s in self.shippers if s.exporter is e], health, options)
+            for e in exporters
+            if health is not None and isinstance(e, OtlpExporter) and "metrics" in e.signals
+        ]
         self._pace = pace
         self._stop = threading.Event()
         self._threads = [
@@ -49,6 +58,8 @@ class Deliverer:
         """Begin delivering, on threads."""
         for thread in self._threads:
             thread.start()
+        for health in self._health:
+            health.start()
 
     def stop(self, timeout: float = 15.0) -> None:
         """Stop after the requests that are under way; a request that hangs is left behind after `timeout` seconds."""
@@ -57,6 +68,9 @@ class Deliverer:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
+        last = time.monotonic() + TIMEOUT
+        for health in self._health:
+            health.stop(max(0.0, last - time.monotonic()))
         if not any(thread.is_alive() for thread in self._threads):
             for exporter in self._exporters:
                 exporter.close()

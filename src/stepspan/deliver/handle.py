@@ -90,10 +90,12 @@ class ProcessDelivery(Delivery):
         exporters: Sequence[OtlpExporter],
         *,
         first: bool,
+        health: bool,
         tell: Callable[[str, str], None],
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._directory, self._host, self._exporters = directory, host, exporters
+        self._health = health
         self._tell = tell
         self._process: subprocess.Popen[bytes] | None = None
         self._next = 0.0 if first else time.monotonic() + 2 * self.check
@@ -135,7 +137,7 @@ class ProcessDelivery(Delivery):
                 free.append(exporter)
                 lock.release()
         if free:
-            self._process = process.start(self._directory, self._host, free)
+            self._process = process.start(self._directory, self._host, free, health=self._health)
 
 
 class ThreadDelivery(Delivery):

@@ -36,7 +36,7 @@ from stepspan.processors import specs
 
 log = logging.getLogger("stepspan.deliver")
 
-BATCH = 256 << 10
+BATCH = 512 << 10
 CHECKPOINT = 16 << 20
 LOOK, LIVENESS = 0.1, 1.0
 """Seconds between looks for the word that a session has ended, and at its writer's lock."""

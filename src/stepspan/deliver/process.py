@@ -30,6 +30,7 @@ log = logging.getLogger("stepspan.deliver")
 
 PLACE = ".deliverers"
 TASK = "STEPSPAN_DELIVERER"
+HEALTH = "STEPSPAN_HEALTH"
 LONGEST_LOG = 1 << 20
 TRIES = 5
 
@@ -65,8 +66,8 @@ class Lock:
             self._fd = -1
 
 
-def start(directory: Path, host: str, exporters: Sequence[OtlpExporter]) -> subprocess.Popen[bytes]:
-    """Start a deliverer for the sessions of this host below `directory`. OSError."""
+def start(directory: Path, host: str, exporters: Sequence[OtlpExporter], *, health: bool) -> subprocess.Popen[bytes]:
+    """Start a deliverer for the sessions of this host below `directory`, that tells of itself or not. OSError."""
     task = [
         {**e.settings, "destination": e.destination, "processors": [p.spec for p in e.processors]}  # type: ignore[attr-defined]
         for e in exporters
@@ -76,7 +77,7 @@ def start(directory: Path, host: str, exporters: Sequence[OtlpExporter]) -> subp
     with open(_log_file(place, f"{slug(host)}.log"), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "stepspan.deliver.process", str(directory), host],
-            env=_environment(os.environ, task),
+            env={**_environment(os.environ, task), HEALTH: str(int(health))},
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -104,14 +105,15 @@ def _environment(env: Mapping[str, str], task: Any) -> dict[str, str]:
     return {**env, "PYTHONPATH": os.pathsep.join(kept), TASK: json.dumps(task), "OTEL_PYTHON_CONFIGURATOR": ""}
 
 
-def serve(directory: Path, host: str, task: Sequence[Mapping[str, Any]], boot_id: str) -> None:
+def serve(directory: Path, host: str, task: Sequence[Mapping[str, Any]], boot_id: str, *, health: bool = False) -> None:
     """Deliver until the run is over."""
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in task]
     locks = {e.destination: Lock(directory, host, e.destination) for e in exporters}
     ours = [e for e in exporters if _take(locks[e.destination])]
     while ours:
         log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in ours))
-        deliverer = Deliverer(ours, lambda: find_sessions(directory, host=host), Options(boot_id=boot_id))
+        find = lambda: find_sessions(directory, host=host)  # noqa: E731
+        deliverer = Deliverer(ours, find, Options(boot_id=boot_id), health=host if health else None)
         on_signal(deliverer.interrupt)
         deliverer.start()
         over = deliverer.wait(run_is_over)
@@ -147,7 +149,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     os.nice(10)
     spare_the_collector()
-    serve(Path(sys.argv[1]), sys.argv[2], json.loads(os.environ[TASK]), host_facts().boot_id)
+    health = os.environ.get(HEALTH) == "1"
+    serve(Path(sys.argv[1]), sys.argv[2], json.loads(os.environ[TASK]), host_facts().boot_id, health=health)
 
 
 if __name__ == "__main__":

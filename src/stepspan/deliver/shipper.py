@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from stepspan.deliver.health import Book
 from stepspan.deliver.lane import Lane, Options
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
@@ -42,6 +43,10 @@ class Shipper:
         """The sessions that could not be read, and why."""
         self.met: set[Path] = set()
         """All sessions that have been listed so far."""
+        self.book = Book()
+        """What became of lines and records, by job."""
+        self.listed = False
+        """Whether all that was there has been met, and stands in the book."""
         self.rounds = 0
         """In which nothing moved. What follows is as of the last one, for other threads to look at."""
         self.idle = False
@@ -69,6 +74,7 @@ class Shipper:
         if self._scanned is None or now - self._scanned >= RESCAN:
             self._scanned = now
             self._scan(now)
+            self.listed = True
         if now < self._not_before:
             return False
         moved = False
@@ -79,7 +85,9 @@ class Shipper:
             if lane.time > horizon or lane.not_before > now:
                 continue
             try:
-                moved |= lane.advance(horizon)
+                if lane.advance(horizon):
+                    moved = True
+                    self.book.count(lane, moved=True)
             except (OSError, JournalError) as error:
                 self._give_up(lane.session.path, error)
                 continue
@@ -117,6 +125,7 @@ class Shipper:
                 self._give_up(path, error)
                 continue
             self.lanes[path] = lane
+            self.book.count(lane, moved=False)
             self.unreadable.pop(path, None)
             if lane.finished:
                 self._retire(lane)

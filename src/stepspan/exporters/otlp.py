@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 from stepspan.otlp.endpoint import destination_name, resolve_endpoints
@@ -50,13 +52,24 @@ class OtlpExporter:
         self.destination = destination or destination_name(resolve_endpoints(everything, **self.settings))
         self._transports: dict[Signal, Transport] = {}
 
+    def beside(self, timeout: float) -> OtlpExporter:
+        """The same receiver over connections of its own, for another thread; a request takes at most `timeout` s."""
+        other = copy(self)
+        other.endpoints = {s: replace(e, timeout=min(e.timeout, timeout)) for s, e in self.endpoints.items()}
+        other._transports = {}
+        return other
+
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """One request."""
         if self.endpoints[signal].protocol == "http/json":
             from stepspan.otlp.json import encode
         else:
             from stepspan.otlp.protobuf import encode
-        return self._send(signal, encode(signal, resource, records))
+        try:
+            body = encode(signal, resource, records)
+        except ValueError as error:  # a record of other instrumentation that is none
+            return Outcome(Verdict.ISOLATE, f"no OTLP: {error}")
+        return self._send(signal, body)
 
     def send_json(self, signal: Signal, request: bytes) -> Outcome:
         """One request that is OTLP JSON already, over this exporter's protocol. ISOLATE where it is none."""

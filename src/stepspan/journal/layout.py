@@ -97,6 +97,18 @@ class SessionPath:
             return []
         return sorted(int(match[1]) for match in map(SEGMENT.fullmatch, names) if match)
 
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Bytes of a segment, fewer where it ends. OSError."""
+        directory = open_directory(self.path)
+        try:
+            fd = open_file(segment_name(number), os.O_RDONLY, dir_fd=directory)
+        finally:
+            os.close(directory)
+        try:
+            return os.pread(fd, size, offset)
+        finally:
+            os.close(fd)
+
 
 def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPath]:
     """All sessions at or below a path, in name order; with `host` only those in a folder of that host's name."""

@@ -60,7 +60,8 @@ class JournalReader:
         """Events from `start` on: about `size` bytes, none later than `until` (ns), none past the end."""
         number, offset, seq = start.segment or self._successor(0), start.offset, start.seq
         events: list[Event] = []
-        ends: list[tuple[int, int]] = []
+        numbers: list[int] = []  # of the segments of the events
+        ends: list[int] = []  # and where they end there
         unsettled: int | None = None  # events of this millisecond may have siblings that we have not seen
         taken, at_end, full, beyond = 0, False, False, 0
         while number and not full:
@@ -71,7 +72,8 @@ class JournalReader:
             usual = decode_sequence(lines, seq) if lines else None
             if usual and _within(usual[-1], until, closed):
                 events += usual
-                ends += islice(zip(repeat(number), accumulate(map(len, lines), initial=offset)), 1, None)
+                numbers += repeat(number, len(usual))
+                ends += islice(accumulate(map(len, lines), initial=offset), 1, None)
                 seq, offset = usual[-1]["seq"], offset + whole
                 lines = []
             else:
@@ -93,7 +95,8 @@ class JournalReader:
                     break
                 seq = event["seq"]
                 events.append(event)
-                ends.append((number, offset))
+                numbers.append(number)
+                ends.append(offset)
             if full:
                 break
             taken += whole
@@ -110,19 +113,19 @@ class JournalReader:
                     unsettled = events[-1]["ts"] // MILLISECOND
         while events and events[-1]["ts"] // MILLISECOND == unsettled:
             events.pop()
-            ends.pop()
         if not events:
             return Batch(events, start, Ledger(), at_end or not number, beyond)
         last = events[-1]
         counts = Ledger(read=len(events))
         if last["seq"] - start.seq != len(events):
-            self._count_holes(start, events, ends, counts)
-        return Batch(events, Position(*ends[-1], last["seq"], last["ts"]), counts, at_end, beyond)
+            self._count_holes(start, events, numbers, counts)
+        position = Position(numbers[len(events) - 1], ends[len(events) - 1], last["seq"], last["ts"])
+        return Batch(events, position, counts, at_end, beyond)
 
-    def _count_holes(self, start: Position, events: list[Event], ends: list[tuple[int, int]], counts: Ledger) -> None:
+    def _count_holes(self, start: Position, events: list[Event], numbers: list[int], counts: Ledger) -> None:
         present = set(self.session.segments())
         number, seq = max(start.segment, 1), start.seq
-        for event, (here, _) in zip(events, ends, strict=True):
+        for event, here in zip(events, numbers, strict=False):
             hole = event["seq"] - seq - 1
             if hole and not present.issuperset(range(number, here + 1)):
                 counts.pruned += hole

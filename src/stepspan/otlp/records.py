@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 Signal: TypeAlias = Literal["metrics", "traces", "logs"]
 SIGNALS: tuple[Signal, ...] = ("metrics", "traces", "logs")
@@ -119,4 +119,27 @@ class Log:
     span_id: bytes | None = None
 
 
-Record: TypeAlias = "Point | Span | Log"
+@dataclass(slots=True, eq=False)
+class Source:
+    """What records of other instrumentation share, as OTLP JSON. Compared by identity, like a series."""
+
+    scope: Mapping[str, Any]
+    """Its InstrumentationScope."""
+    schema_url: str = ""
+    metric: Mapping[str, Any] | None = None
+    """Of data points: their Metric, whose data has none."""
+
+
+class Foreign(NamedTuple):
+    """What an OpenTelemetry SDK handed over: one span, log record or data point, as OTLP JSON. Encoders change nothing.
+
+    Begins like a point, so that points and these can be told apart by series and not one by one.
+    """
+
+    source: Source
+    time: int
+    """Unix ns."""
+    record: Mapping[str, Any]
+
+
+Record: TypeAlias = "Point | Span | Log | Foreign"

@@ -42,6 +42,14 @@ HINT = re.compile(r"pass|secret|cred|auth|key|token|bearer|basic|sig|://|hf_|sk-
 """What a text must hold for any of the patterns to match: most texts hold none of it, and are passed over quickly."""
 
 
+KEY_VALUE = {"key", "value"}
+OTLP_PLAIN = frozenset(
+    ("traceId", "spanId", "parentSpanId", "startTimeUnixNano", "endTimeUnixNano", "timeUnixNano", "intValue",
+     "observedTimeUnixNano", "doubleValue", "boolValue", "asInt", "asDouble", "bucketCounts", "explicitBounds")
+)  # fmt: skip
+"""Fields of OTLP JSON that hold no text."""
+
+
 class Redact:
     """Replaces secrets by "[redacted]", in names, values, messages, stack traces, and the header's resource.
 
@@ -58,6 +66,8 @@ class Redact:
 
     def __call__(self, event: Event) -> Event:
         """The event without secrets."""
+        if event["tag"] == "otel":
+            return {key: self._otlp(value) for key, value in event.items()}
         return {key: self._clean(key, value) for key, value in event.items()}
 
     def text(self, value: str) -> str:
@@ -66,6 +76,21 @@ class Redact:
 
     def _is_secret(self, name: str) -> bool:
         return is_secret_name(name) or name.lower() in self._names
+
+    def _otlp(self, value: Any) -> Any:
+        """OTLP JSON, in which the name of an attribute stands beside its value, and no other field is a secret."""
+        if type(value) is str:
+            return self.text(value)
+        if type(value) is list:
+            return [self._otlp(item) for item in value]
+        if type(value) is not dict:
+            return self._clean("", value)
+        if value.keys() != KEY_VALUE:
+            return {name: item if name in OTLP_PLAIN else self._otlp(item) for name, item in value.items()}
+        name, found = value["key"], value["value"]
+        if self._is_secret(str(name)) and not (type(found) is dict and found.keys() <= OTLP_PLAIN):
+            return {"key": name, "value": {"stringValue": REDACTED}}
+        return {"key": name, "value": self._otlp(found)}
 
     def _clean(self, name: str, value: Any) -> Any:
         if isinstance(value, str):

@@ -41,7 +41,8 @@ class Gathering:
 
     def next_millisecond(self) -> None:
         """What comes now shares no millisecond with what came before."""
-        self._now.clear()
+        if self._now:
+            self._now.clear()
         self._laid.clear()
 
     def lay(self, kind: str, table: Table, ts: int, row: Sequence[Any]) -> None:
@@ -76,6 +77,13 @@ class Gathering:
         else:
             self.singles[known] = (series, ts, value)
             self.filtered += 1
+
+    def holds(self, series: Series) -> bool:
+        """Whether it has a point of this millisecond."""
+        return series in self._now or any(
+            table is not None and series in table.series and table.rows[-1][table.series.index(series)] is not None
+            for table in self._laid.values()
+        )
 
     def take(self) -> Sequence[Record]:
         """All points since the last time."""

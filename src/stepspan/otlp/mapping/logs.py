@@ -1,20 +1,21 @@
-"""Logs: hyperparameters, artifacts, milestones, errors and gaps as log records with an event name."""
+"""Logs: hyperparameters, artifacts, milestones, errors and gaps as log records with an event name; log lines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
+from stepspan.otlp.mapping.foreign import ForeignRecords
 from stepspan.otlp.mapping.open_scopes import OpenScopes
 from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
-from stepspan.otlp.records import Log, Record
+from stepspan.otlp.records import Foreign, Log, Record
 
-INFO, WARN, ERROR, FATAL = 9, 13, 17, 21
-SEVERITIES = {"info": INFO, "warning": WARN, "error": ERROR, "critical": FATAL}
+TRACE, DEBUG, INFO, WARN, ERROR, FATAL = 1, 5, 9, 13, 17, 21
+SEVERITIES = {"trace": TRACE, "debug": DEBUG, "info": INFO, "warning": WARN, "error": ERROR, "critical": FATAL}
 FAILED = frozenset({"failed", "error", "failure"})
 
 
@@ -24,13 +25,16 @@ class LogMapper:
     def __init__(self, header: Event) -> None:
         self.filtered = 0
         self._scopes = OpenScopes(header)
-        self._logs: list[Log] = []
+        self._logs: list[Log | Foreign] = []
+        self._foreign = ForeignRecords("logs")
         self._handlers: dict[str, Callable[[Event], None]] = {
             "hyperparams": self._hyperparams,
             "artifact": self._artifact,
             "event": self._event,
             "error": self._error,
+            "log": self._log,
             "gap": self._gap,
+            "otel": lambda event: self._logs.extend(self._foreign.of(event)),
             **dict.fromkeys(("run_begin", "epoch_begin", "step_begin", "span_begin"), self._scopes.begin),
             **dict.fromkeys(("run_end", "epoch_end", "step_end", "span_end"), self._end),
         }
@@ -84,14 +88,23 @@ class LogMapper:
         self._add(event, severity, event["name"], body, {**flat(event.get("attributes", {})), **told})
 
     def _error(self, event: Event) -> None:
-        exception = {
-            "exception.type": event["type"],
-            "exception.message": short(event["message"]),
-            "exception.stacktrace": short(event["stack"]),
-        }
         body = f"{event['type']}: {event['message']}"
-        self._add(event, ERROR, "exception", body, {**flat(event.get("attributes", {})), **exception})
+        self._add(event, ERROR, "exception", body, {**flat(event.get("attributes", {})), **_exception(event)})
+
+    def _log(self, event: Event) -> None:
+        about = {"logger": short(event["logger"]), **(_exception(event["exception"]) if "exception" in event else {})}
+        severity = SEVERITIES.get(event["severity"], INFO)
+        self._add(event, severity, "", event["message"], {**flat(event.get("attributes", {})), **about})
 
     def _gap(self, event: Event) -> None:
         body = f"{event['dropped']} events could not be written: {event['why']}"
         self._add(event, WARN, "stepspan.gap", body, {"dropped": event["dropped"]})
+
+
+def _exception(error: Mapping[str, str]) -> dict[str, str]:
+    """By the semantic conventions."""
+    return {
+        "exception.type": error["type"],
+        "exception.message": short(error["message"]),
+        "exception.stacktrace": short(error["stack"]),
+    }

@@ -11,6 +11,7 @@ from stepspan.journal.liveness import Closed
 from stepspan.otlp.mapping.durations import Durations
 from stepspan.otlp.mapping.foreign import ForeignRecords
 from stepspan.otlp.mapping.gathering import Gathering, Table
+from stepspan.otlp.mapping.late import Late
 from stepspan.otlp.mapping.names import metric_name
 from stepspan.otlp.mapping.progress import Progress
 from stepspan.otlp.mapping.samples import sampled
@@ -34,6 +35,7 @@ OURS: dict[str, tuple[str, str, Any]] = {
     "training.step.wait": ("split", "s", "gauge"),
     "training.step.duration": ("split", "s", "histogram"),
     "training.phase.time": ("phase", "s", "gauge"),
+    "training.phase.device_time": ("phase", "s", "gauge"),
     "training.run.errors": ("error.type", "{error}", "sum"),
 }
 """Our own metrics that have one attribute: which, the unit and the kind."""
@@ -52,6 +54,7 @@ class MetricMapper:
         self._tables: dict[tuple[Any, ...], Table] = {}
         """A call's split, whether it has a step, and keys; or a step's split and which times it has -> their points."""
         self._foreign = ForeignRecords("metrics")
+        self._late = Late(self._start, self._points, self._own)
         self._millisecond = 0
         self._open: dict[int, Event] = {}
         self._boundary = 0
@@ -66,6 +69,7 @@ class MetricMapper:
             "step_end": self._step_end,
             "span_begin": self._begin,
             "span_end": self._span_end,
+            "device_time": self._late.device_time,
             "epoch_begin": self._epoch_begin,
             "run_begin": self._run_begin,
             "hyperparams": self._hyperparams,
@@ -85,10 +89,11 @@ class MetricMapper:
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """The points of the next events. Of several of a series in one millisecond, the last."""
         handlers, points = self._handlers, self._points
+        since = self._millisecond
         for event in events:
             ts = event["ts"]
-            if not self._millisecond <= ts < self._millisecond + MILLISECOND:
-                self._millisecond = ts - ts % MILLISECOND
+            if not 0 <= ts - since < MILLISECOND:
+                since = self._millisecond = ts - ts % MILLISECOND
                 points.next_millisecond()
                 if ts >= self._boundary:
                     self._cross(ts)
@@ -120,6 +125,7 @@ class MetricMapper:
             "errors": self._errors,
             "durations": self._durations.state,
             "progress": self._progress.state,
+            "late": self._late.state,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -132,6 +138,7 @@ class MetricMapper:
         self._info, self._errors = state["info"], state["errors"]
         self._durations.state = state["durations"]
         self._progress.state = state["progress"]
+        self._late.state = state["late"]
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Any = "gauge") -> Series:
         """The series of that name and those attributes."""
@@ -151,9 +158,17 @@ class MetricMapper:
 
     def _metrics(self, event: Event) -> None:
         ts, attributes, metrics = event["ts"], event.get("attributes"), event["metrics"]
-        call = (event["split"], "step" in event, *metrics)
+        late = "at" in event
+        call = (event["split"], "step" in event and not late, *metrics)
         table = None if attributes else self._tables.get(call)
         series = table.series if table else self._series_of(call, attributes)
+        if late:
+            for one, value in zip(series, map(number, metrics.values()), strict=True):
+                if value is not None:
+                    self._late.put(one, event["at"], value, ts)
+            return
+        if None in metrics.values():
+            self._late.expect(series, metrics, ts)
         row = [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))]
         if table is not None:
             self._points.lay("metrics", table, ts, row)
@@ -189,11 +204,12 @@ class MetricMapper:
         ts, split = event["ts"], begin["split"]
         duration = max(0, event.get("ended", ts) - begin["ts"]) / SECOND
         row = [duration]
-        if "wait" in begin:
+        waited = not self._late.step_end(begin, ts) and "wait" in begin
+        if waited:
             row.append(begin["wait"])
         if "data_wait" in event:
             row.append(event["data_wait"])
-        call = ("step", split, "wait" in begin, "data_wait" in event)
+        call = ("step", split, waited, "data_wait" in event)
         table = self._tables.get(call)
         if table is None:
             table = self._tables[call] = self._step_table(*call[1:])
@@ -228,13 +244,18 @@ class MetricMapper:
         if begin is None:
             return
         duration = max(0, event["ts"] - begin["ts"]) / SECOND
-        self._put(self._own("training.phase.time", short(begin["name"])), event["ts"], duration)
+        phase, step = short(begin["name"]), None
+        self._put(self._own("training.phase.time", phase), event["ts"], duration)
         if begin.get("collective"):
             outer = self._open.get(begin["parent"])
             while outer is not None and outer["tag"] == "span_begin" and not outer.get("collective"):
                 outer = self._open.get(outer["parent"])
             if outer is not None and outer["tag"] == "step_begin":
-                self._open[outer["seq"]] = {**outer, "wait": outer.get("wait", 0.0) + duration}
+                step = outer
+        if begin.get("cuda"):
+            self._late.span_end(begin, event, phase, step)
+        elif step is not None:
+            self._open[step["seq"]] = {**step, "wait": step.get("wait", 0.0) + duration}
 
     def _memory(self, event: Event) -> None:
         device = {"device_id": event["device_id"]}

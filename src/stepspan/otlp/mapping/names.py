@@ -26,6 +26,8 @@ OURS = frozenset(
         "run_errors_total",
         "phase_time",
         "phase_time_seconds",
+        "phase_device_time",
+        "phase_device_time_seconds",
     ]
 )
 ITSELF = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*")

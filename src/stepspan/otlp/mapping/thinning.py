@@ -43,7 +43,7 @@ class Thinning:
         count, mean = self._means.get(split, (0, duration))
         slow = duration > SLOW * mean and count >= LEARNING and self._slow < SLOW_KEPT
         self._means[split] = count + 1, mean + (duration - mean) / 32
-        if "thin" in begin and begin["thin"]:
+        if begin.get("thin"):
             return False
         if slow or "status" in end:
             self._slow += slow

@@ -7,13 +7,15 @@ from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
+from stepspan.otlp.mapping.foreign import ForeignRecords
 from stepspan.otlp.mapping.open_scopes import OpenScopes
 from stepspan.otlp.mapping.thinning import Thinning
 from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
-from stepspan.otlp.records import Attributes, Link, Record, Span, SpanEvent
+from stepspan.otlp.records import Attributes, Foreign, Link, Record, Span, SpanEvent
 
 SECOND = 1_000_000_000
 MOST_EVENTS = 128  # of a span, as the SDK's default
+STATUS_ERROR = 2  # in OTLP JSON
 MOST_CHILDREN = 512  # of a step, until it is known whether its trace goes out
 
 
@@ -25,7 +27,8 @@ class TraceMapper:
         self._header = header
         self._scopes = OpenScopes(header)
         self._thinning = Thinning(header)
-        self._spans: list[Span] = []
+        self._foreign = ForeignRecords("traces")
+        self._spans: list[Span | Foreign] = []
         self._run: int = 0
         """The run scope's `seq`."""
         self._to_run: list[Link] = []
@@ -42,6 +45,7 @@ class TraceMapper:
             "artifact": self._on_run,
             "event": self._on_run,
             "error": self._error,
+            "otel": self._otel,
         }
 
     def map(self, events: Sequence[Event]) -> list[Record]:
@@ -101,11 +105,16 @@ class TraceMapper:
         if step is None:
             self._spans.append(self._span(scope, event))
             return
-        if scope["begin"].get("collective") and not self._scopes.in_collective(scope):
-            step["wait"] = step.get("wait", 0.0) + max(0, event["ts"] - scope["begin"]["ts"]) / SECOND
+        begin = scope["begin"]
+        if begin.get("collective") and not begin.get("cuda") and not self._scopes.in_collective(scope):
+            step["wait"] = step.get("wait", 0.0) + max(0, event["ts"] - begin["ts"]) / SECOND
+        self._await(step, scope, event)
+
+    def _await(self, step: dict[str, Any], scope: dict[str, Any], end: Event) -> None:
+        """A span goes out with its step."""
         children = step.setdefault("children", [])
         if len(children) < MOST_CHILDREN:
-            children.append([scope, event])
+            children.append([scope, end])
         else:
             self.filtered += 1
 
@@ -121,7 +130,21 @@ class TraceMapper:
                 left["thinned"] = True
             return
         self._spans.append(self._span(scope, end))
-        self._spans.extend(self._span(child, child_end) for child, child_end in children)
+        for child, child_end in children:
+            self._spans += self._foreign.of(child_end) if "foreign" in child else [self._span(child, child_end)]
+
+    def _otel(self, event: Event) -> None:
+        """A span of other instrumentation waits, as our own do, for the end of the step whose trace it is in."""
+        for span in self._foreign.of(event):
+            scope = self._scopes.open.get(event.get("parent", 0))
+            step = self._scopes.step_of(scope) if scope is not None else None
+            if step is not None:
+                self._scopes.name(step)
+            if step is None or step["trace"] != span.record["traceId"]:
+                self._spans.append(span)
+                continue
+            failed = {"error": ""} if span.record.get("status", {}).get("code") == STATUS_ERROR else {}
+            self._await(step, {"foreign": True, **failed}, event)
 
     def _span(self, scope: dict[str, Any], end: Event) -> Span:
         begin, status = scope["begin"], end.get("status", "")

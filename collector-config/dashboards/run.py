@@ -1,0 +1,366 @@
+"""Dashboard "Run": is it learning, how far is it, what broke."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import dashboard as board
+from grafana_foundation_sdk.cog.builder import Builder
+from grafana_foundation_sdk.models import dashboard as model
+
+from dashboards.panels import (
+    JOB,
+    LOKI,
+    PROMETHEUS,
+    RANK,
+    SPLIT,
+    TRAIN,
+    Panel,
+    against,
+    events,
+    faint,
+    graph,
+    lines,
+    listing,
+    log_lines,
+    messages,
+    most,
+    number,
+    rows,
+)
+from dashboards.panels import dashboard as _dashboard
+from dashboards.rules import recorded
+
+START = f'training_run_start_time_seconds{{{JOB},rank="0"}}'
+"""When this attempt began. Rank 0 speaks for all: its value changes once for each restart, at any number of ranks."""
+EARLIER = f"(max by (job_id) ({START}) < on (job_id) max by (job_id) (max_over_time({START}[$__range] @ end())))"
+"""Something at the times of attempts that were restarted later in the range, nothing at those of the last one."""
+
+STEP = recorded("job:training_step_number:max", TRAIN)
+LOSS = recorded("job:training_loss:avg", SPLIT)
+CHECKPOINT = recorded("job:training_run_checkpoint_time_seconds:max")
+HOUR = 3600
+EXCEPTION = 'event_name="exception"'
+ARTIFACT = 'event_name="training.artifact" | kind="checkpoint"'
+HYPERPARAMETERS = 'event_name="training.hyperparams"'
+EARLIER_NAMES = "/earlier attempt/"
+
+
+def latest(expr: str) -> str:
+    """What of an expression is the last attempt's."""
+    return f"{expr} unless on (job_id) {EARLIER}"
+
+
+def earlier(expr: str) -> str:
+    """What of an expression is an earlier attempt's."""
+    return f"{expr} and on (job_id) {EARLIER}"
+
+
+def now() -> list[Panel]:
+    """How far it is."""
+    progress = f"(({STEP}) + 1) / on (job_id) {recorded('job:training_run_total_steps:max')}"
+    return [
+        number(
+            "Step",
+            "The highest training step of any rank. Where it stands still, look at Ranks: who stopped first.",
+            "none",
+            lines(STEP, "step"),
+        ),
+        number(
+            "Done",
+            "The share of all steps that is done. Needs run.set_total_steps(n); a framework's callback calls it.",
+            "percentunit",
+            lines(progress, "done"),
+            none="run.set_total_steps?",
+            decimals=1,
+        ),
+        number(
+            "Time left",
+            "What the last step's pace gives for the remaining steps, validation and checkpoints included.",
+            "dtdurations",
+            lines(recorded("job:training_run_eta_seconds:max"), "left"),
+            none="run.set_total_steps?",
+        ),
+        number(
+            "Epoch",
+            "The epoch, counted as the training counts it; without it, run.epoch(n) is not called.",
+            "none",
+            lines(recorded("job:training_run_epoch:max"), "epoch"),
+        ),
+        number(
+            "Attempts",
+            "How often the job has begun in this time range, by rank 0. More than one: see Restarts below.",
+            "none",
+            lines(f"max by (job_id) (changes({START}[$__range])) + 1", "attempts"),
+            limits=[(2, "yellow"), (5, "red")],
+        ),
+        number(
+            "Ranks",
+            "Ranks that report. Fewer than the job was started with: a rank has ended, or its telemetry doesn't "
+            "arrive.",
+            "none",
+            lines(recorded("job:training_ranks:count"), "ranks"),
+        ),
+        number(
+            "Ranks with NaN loss",
+            "Ranks whose last loss is not a number. One is enough to spoil all weights at the next all-reduce: stop, "
+            "go back to the last checkpoint before it, and look at the gradient norm of the steps before.",
+            "none",
+            lines(f"max by (job_id) ({recorded('job:training_loss_nan:sum', SPLIT)})", "ranks"),
+            limits=[(1, "red")],
+        ),
+        number(
+            "Loss",
+            "The last training loss, mean over ranks. How it got there stands below.",
+            "none",
+            lines(recorded("job:training_loss:avg", TRAIN), "loss"),
+            decimals=4,
+        ),
+        number(
+            "Throughput",
+            "Samples or tokens a second, over all ranks; the wait for data counts. Needs samples= or tokens= on a "
+            "step.",
+            "suffix: /s",
+            lines(recorded("job:training_throughput_per_second:sum", TRAIN), "{{item}}"),
+            named=True,
+            none="run.step(n, samples=…)?",
+        ),
+        number(
+            "Errors",
+            "Exceptions that the training has recorded, over all ranks, in this attempt. Their text stands below.",
+            "none",
+            lines(f"sum by (job_id) ({recorded('job:training_run_errors:sum')})", "errors"),
+            limits=[(1, "red")],
+            none="0",
+        ),
+        number(
+            "Checkpoint age",
+            "How long ago the last checkpoint was recorded: what a crash would cost now. Needs "
+            'run.log_artifact(name, path, kind="checkpoint").',
+            "dtdurations",
+            lines(f"time() - {CHECKPOINT}", "age"),
+            limits=[(HOUR, "yellow"), (2 * HOUR, "red")],
+            none="none yet",
+        ),
+        number(
+            "Step time",
+            "The median rank's training step, a minute's mean. Where the time goes stands in Ranks.",
+            "s",
+            lines(recorded("job:training_step_time_seconds:p50", TRAIN), "step time"),
+        ),
+    ]
+
+
+def learning() -> list[Panel]:
+    """Whether it is learning."""
+    against_step = against(
+        "Loss by step",
+        "The same losses over the training step: attempts that repeat steps lie over each other, the earlier ones "
+        "faint, and must agree there; where they part, the restart did not restore everything (optimizer, data order, "
+        "seed). Joined by time, one point for each of the time range's intervals: zoom in for more.",
+        "none",
+        lines(STEP, "step"),
+        lines(latest(LOSS), "{{split}}"),
+        lines(earlier(LOSS), "{{split}}, earlier attempt"),
+    )
+    return [
+        faint(
+            graph(
+                "Loss",
+                "Mean over ranks. A gap while steps go on: a rank's loss is NaN. Faint: attempts before the last "
+                "restart.",
+                "none",
+                lines(latest(LOSS), "{{split}}"),
+                lines(earlier(LOSS), "{{split}}, earlier attempt"),
+            ),
+            EARLIER_NAMES,
+        ),
+        faint(against_step, EARLIER_NAMES),
+        graph(
+            "Validation",
+            "Every metric logged with split val, eval or test (or a key such as val/accuracy), mean over ranks. Rising "
+            "validation loss under falling training loss: it overfits.",
+            "none",
+            lines(recorded("job:training_validation:avg"), "{{metric}} {{split}}"),
+            width=8,
+            points=True,
+        ),
+        graph(
+            "Learning rate",
+            "The logged lr or learning_rate. A schedule that jumps at a restart was not restored.",
+            "none",
+            lines(recorded("job:training_learning_rate:max"), "learning rate"),
+            width=8,
+        ),
+        graph(
+            "Gradient norm",
+            "The logged grad_norm: the median rank and the largest. A spike comes before a diverging loss: clip, or "
+            "lower the learning rate.",
+            "none",
+            lines(recorded("job:training_grad_norm:p50"), "median rank"),
+            lines(recorded("job:training_grad_norm:max"), "largest"),
+            width=8,
+            log=True,
+        ),
+    ]
+
+
+def speed() -> list[Panel]:
+    """Whether it is fast."""
+    throughput = recorded("job:training_throughput_per_second:sum", SPLIT)
+    return [
+        graph(
+            "Throughput",
+            "Samples or tokens a second over all ranks, the wait for data included. A fall without a change of the "
+            "step time is the loader's; with one, see Ranks.",
+            "suffix: /s",
+            lines(throughput, "{{item}} {{split}}"),
+            width=8,
+            low=0,
+        ),
+        graph(
+            "Step time",
+            "Over ranks, a minute's mean each. Median and slowest apart: one rank holds the others up, see Ranks.",
+            "s",
+            *(
+                lines(recorded(f"job:training_step_time_seconds:{operation}", TRAIN), name)
+                for operation, name in (("p50", "median rank"), ("p99", "99th percentile"), ("max", "slowest rank"))
+            ),
+            width=8,
+            low=0,
+        ),
+        graph(
+            "Step",
+            "The highest training step, and the last one where it is known. A fall is a restart: as many steps are "
+            "done again.",
+            "none",
+            lines(STEP, "step"),
+            lines(recorded("job:training_run_total_steps:max"), "total"),
+            width=8,
+            low=0,
+        ),
+    ]
+
+
+def broken() -> list[Panel]:
+    """What broke."""
+    return [
+        graph(
+            "Errors",
+            "Exceptions recorded so far in this attempt, over all ranks, by type. Many ranks at once: the same cause, "
+            "or the collective that one of them left.",
+            "short",
+            lines(recorded("job:training_run_errors:sum"), "{{error_type}}"),
+            width=8,
+            points=True,
+            low=0,
+        ),
+        messages(
+            "Exceptions",
+            "With rank, step and stack trace. The earliest is the cause; trace_id leads to the step it happened in.",
+            events(EXCEPTION),
+            width=16,
+        ),
+        messages(
+            "Events and stalls",
+            "Milestones, artifacts and stalls (training.stall: with the stacks of all threads of the rank that "
+            "stopped).",
+            events('event_name!="exception" | event_name!="training.hyperparams"'),
+        ),
+        graph(
+            "Restarts",
+            "Time since the attempt began, by rank 0: a fall is a restart. Often at the same age: a time limit or a "
+            "leak.",
+            "dtdurations",
+            lines(f"time() - max by (job_id) ({START})", "age of the attempt"),
+            width=6,
+            low=0,
+        ),
+        graph(
+            "Checkpoint age",
+            "A sawtooth; its height is what a crash costs. Without the teeth, saving has stopped.",
+            "dtdurations",
+            lines(f"time() - {CHECKPOINT}", "age"),
+            width=6,
+            low=0,
+            limits=[(HOUR, "yellow"), (2 * HOUR, "red")],
+        ),
+    ]
+
+
+def what() -> list[Panel]:
+    """What was run."""
+    hidden = ("Value", "Value #A", "__name__", "instance", "job", "job_id", "rank", "local_rank")
+    return [
+        listing(
+            "Run",
+            "Name, group and the chosen hyperparameters of rank 0, as it told them last."
+            " What an earlier attempt was given stands in Hyperparameters.",
+            "none",
+            rows(f'topk(1, max_over_time(timestamp(training_run_info{{{JOB},rank="0"}})[$__range:15s]))', "{{name}}"),
+            columns={"name": "Name", "group": "Group", "world_size": "World size"},
+            hidden=hidden,
+        ),
+        messages(
+            "Hyperparameters",
+            "All that run.log_hyperparams was given, by each rank and attempt: what has changed between attempts?",
+            events(HYPERPARAMETERS),
+        ),
+    ]
+
+
+def by_rank() -> list[Panel]:
+    """Drill down."""
+    loss = f"training_loss{{{JOB},{RANK},{SPLIT}}}"
+    chosen = f"max by (rank) (last_over_time({loss}[$__range] @ end()))"
+    return [
+        graph(
+            "Loss over ranks",
+            "How far the ranks' losses lie apart. In data-parallel training a band that widens means that replicas "
+            "differ: seeds, data shards, or a rank that computes wrongly.",
+            "none",
+            *(
+                lines(recorded(f"job:training_loss:{operation}", SPLIT), name + ", {{split}}")
+                for operation, name in (("min", "lowest"), ("p50", "median"), ("p99", "99th"), ("max", "highest"))
+            ),
+        ),
+        graph(
+            "Loss by rank",
+            "The chosen ranks; of more than 20, those whose loss is highest at the end.",
+            "none",
+            lines(most(loss, chosen), "rank {{rank}} {{split}}"),
+        ),
+    ]
+
+
+def dashboard() -> board.Dashboard:
+    """The dashboard."""
+    built = _dashboard(
+        "run",
+        "stepspan / Run",
+        "Is it learning, how far is it, what broke.",
+        [
+            ("Now", now()),
+            ("Is it learning?", learning()),
+            ("Is it fast?", speed()),
+            ("What broke?", broken()),
+            ("What was run?", what()),
+            ("Ranks $rank", by_rank()),
+        ],
+    )
+    return built.annotations(marks())
+
+
+def marks() -> list[Builder[model.AnnotationQuery]]:
+    """What is marked on every graph over time."""
+    checkpoints = board.AnnotationQuery().name("Checkpoints").datasource(LOKI).enable(True).icon_color("green")
+    errors = board.AnnotationQuery().name("Exceptions").datasource(LOKI).enable(True).icon_color("red")
+    restarts = board.AnnotationQuery().name("Restarts").datasource(PROMETHEUS).enable(True).icon_color("orange")
+    begun = f"max by (job_id) (changes({START}[1m])) > 0"
+    return [
+        checkpoints.target(log_lines(events(ARTIFACT)).ref_id("Anno"))
+        .title_format("checkpoint {{name}}")
+        .text_format("{{path}}"),
+        errors.target(log_lines(events(EXCEPTION)).ref_id("Anno"))
+        .title_format("{{exception_type}}")
+        .text_format("rank {{rank}}"),
+        restarts.target(lines(begun, "").ref_id("Anno")).expr(begun).title_format("restarted"),
+    ]

@@ -1,0 +1,88 @@
+"""Log lines of Python's `logging` on the run's journal, each in the step it was written in.
+
+```python
+import logging
+from stepspan.integrations.logging import StepspanHandler
+
+logging.getLogger().addHandler(StepspanHandler(logging.INFO))
+```
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import Any
+
+from stepspan.disabled import DISABLED
+from stepspan.events import plain
+from stepspan.run import Run, describe, text
+from stepspan.start import current_run
+
+OWN = "stepspan"
+"""Our own loggers, and the names of our own threads: what they say about delivering must not be delivered."""
+SEVERITIES = ((50, "critical"), (40, "error"), (30, "warning"), (20, "info"), (10, "debug"))
+"""From this level on -> severity; below all of them: "trace"."""
+STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+"""A record's own fields; what else it has came by `extra=`."""
+DEEPEST = 2
+"""A line logged while one is being recorded, by a signal handler say, is recorded too; one logged within that is not,
+for a `__str__` or a processor that logs would never end."""
+
+
+class StepspanHandler(logging.Handler):
+    """Records log lines as `log` events: they arrive as log records with the trace and span id of their step.
+
+    Kept: the message (not formatted further), severity, logger, place in the code, exception, `extra=` fields. `run`:
+    whose they are; None: of the run that is open when a line comes, if any. Never raises; the loggers and threads of
+    stepspan itself are passed over.
+    """
+
+    def __init__(self, level: int | str = logging.NOTSET, run: Run | None = None) -> None:
+        super().__init__(level)
+        self._run = run
+        self._inside = threading.local()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Record one line."""
+        if record.name.partition(".")[0] == OWN or threading.current_thread().name.startswith(OWN):
+            return
+        run = self._run or current_run()
+        depth = getattr(self._inside, "depth", 0)
+        if run is DISABLED or run.closed or depth >= DEEPEST:
+            return
+        self._inside.depth = depth + 1
+        try:
+            run._record("log", lambda: _fields(record), inside=True)
+        finally:
+            self._inside.depth = depth
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """A line as the fields of a `log` event. Names of attributes: OpenTelemetry semantic conventions, `code.*`."""
+    given = {name: value for name, value in vars(record).items() if name not in STANDARD}
+    attributes: dict[str, Any] = {
+        **(plain(given) if given else {}),
+        "code.file.path": text(record.pathname),
+        "code.function.name": text(record.funcName),
+        "code.line.number": record.lineno,
+    }
+    if record.threadName and record.threadName != "MainThread":
+        attributes["thread.name"] = text(record.threadName)
+    if record.stack_info:
+        attributes["code.stacktrace"] = text(record.stack_info)
+    error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+    return {
+        "severity": next((name for level, name in SEVERITIES if record.levelno >= level), "trace"),
+        "logger": text(record.name),
+        "message": _message(record),
+        "attributes": attributes,
+        **({} if error is None else {"exception": describe(error)}),
+    }
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return text(record.getMessage())
+    except Exception as error:  # arguments that don't fit the format, or a user's __str__
+        return f"{text(record.msg)} <{type(error).__name__}: {text(error)}>"

@@ -1,0 +1,54 @@
+"""What an OpenTelemetry SDK handed over, as records: a span, a log record, or each data point of a metric.
+
+They keep their own ids, times and scopes. The resource is the session's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from stepspan.events import Event
+from stepspan.otlp.records import Foreign, Signal, Source
+from stepspan.otlp.rules import POINTS
+
+MOST_SOURCES = 10_000
+
+
+class ForeignRecords:
+    """The records of one signal's `otel` events. Raises one of `values.MALFORMED` for what is no OTLP JSON."""
+
+    def __init__(self, signal: Signal) -> None:
+        self._signal = signal
+        self._sources: dict[bytes, Source] = {}
+
+    def of(self, event: Event) -> list[Foreign]:
+        """The records of one event; none of another signal's."""
+        if event["signal"] != self._signal:
+            return []
+        record: Mapping[str, Any] = event["record"]
+        if self._signal == "metrics":
+            return self._points(event, record)
+        if self._signal == "traces":
+            time = record["endTimeUnixNano"]
+        else:
+            time = record.get("timeUnixNano") or record["observedTimeUnixNano"]
+        return [Foreign(self._source(event, None), int(time), record)]
+
+    def _points(self, event: Event, metric: Mapping[str, Any]) -> list[Foreign]:
+        (kind,) = metric.keys() & POINTS
+        rest = {name: value for name, value in metric[kind].items() if name != "dataPoints"}
+        source = self._source(event, {**metric, kind: rest})
+        return [Foreign(source, int(point["timeUnixNano"]), point) for point in metric[kind]["dataPoints"]]
+
+    def _source(self, event: Event, metric: Mapping[str, Any] | None) -> Source:
+        scope, schema_url = dict(event["scope"]), event.get("schema_url", "")
+        key = orjson.dumps([scope, schema_url, metric])
+        source = self._sources.get(key)
+        if source is None:
+            if len(self._sources) >= MOST_SOURCES:
+                self._sources.clear()
+            source = self._sources[key] = Source(scope, schema_url, metric)
+        return source

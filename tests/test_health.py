@@ -1,0 +1,538 @@
+"""What a deliverer tells of itself: from these ledgers exactly this OTLP, and nothing at the cost of the journal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+from itertools import pairwise
+
+import processes
+import pytest
+from delivery import NOON, OK, SECOND, Scripted, Time, Training, options, ship, trained
+from journals import metrics, open_writer
+from processes import until
+from received import attributes, points
+from receiver import ScriptedReceiver
+from runs import is_ours
+
+from stepspan.deliver import health as healths
+from stepspan.deliver.deliverer import Deliverer, caught_up
+from stepspan.deliver.health import Health
+from stepspan.deliver.lane import Lane, Options
+from stepspan.deliver.ledgers import cursors
+from stepspan.deliver.shipper import Shipper
+from stepspan.exporters.otlp import OtlpExporter
+from stepspan.journal.layout import find_sessions, segment_name
+from stepspan.journal.writer import Limits
+from stepspan.otlp.json import encode
+from stepspan.otlp.records import SIGNALS
+from stepspan.otlp.transport import Outcome, Verdict
+
+ranks = processes.ranks
+AWAY = Outcome(Verdict.RETRY, "connection refused")
+HOLD = Outcome(Verdict.HOLD, "too old")
+NOWHERE = "http://127.0.0.1:1"
+
+
+class Telling:
+    """A deliverer's shippers to a scripted exporter, moved by hand, and the health of it, which goes to `receiver`."""
+
+    def __init__(self, directory, receiver=None, *, answers=(), signals=("metrics",), **fields):
+        self.time = Time()
+        self.options = options(self.time, **fields)
+        self.there = Scripted(answers, signals=signals)
+        find = lambda: find_sessions(directory)  # noqa: E731
+        self.shippers = [Shipper(signal, self.there, find, self.options) for signal in signals]
+        exporter = OtlpExporter(receiver.url if receiver else NOWHERE, destination="there", env={})
+        self.health = Health(exporter, self.shippers, "node-1", self.options)
+
+    def ship(self, rounds=None):
+        for shipper in self.shippers:
+            if rounds is None:
+                ship(shipper)
+                self.time.skip(1)  # the newest millisecond settles
+                ship(shipper)
+            else:
+                for _ in range(rounds):
+                    shipper.round()
+
+    def says(self):
+        """What it would tell now: name -> the attribute that tells points apart, joined to the signal's -> value."""
+        found = {}
+        request = json.loads(self.otlp())
+        for metric in request["resourceMetrics"][0]["scopeMetrics"][0]["metrics"]:
+            for point in metric[next(kind for kind in ("sum", "gauge") if kind in metric)]["dataPoints"]:
+                named = {a["key"]: a["value"]["stringValue"] for a in point["attributes"]}
+                key = tuple(named[n] for n in ("job_id", "signal", "outcome", "state") if n in named)
+                found.setdefault(metric["name"].removeprefix("stepspan."), {})[key] = point["asDouble"]
+        return found
+
+    def after_a_look(self):
+        """What it says having only met the sessions."""
+        for shipper in self.shippers:
+            shipper._scan(0.0)
+        return self.says()
+
+    def otlp(self):
+        now = int(self.time() * SECOND)
+        records = list(self.health.points(self.health._jobs(), now))
+        return encode("metrics", self.health.resource, records)
+
+
+def segments_of(segment_bytes):
+    return Limits(free_bytes=0, free_ratio=0.0, segment_bytes=segment_bytes)
+
+
+def lines(session):
+    return (session.path / segment_name(1)).read_bytes().splitlines(keepends=True)
+
+
+# ---------------------------------------------------------------- what is told
+
+
+def test_the_report_as_otlp(tmp_path):
+    training = Training(tmp_path)
+    training.steps(3)
+    telling = Telling(tmp_path, answers=[OK, AWAY], batch=1000)
+    telling.ship(rounds=1)
+    (lane,) = telling.shippers[0].lanes.values()
+    ledger, read = lane.state.ledger, lane.state.ledger.read
+    rest = lines(training.path)[read:]
+    assert ledger.delivered > 0
+    assert len(rest) > 3, "the second batch waits"
+    first = json.loads(rest[0])["ts"]
+    telling.time.now = first / SECOND + 7.5
+    start, now = str(NOON), str(int(telling.time() * SECOND))
+
+    def text(**pairs):
+        return [{"key": key, "value": {"stringValue": value}} for key, value in pairs.items()]
+
+    def sums(about, key, values):
+        return [
+            {"startTimeUnixNano": start, "timeUnixNano": now, "asDouble": float(value),
+             "attributes": text(**about, **{key: name})}
+            for name, value in values.items()
+        ]  # fmt: skip
+
+    whose = {"job_id": "job", "destination": "there"}
+    which = {**whose, "signal": "metrics"}
+    gauge = lambda value: {"dataPoints": [{"timeUnixNano": now, "asDouble": value, "attributes": text(**which)}]}  # noqa: E731
+    cumulative = {"aggregationTemporality": 2, "isMonotonic": True}
+    outcomes = {"delivered": ledger.delivered, "rejected": 0, "filtered": ledger.filtered}
+    states = {"read": read, "damaged": 0, "dropped": 0, "pruned": 0}
+    request = json.loads(telling.otlp())
+    (resource,) = request["resourceMetrics"]
+    assert resource["resource"] == {
+        "attributes": text(
+            **{"service.name": "stepspan", "service.instance.id": "deliverer-node-1", "host.name": "node-1"}
+        )
+    }
+    (scope,) = resource["scopeMetrics"]
+    found = [{k: v for k, v in metric.items() if k != "description"} for metric in scope["metrics"]]
+    lag = (int(telling.time() * SECOND) - first) / SECOND
+    assert found == [
+        {"name": "stepspan.delivery.records", "unit": "{record}",
+         "sum": {**cumulative, "dataPoints": sums(which, "outcome", outcomes)}},
+        {"name": "stepspan.delivery.pending", "unit": "By", "gauge": gauge(float(len(b"".join(rest))))},
+        {"name": "stepspan.delivery.lag", "unit": "s", "gauge": gauge(lag)},
+        {"name": "stepspan.delivery.held", "unit": "{session}", "gauge": gauge(0.0)},
+        {"name": "stepspan.journal.lines", "unit": "{line}",
+         "sum": {**cumulative, "dataPoints": sums(whose, "state", states)}},
+    ]  # fmt: skip
+    assert lag == pytest.approx(7.5, abs=1e-5)
+
+
+def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_after_a_restart(tmp_path):
+    trained(tmp_path, 20, rank=0, session="00000000000000a0")
+    living = Training(tmp_path, rank=1, session="00000000000000a1")
+    living.steps(20)
+    telling = Telling(tmp_path, batch=1000)
+    delivered, read = [], []
+    for _ in range(60):
+        telling.ship(rounds=1)
+        says = telling.says()
+        delivered.append(says["delivery.records"]["job", "metrics", "delivered"])
+        read.append(says["journal.lines"]["job", "read"])
+    assert all(a <= b for a, b in pairwise(delivered))
+    assert all(a <= b for a, b in pairwise(read))
+    assert len(set(delivered)) > 5
+    assert len(telling.shippers[0].lanes) == 1, "the other one is finished"
+    assert delivered[-1] == len(telling.there.taken)
+    assert says == Telling(tmp_path).after_a_look()
+
+
+def test_lines_are_told_by_what_became_of_them(tmp_path):
+    training = Training(tmp_path)
+    training.steps(10)
+    training.emit("gap", dropped=0, why="x")
+    training.steps(1)
+    content = lines(training.path)
+    content[5] = b"garbage\n"
+    (training.path.path / segment_name(1)).write_bytes(b"".join(content))
+    telling = Telling(tmp_path, signals=SIGNALS)
+    telling.ship()
+    found = telling.says()["journal.lines"]
+    assert found == {
+        ("job", "read"): len(content) - 1,
+        ("job", "damaged"): 1,
+        ("job", "dropped"): 0,
+        ("job", "pruned"): 0,
+    }
+
+
+def test_jobs_are_told_apart(tmp_path):
+    for job, count in (("first", 5), ("second", 9)):
+        resource = {"service.name": "t", "service.instance.id": f"{job}-0", "job_id": job, "rank": 0}
+        place = tmp_path / job / "node"
+        place.mkdir(parents=True)
+        writer = open_writer(place, session=f"00000000000000{count:02}", resource=resource, world_size=1)
+        for number in range(count):
+            writer.append(metrics(number))
+    telling = Telling(tmp_path)
+    telling.ship()
+    assert telling.says()["journal.lines"]["first", "read"] == 6
+    assert telling.says()["journal.lines"]["second", "read"] == 10
+
+
+def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path):
+    training = Training(tmp_path)
+    training.steps(5)
+    telling = Telling(tmp_path)
+    telling.ship()
+    assert telling.says()["delivery.lag"] == {("job", "metrics"): 0.0}
+    training.now += 600 * SECOND
+    training.emit("event", parent=1, name="checkpoint")
+    telling.time.now = training.now / SECOND + 0.25
+    assert telling.says()["delivery.lag"]["job", "metrics"] == pytest.approx(0.25, abs=1e-5)
+    telling.time.skip(30)
+    assert telling.says()["delivery.lag"]["job", "metrics"] == pytest.approx(30.25, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tail", "waits"),
+    [
+        (b'{"ts":1795262400', 0.0),
+        (b"x" * 8000, 100.0),
+        (b'garbage\n{"ts":1795262460000000000,"seq":99}\n', 40.0),
+    ],
+    ids=["a line that is being written", "no line at all", "a damaged line before a whole one"],
+)
+def test_lag_with_damage_at_the_cursor(tmp_path, tail, waits):
+    training = Training(tmp_path)
+    telling = Telling(tmp_path)
+    telling.ship()
+    with open(training.path.path / segment_name(1), "ab") as file:
+        file.write(tail)
+    telling.time.now = NOON / SECOND + 100
+    assert telling.says()["delivery.lag"]["job", "metrics"] == pytest.approx(waits, abs=1e-4)
+    assert telling.says()["delivery.pending"]["job", "metrics"] == len(tail)
+
+
+def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path):
+    training = Training(tmp_path, limits=segments_of(4096))
+    training.steps(100)
+    session = training.path
+    sizes = {n: (session.path / segment_name(n)).stat().st_size for n in session.segments()}
+    assert len(sizes) > 3
+    telling = Telling(tmp_path, answers=[AWAY] * 9)
+    telling.ship(rounds=1)
+    assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values())
+    (session.path / segment_name(1)).unlink()
+    assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values()) - sizes[1]
+
+
+def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_path):
+    for rank in range(2):
+        Training(tmp_path, rank=rank, session=f"00000000000000a{rank}").steps(10)
+    with ScriptedReceiver() as receiver:
+        telling = Telling(tmp_path, receiver)
+        telling.there.export = lambda signal, resource, records: HOLD if resource["rank"] == 1 else OK
+        telling.ship(rounds=5)
+        telling.time.now = NOON / SECOND + 3600
+        says = telling.says()
+        assert says["delivery.held"] == {("job", "metrics"): 1.0}
+        assert says["delivery.lag"]["job", "metrics"] == pytest.approx(3600, abs=1)
+        assert telling.health.tell()
+        (request,) = receiver.health
+    assert {p.name for p in points(request)} == {f"stepspan.{name}" for name in says}
+
+
+def test_a_session_that_cannot_be_read_any_more_takes_nothing_from_the_sums(tmp_path):
+    training = Training(tmp_path)
+    training.steps(10)
+    telling = Telling(tmp_path)
+    telling.ship()
+    before = telling.says()
+    (lane,) = telling.shippers[0].lanes.values()
+    telling.shippers[0]._give_up(lane.session.path, OSError("gone"))
+    assert telling.shippers[0].book.jobs["job"].ledger == lane.state.ledger
+    telling.time.skip(120)
+    telling.ship()
+    assert telling.says()["journal.lines"] == before["journal.lines"]
+
+
+# ---------------------------------------------------------------- when it is told
+
+
+def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path):
+    training = Training(tmp_path)
+    training.steps(3)
+    with ScriptedReceiver() as receiver:
+        telling = Telling(tmp_path, receiver)
+        telling.ship()
+        assert [telling.health.tell() for _ in range(3)] == [True, True, True]
+        training.end()
+        telling.time.skip(1)
+        telling.ship()
+        assert not telling.shippers[0].lanes
+        assert [telling.health.tell() for _ in range(3)] == [True, False, False]
+        assert len(receiver.health) == 4
+        last = {p.attributes: p.number for p in points(receiver.health[-1]) if p.name.endswith("records")}
+        assert sum(last.values()) == len(telling.there.taken)
+
+
+def test_a_job_that_was_finished_before_is_passed_over(tmp_path):
+    trained(tmp_path, 3)
+    Telling(tmp_path).ship()
+    with ScriptedReceiver() as receiver:
+        later = Telling(tmp_path, receiver)
+        later.ship()
+        assert not later.health.tell()
+        assert receiver.health == []
+
+
+def test_nothing_is_told_before_all_sessions_are_counted(tmp_path):
+    Training(tmp_path)
+    with ScriptedReceiver() as receiver:
+        telling = Telling(tmp_path, receiver)
+        assert not telling.health.tell(), "a sum that began too small would look like a reset"
+        telling.ship()
+        assert telling.health.tell()
+
+
+def test_a_receiver_that_is_away_is_not_asked(tmp_path):
+    Training(tmp_path).steps(3)
+    with ScriptedReceiver() as receiver:
+        telling = Telling(tmp_path, receiver, answers=[AWAY] * 2)
+        telling.ship(rounds=1)
+        assert not telling.health.tell()
+        assert receiver.connections == 0
+        telling.time.skip(100)
+        telling.ship(rounds=1)
+        telling.time.skip(100)
+        telling.ship()
+        assert telling.health.tell()
+
+
+def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path):
+    Training(tmp_path).steps(3)
+    telling = Telling(tmp_path, signals=["traces"])
+    telling.ship()
+    sent = []
+    telling.health._exporter.export = lambda *request: sent.append(request) or AWAY
+    for _ in range(12):
+        assert not telling.health.tell()
+        telling.time.skip(healths.EVERY)
+    assert len(sent) == 2
+
+
+def test_it_tells_every_so_often_while_it_runs_and_once_when_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(healths, "EVERY", 0.05)
+    training = Training(tmp_path)
+    training.steps(3)
+    with ScriptedReceiver() as receiver:
+        deliverer = live(tmp_path, OtlpExporter(receiver.url, env={}))
+        until(lambda: len(receiver.health) >= 3)
+        monkeypatch.setattr(healths, "EVERY", 1000.0)
+        training.end()
+        deliverer.wait(caught_up)
+        until(lambda: not any(shipper.lanes for shipper in deliverer.shippers))
+        deliverer.stop()
+        last = {p.attributes: p.number for p in points(receiver.health[-1])}
+        taken = {signal: len(points_of(receiver, signal)) for signal in SIGNALS}
+        destination = deliverer.shippers[0].exporter.destination
+        assert {
+            signal: last[("destination", destination), ("job_id", "job"), ("outcome", "delivered"), ("signal", signal)]
+            for signal in SIGNALS
+        } == taken
+        times = [max(p.time for p in points(request)) for request in receiver.health]
+        assert times == sorted(set(times))
+
+
+def points_of(receiver, signal):
+    return {"metrics": receiver.points, "traces": receiver.spans, "logs": receiver.logs}[signal]()
+
+
+def live(directory, exporter):
+    deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot"), health="node-1")
+    deliverer.start()
+    return deliverer
+
+
+def test_a_deliverer_that_delivered_nothing_tells_nothing(tmp_path):
+    with ScriptedReceiver() as receiver:
+        deliverer = live(tmp_path, OtlpExporter(receiver.url, env={}))
+        deliverer.wait(caught_up)
+        deliverer.stop()
+        assert receiver.connections == 0
+
+
+def test_a_destination_without_metrics_is_told_nothing(tmp_path):
+    Training(tmp_path).steps(3)
+    with ScriptedReceiver() as receiver:
+        deliverer = live(tmp_path, OtlpExporter(receiver.url, env={"OTEL_METRICS_EXPORTER": "none"}))
+        deliverer.wait(caught_up)
+        deliverer.stop()
+        assert receiver.spans() != []
+        assert receiver.logs() != []
+        assert receiver.health == []
+
+
+def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(healths, "EVERY", 0.01)
+    training = Training(tmp_path)
+    training.steps(3)
+
+    class Hanging(OtlpExporter):
+        def beside(self, timeout):
+            other = super().beside(timeout)
+            other.export = lambda *request: asked.append(request) or time.sleep(timeout) or AWAY
+            return other
+
+    asked: list = []
+    with ScriptedReceiver() as receiver:
+        deliverer = live(tmp_path, Hanging(receiver.url, env={}))
+        until(lambda: asked)
+        training.steps(5)
+        until(lambda: len({p.time for p in receiver.points("training.loss")}) == 8)
+        assert len(asked) == 1, "it still hangs"
+        training.end()
+        deliverer.wait(caught_up)
+        before = time.monotonic()
+        deliverer.stop()
+        assert time.monotonic() - before < healths.TIMEOUT + 1
+
+
+def test_a_dead_endpoint_costs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(healths, "EVERY", 0.05)
+    Training(tmp_path).steps(3)
+    deliverer = live(tmp_path, OtlpExporter(NOWHERE, env={}))
+    asked: list = []
+    deliverer._health[0]._exporter.export = lambda *request: asked.append(request) or AWAY
+    until(lambda: all(shipper.silent_for() > 0.5 for shipper in deliverer.shippers))
+    before = time.monotonic()
+    deliverer.stop()
+    assert time.monotonic() - before < 1
+    assert len(asked) <= 1, "at most before the first failure of the journal's own request"
+
+
+# ---------------------------------------------------------------- the processes
+
+
+def test_the_deliverer_of_a_run_tells_the_ledgers_that_its_cursors_hold(ranks):
+    with ScriptedReceiver() as receiver:
+        for rank in range(2):
+            ranks.start(rank, count=20, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
+        ranks.stop()
+        until(lambda: not ranks.deliverers(), 40)
+        told = {p.attributes: p for request in receiver.health for p in points(request)}
+        named = {tuple(dict(a).get(n) for n in ("signal", "outcome")): p.number for a, p in told.items()}
+        assert {signal: named[signal, "delivered"] for signal in SIGNALS} == {
+            signal: len(points_of(receiver, signal)) for signal in SIGNALS
+        }
+        about = attributes(receiver.health[-1].resource_metrics[0].resource)
+        assert about["service.instance.id"] == f"deliverer-{about['host.name']}"
+
+
+def test_a_run_can_switch_it_off(ranks):
+    with ScriptedReceiver() as receiver:
+        ranks.start(0, count=5, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, STEPSPAN_HEALTH="0")
+        ranks.stop()
+        until(lambda: not ranks.deliverers(), 40)
+        assert receiver.points("training.loss")
+        assert receiver.health == []
+
+
+def sync(directory, receiver, *flags, **env):
+    inherited = {name: value for name, value in os.environ.items() if not is_ours(name)}
+    command = [sys.executable, "-m", "stepspan", "sync", str(directory), "--endpoint", receiver.url, *flags]
+    return subprocess.Popen(command, env={**inherited, "NO_PROXY": "*", **env}, stdout=subprocess.PIPE)
+
+
+def test_sync_tells_nothing(tmp_path):
+    trained(tmp_path, 3)
+    with ScriptedReceiver() as receiver, sync(tmp_path, receiver) as process:
+        assert process.wait(timeout=30) == 0
+        assert receiver.points("training.loss")
+        assert receiver.health == []
+
+
+@pytest.mark.parametrize(("setting", "told"), [("", 1), ("0", 0)], ids=["by default", "switched off"])
+def test_sync_follow_tells_when_it_ends(tmp_path, setting, told):
+    trained(tmp_path, 3)
+    with ScriptedReceiver() as receiver, sync(tmp_path, receiver, "--follow", STEPSPAN_HEALTH=setting) as process:
+        until(lambda: list(tmp_path.rglob("*.logs")) and all_delivered(tmp_path))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+        assert len(receiver.health) == told
+
+
+def all_delivered(directory):
+    return all(
+        state.position.finished
+        for session in find_sessions(directory)
+        for states in cursors(session.path).values()
+        for state in states.values()
+    )
+
+
+@pytest.mark.stack
+def test_names_in_prometheus(tmp_path, collector, prometheus):
+    training = Training(tmp_path / "runs", started=time.time() - NOON / SECOND - 60)
+    training.steps(20)
+    for where in (collector.http_endpoint, prometheus.otlp_endpoint):
+        with closing(
+            OtlpExporter(where, env={"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"})
+        ) as exporter:
+            deliverer = live(tmp_path / "runs", exporter)
+            deliverer.wait(caught_up)
+            deliverer.stop()
+            mine = f'destination="{exporter.destination}"'
+            told = lambda query, mine=mine: {  # noqa: E731
+                (m["metric"].get("outcome") or m["metric"].get("state"), float(m["value"][1]))
+                for m in prometheus.query(query % mine)
+            }
+            until(lambda told=told: told('stepspan_delivery_records_total{job_id="job",signal="metrics",%s}'))
+            records = dict(told('stepspan_delivery_records_total{job_id="job",signal="metrics",%s}'))
+            assert records["delivered"] > 20
+            assert records["rejected"] == 0
+            assert dict(told('stepspan_journal_lines_total{job_id="job",%s}'))["read"] > 60
+            for gauge in ("stepspan_delivery_pending_bytes", "stepspan_delivery_lag_seconds", "stepspan_delivery_held"):
+                assert told(gauge + '{signal="metrics",job="stepspan",instance="deliverer-node-1",%s}') == {(None, 0.0)}
+
+
+# ---------------------------------------------------------------- its cost
+
+
+def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path):
+    """A look at each: two sizes, and where something waits the time of one line."""
+    telling = Telling(tmp_path)
+    session = Training(tmp_path)
+    session.steps(3)
+    lane = Lane(session.path, "metrics", telling.there, telling.options)
+    lane.advance(1 << 62)
+    session.steps(3)
+    shipper = telling.shippers[0]
+    shipper.book.count(lane, moved=True)
+    for number in range(10_000):
+        shipper.lanes[tmp_path / str(number)] = lane
+    before = time.thread_time()
+    assert telling.says()["delivery.pending"]["job", "metrics"] > 0
+    assert time.thread_time() - before < 1.0
+    shipper.lanes.clear()
+    lane.close()

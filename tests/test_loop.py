@@ -1,0 +1,184 @@
+"""What the frameworks' callbacks share, without a framework: hooks that are missing, come twice, or fail."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import runs
+from runs import events, outline, python
+
+import stepspan
+from stepspan.disabled import DISABLED
+from stepspan.integrations.loop import Loop, finite, hook, samples_of
+from stepspan.run import Run
+
+start = runs.start
+Start = Callable[..., Run]
+
+
+class Hooks:
+    """A callback as the frameworks' are made."""
+
+    def __init__(self) -> None:
+        self.loop = Loop({"job_id": "job"})
+
+    @hook
+    def begins(self) -> None:
+        self.loop.begin(dict)
+
+    @hook
+    def fails(self) -> None:
+        raise AttributeError("another version of the framework")
+
+
+def test_entering_a_level_closes_what_is_open_at_it_and_inside_it(start: Start) -> None:
+    loop = Loop({})
+    with start() as run:
+        loop.begin(dict)
+        loop.enter("epoch", run.epoch(0))
+        loop.batch(0)
+        loop.batch(0)
+        loop.enter("part", run.span("validation"))
+        loop.enter("phase", run.span("checkpoint"))
+        loop.enter("epoch", run.epoch(1))
+        loop.leave("step")
+        loop.leave("epoch")
+        loop.leave("epoch")
+    told = [line for line in outline(run) if line != "sample"]
+    assert told == [
+        *("run", "  epoch 0", "    step 0", "      span validation", "      end span", "    end step"),
+        *("    span checkpoint", "    end span", "  end epoch", "  epoch 1", "  end epoch", "end run completed"),
+    ]
+
+
+def test_a_hook_that_fails_is_told_once_and_training_goes_on(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    hooks = Hooks()
+    with start() as run:
+        hooks.begins()
+        hooks.fails()
+        hooks.fails()
+    assert run.stats()["troubles"] == {"fails": 2}
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "Hooks.fails failed: AttributeError('another version of the framework')" in told
+
+
+def test_a_run_is_started_only_where_there_is_none_and_ended_only_by_who_started_it(start: Start) -> None:
+    loop = Loop({"job_id": "ours"})
+    with start(job_id="theirs") as run:
+        loop.begin(dict)
+        assert loop.run is run
+        loop.end()
+        assert not run.closed
+    loop.begin(lambda: {"job_id": "launcher", "rank": 1, "world_size": 2})
+    ours = loop.run
+    assert (ours.identity.job_id, ours.identity.rank) == ("ours", 1)
+    loop.end()
+    assert ours.closed
+    assert loop.run is DISABLED
+    loop.begin(None)
+    assert stepspan.current_run() is DISABLED
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "completed"), (ValueError("x"), "failed")], ids=["well", "by an exception"]
+)
+def test_a_run_ends_as_its_loop_did(start: Start, error: BaseException | None, status: str) -> None:
+    loop = Loop({})
+    loop.begin(dict)
+    run = loop.run
+    loop.batch(0)
+    loop.end(error)
+    assert runs.status_of(runs.path_of(run)) == status
+    assert len(events(run, "error")) == (error is not None)
+
+
+def test_a_loop_that_was_left_without_a_word_was_interrupted(start: Start) -> None:
+    loop = Loop({})
+    loop.begin(dict)
+    first = loop.run
+    loop.batch(3)
+    loop.begin(dict)
+    assert loop.run is not first
+    loop.end()
+    assert runs.status_of(runs.path_of(first)) == "interrupted"
+
+
+def test_batches_of_one_step_add_up(start: Start) -> None:
+    loop = Loop({})
+    with start() as run:
+        loop.begin(dict)
+        for _ in range(3):
+            loop.batch(0, samples=2)
+        loop.leave("step")
+    (end,) = events(run, "step_end")
+    assert end["samples"] == 6.0
+    assert end["data_wait"] > 0
+
+
+@pytest.mark.parametrize(
+    ("metrics", "split", "keys"),
+    [
+        ({"val_loss": 1.0, "accuracy": 1.0}, "val", ["val/loss", "accuracy"]),
+        ({"val_loss": 1.0, "loss": 1.0}, "val", ["val_loss", "loss"]),
+        ({"val/loss": 1.0, "val_": 1.0}, "val", ["val/loss", "val_"]),
+        ({"train_loss": 1.0}, "train", ["train_loss"]),
+        ({"eval_a_loss": 1.0}, "eval", ["eval/a_loss"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
+)
+def test_names_of_metrics(start: Start, metrics: dict[str, float], split: str, keys: list[str]) -> None:
+    loop = Loop({})
+    with start() as run:
+        loop.begin(dict)
+        loop.log(metrics, 7, split)
+    (event,) = events(run, "metrics")
+    assert (list(event["metrics"]), event["split"], event["step"]) == (keys, split, 7)
+
+
+@pytest.mark.parametrize(
+    ("batch", "samples"),
+    [
+        (np.zeros((4, 3)), 4),
+        ([np.zeros((4, 3)), np.zeros(4)], 4),
+        ({"input_ids": np.zeros((5, 3)), "labels": np.zeros(5)}, 5),
+        (({"x": [np.zeros((2, 3))]}, None), 2),
+        (np.float64(1.0), None),
+        (["a", "b"], None),
+        ([], None),
+        ({}, None),
+        (None, None),
+    ],
+    ids=["array", "list", "mapping", "nested", "scalar", "texts", "empty list", "empty mapping", "nothing"],
+)
+def test_samples_of_a_batch(batch: Any, samples: int | None) -> None:
+    assert samples_of(batch) == samples
+
+
+@pytest.mark.parametrize(
+    ("number", "known"), [(10, 10), (10.0, 10), (-1, None), (0, None), (float("inf"), None), (None, None)]
+)
+def test_steps_that_nobody_knows_are_not_told(number: Any, known: int | None) -> None:
+    assert finite(number) == known
+
+
+def test_switched_off_everything_does_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STEPSPAN_DISABLED", "1")
+    loop = Loop({})
+    loop.begin(dict)
+    loop.batch(0, samples=3)
+    loop.log({"loss": 1.0}, 0)
+    loop.end(ValueError("x"))
+    assert loop.run is DISABLED
+
+
+def test_asking_for_a_callback_loads_no_framework(tmp_path: Any) -> None:
+    code = """
+    import sys
+    import stepspan.integrations.lightning, stepspan.integrations.huggingface
+    assert not {"torch", "lightning", "pytorch_lightning", "transformers"} & set(sys.modules)
+    """
+    assert python(code, tmp_path).returncode == 0

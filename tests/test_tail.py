@@ -1,0 +1,356 @@
+"""`stepspan tail` and `stepspan report`: a run as a person reads it, from its journal alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from delivery import SECOND, Scripted, Training, deliver, options, trained
+from journals import header, lay_down
+from processes import until
+
+from stepspan.cli import tail as tails
+from stepspan.cli.describe import ROWS, describe, duration, printable
+from stepspan.cli.summary import quantiles, summarise
+from stepspan.cli.tail import BRIEF, Follow
+from stepspan.events import FIELDS
+from stepspan.identity import host_facts
+from stepspan.journal.layout import find_sessions, segment_name
+from stepspan.otlp.transport import Outcome, Verdict
+
+
+def stepspan(*arguments: object) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "TZ": "UTC"}
+    command = [sys.executable, "-m", "stepspan", *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
+
+
+def tail(path: Path, count: int = 1000, rank: int | None = None, tags: tuple[str, ...] = ()) -> list[str]:
+    return [f"{line.rank}|{line.step}|{line.what}" for line in Follow(path, rank, tags).newest(count)]
+
+
+def one_step(training: Training, **wait: float) -> None:
+    """A step with a collective in it, and a value."""
+    step = training.emit("step_begin", parent=training.run, step=training.step, split="train")
+    span = training.emit("span_begin", parent=step, name="all_reduce", collective=True)
+    training.now += int(wait.get("collective", 0.0) * SECOND)
+    training.emit("span_end", begin=span)
+    training.emit("metrics", step=training.step, split="train", metrics={"loss": wait.get("loss", 0.5)})
+    training.now += int(wait.get("compute", 0.0) * SECOND)
+    training.emit("step_end", begin=step, data_wait=0.002)
+    training.step += 1
+
+
+# ---------------------------------------------------------------- tail
+
+
+def test_lines_are_merged_over_ranks_by_time(tmp_path):
+    for rank in range(2):
+        training = Training(tmp_path, rank=rank, session=f"00000000000000a{rank}", started=rank * 0.25)
+        training.emit("metrics", step=1, split="train", metrics={"loss": 0.123456789, "lr": 0.1})
+        training.now += SECOND
+        training.emit("metrics", step=1, split="val", metrics={"loss": "NaN"})
+        training.end("failed")
+    assert tail(tmp_path) == [
+        "0||session 00000000000000a0 on node, pid 1",
+        "0||run demo begins",
+        "0|1|loss=0.123457 lr=0.1",
+        "1||session 00000000000000a1 on node, pid 1",
+        "1||run demo begins",
+        "1|1|loss=0.123457 lr=0.1",
+        "0|1|val  loss=NaN",
+        "0||run demo took 1.00 s: failed",
+        "1|1|val  loss=NaN",
+        "1||run demo took 1.00 s: failed",
+    ]
+    assert tail(tmp_path, 2) == ["1|1|val  loss=NaN", "1||run demo took 1.00 s: failed"]
+    assert tail(tmp_path, rank=0, tags=("metrics",)) == ["0|1|loss=0.123457 lr=0.1", "0|1|val  loss=NaN"]
+    assert tail(tmp_path, 0) == []
+
+
+def test_a_step_is_told_by_its_end_and_by_its_beginning_while_it_is_open(tmp_path):
+    training = Training(tmp_path)
+    one_step(training, collective=0.005, compute=0.25)
+    step = training.emit("step_begin", parent=training.run, step=1, split="train")
+    training.emit("span_begin", parent=step, name="all_reduce", collective=True)
+    training.die()
+    assert tail(tmp_path)[2:] == [
+        "0|0|all_reduce took 5 ms",
+        "0|0|loss=0.5",
+        "0|0|step 0 took 255 ms, waited 2 ms for data",
+        "0|1|step 1 begins",
+        "0|1|all_reduce begins",
+    ]
+    assert tail(tmp_path, tags=tuple(BRIEF))[0] == "0|0|step 0 begins", "who asks for them gets all"
+
+
+def test_a_long_journal_is_read_from_its_end(tmp_path):
+    session = trained(tmp_path, 3000)
+    read = []
+    follow = Follow(tmp_path, None, frozenset())
+    (one,) = follow._open()
+    original = one._reader._pread
+    one._reader._pread = lambda *where: read.append(original(*where)) or read[-1]
+    lines = one.newest(10, frozenset())
+    assert lines[-1].what == "run ended: completed"
+    size = sum((session.path / segment_name(n)).stat().st_size for n in session.segments())
+    assert sum(map(len, read)) < size / 3
+
+
+def test_a_rare_line_is_looked_for_further_back(tmp_path):
+    training = Training(tmp_path)
+    training.emit("error", parent=training.run, type="ValueError", message="early", stack="", attributes={})
+    training.steps(3000)
+    assert tail(tmp_path, tags=("error",)) == ["0||ValueError: early"]
+
+
+def test_follow_shows_what_comes_once_also_of_sessions_that_appear(tmp_path):
+    first = Training(tmp_path)
+    follow = Follow(tmp_path, None, frozenset({"metrics"}))
+    assert follow.newest(5) == []
+    first.emit("metrics", step=1, split="train", metrics={"loss": 1.0})
+    second = Training(tmp_path, rank=1, session="00000000000000a1")
+    second.emit("metrics", step=1, split="train", metrics={"loss": 2.0})
+    found: list[str] = []
+
+    def look() -> bool:
+        found.extend(f"{line.rank} {line.what}" for line in follow.more(rescan=True))
+        return len(found) >= 2
+
+    until(look)
+    first.emit("metrics", step=2, split="train", metrics={"loss": 3.0})
+    first.end()
+    until(lambda: look() and len(found) == 3)
+    assert sorted(found) == ["0 loss=1", "0 loss=3", "1 loss=2"]
+    assert follow.more(rescan=True) == []
+
+
+def test_following_ends_when_interrupted(tmp_path):
+    training = Training(tmp_path)
+    training.emit("metrics", step=1, split="train", metrics={"loss": 1.0})
+    command = [sys.executable, "-m", "stepspan", "tail", str(tmp_path), "--follow", "--tag", "metrics"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().endswith("loss=1\n")
+        training.emit("metrics", step=2, split="train", metrics={"loss": 2.0})
+        training.end()
+        assert process.stdout.readline().endswith("loss=2\n")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 0
+
+
+def test_following_rests_between_two_looks(tmp_path, monkeypatch, capsys):
+    Training(tmp_path)
+    rests: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        rests.append(seconds)
+        if len(rests) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(tails.time, "sleep", sleep)
+    assert tails.show_tail(tmp_path, count=5, follow=True, rank=None, tags=()) == 0
+    assert rests == [tails.POLL] * 3
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_the_command_prints_time_rank_step_and_what(tmp_path):
+    training = Training(tmp_path, rank=3)
+    training.emit("metrics", step=12, split="train", metrics={"loss": 0.5})
+    training.die()
+    told = stepspan("tail", tmp_path, "-n", 1)
+    assert told.stdout == "2026-11-21 12:00:00.000  rank 3        12  loss=0.5\n"
+    assert stepspan("tail", tmp_path, "--tag", "error").returncode == 2
+
+
+def test_several_jobs_are_named(tmp_path):
+    for number, job in enumerate(("one", "two")):
+        lay_down(tmp_path / job / "node", [header(job_id=job, session=f"{number:016}")], session=f"{number:016}")
+    assert [line.split()[2] for line in stepspan("tail", tmp_path).stdout.splitlines()] == ["one", "two"]
+
+
+def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path):
+    training = Training(tmp_path)
+    training.emit("event", parent=1, name="\x1b[31mred\n[bold]fake line", attributes={"bell": "\x07"})
+    training.die()
+    for command in (["tail", tmp_path], ["report", tmp_path]):
+        assert "\x1b" not in stepspan(*command).stdout
+    assert tail(tmp_path)[-1] == "0|| [31mred [bold]fake line bell= "
+    assert printable("é✓") == "é✓"
+
+
+# ---------------------------------------------------------------- one line
+
+
+def test_every_tag_has_words():
+    assert set(ROWS) == set(FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        ({"tag": "artifact", "kind": "checkpoint", "name": "model", "path": "/a b.pt"}, "checkpoint model: /a b.pt"),
+        ({"tag": "event", "name": "eval", "status": "ok", "attributes": {"n": 3}}, "eval [ok] n=3"),
+        ({"tag": "log", "severity": 13, "logger": "root", "message": "low disk"}, "WARNING root: low disk"),
+        ({"tag": "memory", "device_id": 0, "counters": {"allocated": 5}}, "device 0: allocated=5"),
+        ({"tag": "gap", "dropped": 7, "why": "disk full"}, "7 events before this one could not be written: disk full"),
+        (
+            {"tag": "sample", "source": "gpu", "values": [["hw.power", 300.0, {"hw.id": "0"}], ["x", 1]]},
+            "gpu: hw.power{0}=300 x=1",
+        ),
+        ({"tag": "step_end", "begin": 3, "status": "error"}, "step ended, error"),
+        ({"tag": "device_time", "begin": 3, "seconds": 0.0123}, "a span on the device: 12.3 ms"),
+        ({"tag": "metrics"}, "metrics"),
+        ({"tag": "tomorrow", "seq": 3, "mood": "good"}, "tomorrow mood=good"),
+    ],
+    ids=lambda value: value["tag"] if isinstance(value, dict) else "",
+)
+def test_an_event_in_words(event, words):
+    assert describe({"ts": 0, "seq": 1, "crc": 1, **event}) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (2e-5, "20 µs"),
+        (0.0123, "12.3 ms"),
+        (1.5, "1.50 s"),
+        (45.23, "45.2 s"),
+        (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds) == text
+
+
+# ---------------------------------------------------------------- report
+
+
+def two_ranks(directory: Path) -> None:
+    """Rank 0 waits for rank 1, which is killed in step 3 and tried again."""
+    for rank, wait, compute in ((0, 0.4, 0.1), (1, 0.1, 0.4)):
+        training = Training(directory, rank=rank, session=f"00000000000000a{rank}", boot_id=host_facts().boot_id)
+        training.emit("hyperparams", params={"lr": 0.1})
+        training.emit("progress", total_steps=10)
+        for loss in (3.0, "NaN", 1.0):
+            one_step(training, collective=wait, compute=compute, loss=loss)
+        if rank == 0:
+            training.emit("artifact", name="model", path="/ckpt/3", kind="checkpoint", step=3)
+            training.end()
+        else:
+            step = training.emit("step_begin", parent=training.run, step=3, split="train")
+            training.emit("error", parent=step, type="OSError", message="no disk", stack="", attributes={})
+            training.die()
+    again = Training(directory, rank=1, session="00000000000000b1", started=60.0)
+    one_step(again, collective=0.1, compute=0.4, loss=0.25)
+    again.end()
+
+
+def test_the_report_as_data(tmp_path):
+    two_ranks(tmp_path)
+    (job,) = summarise(find_sessions(tmp_path))
+    assert (job["job"], job["name"], job["ranks"], job["total_steps"]) == ("job", "demo", 2, 10)
+    assert [(s["rank"], s["status"], s["steps"], s["last_step"], s["open_step"]) for s in job["sessions"]] == [
+        (0, "completed", 3, 2, None),
+        (1, "interrupted", 3, 2, 3),
+        (1, "completed", 1, 0, None),
+    ]
+    assert job["sessions"][0]["step_time"] == pytest.approx({"p50": 0.5, "p99": 0.5, "max": 0.5}, abs=1e-4)
+    assert job["sessions"][0]["data_wait"] == pytest.approx(0.002)
+    assert job["straggler"] == {
+        "rank": 1,
+        "wait": pytest.approx(0.1, abs=1e-4),
+        "others_wait": pytest.approx(0.4, abs=1e-4),
+    }
+    loss = job["metrics"]["loss"]
+    assert (loss["last"], loss["min"], loss["min_step"], loss["max"]) == (1.0, 0.25, 0, 3.0)
+    assert (loss["points"], loss["nonfinite"]) == (7, 2)
+    assert [(e["rank"], e["step"], e["type"]) for e in job["errors"]["list"]] == [(1, 3, "OSError")]
+    assert [(c["step"], c["path"]) for c in job["checkpoints"]] == [(3, "/ckpt/3")]
+    assert job["hyperparams"] == {"lr": 0.1}
+    assert job["delivery"] == []
+
+
+def test_the_report_on_a_page(tmp_path):
+    two_ranks(tmp_path)
+    page = stepspan("report", tmp_path).stdout
+    for words in (
+        "2 ranks, 3 sessions (2 completed, 1 interrupted); began 2026-11-21 12:00:00",
+        "reached step 2 of 10",
+        "least wait in collectives: rank 1, 100 ms a step; the others 400 ms: it holds them up",
+        "rank 1, step 3  OSError: no disk",
+        "step 3  model  /ckpt/3",
+        "sent nowhere",
+    ):
+        assert words in page
+    assert "Traceback" not in page
+
+
+def test_the_report_as_json_is_json_whatever_was_logged(tmp_path):
+    training = Training(tmp_path)
+    one_step(training, loss="NaN")
+    training.end()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    (job,) = json.loads(stepspan("report", tmp_path, "--json").stdout, parse_constant=refuse)["jobs"]
+    assert job["metrics"]["loss"]["last"] == "NaN"
+
+
+def test_what_is_lost_and_what_was_delivered(tmp_path):
+    session = trained(tmp_path, 10)
+    file = session.path / segment_name(1)
+    content = file.read_bytes().splitlines(keepends=True)
+    content[7] = b"garbage\n"
+    file.write_bytes(b"".join(content))
+    deliver(session, Scripted(), options())
+    deliver(session, Scripted([Outcome(Verdict.HOLD, "404: check the path")]), options(), "traces")
+    (job,) = summarise(find_sessions(tmp_path))
+    assert job["sessions"][0]["lines"]["damaged"] == 1
+    rows = {row["signal"]: row for row in job["delivery"]}
+    assert (rows["metrics"]["finished"], rows["metrics"]["pending"], rows["metrics"]["held"]) == (1, 0, 0)
+    assert (rows["traces"]["finished"], rows["traces"]["held"]) == (0, 1)
+    assert rows["traces"]["messages"] == ["404: check the path"]
+    page = stepspan("report", tmp_path).stdout
+    assert "1 lines damaged" in page
+    assert "404: check the path" in page
+
+
+def test_a_session_that_cannot_be_read_is_named(tmp_path):
+    session = trained(tmp_path, 1)
+    (session.path / segment_name(1)).write_bytes(b"nothing\n")
+    (job,) = summarise([session])
+    assert job["sessions"][0]["status"] == "unreadable"
+    assert "no segment begins with a header" in job["sessions"][0]["trouble"]
+    assert "no segment begins with a header" in stepspan("report", tmp_path).stdout
+
+
+def test_many_ranks_stay_on_a_page(tmp_path):
+    for rank in range(40):
+        training = Training(tmp_path, rank=rank, session=f"{rank:016}")
+        one_step(training, compute=5.0 if rank == 33 else 0.1)
+        training.end()
+    page = stepspan("report", tmp_path).stdout
+    assert "and 16 more" in page
+    assert "\n33 " in page
+    assert len(page.splitlines()) < 50
+
+
+def test_quantiles_by_nearest_rank():
+    assert quantiles([float(n) for n in range(1, 101)]) == {"p50": 50.0, "p99": 99.0, "max": 100.0}
+    assert quantiles([]) is None
+
+
+@pytest.mark.parametrize("command", ["tail", "report"])
+def test_help_and_an_empty_place(tmp_path, command):
+    assert stepspan(command, "--help").stdout.count(".") >= 3
+    told = stepspan(command, tmp_path)
+    assert told.returncode == 2
+    assert str(tmp_path) in told.stderr
