@@ -8,6 +8,7 @@ Needs torch and scikit-learn, whose digits it learns. On GPUs it talks NCCL, oth
 OTEL_EXPORTER_OTLP_ENDPOINT says where to. The slow rank takes longer to compute, and both ranks' steps take equally long
 all the same, because the other one waits. What tells them apart is the wait in the all-reduce:
 `bottomk(1, avg by (rank) (avg_over_time(training_step_wait_seconds{split="train"}[5m])))`.
+"""
 
 from __future__ import annotations
 

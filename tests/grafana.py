@@ -70,6 +70,7 @@ def queries(name: str) -> Iterator[Query]:
 
 def annotations(name: str) -> Iterator[Query]:
     for mark in dashboard(name).get("annotations", {}).get("list", []):
+        assert mark["expr"] == mark["target"]["expr"]
         yield Query(f"{name}: {mark['name']}", mark["datasource"]["uid"], mark["target"]["expr"])
 
 

@@ -32,7 +32,7 @@ import grafana
 import orjson
 import pytest
 import requests
-from processes import until
+from processes import Ranks, until
 from runs import is_ours
 from scripted_nvml import GPU, ScriptedNvml
 from stack import Loki, StackCollector, StackPrometheus, Tempo, binary
@@ -232,6 +232,7 @@ def training(directory: Path, endpoint: str) -> Iterator[None]:
     finally:
         for rank in ranks:
             rank.kill()
+        until(lambda: not Ranks(directory).deliverers(), PATIENCE)
 
 
 def await_all(shown: Shown) -> None:

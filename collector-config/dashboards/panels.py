@@ -24,6 +24,7 @@ from grafana_foundation_sdk.builders import (
     timeseries,
     xychart,
 )
+from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.models import common
 from grafana_foundation_sdk.models import dashboard as model
 from grafana_foundation_sdk.models import xychart as xy
@@ -48,6 +49,7 @@ Query: TypeAlias = prometheus.Dataquery | loki.Dataquery | tempo.Dataquery
 Panel: TypeAlias = (
     timeseries.Panel | stat.Panel | table.Panel | statushistory.Panel | heatmap.Panel | xychart.Panel | logs.Panel
 )
+Mark: TypeAlias = Builder[model.AnnotationQuery]
 Limits: TypeAlias = Sequence[tuple[float, str]]
 """(from this value on, colour), after green."""
 
@@ -67,10 +69,14 @@ def buckets(expr: str, legend: str) -> prometheus.Dataquery:
     return lines(expr, legend).format(PromQueryFormat.HEATMAP)
 
 
+def at_end(expr: str, legend: str) -> prometheus.Dataquery:
+    """PromQL at the end of the dashboard's time range, one number for each series."""
+    return prometheus.Dataquery().datasource(PROMETHEUS).expr(expr).legend_format(legend).instant()
+
+
 def rows(expr: str, legend: str) -> prometheus.Dataquery:
     """PromQL at the end of the dashboard's time range, one row of a table for each series."""
-    query = prometheus.Dataquery().datasource(PROMETHEUS).expr(expr).legend_format(legend)
-    return query.instant().format(PromQueryFormat.TABLE)
+    return at_end(expr, legend).format(PromQueryFormat.TABLE)
 
 
 def log_lines(expr: str) -> loki.Dataquery:
@@ -159,6 +165,9 @@ def listing(
         panel = panel.with_transformation(transformation("joinByField", {"byField": join, "mode": "outer"}))
     excluded = {"Time": True, **dict.fromkeys(hidden, True)}
     panel = panel.with_transformation(transformation("organize", {"excludeByName": excluded, "renameByName": columns}))
+    if limits:
+        coloured = model.DynamicConfigValue(id_val="custom.cellOptions", value={"type": "color-text"})
+        panel = panel.override_by_field_type("number", [coloured])
     if sort:
         panel = panel.sort_by([look.TableSortByFieldState().display_name(sort[0]).desc(sort[1])])
     return panel
@@ -210,6 +219,14 @@ def faint(panel: P, named: str) -> P:
     }
     panel.override_by_regexp(named, [model.DynamicConfigValue(id_val=key, value=value) for key, value in looks.items()])
     return panel
+
+
+def mark(name: str, colour: str, query: loki.Dataquery | prometheus.Dataquery, title: str, text: str) -> Mark:
+    """What a query finds, as vertical lines on every graph over time."""
+    found = query.ref_id("Anno")
+    marked = board.AnnotationQuery().name(name).datasource(_source(query)).enable(True).icon_color(colour)
+    # Loki's data source reads `expr` beside the target, Prometheus' the target.
+    return marked.target(found).expr(found.build().expr).title_format(title).text_format(text)
 
 
 def transformation(name: str, options: object) -> model.DataTransformerConfig:

@@ -11,6 +11,7 @@ from dashboards.panels import (
     SPLIT,
     TRAIN,
     Panel,
+    at_end,
     buckets,
     by_rank,
     graph,
@@ -78,7 +79,7 @@ def overview() -> list[Panel]:
             "steps take equally long, because the others wait for it. It matters where the others' wait, in the next "
             "panels, is a large part of the step; then look at that rank's host, GPU clocks and data wait.",
             "s",
-            rows(least_wait(1), "rank {{rank}}"),
+            at_end(least_wait(1), "rank {{rank}}"),
             width=6,
             named=True,
             none='mark collectives: run.span("all_reduce", collective=True)',
@@ -107,7 +108,7 @@ def overview() -> list[Panel]:
             "How long ago. Growing while the run has not ended: all hang, usually in a collective that one rank never "
             "reached: the table of last steps names it.",
             "dtdurations",
-            rows(f"time() - max({LAST_STEPS})", "age"),
+            at_end(f"time() - max({LAST_STEPS})", "age"),
             width=6,
             limits=[(300, "yellow"), (600, "red")],
         ),

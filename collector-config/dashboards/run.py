@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from grafana_foundation_sdk.builders import dashboard as board
-from grafana_foundation_sdk.cog.builder import Builder
-from grafana_foundation_sdk.models import dashboard as model
 
 from dashboards.panels import (
     JOB,
-    LOKI,
-    PROMETHEUS,
     RANK,
     SPLIT,
     TRAIN,
+    Mark,
     Panel,
     against,
     events,
@@ -21,6 +18,7 @@ from dashboards.panels import (
     lines,
     listing,
     log_lines,
+    mark,
     messages,
     most,
     number,
@@ -301,7 +299,7 @@ def what() -> list[Panel]:
         ),
         messages(
             "Hyperparameters",
-            "All that run.log_hyperparams was given, by each rank and attempt: what has changed between attempts?",
+            "All that run.log_hyperparams was given, by each rank and attempt. Look here for what differs between two.",
             events(HYPERPARAMETERS),
         ),
     ]
@@ -349,18 +347,11 @@ def dashboard() -> board.Dashboard:
     return built.annotations(marks())
 
 
-def marks() -> list[Builder[model.AnnotationQuery]]:
+def marks() -> list[Mark]:
     """What is marked on every graph over time."""
-    checkpoints = board.AnnotationQuery().name("Checkpoints").datasource(LOKI).enable(True).icon_color("green")
-    errors = board.AnnotationQuery().name("Exceptions").datasource(LOKI).enable(True).icon_color("red")
-    restarts = board.AnnotationQuery().name("Restarts").datasource(PROMETHEUS).enable(True).icon_color("orange")
-    begun = f"max by (job_id) (changes({START}[1m])) > 0"
+    restarted = f"max by (job_id) (changes({START}[1m])) > 0"
     return [
-        checkpoints.target(log_lines(events(ARTIFACT)).ref_id("Anno"))
-        .title_format("checkpoint {{name}}")
-        .text_format("{{path}}"),
-        errors.target(log_lines(events(EXCEPTION)).ref_id("Anno"))
-        .title_format("{{exception_type}}")
-        .text_format("rank {{rank}}"),
-        restarts.target(lines(begun, "").ref_id("Anno")).expr(begun).title_format("restarted"),
+        mark("Checkpoints", "green", log_lines(events(ARTIFACT)), "checkpoint {{name}}", "{{path}}"),
+        mark("Exceptions", "red", log_lines(events(EXCEPTION)), "{{exception_type}}", "rank {{rank}}"),
+        mark("Restarts", "orange", lines(restarted, "restarts"), "restarted", "by rank 0"),
     ]

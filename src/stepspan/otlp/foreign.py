@@ -39,6 +39,8 @@ class Shape(NamedTuple):
 
     resources: str
     """The field of a request."""
+    scopes: str
+    """The field of a resource."""
     records: str
     """The field of a scope."""
     request: Descriptor
@@ -46,9 +48,13 @@ class Shape(NamedTuple):
 
 
 SHAPES: Mapping[Signal, Shape] = {
-    "metrics": Shape("resourceMetrics", "metrics", ExportMetricsServiceRequest.DESCRIPTOR, ScopeMetrics.DESCRIPTOR),
-    "traces": Shape("resourceSpans", "spans", ExportTraceServiceRequest.DESCRIPTOR, ScopeSpans.DESCRIPTOR),
-    "logs": Shape("resourceLogs", "logRecords", ExportLogsServiceRequest.DESCRIPTOR, ScopeLogs.DESCRIPTOR),
+    "metrics": Shape(
+        "resourceMetrics", "scopeMetrics", "metrics", ExportMetricsServiceRequest.DESCRIPTOR, ScopeMetrics.DESCRIPTOR
+    ),
+    "traces": Shape(
+        "resourceSpans", "scopeSpans", "spans", ExportTraceServiceRequest.DESCRIPTOR, ScopeSpans.DESCRIPTOR
+    ),
+    "logs": Shape("resourceLogs", "scopeLogs", "logRecords", ExportLogsServiceRequest.DESCRIPTOR, ScopeLogs.DESCRIPTOR),
 }
 
 

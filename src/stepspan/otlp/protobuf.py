@@ -103,10 +103,11 @@ def from_json(signal: Signal, request: bytes) -> bytes:
     """The request body of an OTLP JSON one, as `stepspan.otlp.json` writes it. ValueError where it is none."""
     from stepspan.otlp.foreign import SHAPES, to_wire
 
-    tree = json.loads(request)
-    if not isinstance(tree, dict) or SHAPES[signal].resources not in tree:
+    tree, shape = json.loads(request), SHAPES[signal]
+    entries = tree.get(shape.resources) if isinstance(tree, dict) else None
+    if not isinstance(entries, list) or not all(shape.scopes in entry for entry in entries if isinstance(entry, dict)):
         raise ValueError(f"no request for {signal}")
-    return to_wire(SHAPES[signal].request, tree)
+    return to_wire(shape.request, tree)
 
 
 # --- metrics
