@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 2 examples/torch_ddp.py --slow-rank 1 --slow-by 0.03
     stepspan report stepspan-runs
 
-Needs torch and scikit-learn, whose digits it learns. On GPUs it talks NCCL, otherwise gloo. It is delivered as it runs if
-OTEL_EXPORTER_OTLP_ENDPOINT says where to. The slow rank takes longer to compute, and both ranks' steps take equally long
-all the same, because the other one waits. What tells them apart is the wait in the all-reduce:
+Needs torch and scikit-learn, whose digits it learns; on GPUs it talks NCCL, otherwise gloo. OTEL_EXPORTER_OTLP_ENDPOINT
+says where to deliver. The slow rank takes longer to compute, and both ranks' steps take equally long all the same,
+because the other one waits. What tells them apart is the wait in the all-reduce:
 `bottomk(1, avg by (rank) (avg_over_time(training_step_wait_seconds{split="train"}[5m])))`.
 """
 

@@ -23,7 +23,10 @@ DASHBOARDS = {
 def write(stack: Path) -> None:
     """Write every file below `stack`."""
     for name, dashboard in DASHBOARDS.items():
-        text = json.dumps(dashboard().build(), cls=JSONEncoder, indent=2, ensure_ascii=False)
+        made = json.loads(json.dumps(dashboard().build(), cls=JSONEncoder))
+        for shown in (*made["links"], *made["annotations"].get("list", ())):
+            del shown["placement"]  # the SDK can only hide them in a menu
+        text = json.dumps(made, indent=2, ensure_ascii=False)
         _write(stack / "dashboards" / f"{name}.json", text + "\n")
     _write(stack / "prometheus" / "recording.yml", recording_rules())
 

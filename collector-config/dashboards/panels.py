@@ -117,7 +117,7 @@ def most(expr: str, by: str, count: int = MOST_LINES) -> str:
 def graph(title: str, about: str, unit: str, *queries: Query, width: int = 12, **how: Any) -> timeseries.Panel:
     """Lines over time. `limits`, `stacked`, `low`, `high`, `log` (scale), `points` (draw them)."""
     panel = _panel(timeseries.Panel(), title, about, unit, queries, width, 9, how.pop("limits", ()))
-    panel = panel.line_width(1).fill_opacity(8).span_nulls(180_000).legend(_legend())
+    panel = panel.line_width(1).fill_opacity(8).legend(_legend())
     panel = panel.tooltip(
         look.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING)
     )

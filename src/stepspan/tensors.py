@@ -36,6 +36,7 @@ DRAIN = 5.0
 """Seconds that the end of a run waits for a device."""
 MOST_LATE = 1024
 """Calls and spans; a GPU is hardly ever that far behind, because its queue of launches is no longer."""
+TOO_MANY = f"more than {MOST_LATE} are on their way"
 LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 """The first name of a class's module -> whose it is."""
 MOST_KINDS = 1000
@@ -245,7 +246,9 @@ class Resolver:
         """Have an event follow."""
         with self._changed:
             if self._ended or len(self._queue) >= MOST_LATE:
-                self._lose(late, f"more than {MOST_LATE} are on their way" if not self._ended else "the run has ended")
+                self._tell("the run has ended" if self._ended else TOO_MANY)
+                if not late.series:  # otherwise what is on its way comes before
+                    self._write(late.lost())
                 return
             self._queue.append(late)
             self._series.update(late.series)
@@ -266,12 +269,16 @@ class Resolver:
         with self._changed:
             self._ended = True
             while self._queue:
-                self._lose(self._queue.popleft(), f"the device did not get there in {DRAIN:g} s")
+                self._tell(f"the device did not get there in {DRAIN:g} s")
+                self._write(self._queue.popleft().lost())
             self._changed.notify_all()
 
     def _copies(self, late: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
+        if late and len(self._queue) >= MOST_LATE:
+            self._tell(TOO_MANY)
+            return []
         try:
-            return copying(late) if late and len(self._queue) < MOST_LATE else []
+            return copying(late) if late else []
         except Exception as error:  # whatever a device raises
             self._run.tell("value", f"{', '.join(late):.80}: {error!s:.200}")
             return []
@@ -291,19 +298,17 @@ class Resolver:
             except Exception as error:  # as above
                 event = head.lost()
                 self._tell(error)
-            if event is not None and not self._ended:
-                self._run.emit_beside(event)
+            if not self._ended:
+                self._write(event)
             with self._changed:
                 if self._queue and self._queue[0] is head:
                     self._queue.popleft()
                     self._series -= Counter(head.series)
                     self._changed.notify_all()
 
-    def _lose(self, late: Late, why: str) -> None:
-        event = late.lost()
+    def _write(self, event: Event | None) -> None:
         if event is not None:
             self._run.emit_beside(event)
-        self._tell(why)
 
     def _tell(self, why: object) -> None:
         self._run.tell("late", f"a value of a device was lost: {why!s:.200}")

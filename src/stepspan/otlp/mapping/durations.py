@@ -9,8 +9,11 @@ from stepspan.events import Event
 from stepspan.otlp import ids
 from stepspan.otlp.mapping import histogram
 from stepspan.otlp.mapping.open_scopes import step_trace_id
-from stepspan.otlp.mapping.thinning import Thinning
+from stepspan.otlp.mapping.thinning import Step, Thinning
 from stepspan.otlp.records import Exemplar, Histogram
+
+
+TOGETHER = 4096
 
 
 class Durations:
@@ -20,22 +23,16 @@ class Durations:
         self._header = header
         self._thinning = Thinning(header)
         self._histograms: dict[str, dict[str, Any]] = {}
-        self._counting: dict[str, list[float]] = {}
-        """Durations that are not in the histograms yet: they go there together."""
+        self._ended: list[Step] = []
+        """Steps that are not counted yet: that is done for many at once."""
         self._slowest: dict[str, list[Any]] = {}
         """Split -> duration (s), end (ns) and begin event."""
 
     def add(self, begin: Event, end: Event, duration: float) -> None:
         """A step of `duration` seconds has ended. Call it once for each step, in order."""
-        split = begin["split"]
-        if split in self._counting:
-            self._counting[split].append(duration)
-        else:
-            self._counting[split] = [duration]
-        if self._thinning.keeps(begin, end, duration):
-            slowest = self._slowest.get(split)
-            if slowest is None or duration > slowest[0]:
-                self._slowest[split] = [duration, end["ts"], begin]
+        self._ended.append((begin, end, duration))
+        if len(self._ended) == TOGETHER:
+            self._count()
 
     def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
         """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
@@ -57,11 +54,18 @@ class Durations:
         self._thinning.state = state["thinning"]
 
     def _count(self) -> None:
-        for split, durations in self._counting.items():
+        durations: dict[str, list[float]] = {}
+        for begin, _, duration in self._ended:
+            durations.setdefault(begin["split"], []).append(duration)
+        for split, found in durations.items():
             if split not in self._histograms:
                 self._histograms[split] = histogram.empty()
-            histogram.add(self._histograms[split], durations)
-        self._counting = {}
+            histogram.add(self._histograms[split], found)
+        for begin, end, duration in self._thinning.kept(self._ended):
+            slowest = self._slowest.get(begin["split"])
+            if slowest is None or duration > slowest[0]:
+                self._slowest[begin["split"]] = [duration, end["ts"], begin]
+        self._ended = []
 
     def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
         trace_id = step_trace_id(self._header, begin)

@@ -202,7 +202,9 @@ class MetricMapper:
         if begin is None:
             return
         ts, split = event["ts"], begin["split"]
-        duration = max(0, event.get("ended", ts) - begin["ts"]) / SECOND
+        duration = (event.get("ended", ts) - begin["ts"]) / SECOND
+        if duration < 0:
+            duration = 0.0
         row = [duration]
         waited = not self._late.step_end(begin, ts) and "wait" in begin
         if waited:

@@ -8,8 +8,9 @@ holds a hashed subset of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Any
+from typing import Any, TypeAlias
 
 from stepspan.events import Event
 from stepspan.otlp.mapping.open_scopes import step_trace_id
@@ -20,6 +21,9 @@ SLOW = 2.0  # times the moving mean
 SLOW_KEPT = 10  # a window
 LEARNING = 16  # steps before "slow" means anything
 RANKS = 2000
+
+Step: TypeAlias = tuple[Event, Event, float]
+"""A step's begin and end event, and its duration in seconds."""
 
 
 class Thinning:
@@ -34,26 +38,38 @@ class Thinning:
 
     def keeps(self, begin: Event, end: Event, duration: float) -> bool:
         """Whether the trace of this step goes out. Call it once for each step, in order."""
-        window, split = end["ts"] // WINDOW, begin["split"]
-        if window != self._window:
-            seen = self._seen if window == self._window + 1 else 0
-            self._window, self._seen, self._kept, self._slow = window, 0, 0, 0
-            self._k = (max(0, seen - 1) // KEPT).bit_length()
-        self._seen += 1
-        count, mean = self._means.get(split, (0, duration))
-        slow = duration > SLOW * mean and count >= LEARNING and self._slow < SLOW_KEPT
-        self._means[split] = count + 1, mean + (duration - mean) / 32
-        if begin.get("thin"):
-            return False
-        if slow or "status" in end:
-            self._slow += slow
-            return True
-        if self._k and begin["step"] % (1 << self._k):
-            return False
-        self._kept += 1
-        if self._kept > KEPT:
-            self._k += 1
-        return self._world <= RANKS or self._rank == 0 or self._drawn(step_trace_id(self._header, begin))
+        return bool(self.kept([(begin, end, duration)]))
+
+    def kept(self, steps: Sequence[Step]) -> list[Step]:
+        """Those of the next steps whose traces go out."""
+        found: list[Step] = []
+        means, all_ranks = self._means, self._world <= RANKS or self._rank == 0
+        for step in steps:
+            begin, end, duration = step
+            window, split = end["ts"] // WINDOW, begin["split"]
+            if window != self._window:
+                self._begin_window(window)
+            self._seen += 1
+            count, mean = means.get(split, (0, duration))
+            slow = duration > SLOW * mean and count >= LEARNING and self._slow < SLOW_KEPT
+            means[split] = count + 1, mean + (duration - mean) / 32
+            if begin.get("thin"):
+                continue
+            if slow or "status" in end:
+                self._slow += slow
+                found.append(step)
+            elif not (self._k and begin["step"] % (1 << self._k)):
+                self._kept += 1
+                if self._kept > KEPT:
+                    self._k += 1
+                if all_ranks or self._drawn(step_trace_id(self._header, begin)):
+                    found.append(step)
+        return found
+
+    def _begin_window(self, window: int) -> None:
+        seen = self._seen if window == self._window + 1 else 0
+        self._window, self._seen, self._kept, self._slow = window, 0, 0, 0
+        self._k = (max(0, seen - 1) // KEPT).bit_length()
 
     @property
     def state(self) -> dict[str, Any]:
