@@ -53,7 +53,7 @@ $(VENV)/.dev: $(VENV)/.python pyproject.toml
 .venv-frameworks/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-frameworks
 	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,lightning,huggingface]' \
-		'pytest>=8.3' 'pytest-timeout>=2.3' 'pytorch-lightning>=2.2' 'pyyaml>=6'
+		'pytest>=8.3' 'pytest-timeout>=2.3' 'pytorch-lightning>=2.4' 'pyyaml>=6'
 	@touch $@
 
 include collector-config/stack.mk

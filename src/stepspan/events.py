@@ -43,7 +43,7 @@ FIELDS: Mapping[str, str] = {
     "progress": "total_steps",
     "sample": "source, values [[name, value, {attribute: value}?], ...]",
     "memory": "device_id, counters {name: bytes}",
-    "otel": "parent?, signal, scope, schema_url?, record: a span, log record or metric of an OpenTelemetry SDK, as OTLP JSON",
+    "otel": "parent?, signal, scope, schema_url?, record: what an OpenTelemetry SDK handed over, as OTLP JSON",
     "gap": "dropped, why: so many events before this one could not be written",
 }
 """Tag -> the tag's own fields, beside `ts` (Unix ns), `seq` and `crc`. `?`: left out where there is nothing to say.

@@ -46,8 +46,8 @@ class StepspanCallback:
         self._epoch = -1
         self._batches = 0
         """Of the open step, those that were done before its last."""
-        self._tokens = 0.0
-        """Seen by all ranks before the open step."""
+        self._tokens = 0
+        """Seen by all ranks until the last step's end."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._made_by, ()
@@ -56,7 +56,7 @@ class StepspanCallback:
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Begin."""
         self.loop.begin(dict)
-        self._epoch = -1
+        self._epoch, self._tokens = -1, state.num_input_tokens_seen
         chosen = {
             "model": type(model).__name__,
             "optimizer": str(getattr(args.optim, "value", args.optim)),
@@ -83,7 +83,7 @@ class StepspanCallback:
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """All batches of the step have come."""
         self.loop.leave("phase")
-        self._batches, self._tokens = 0, state.num_input_tokens_seen
+        self._batches = 0
         self.loop.batch(state.global_step + 1)
 
     @hook
@@ -95,6 +95,7 @@ class StepspanCallback:
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The optimizer has made its step."""
         scope, tokens = self.loop.at("step"), state.num_input_tokens_seen - self._tokens
+        self._tokens = state.num_input_tokens_seen
         if scope is not None:
             scope.samples = args.train_batch_size * (self._batches + 1)
             scope.tokens = tokens / args.world_size if tokens > 0 else None

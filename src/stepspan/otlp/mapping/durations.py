@@ -12,7 +12,6 @@ from stepspan.otlp.mapping.open_scopes import step_trace_id
 from stepspan.otlp.mapping.thinning import Step, Thinning
 from stepspan.otlp.records import Exemplar, Histogram
 
-
 TOGETHER = 4096
 
 
