@@ -32,6 +32,7 @@ bench: $(VENV)/.dev  ## Measure: the figures of benchmarks/README.md
 	$(VENV)/bin/python benchmarks/sync.py
 
 dashboards: $(VENV)/.dev  ## Write Grafana's dashboards and Prometheus' recording rules from their code
+	$(VENV)/bin/mypy --python-version 3.11 --explicit-package-bases collector-config/dashboards
 	cd collector-config && ../$(VENV)/bin/python -m dashboards
 
 clean:  ## Remove what was made, but for the stack

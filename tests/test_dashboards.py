@@ -205,7 +205,7 @@ SUFFIXES = {
     "": "", "1": "_ratio", "s": "_seconds", "By": "_bytes", "W": "_watts", "J": "_joules", "Hz": "_hertz",
     "Cel": "_celsius", "{item}/s": "_per_second",
 }  # fmt: skip
-LOGGED = {"loss": 0.5, "lr": 0.1, "learning_rate": 0.1, "grad_norm": 1.0, "accuracy": 0.9}
+LOGGED = {"loss": 0.5, "lr": 0.1, "learning_rate": 0.1, "grad_norm": 1.0, "accuracy": 0.9, "reward": 1.0}
 """What users log, as far as a panel has it by name."""
 THEIRS = {
     name: set[str]()

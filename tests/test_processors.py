@@ -151,7 +151,9 @@ def test_every_string_of_an_error_and_of_the_header_is_looked_at():
     }
 
 
-@pytest.mark.parametrize("tag", ["header", "run_begin", "hyperparams", "artifact", "event", "error", "span_begin"])
+@pytest.mark.parametrize(
+    "tag", ["header", "run_begin", "hyperparams", "artifact", "event", "error", "log", "span_begin"]
+)
 def test_events_with_texts_of_users_are_redacted(tag):
     assert tag in Redact.tags
 

@@ -257,7 +257,14 @@ def chosen() -> list[Panel]:
     errors = f"hw_errors_total{{{JOB},{RANK}}}"
     return [
         *(
-            graph(f"{title} by rank", f"{about} {most_of_them}", unit, lines(of_rank(metric), legend), width=8)
+            graph(
+                f"{title} by rank",
+                f"{about} {most_of_them}",
+                unit,
+                lines(of_rank(metric), legend),
+                width=8,
+                most=panels.COARSE,
+            )
             for title, unit, metric, legend, about in metrics
         ),
         graph(
@@ -267,6 +274,7 @@ def chosen() -> list[Panel]:
             lines(of_rank("training_memory_alloc_retries_total"), "rank {{rank}}, retries"),
             lines(of_rank("training_memory_ooms_total"), "rank {{rank}}, out of memory"),
             width=8,
+            most=panels.COARSE,
         ),
         listing(
             "GPU errors by GPU",

@@ -44,6 +44,8 @@ TRAIN = 'split="train"'
 
 MOST_LINES = 20
 """Lines that a drill-down draws, however many ranks are chosen."""
+COARSE = 200
+"""Points of each: a drill-down looks at all chosen ranks for every one."""
 
 Query: TypeAlias = prometheus.Dataquery | loki.Dataquery | tempo.Dataquery
 Panel: TypeAlias = (
@@ -115,13 +117,15 @@ def most(expr: str, by: str, count: int = MOST_LINES) -> str:
 
 
 def graph(title: str, about: str, unit: str, *queries: Query, width: int = 12, **how: Any) -> timeseries.Panel:
-    """Lines over time. `limits`, `stacked`, `low`, `high`, `log` (scale), `points` (draw them)."""
+    """Lines over time. `limits`, `stacked`, `low`, `high`, `log` (scale), `points` (draw them), `most` (of them)."""
     panel = _panel(timeseries.Panel(), title, about, unit, queries, width, 9, how.pop("limits", ()))
     panel = panel.line_width(1).fill_opacity(8).legend(_legend())
     panel = panel.tooltip(
         look.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING)
     )
     panel = panel.show_points(common.VisibilityMode.ALWAYS if how.pop("points", False) else common.VisibilityMode.AUTO)
+    if "most" in how:
+        panel = panel.max_data_points(how.pop("most"))
     if how.pop("stacked", False):
         panel = panel.stacking(look.StackingConfig().mode(common.StackingMode.NORMAL)).fill_opacity(40)
     if how.pop("log", False):
@@ -174,8 +178,11 @@ def listing(
 
 
 def by_rank(title: str, about: str, unit: str, *queries: Query, limits: Limits, width: int = 12) -> statushistory.Panel:
-    """A row for each series and a cell for each time, in the limits' colours."""
-    panel = _panel(statushistory.Panel(), title, about, unit, queries, width, 12, limits)
+    """A row for each series and a cell for each time, in the limits' colours.
+
+    A hundred cells a row: more can't be told apart, and each costs a look at every rank.
+    """
+    panel = _panel(statushistory.Panel(), title, about, unit, queries, width, 12, limits).max_data_points(100)
     panel = panel.color_scheme(board.FieldColor().mode(model.FieldColorModeId.THRESHOLDS))
     return panel.show_value(common.VisibilityMode.NEVER).row_height(0.9).legend(_legend(table=False))
 

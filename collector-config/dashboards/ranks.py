@@ -272,6 +272,7 @@ def chosen() -> list[Panel]:
                 lines(most(expr, SLOWEST), "rank {{rank}}"),
                 width=8,
                 low=0,
+                most=panels.COARSE,
             )
             for title, about, expr in (
                 ("Step time", "The last step at each time.", f"training_step_time_seconds{{{select}}}"),
@@ -291,6 +292,7 @@ def chosen() -> list[Panel]:
             lines(most(phases, SLOWEST, 5), "{{phase}}, rank {{rank}}"),
             width=24,
             low=0,
+            most=panels.COARSE,
         ),
     ]
 

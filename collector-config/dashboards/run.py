@@ -5,6 +5,7 @@ from __future__ import annotations
 from grafana_foundation_sdk.builders import dashboard as board
 
 from dashboards.panels import (
+    COARSE,
     JOB,
     RANK,
     SPLIT,
@@ -39,6 +40,10 @@ HOUR = 3600
 EXCEPTION = 'event_name="exception"'
 ARTIFACT = 'event_name="training.artifact" | kind="checkpoint"'
 HYPERPARAMETERS = 'event_name="training.hyperparams"'
+OTHERS = (
+    '__name__=~"training_.+",'
+    '__name__!~"training_((step|run|phase|memory|throughput)_.*|loss|lr|learning_rate|grad_norm)"'
+)
 EARLIER_NAMES = "/earlier attempt/"
 
 
@@ -178,15 +183,23 @@ def learning() -> list[Panel]:
             "validation loss under falling training loss: it overfits.",
             "none",
             lines(recorded("job:training_validation:avg"), "{{metric}} {{split}}"),
-            width=8,
+            width=12,
             points=True,
+        ),
+        graph(
+            "Other metrics of rank 0",
+            "Everything else that rank 0 logs, all on one axis: click a name to see it alone. A metric that matters "
+            "deserves a panel of its own, by the name it has here.",
+            "none",
+            lines(f'avg by (__name__, split) ({{{OTHERS},{JOB},rank="0",{SPLIT}}})', "{{__name__}} {{split}}"),
+            width=12,
         ),
         graph(
             "Learning rate",
             "The logged lr or learning_rate. A schedule that jumps at a restart was not restored.",
             "none",
             lines(recorded("job:training_learning_rate:max"), "learning rate"),
-            width=8,
+            width=12,
         ),
         graph(
             "Gradient norm",
@@ -195,7 +208,7 @@ def learning() -> list[Panel]:
             "none",
             lines(recorded("job:training_grad_norm:p50"), "median rank"),
             lines(recorded("job:training_grad_norm:max"), "largest"),
-            width=8,
+            width=12,
             log=True,
         ),
     ]
@@ -325,6 +338,7 @@ def by_rank() -> list[Panel]:
             "The chosen ranks; of more than 20, those whose loss is highest at the end.",
             "none",
             lines(most(loss, chosen), "rank {{rank}} {{split}}"),
+            most=COARSE,
         ),
     ]
 

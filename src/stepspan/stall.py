@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from stepspan.scopes import Scope
 
 PATIENCE = 6
-LONG_SPANS = frozenset({"compile", "compilation", "checkpoint", "save_checkpoint", "load_checkpoint"})
+LONG_SPANS = frozenset(
+    {"compile", "compilation", "checkpoint", "save_checkpoint", "load_checkpoint", "validation", "predict"}
+)
 LONG_SOURCES = (
     "/torch/_dynamo/convert_frame.py",
     "/torch/utils/cpp_extension.py",

@@ -1,0 +1,533 @@
+"""A thousand ranks through agent.yaml, gateway.yaml and Prometheus on this machine: what goes through, and what it costs.
+
+    make stack                                    # the real Collector and Prometheus
+    python benchmarks/scale.py                    # about seven minutes
+    python benchmarks/scale.py --quick            # a smoke run: the figures mean nothing
+
+1. *History*: the ranks' last quarter of an hour, written with times of then and delivered to Prometheus directly.
+2. *Rates*: one process writes the ranks' journals at a rate of steps, one real deliverer process for each host sends
+   them to the agent; the next rate follows while the chain keeps up.
+3. *Queries*: every Prometheus query of the dashboards, filled for all ranks, over what is there by then.
+
+What is not in it: training, its GPUs and the network. Traces and logs go as far as the gateway's exporters, to a server
+that discards them. Journals are written through `Run`, 1,000 in one process, which a thousand processes would do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import measuring
+from measuring import Receiver, Worker
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+
+JOB = "scale"
+PERIOD = 10  # seconds between samples, as the samplers have it
+LOCAL = 8  # ranks a node: one of them samples the host
+METRICS = ("loss", "lr", "grad_norm", "accuracy", "tokens_seen", "aux_loss", "z_loss", "weight_norm", "mfu", "temperature")
+LEFT_BEHIND = 0.2  # seconds by which delivery may fall behind each second of a phase before it counts as saturated
+
+
+# --- the generator's process
+
+
+class Clock:
+    """Event time: moved by hand while history is written, this machine's afterwards."""
+
+    def __init__(self) -> None:
+        self.by_hand: int | None = None
+
+    def __call__(self) -> int:
+        if self.by_hand is None:
+            return time.time_ns()
+        self.by_hand += 1000
+        return self.by_hand
+
+
+class Rank:
+    """One rank: a `Run` of its own, and what it logs in a step."""
+
+    def __init__(self, number: int, directory: Path, clock: Clock, options: SimpleNamespace, attempt: int) -> None:
+        from stepspan import identity
+        from stepspan.deliver.handle import Delivery
+        from stepspan.exporters.jsonl import JsonlExporter
+        from stepspan.pipeline import Pipeline
+        from stepspan.run import Run
+
+        local, host = number % LOCAL, f"host-{number * options.hosts // options.ranks}"
+        who = {"job_id": JOB, "rank": number, "local_rank": local, "world_size": options.ranks, "attempt": attempt}
+        who["group"] = None
+        facts = replace(options.facts, host=host)
+        me = identity.resolve(who, {}, facts, earlier_sessions=lambda *_: 0)
+        resource_of, _ = identity.resource_attributes(me, {})
+        pipeline = Pipeline([], [JsonlExporter(directory, clock=clock)])
+        self.run = Run(me, resource_of, pipeline, Delivery(), boot_id=facts.boot_id, name=JOB)
+        self.run.log_hyperparams({"lr": 3e-4, "batch_size": 32, "model": "none"})
+        self.run.set_total_steps(1_000_000)
+        self._clock, self._samples, self._local = clock, options.samples, local
+        self._values = {key: random.random() for key in METRICS}
+        self._next_sample = 0
+
+    def step(self, number: int) -> None:
+        """A step of ten metrics, with a wait for data and one for the other ranks."""
+        for key in self._values:
+            self._values[key] *= random.uniform(0.98, 1.02)
+        for _ in self.run.steps([number], start=number, samples=32):
+            with self.run.span("all_reduce", collective=True):
+                pass
+            self.run.log_metrics(self._values)
+        now = self._clock()
+        if now >= self._next_sample:
+            self._next_sample = now + PERIOD * 1_000_000_000
+            for event in self._samples:
+                if event["source"] != "host" or self._local == 0:
+                    self.run.emit_beside({**event})
+
+
+def samples() -> list[dict[str, Any]]:
+    """What the real samplers write for this host, this process and a scripted GPU."""
+    from scripted_nvml import GPU, ScriptedNvml
+
+    from stepspan.samplers import Sampling
+    from stepspan.samplers.gpu import gpu
+    from stepspan.samplers.host import host, process
+
+    events: list[dict[str, Any]] = []
+    run: Any = SimpleNamespace(emit_beside=events.append, tell=lambda *_: None)
+    openers = {
+        "host": lambda emit: host(0, emit),
+        "process": lambda emit: process(0, emit),
+        "gpu": lambda emit: gpu(0, emit, nvml=ScriptedNvml(GPU()), env={}),
+    }
+    sampling = Sampling(run, openers, float(PERIOD))
+    for _ in range(3):
+        sampling.sample()
+        time.sleep(0.2)
+    sampling.close()
+    return events[-len(openers) :]
+
+
+def generate(task: dict[str, Any]) -> None:
+    """Be the generator: `history` (seconds) once, then `live` (steps a second a rank, seconds) as often as told."""
+    from stepspan.identity import host_facts
+
+    raise_limit()
+    options = SimpleNamespace(**task, facts=host_facts(), samples=samples())
+    clock, place = Clock(), Path(task["place"])
+    ranks: list[Rank] = []
+    steps = 0
+
+    def begin(directory: Path, attempt: int) -> None:
+        ranks[:] = [Rank(number, directory, clock, options, attempt) for number in range(options.ranks)]
+
+    measuring.answer(ready=True)
+    for order in measuring.orders():
+        if "history" in order:
+            seconds = int(str(order["history"]))
+            now = time.time_ns()
+            clock.by_hand = now - seconds * 1_000_000_000
+            begin(place / "history", 0)
+            for _ in range(seconds):
+                second = clock.by_hand
+                for rank in ranks:
+                    rank.step(steps)
+                clock.by_hand = max(clock.by_hand, second + 1_000_000_000)
+                steps += 1
+            for rank in ranks:
+                rank.run.close()
+            clock.by_hand = None
+            measuring.answer(steps=steps * len(ranks))
+        elif "live" in order:
+            rate, seconds = float(str(order["live"])), float(str(order["seconds"]))
+            if ranks[0].run.closed:
+                begin(place / "live", 1)
+            done, began = 0, time.perf_counter()
+            while done < int(rate * seconds) * len(ranks):  # evenly spread: each rank has its own moment in a step
+                due = min((time.perf_counter() - began) * rate, int(rate * seconds)) * len(ranks)
+                while done < due:
+                    ranks[done % len(ranks)].step(steps + done // len(ranks))
+                    done += 1
+                time.sleep(0.01)
+            steps += done // len(ranks)
+            measuring.answer(steps=done, late=time.perf_counter() - began - seconds)
+        else:
+            for rank in ranks:
+                rank.run.close()
+            measuring.answer(closed=True)
+
+
+# --- the parts, and what they use
+
+
+@dataclass
+class Chain:
+    """Everything that runs, as processes by name."""
+
+    prometheus: Any
+    gateway: Any
+    agent: Any
+    processes: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
+
+    def metrics(self, server: Any) -> dict[str, float]:
+        """A Collector's own metrics: name, or name{exporter} -> value."""
+        found: dict[str, float] = {}
+        answer = server._http.get(f"http://{server.metrics_address}/metrics", timeout=10)
+        for line in answer.text.splitlines():
+            if match := re.match(r"(\w+)(?:\{(.*)\})? ([\d.e+-]+)$", line):
+                exporter = re.search(r'exporter="([^"]+)"', match[2] or "")
+                name = match[1] + (f"{{{exporter[1]}}}" if exporter else "")
+                found[name] = found.get(name, 0.0) + float(match[3])
+        return found
+
+    def snapshot(self) -> dict[str, float]:
+        """Where everything stands now."""
+        import psutil
+
+        agent, gateway = self.metrics(self.agent), self.metrics(self.gateway)
+        found = {
+            "time": time.time(),
+            "points": gateway.get("otelcol_exporter_sent_metric_points_total{otlp_http/prometheus}", 0.0),
+            "spans": gateway.get("otelcol_exporter_sent_spans_total{otlp_grpc/tempo}", 0.0),
+            "requests": agent.get("otelcol_loadbalancer_backend_outcome_total", 0.0),
+            "agent's queue": agent.get("otelcol_exporter_queue_size{load_balancing/metrics}", 0.0),
+            "gateway's queue": gateway.get("otelcol_exporter_queue_size{otlp_http/prometheus}", 0.0),
+            "age": self.age(),
+        }
+        for name, processes in self.processes.items():
+            for process in processes:
+                try:
+                    used, memory = process.cpu_times(), process.memory_info().rss
+                except psutil.NoSuchProcess:
+                    continue
+                found[f"{name} cpu"] = found.get(f"{name} cpu", 0.0) + used.user + used.system
+                found[f"{name} rss"] = found.get(f"{name} rss", 0.0) + memory
+        return found
+
+    def age(self) -> float:
+        """How far behind Prometheus is with the rank that it is furthest behind with, in seconds."""
+        result = self.prometheus.query(f'max(time() - timestamp(training_step_number{{job_id="{JOB}"}}))')
+        return float(result[0]["value"][1]) if result else 0.0
+
+    def scrape(self, name: str) -> float:
+        """One of Prometheus' own metrics, summed over its labels."""
+        text = self.prometheus._http.get(f"{self.prometheus.url}/metrics", timeout=10).text
+        return sum(float(value) for value in re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE))
+
+
+def say(text: str) -> None:
+    """How far we are."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def raise_limit() -> None:
+    """As many open files as we may have: a writer holds three, a deliverer three for each session and signal."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+# --- 1. history
+
+
+def history(options: argparse.Namespace, chain: Chain, generator: Worker, place: Path) -> None:
+    """A quarter of an hour of all ranks into Prometheus, at full speed and without Collectors."""
+    say(f"history: {options.ranks:,} ranks write {options.history} s of 1 step a second")
+    began = time.perf_counter()
+    steps = int(generator(history=options.history)["steps"])
+    written = time.perf_counter() - began
+    size = sum(path.stat().st_size for path in (place / "history").rglob("*.jsonl"))
+    say(f"history: {size / 1e6:,.0f} MB of journals in {written:.0f} s; delivering")
+    before, began = chain.scrape("prometheus_tsdb_head_samples_appended_total"), time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "stepspan", "sync", str(place / "history"), "--endpoint", chain.prometheus.otlp_endpoint],
+        env={**os.environ, "OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    took = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"the history was not delivered: {done.stdout}")
+    samples_in = chain.scrape("prometheus_tsdb_head_samples_appended_total") - before
+    series = chain.scrape("prometheus_tsdb_head_series")
+    cells = [
+        f"{steps:,}",
+        f"{size / 1e6:,.0f} MB ({size / steps:,.0f} B a step)",
+        f"{samples_in:,.0f}",
+        f"{samples_in / took:,.0f}",
+        f"{series:,.0f}",
+    ]
+    head = ["", "steps", "journals", "samples", "samples/s into Prometheus", "series in its head"]
+    measuring.table("**history: one deliverer, no Collector**", head, [[f"{options.history} s", *cells]])
+
+
+# --- 2. rates
+
+
+def rates(options: argparse.Namespace, chain: Chain, generator: Worker, place: Path) -> None:
+    """Phase after phase, each at a higher rate, until the chain falls behind."""
+    for rate in options.rates:
+        say(f"{rate:g} steps/s a rank for {options.seconds} s")
+        orders = {"live": rate, "seconds": options.seconds}
+        results: dict[str, float] = {}
+        thread = threading.Thread(target=lambda orders=orders: results.update(generator(**orders)))
+        thread.start()
+        if not chain.processes["deliverers"]:
+            deliverers(options, chain, place)
+        time.sleep(options.seconds / 3)  # until it has settled
+        before = chain.snapshot()
+        time.sleep(options.seconds - options.seconds / 3 - 1)
+        after = chain.snapshot()
+        thread.join()
+        window = after["time"] - before["time"]
+        behind = (after["age"] - before["age"]) / window > LEFT_BEHIND or results["late"] > 1
+        report(rate, options, before, after, saturated=behind)
+        if behind:
+            break
+    generator(end=True)
+    drain(options, chain)
+
+
+def deliverers(options: argparse.Namespace, chain: Chain, place: Path) -> None:
+    """The process that a run starts on its host, once for each host."""
+    import psutil
+
+    from stepspan.deliver import process
+    from stepspan.exporters.otlp import OtlpExporter
+
+    (place / "live").mkdir(exist_ok=True)
+    while len(list((place / "live").glob("*/*/rank-*"))) < options.ranks:
+        time.sleep(0.05)
+    for number in range(options.hosts):
+        exporter = OtlpExporter(chain.agent.http_endpoint)
+        started = process.start(place / "live", f"host-{number}", [exporter], health=True)
+        chain.processes["deliverers"].append(psutil.Process(started.pid))
+
+
+def report(
+    rate: float, options: argparse.Namespace, before: Mapping[str, float], after: Mapping[str, float], *, saturated: bool
+) -> None:
+    gone = {name: after[name] - before.get(name, 0.0) for name in after}
+    window = gone["time"]
+    rows = [
+        ["steps logged a second", f"{rate * options.ranks:,.0f}"],
+        ["points/s accepted by Prometheus", f"{gone['points'] / window:,.0f}"],
+        ["spans/s through the gateway", f"{gone['spans'] / window:,.0f}"],
+        ["requests/s from agent to gateway", f"{gone['requests'] / window:,.0f}"],
+        ["points a request, traces' requests included", f"{gone['points'] / max(1.0, gone['requests']):.0f}"],
+        ["Prometheus behind, at the beginning and end", f"{before['age']:.1f} s, {after['age']:.1f} s"],
+        ["queues of agent and gateway at the end", f"{after[A] / 1e6:.1f} MB, {after[G] / 1e6:.1f} MB"],
+    ]
+    for name in ("generator", "deliverers", "agent", "gateway", "prometheus"):
+        cores, memory = gone.get(f"{name} cpu", 0.0) / window, after.get(f"{name} rss", 0.0) / 2**20
+        rows.append([f"{name}: cores, memory", f"{cores:.2f}, {memory:,.0f} MiB"])
+    verdict = "falls behind" if saturated else "keeps up"
+    measuring.table(f"**{rate:g} steps/s a rank: {verdict}**", ["", f"{window:.0f} s"], rows)
+
+
+A, G = "agent's queue", "gateway's queue"
+
+
+def drain(options: argparse.Namespace, chain: Chain) -> None:
+    """What waits is delivered with nobody writing: the rate at which the chain is saturated."""
+    before = chain.snapshot()
+    say(f"nobody writes any more: {before[A] / 1e6:.1f} MB at the agent, {before[G] / 1e6:.1f} MB at the gateway wait")
+    deadline, last, idle = time.monotonic() + options.patience, before, before
+    while time.monotonic() < deadline:
+        time.sleep(1)
+        now = chain.snapshot()
+        if now["points"] == last["points"] and not now[A] and not now[G]:
+            break
+        last, idle = now, last
+    window = last["time"] - before["time"]
+    if window > 2:
+        rate = (last["points"] - before["points"]) / window
+        print(f"\nDrained in {window:.0f} s: {rate:,.0f} points/s, {last['points']:,.0f} in all.", flush=True)
+
+
+# --- 3. queries
+
+
+def queries(options: argparse.Namespace, chain: Chain) -> None:
+    """Every query of the dashboards, as Grafana asks it for all ranks."""
+    import grafana
+
+    span = min(900, options.history + 120)
+    values = {"job": JOB, "rank": ".*", "split": ".*", "slower": "0s", "range": str(span)}
+    raw = grafana.value_of_raw(chain.prometheus.query, **values)
+    rows: list[tuple[float, float, str]] = []
+    for name in grafana.NAMES:
+        board = grafana.dashboard(name)
+        points = {panel["title"]: panel.get("maxDataPoints") or 1000 for panel in grafana.panels(board)}
+        for query in grafana.queries(name):
+            if query.source != "prometheus":
+                continue
+            title = query.of.partition(": ")[2].rpartition(" (")[0]
+            text = query.filled(**values, raw=raw)
+            took = [timed(chain, text, span, points[title], instant=query.instant) for _ in range(options.repeats)]
+            rows.append((sorted(took)[len(took) // 2], max(took), query.of))
+            if max(took) > 0.5:
+                say(f"{max(took):.2f} s: {query.of}")
+    rows.sort(reverse=True)
+    total = sum(took for took, _, _ in rows)
+    over = sum(worst >= 1 for _, worst, _ in rows)
+    print(f"\n{len(rows)} queries over {span} s, $raw={raw}, each {options.repeats} times: ", end="")
+    print(f"{total:.1f} s together, {over} of them 1 s or more at the worst.")
+    table = [[of, f"{took:.3f} s", f"{worst:.3f} s"] for took, worst, of in rows[:10]]
+    measuring.table("**the slowest queries**", ["", "median", "worst"], table)
+    groups = chain.prometheus._http.get(f"{chain.prometheus.url}/api/v1/rules").json()["data"]["groups"]
+    cells = [[g["name"], f"{g['interval']:g} s", f"{g['evaluationTime']:.2f} s"] for g in groups]
+    measuring.table("**rules**", ["group", "every", "its last evaluation took"], cells)
+
+
+def timed(chain: Chain, text: str, span: int, points: int, *, instant: bool) -> float:
+    """Seconds until Prometheus has answered."""
+    now = time.time()
+    if instant:
+        path, data = "query", {"query": text, "time": repr(now)}
+    else:
+        step = max(1, ceil(span / points))
+        path, data = "query_range", {"query": text, "start": repr(now - span), "end": repr(now), "step": str(step)}
+    began = time.perf_counter()
+    answer = chain.prometheus._http.post(f"{chain.prometheus.url}/api/v1/{path}", data=data, timeout=120)
+    took = time.perf_counter() - began
+    if not answer.ok:
+        raise SystemExit(f"{text}: {answer.text}")
+    return took
+
+
+# --- what a request weighs
+
+
+def sizes(place: Path) -> None:
+    """One rank's history as requests: live, a step at a time, and as an offline run is sent."""
+    from stepspan.journal.layout import find_sessions
+    from stepspan.otlp.protobuf import encode
+
+    session = next(find_sessions(place / "history"))
+    rows = []
+    for name, size in (("a step", 1), ("10 steps", 10), ("512 KiB of journal", 0)):
+        count = points = wire = 0
+        for resource_of, records in batches(session, size):
+            count, points = count + 1, points + len(records)
+            wire += len(encode("metrics", resource_of, records))
+        rows.append([name, f"{points / count:,.0f}", f"{wire / count:,.0f}", f"{wire / points:.0f}"])
+    measuring.table(
+        "**requests of metrics over http/protobuf, uncompressed**",
+        ["holding", "points", "bytes", "bytes a point"],
+        rows,
+    )
+
+
+def batches(session: Any, steps: int) -> Iterator[tuple[Any, Sequence[Any]]]:
+    """The points of a session, `steps` steps at a time; 0: as many as a deliverer that catches up puts together."""
+    from stepspan.deliver.lane import BATCH
+    from stepspan.journal.cursor import Position
+    from stepspan.journal.liveness import read_closed
+    from stepspan.journal.reader import JournalReader
+    from stepspan.otlp.mapping import mapper
+
+    reader, closed, position = JournalReader(session), read_closed(session.path), Position()
+    fold = mapper("metrics", reader.header)
+    waiting: list[Any] = []
+    while not (batch := reader.read(position, size=BATCH, closed=closed)).at_end:
+        position = batch.position
+        if not steps:
+            yield reader.header["resource"], fold.map(batch.events)
+            continue
+        for event in batch.events:
+            waiting.append(event)
+            if event["tag"] == "step_end" and sum(e["tag"] == "step_end" for e in waiting) == steps:
+                yield reader.header["resource"], fold.map(waiting)
+                waiting = []
+    reader.close()
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="a smoke run: the figures mean nothing")
+    options.add_argument("--ranks", type=int, default=1000)
+    options.add_argument("--hosts", type=int, default=4, help="deliverer processes")
+    options.add_argument("--history", type=int, default=780, help="seconds of one step a second, before it begins")
+    options.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4], help="steps/s a rank")
+    options.add_argument("--seconds", type=int, default=30, help="of each rate")
+    options.add_argument("--repeats", type=int, default=3, help="of each query")
+    options.add_argument("--patience", type=int, default=90, help="seconds until what waits counts as stuck")
+    options.add_argument("--directory", help="where journals and stores go")
+    options.add_argument("--worker", help=argparse.SUPPRESS)
+    given = options.parse_args()
+    measuring.clean_environment()
+    if given.worker:
+        generate(json.loads(given.worker))
+        return
+    if given.quick:
+        given.ranks, given.history, given.rates, given.seconds, given.repeats = 16, 5, [1.0], 6, 1
+    if not Path(os.environ.get("STEPSPAN_STACK", ROOT / ".stack"), "otelcol").exists():
+        raise SystemExit("the real Collector and Prometheus are missing: `make stack` builds them")
+    raise_limit()
+    os.environ["STEPSPAN_SAMPLERS"] = "none"
+    print(f"# {given.ranks:,} ranks through the chain\n\n{measuring.machine()}", flush=True)
+    with tempfile.TemporaryDirectory(dir=given.directory) as directory, Receiver() as discards:
+        measure(given, Path(directory), discards)
+    print(f"\n{measuring.machine()}")
+
+
+def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> None:
+    import psutil
+    from stack import StackCollector, StackPrometheus
+
+    prometheus = StackPrometheus(place / "prometheus")
+    gateway = StackCollector(
+        place / "gateway",
+        "gateway.yaml",
+        record=False,
+        PROMETHEUS_OTLP=prometheus.otlp_endpoint,
+        TEMPO_OTLP=discards.grpc_endpoint.removeprefix("http://"),
+        LOKI_OTLP=discards.endpoint,
+    )
+    agent = StackCollector(
+        place / "agent", "agent.yaml", record=False, COLLECTOR_GATEWAYS=f"[{gateway.grpc_target}]"
+    )
+    prometheus.scrapes += [gateway.metrics_address, agent.metrics_address]
+    task = {"ranks": options.ranks, "hosts": options.hosts, "place": str(place)}
+    chain = Chain(prometheus, gateway, agent)
+    with prometheus, gateway, agent:
+        generator = Worker(__file__, task)
+        generator.result()
+        servers = {"prometheus": prometheus, "gateway": gateway, "agent": agent, "generator": generator}
+        for name, server in servers.items():
+            chain.processes[name].append(psutil.Process(server._process.pid))
+        try:
+            history(options, chain, generator, place)
+            sizes(place)
+            rates(options, chain, generator, place)
+            say("asking the dashboards' queries")
+            queries(options, chain)
+        finally:
+            generator.close()
+            for process in chain.processes["deliverers"]:
+                if process.is_running():
+                    process.terminate()
+            psutil.wait_procs(chain.processes["deliverers"], timeout=20)
+
+
+if __name__ == "__main__":
+    main()
