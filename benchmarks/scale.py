@@ -429,7 +429,8 @@ def sizes(place: Path) -> None:
         for resource_of, records in batches(session, size):
             count, points = count + 1, points + len(records)
             wire += len(encode("metrics", resource_of, records))
-        rows.append([name, f"{points / count:,.0f}", f"{wire / count:,.0f}", f"{wire / points:.0f}"])
+        if count:  # not with a history of a few steps
+            rows.append([name, f"{points / count:,.0f}", f"{wire / count:,.0f}", f"{wire / points:.0f}"])
     measuring.table(
         "**requests of metrics over http/protobuf, uncompressed**",
         ["holding", "points", "bytes", "bytes a point"],
@@ -448,7 +449,7 @@ def batches(session: Any, steps: int) -> Iterator[tuple[Any, Sequence[Any]]]:
     reader, closed, position = JournalReader(session), read_closed(session.path), Position()
     fold = mapper("metrics", reader.header)
     waiting: list[Any] = []
-    while not (batch := reader.read(position, size=BATCH, closed=closed)).at_end:
+    while (batch := reader.read(position, size=BATCH, closed=closed)).events:
         position = batch.position
         if not steps:
             yield reader.header["resource"], fold.map(batch.events)
@@ -474,13 +475,16 @@ def main() -> None:
     options.add_argument("--directory", help="where journals and stores go")
     options.add_argument("--worker", help=argparse.SUPPRESS)
     given = options.parse_args()
+    stack = os.environ.get("STEPSPAN_STACK")
     measuring.clean_environment()
     if given.worker:
         generate(json.loads(given.worker))
         return
     if given.quick:
         given.ranks, given.history, given.rates, given.seconds, given.repeats = 16, 5, [1.0], 6, 1
-    if not Path(os.environ.get("STEPSPAN_STACK", ROOT / ".stack"), "otelcol").exists():
+    if stack:
+        os.environ["STEPSPAN_STACK"] = stack
+    if not Path(stack or ROOT / ".stack", "otelcol").exists():
         raise SystemExit("the real Collector and Prometheus are missing: `make stack` builds them")
     raise_limit()
     os.environ["STEPSPAN_SAMPLERS"] = "none"

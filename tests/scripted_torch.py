@@ -42,6 +42,9 @@ class Gpu:
             version=SimpleNamespace(cuda="13.2"),
             stack=lambda tensors: self.tensor(*[tensor._values[0] for tensor in tensors]),
             empty=lambda size, *, dtype, device, pin_memory: Rows(self, pinned=pin_memory and device == "cpu"),
+            distributed=SimpleNamespace(GradBucket=Bucket),
+            futures=SimpleNamespace(Future=list),
+            Tensor=Tensor,
             inference_mode=lambda on: nullcontext(),
             no_grad=nullcontext,
         )
@@ -171,6 +174,30 @@ class Row:
     def tolist(self) -> list[float]:
         assert self._values is not None, "read before it has arrived"
         return self._values
+
+
+class Bucket:
+    """A bucket of DDP's gradients, the `number`-th of `of`, and the future of its reduction, which a test completes."""
+
+    def __init__(self, gpu: Gpu, number: int, of: int) -> None:
+        self._gpu, self._number, self._of = gpu, number, of
+        self.complete: Callable[[], Any] = lambda: None
+
+    def index(self) -> int:
+        return self._number
+
+    def is_last(self) -> bool:
+        return self._number == self._of - 1
+
+    def buffer(self) -> Tensor:
+        return self._gpu.tensor(0.0)
+
+    def then(self, callback: Callable[[Any], Any]) -> Bucket:
+        self.complete = lambda: callback(self)
+        return self
+
+    def value(self) -> Tensor:
+        return self.buffer()
 
 
 class JaxArray:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import until
 from runs import events
-from scripted_torch import Gpu, JaxArray
+from scripted_torch import Bucket, Gpu, JaxArray
 
 from stepspan import tensors
 from stepspan.integrations import torch as ours
@@ -439,3 +439,25 @@ def test_a_failing_gpu_does_not_reach_the_training(gpu: Gpu) -> None:
         assert recording.run.stats()["troubles"] == {"cuda": 2}
     assert len(recording.values("training.phase.time", phase="all_reduce")) == 1
     assert recording.values("training.step.wait") == []
+
+
+def test_the_wait_in_ddp_is_from_the_last_launch_to_the_last_arrival_on_the_device(gpu: Gpu) -> None:
+    hook = ours.watched(lambda state, bucket: bucket)
+    with recorded_run() as recording:
+        run = recording.run
+        for number in range(2):
+            buckets = [Bucket(gpu, one, 3) for one in range(3)]
+            with run.step(number), run.span("backward"):
+                for bucket in buckets:
+                    gpu.now += 10.0  # computing
+                    hook(None, bucket)
+                gpu.catch_up()  # the device gets to the last launch
+                gpu.now += 0.5
+                for bucket in (buckets[2], buckets[0], buckets[1]):
+                    bucket.complete()
+                gpu.now += 0.25
+            gpu.catch_up()
+        until(lambda: not run._late.busy)
+    assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
+    assert recording.values("training.phase.device_time", phase="all_reduce") == [pytest.approx(0.75)] * 2
+    assert gpu.waits == []

@@ -79,6 +79,7 @@ def test_the_place_for_copies_is_used_again() -> None:
             with pytest.raises(RuntimeError, match="too many"):
                 place.copy([torch.tensor(1.0)])
             assert all(copy.numbers() == [1.0] for copy in copies)
+            del copies
 
 
 # ------------------------------------------------------------------------------------------------------ DDP

@@ -25,7 +25,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import Event, number_text, plain
-from stepspan.otlp.mapping.names import metric_name
 
 if TYPE_CHECKING:
     from stepspan.run import Run
@@ -212,7 +211,10 @@ class Resolver:
     """A companion of a run: writes what is late as soon as it is known, in the order in which it came."""
 
     def __init__(self, run: Run) -> None:
+        from stepspan.otlp.mapping.names import metric_name  # which loads all of the mapping
+
         self._run = run
+        self._name = metric_name
         self._changed = threading.Condition()  # on a lock that a signal handler which logs may take again
         self._queue: deque[Late] = deque()
         self._series: Counter[Hashable] = Counter()
@@ -228,7 +230,7 @@ class Resolver:
         """Write a call's event, in whose `metrics` those of `late` are None, and have them follow."""
         with self._changed:
             values, split = event["metrics"], event["split"]
-            names: dict[str, Hashable] = {key: metric_name(key, split) for key in values}
+            names: dict[str, Hashable] = {key: self._name(key, split) for key in values}
             behind = {key: value for key, value in values.items() if value is not None and names[key] in self._series}
             copies = self._copies(late)
             values.update(dict.fromkeys(behind))

@@ -98,7 +98,10 @@ _places: dict[Any, Place] = {}
 
 
 class Copy:
-    """Holds on to the snapshot until it has been copied, so that the allocator does not give its memory away."""
+    """Holds on to the snapshot until it has been copied, so that the allocator does not give its memory away.
+
+    Its row is free again when nobody holds on to it: what is copied there next comes behind it in the same stream.
+    """
 
     def __init__(self, snapshot: Any, row: Any, arrived: Any, free: Callable[[], None]) -> None:
         self._snapshot = snapshot
@@ -112,11 +115,12 @@ class Copy:
         return bool(self._arrived.query())
 
     def numbers(self) -> list[Any]:
-        """Once: its numbers."""
+        """What has arrived."""
         numbers: list[Any] = self._row.tolist()
-        self._snapshot = self._row = None
-        self._free()
         return numbers
+
+    def __del__(self) -> None:
+        self._free()
 
 
 class Fetched:

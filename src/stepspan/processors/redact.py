@@ -66,7 +66,7 @@ class Redact:
 
     def __call__(self, event: Event) -> Event:
         """The event without secrets."""
-        if event["tag"] == "otel":
+        if event.get("tag") == "otel":
             return {key: self._otlp(value) for key, value in event.items()}
         return {key: self._clean(key, value) for key, value in event.items()}
 

@@ -38,8 +38,8 @@ class Late:
     def expect(self, series: Sequence[Series], metrics: Mapping[str, Any], now: int) -> None:
         """A call's values, before their points are made: what is None follows."""
         for one, value in zip(series, metrics.values(), strict=False):
-            if value is None and self._points.holds(one):
-                self._last[_name(one)] = now // MILLISECOND
+            if value is None:
+                self._not_twice(one, now)
 
     def put(self, series: Series, at: int, value: Any, now: int) -> None:
         """One point of a time before `now`, the event's."""
@@ -70,6 +70,7 @@ class Late:
                 return False
             entry = self._steps[begin["seq"]] = [begin["split"], 0, 0.0, 0]
         entry[1] = ended
+        self._not_twice(self._own("training.step.wait", begin["split"]), ended)
         if entry[2] is not None:
             entry[2] += begin.get("wait", 0.0)
         _bound(self._steps, MOST_STEPS)
@@ -89,6 +90,11 @@ class Late:
             entry[2] = None if seconds is None or entry[2] is None else entry[2] + seconds
             entry[3] -= 1
             self._tell(event["ts"])
+
+    def _not_twice(self, series: Series, now: int) -> None:
+        """A series that has a point of this millisecond gets none that is late."""
+        if self._points.holds(series):
+            self._last[_name(series)] = now // MILLISECOND
 
     def _tell(self, now: int) -> None:
         while self._steps:
