@@ -12,17 +12,17 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepspan.deliver.handle import Delivery
 from stepspan.events import SCHEMA, Event, plain
-from stepspan.scopes import Amount, Scope, Scopes, Steps, is_failure
-from stepspan.tensors import LATER, Resolver, about, number_of, resolver_of
+from stepspan.scopes import Scope, Scopes, is_failure
+from stepspan.steps import Amount, Steps
+from stepspan.tensors import LATER, Resolver, number_of, resolver_of
+from stepspan.values import describe, mapping_of, text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger("stepspan")
 
-LONGEST_STACK = 64 << 10
 CLOSE_WAIT = 5.0
 LARGEST = 1 << 63
 
@@ -100,7 +99,7 @@ class Run:
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
                 else:
-                    number = self._number(key, value)
+                    number = number_of(key, value, self.tell)
                     name = key if type(key) is str else text(key)
                     if number is LATER:
                         values[name], late[name] = None, value
@@ -329,15 +328,6 @@ class Run:
         except Exception as error:
             self.tell(tag, f"{tag} was lost: {error!r}")
 
-    def _number(self, key: Any, value: Any) -> float | str | None:
-        try:
-            if isinstance(value, (str, bytes)):
-                raise TypeError("text")
-            return number_of(value)
-        except Exception as error:  # a user's __float__ may raise anything
-            self.tell("value", f"metric {text(key):.80}={about(value)}: not a number: {text(error):.200}")
-            return None
-
     def _whole(self, field: str, value: Any) -> int | None:
         if type(value) is int and 0 <= value < LARGEST:
             return value
@@ -377,32 +367,3 @@ class Run:
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
         return self.pipeline.process(header) or header
-
-
-def describe(error: BaseException) -> Event:
-    """An exception as the fields of an error event."""
-    try:
-        stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    except Exception as failure:  # an exception's own attributes may raise
-        lines = traceback.format_tb(error.__traceback__) if isinstance(error, BaseException) else []
-        stack = "".join([*lines, f"<no more of {type(error).__name__}: {text(failure)}>"])
-    if len(stack) > LONGEST_STACK:  # its end says what happened
-        stack = f"…{stack[-LONGEST_STACK:]}"
-    kind = type(error)
-    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return {"type": name, "message": plain(error), "stack": plain(stack)}
-
-
-def text(value: Any) -> str:
-    """Any object as text; its own `__str__` may raise."""
-    return value if type(value) is str else str(plain(value))
-
-
-def mapping_of(params: Any) -> Mapping[str, Any]:
-    """The fields of a mapping, a dataclass, a namespace or any other object with attributes. TypeError."""
-    if isinstance(params, Mapping):
-        return params
-    if is_dataclass(params):
-        return {field.name: getattr(params, field.name) for field in fields(params)}
-    attributes: dict[str, Any] = vars(params)
-    return attributes

@@ -1,4 +1,4 @@
-"""What begins and ends: the run, its epochs, steps and spans, and the loop that makes steps.
+"""What begins and ends: the run, its epochs, steps and spans.
 
 The innermost open scope of a thread or asyncio task stands in a context variable; a thread that has none takes the
 run's main one. A scope that exits ends what is still open inside it, with its own outcome: that is how a step learns
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.events import Event, plain
 from stepspan.otlp import ids
@@ -317,92 +317,6 @@ class Scopes:
         token, scope.token = scope.token, None
         if self._propagation is not None:
             self._propagation.detach(token)
-
-
-Amount: TypeAlias = "float | Callable[[Any], float] | None"
-"""How much is in a batch: a number, or what counts it."""
-
-
-class Steps(Generic[T]):
-    """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
-
-    An object and not a generator: it has a length, and it can be left in any way. `accumulate` batches make one step.
-    A loop over one that was exhausted begins again, as a loop over the iterable would.
-    """
-
-    def __init__(
-        self,
-        scopes: Scopes,
-        iterable: Iterable[T],
-        *,
-        start: int | None,
-        accumulate: int,
-        split: str,
-        samples: Amount = None,
-        tokens: Amount = None,
-    ) -> None:
-        self._scope: Scope | None = None
-        self._scopes = scopes
-        self._clock = scopes.clock
-        self._iterable = iterable
-        self._iterator: Iterator[T] | None = None
-        self._exhausted = False
-        self._start = start
-        self._accumulate = accumulate
-        self._split = split
-        self._samples = samples
-        self._tokens = tokens
-        self._batches = 0
-
-    def __iter__(self) -> Iterator[T]:
-        self._exhausted = False
-        return self
-
-    def __len__(self) -> int:
-        return len(self._iterable)  # type: ignore[arg-type] # as long as what it iterates over, if that has a length
-
-    def __next__(self) -> T:
-        if self._batches >= self._accumulate:
-            self._finish(None)
-        before = self._clock()
-        try:
-            if self._iterator is None:
-                if self._exhausted:
-                    raise StopIteration
-                self._iterator = iter(self._iterable)
-            batch = next(self._iterator)
-        except StopIteration:
-            self._iterator, self._exhausted = None, True
-            self._finish(None)
-            raise
-        except BaseException as error:
-            self._finish(error)
-            raise
-        waited = self._clock() - before
-        self._batches += 1
-        scope = self._scope
-        if scope is None:
-            scope = self._scope = self._scopes.step(self._start, self._split)
-            scope.waited, self._start = waited, None
-            self._scopes.begin(scope)
-        else:
-            scope.waited = (scope.waited or 0) + waited
-        if self._samples is not None:
-            scope.samples = self._scopes.amount("samples", self._samples, batch, scope.samples)
-        if self._tokens is not None:
-            scope.tokens = self._scopes.amount("tokens", self._tokens, batch, scope.tokens)
-        return batch
-
-    def _finish(self, error: BaseException | None) -> None:
-        scope, self._scope = self._scope, None
-        self._batches = 0
-        if scope is not None:
-            self._scopes.end(scope, error)
-
-    def __del__(self) -> None:
-        scope = self._scope
-        if scope is not None:
-            scope.loose = self._clock()  # the loop was left; how, the scope around it will know
 
 
 def is_failure(error: BaseException) -> bool:

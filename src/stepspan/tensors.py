@@ -20,7 +20,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -102,21 +102,26 @@ def on_device(value: Any) -> bool:
     return hasattr(value, "is_ready") and not value.is_ready()
 
 
-def number_of(value: Any) -> float | str:
+def number_of(key: Any, value: Any, tell: Callable[[str, str], None]) -> float | str | None:
     """The number in a number, or in an array or tensor of one element, as JSON can hold it; `LATER` of a device's.
 
-    Raises whatever its library raises, and ValueError for what is no one number.
+    None for what is no one number: `tell` says so.
     """
-    if on_device(value):
-        if any(size != 1 for size in value.shape):
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("text")
+        late = on_device(value)
+        if late and any(size != 1 for size in value.shape):
             raise ValueError("not one element")
         if hasattr(value, "placements"):
-            whole(value)
-        return LATER  # type: ignore[no-any-return] # for its caller's eyes alone
-    if hasattr(value, "placements"):
-        value = whole(value)
-    item = getattr(value, "item", None)
-    return number_text(float(item() if callable(item) else value))
+            value = whole(value)
+        if late:
+            return LATER  # type: ignore[no-any-return] # for its caller's eyes alone
+        item = getattr(value, "item", None)
+        return number_text(float(item() if callable(item) else value))
+    except Exception as error:  # a user's __float__ may raise anything, and so may a device
+        tell("value", f"metric {plain(key)!s:.80}={about(value)}: not a number: {plain(error)!s:.200}")
+        return None
 
 
 def whole(value: Any) -> Any:

@@ -16,8 +16,9 @@ from typing import Any
 
 from stepspan.disabled import DISABLED
 from stepspan.events import plain
-from stepspan.run import Run, describe, text
+from stepspan.run import Run
 from stepspan.start import current_run
+from stepspan.values import describe, text
 
 OWN = "stepspan"
 """Our own loggers, and the names of our own threads: what they say about delivering must not be delivered."""
@@ -53,7 +54,7 @@ class StepspanHandler(logging.Handler):
             return
         self._inside.depth = depth + 1
         try:
-            run._record("log", lambda: _fields(record), inside=True)
+            run._record("log", lambda: {"parent": run._scopes.around(), **_fields(record)})
         finally:
             self._inside.depth = depth
 

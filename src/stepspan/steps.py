@@ -1,0 +1,95 @@
+"""The loop over batches that makes steps, `for batch in run.steps(loader)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Generic, TypeAlias, TypeVar
+
+from stepspan.scopes import Scope, Scopes
+
+T = TypeVar("T")
+
+Amount: TypeAlias = "float | Callable[[Any], float] | None"
+"""How much is in a batch: a number, or what counts it."""
+
+
+class Steps(Generic[T]):
+    """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
+
+    An object and not a generator: it has a length, and it can be left in any way. `accumulate` batches make one step.
+    A loop over one that was exhausted begins again, as a loop over the iterable would.
+    """
+
+    def __init__(
+        self,
+        scopes: Scopes,
+        iterable: Iterable[T],
+        *,
+        start: int | None,
+        accumulate: int,
+        split: str,
+        samples: Amount = None,
+        tokens: Amount = None,
+    ) -> None:
+        self._scope: Scope | None = None
+        self._scopes = scopes
+        self._clock = scopes.clock
+        self._iterable = iterable
+        self._iterator: Iterator[T] | None = None
+        self._exhausted = False
+        self._start = start
+        self._accumulate = accumulate
+        self._split = split
+        self._samples = samples
+        self._tokens = tokens
+        self._batches = 0
+
+    def __iter__(self) -> Iterator[T]:
+        self._exhausted = False
+        return self
+
+    def __len__(self) -> int:
+        return len(self._iterable)  # type: ignore[arg-type] # as long as what it iterates over, if that has a length
+
+    def __next__(self) -> T:
+        if self._batches >= self._accumulate:
+            self._finish(None)
+        before = self._clock()
+        try:
+            if self._iterator is None:
+                if self._exhausted:
+                    raise StopIteration
+                self._iterator = iter(self._iterable)
+            batch = next(self._iterator)
+        except StopIteration:
+            self._iterator, self._exhausted = None, True
+            self._finish(None)
+            raise
+        except BaseException as error:
+            self._finish(error)
+            raise
+        waited = self._clock() - before
+        self._batches += 1
+        scope = self._scope
+        if scope is None:
+            scope = self._scope = self._scopes.step(self._start, self._split)
+            scope.waited, self._start = waited, None
+            self._scopes.begin(scope)
+        else:
+            scope.waited = (scope.waited or 0) + waited
+        if self._samples is not None:
+            scope.samples = self._scopes.amount("samples", self._samples, batch, scope.samples)
+        if self._tokens is not None:
+            scope.tokens = self._scopes.amount("tokens", self._tokens, batch, scope.tokens)
+        return batch
+
+    def _finish(self, error: BaseException | None) -> None:
+        scope, self._scope = self._scope, None
+        self._batches = 0
+        if scope is not None:
+            self._scopes.end(scope, error)
+
+    def __del__(self) -> None:
+        scope = self._scope
+        if scope is not None:
+            scope.loose = self._clock()  # the loop was left; how, the scope around it will know
