@@ -95,7 +95,11 @@ class Shipper:
                 self._retire(lane)
             elif lane.not_before > now and not lane.held:
                 self._not_before = lane.not_before
-                break
+                return moved
+        if moved and all(lane.at_end for lane in turn):
+            # Live: rest as long as that took, so that many sessions come to fuller requests and not to a busy loop.
+            over = self._options.clock()
+            self._not_before = over + (over - now)
         return moved
 
     def abandoned(self, patience: float) -> bool:
