@@ -44,7 +44,7 @@ JOB = "scale"
 PERIOD = 10  # seconds between samples, as the samplers have it
 LOCAL = 8  # ranks a node: one of them samples the host
 METRICS = ("loss", "lr", "grad_norm", "accuracy", "tokens_seen", "aux_loss", "z_loss", "weight_norm", "mfu", "temperature")
-LEFT_BEHIND = 0.2  # seconds by which delivery may fall behind each second of a phase before it counts as saturated
+LEFT_BEHIND = 0.1  # seconds by which delivery may fall behind each second of a phase before it counts as saturated
 
 
 # --- the generator's process
@@ -292,9 +292,9 @@ def rates(options: argparse.Namespace, chain: Chain, generator: Worker, place: P
         thread.start()
         if not chain.processes["deliverers"]:
             deliverers(options, chain, place)
-        time.sleep(options.seconds / 3)  # until it has settled
+        time.sleep(options.seconds / 2)  # until it has settled
         before = chain.snapshot()
-        time.sleep(options.seconds - options.seconds / 3 - 1)
+        time.sleep(options.seconds / 2 - 1)
         after = chain.snapshot()
         thread.join()
         window = after["time"] - before["time"]
@@ -469,7 +469,7 @@ def main() -> None:
     options.add_argument("--hosts", type=int, default=4, help="deliverer processes")
     options.add_argument("--history", type=int, default=780, help="seconds of one step a second, before it begins")
     options.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4], help="steps/s a rank")
-    options.add_argument("--seconds", type=int, default=30, help="of each rate")
+    options.add_argument("--seconds", type=int, default=40, help="of each rate")
     options.add_argument("--repeats", type=int, default=3, help="of each query")
     options.add_argument("--patience", type=int, default=90, help="seconds until what waits counts as stuck")
     options.add_argument("--directory", help="where journals and stores go")

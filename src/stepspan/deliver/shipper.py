@@ -25,6 +25,9 @@ log = logging.getLogger("stepspan.deliver")
 AHEAD = 600 * 1_000_000_000
 FOREVER = 1 << 62
 RESCAN = 1.0
+LONGEST_REST = 1.0
+"""Seconds. After a round that has brought every session to its end a shipper rests as long as the round took, so that
+with many live sessions requests become fuller, and not a core busy with looking at journals."""
 TRY_AGAIN = 60.0
 """Seconds until a session that could not be read is looked at again: a disk may have been full, an upgrade may come."""
 
@@ -96,10 +99,9 @@ class Shipper:
             elif lane.not_before > now and not lane.held:
                 self._not_before = lane.not_before
                 return moved
-        if moved and all(lane.at_end for lane in turn):
-            # Live: rest as long as that took, so that many sessions come to fuller requests and not to a busy loop.
+        if moved and all(lane.at_end or lane.held for lane in turn):
             over = self._options.clock()
-            self._not_before = over + (over - now)
+            self._not_before = over + min(over - now, LONGEST_REST)
         return moved
 
     def abandoned(self, patience: float) -> bool:

@@ -161,12 +161,12 @@ def _leave_captures_alone() -> None:
 
 def device_span(run: Run, begin: Event) -> Scope:
     """A span that is timed on the GPU as well; on the host alone, and told once, where CUDA is not at work."""
-    torch = modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    cuda = getattr(modules.get("torch"), "cuda", None)
+    if cuda is None or not cuda.is_initialized():
         run.tell("cuda", f"span {begin['name']:.80}: cuda=True, but torch has no CUDA at work: timed on the host")
         return run._scopes.span(begin)
     span = DeviceSpan(run._scopes, "span", {**NOT_YET, **begin, "cuda": True})
-    span.timer = Timer(run, torch.cuda)
+    span.timer = Timer(run, cuda)
     return span
 
 
@@ -264,7 +264,7 @@ def watch_collectives(model: Any, run: Run | None = None) -> None:
     What is not: collectives outside DDP's backward pass, such as SyncBatchNorm, those of FSDP, or your own. Put
     `run.span("all_gather", collective=True)` around those that wait, with `cuda=True` on a GPU.
 
-    Raises what `register_comm_hook` raises: TypeError, RuntimeError.
+    Raises what `register_comm_hook` raises: RuntimeError where there is a hook, AttributeError where it is no DDP.
     """
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (  # type: ignore[import-not-found,unused-ignore]
         allreduce_hook,
