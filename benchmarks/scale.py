@@ -1,4 +1,4 @@
-"""A thousand ranks through agent.yaml, gateway.yaml and Prometheus on this machine: what goes through, and what it costs.
+"""A thousand ranks through agent.yaml, gateway.yaml and Prometheus on this machine: what goes through, at what cost.
 
     make stack                                    # the real Collector and Prometheus
     python benchmarks/scale.py                    # about seven minutes
@@ -43,7 +43,7 @@ sys.path.append(str(ROOT / "tests"))
 JOB = "scale"
 PERIOD = 10  # seconds between samples, as the samplers have it
 LOCAL = 8  # ranks a node: one of them samples the host
-METRICS = ("loss", "lr", "grad_norm", "accuracy", "tokens_seen", "aux_loss", "z_loss", "weight_norm", "mfu", "temperature")
+METRICS = ("loss", "lr", "grad_norm", "accuracy", "tokens_seen", "aux_loss", "z_loss", "weight_norm", "mfu", "beta")
 LEFT_BEHIND = 0.1  # seconds by which delivery may fall behind each second of a phase before it counts as saturated
 
 
@@ -256,8 +256,9 @@ def history(options: argparse.Namespace, chain: Chain, generator: Worker, place:
     size = sum(path.stat().st_size for path in (place / "history").rglob("*.jsonl"))
     say(f"history: {size / 1e6:,.0f} MB of journals in {written:.0f} s; delivering")
     before, began = chain.scrape("prometheus_tsdb_head_samples_appended_total"), time.perf_counter()
+    command = [sys.executable, "-m", "stepspan", "sync", str(place / "history")]
     done = subprocess.run(
-        [sys.executable, "-m", "stepspan", "sync", str(place / "history"), "--endpoint", chain.prometheus.otlp_endpoint],
+        [*command, "--endpoint", chain.prometheus.otlp_endpoint],
         env={**os.environ, "OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"},
         stdout=subprocess.PIPE,
         text=True,
@@ -288,7 +289,7 @@ def rates(options: argparse.Namespace, chain: Chain, generator: Worker, place: P
         say(f"{rate:g} steps/s a rank for {options.seconds} s")
         orders = {"live": rate, "seconds": options.seconds}
         results: dict[str, float] = {}
-        thread = threading.Thread(target=lambda orders=orders: results.update(generator(**orders)))
+        thread = threading.Thread(target=lambda into=results, orders=orders: into.update(generator(**orders)))
         thread.start()
         if not chain.processes["deliverers"]:
             deliverers(options, chain, place)
@@ -299,7 +300,7 @@ def rates(options: argparse.Namespace, chain: Chain, generator: Worker, place: P
         thread.join()
         window = after["time"] - before["time"]
         behind = (after["age"] - before["age"]) / window > LEFT_BEHIND or results["late"] > 1
-        report(rate, options, before, after, saturated=behind)
+        report(rate, options.ranks, before, after, "falls behind" if behind else "keeps up")
         if behind:
             break
     generator(end=True)
@@ -322,13 +323,11 @@ def deliverers(options: argparse.Namespace, chain: Chain, place: Path) -> None:
         chain.processes["deliverers"].append(psutil.Process(started.pid))
 
 
-def report(
-    rate: float, options: argparse.Namespace, before: Mapping[str, float], after: Mapping[str, float], *, saturated: bool
-) -> None:
+def report(rate: float, ranks: int, before: Mapping[str, float], after: Mapping[str, float], verdict: str) -> None:
     gone = {name: after[name] - before.get(name, 0.0) for name in after}
     window = gone["time"]
     rows = [
-        ["steps logged a second", f"{rate * options.ranks:,.0f}"],
+        ["steps logged a second", f"{rate * ranks:,.0f}"],
         ["points/s accepted by Prometheus", f"{gone['points'] / window:,.0f}"],
         ["spans/s through the gateway", f"{gone['spans'] / window:,.0f}"],
         ["requests/s from agent to gateway", f"{gone['requests'] / window:,.0f}"],
@@ -339,7 +338,6 @@ def report(
     for name in ("generator", "deliverers", "agent", "gateway", "prometheus"):
         cores, memory = gone.get(f"{name} cpu", 0.0) / window, after.get(f"{name} rss", 0.0) / 2**20
         rows.append([f"{name}: cores, memory", f"{cores:.2f}, {memory:,.0f} MiB"])
-    verdict = "falls behind" if saturated else "keeps up"
     measuring.table(f"**{rate:g} steps/s a rank: {verdict}**", ["", f"{window:.0f} s"], rows)
 
 
@@ -350,13 +348,13 @@ def drain(options: argparse.Namespace, chain: Chain) -> None:
     """What waits is delivered with nobody writing: the rate at which the chain is saturated."""
     before = chain.snapshot()
     say(f"nobody writes any more: {before[A] / 1e6:.1f} MB at the agent, {before[G] / 1e6:.1f} MB at the gateway wait")
-    deadline, last, idle = time.monotonic() + options.patience, before, before
+    deadline, last = time.monotonic() + options.patience, before
     while time.monotonic() < deadline:
         time.sleep(1)
         now = chain.snapshot()
         if now["points"] == last["points"] and not now[A] and not now[G]:
             break
-        last, idle = now, last
+        last = now
     window = last["time"] - before["time"]
     if window > 2:
         rate = (last["points"] - before["points"]) / window
@@ -507,9 +505,7 @@ def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> Non
         TEMPO_OTLP=discards.grpc_endpoint.removeprefix("http://"),
         LOKI_OTLP=discards.endpoint,
     )
-    agent = StackCollector(
-        place / "agent", "agent.yaml", record=False, COLLECTOR_GATEWAYS=f"[{gateway.grpc_target}]"
-    )
+    agent = StackCollector(place / "agent", "agent.yaml", record=False, COLLECTOR_GATEWAYS=f"[{gateway.grpc_target}]")
     prometheus.scrapes += [gateway.metrics_address, agent.metrics_address]
     task = {"ranks": options.ranks, "hosts": options.hosts, "place": str(place)}
     chain = Chain(prometheus, gateway, agent)

@@ -357,6 +357,7 @@ def test_what_never_ends_is_not_kept_for_ever(monkeypatch):
     s = SessionEvents()
     for number in range(20):
         s.emit("step_begin", parent=0, step=number, split="train")
+    s.emit("event", 10.0, parent=0, name="later")
     fold = mapper("metrics", s.header)
     fold.map(s.events)
     assert [event["step"] for event in fold.state()["open"]] == [15, 16, 17, 18, 19]

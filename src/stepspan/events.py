@@ -88,7 +88,7 @@ def decode_sequence(lines: Sequence[bytes], seq: int) -> list[Event] | None:
             seq, before, ts = seq + 1, ts, event["ts"]
             if event["seq"] != seq or ts <= before or type(event["tag"]) is not str:
                 return None
-            if event["crc"] != crc32(line[: line.rindex(b',"crc":')]):
+            if event["crc"] != crc32(line.rpartition(b',"crc":')[0]):
                 return None
     except (ValueError, KeyError, TypeError):
         return None

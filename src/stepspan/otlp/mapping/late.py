@@ -32,7 +32,7 @@ class Late:
         """Series -> the millisecond after which its next late point must lie."""
         self._spans: dict[int, list[Any]] = {}
         """The `seq` of a span's begin -> its phase, when it ended (ns), and its step's `seq` if its time is a wait."""
-        self._steps: dict[int, list[Any]] = {}
+        self.steps: dict[int, list[Any]] = {}
         """The `seq` of a step's begin -> split, when it ended (ns; 0: not yet), wait (s; None: lost), spans to come."""
 
     def expect(self, series: Sequence[Series], metrics: Mapping[str, Any], now: int) -> None:
@@ -59,21 +59,21 @@ class Late:
         self._spans[begin["seq"]] = [phase, end["ts"], 0 if step is None else step["seq"]]
         _bound(self._spans, MOST_SPANS)
         if step is not None:
-            entry = self._steps.setdefault(step["seq"], [step["split"], 0, 0.0, 0])
+            entry = self.steps.setdefault(step["seq"], [step["split"], 0, 0.0, 0])
             entry[3] += 1
 
     def step_end(self, begin: Event, ended: int) -> bool:
         """Whether a step's wait comes later: with the device's part of it, and after those of the steps before."""
-        entry = self._steps.get(begin["seq"])
+        entry = self.steps.get(begin["seq"])
         if entry is None:
-            if not self._steps or "wait" not in begin:
+            if not self.steps or "wait" not in begin:
                 return False
-            entry = self._steps[begin["seq"]] = [begin["split"], 0, 0.0, 0]
+            entry = self.steps[begin["seq"]] = [begin["split"], 0, 0.0, 0]
         entry[1] = ended
         self._not_twice(self._own("training.step.wait", begin["split"]), ended)
         if entry[2] is not None:
             entry[2] += begin.get("wait", 0.0)
-        _bound(self._steps, MOST_STEPS)
+        _bound(self.steps, MOST_STEPS)
         self._tell(ended)
         return True
 
@@ -85,7 +85,7 @@ class Late:
         seconds = number(event["seconds"])
         if seconds is not None:
             self.put(self._own("training.phase.device_time", phase), ended, seconds, event["ts"])
-        entry = self._steps.get(step)
+        entry = self.steps.get(step)
         if entry is not None:
             entry[2] = None if seconds is None or entry[2] is None else entry[2] + seconds
             entry[3] -= 1
@@ -97,24 +97,24 @@ class Late:
             self._last[_name(series)] = now // MILLISECOND
 
     def _tell(self, now: int) -> None:
-        while self._steps:
-            step = next(iter(self._steps))
-            split, ended, wait, missing = self._steps[step]
+        while self.steps:
+            step = next(iter(self.steps))
+            split, ended, wait, missing = self.steps[step]
             if not ended or missing > 0:
                 return
-            del self._steps[step]
+            del self.steps[step]
             if wait is not None:
                 self.put(self._own("training.step.wait", split), ended, wait, now)
 
     @property
     def state(self) -> list[Any]:
         """What is carried on, as JSON."""
-        return [self._last, list(self._spans.items()), list(self._steps.items())]
+        return [self._last, list(self._spans.items()), list(self.steps.items())]
 
     @state.setter
     def state(self, state: list[Any]) -> None:
         last, spans, steps = state
-        self._last, self._spans, self._steps = last, dict(spans), dict(steps)
+        self._last, self._spans, self.steps = last, dict(spans), dict(steps)
 
 
 def _bound(entries: dict[int, list[Any]], most: int) -> None:

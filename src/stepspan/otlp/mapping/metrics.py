@@ -157,11 +157,22 @@ class MetricMapper:
         return series
 
     def _metrics(self, event: Event) -> None:
+        metrics, step = event["metrics"], event.get("step")
+        call = (event["split"], step is not None, *metrics)
+        table = self._tables.get(call)
+        if table is None or "attributes" in event or "at" in event or None in metrics.values():
+            self._unusual(event, call)
+            return
+        row = [*metrics.values(), step]
+        if len(row) != len(table.series):
+            row[-1:] = repeat(step, len(table.series) - len(metrics))
+        self._points.lay("metrics", table, event["ts"], row)
+
+    def _unusual(self, event: Event, call: tuple[Any, ...]) -> None:
+        """A call of keys that were not seen together before, with attributes, or with values that come late."""
         ts, attributes, metrics = event["ts"], event.get("attributes"), event["metrics"]
         late = "at" in event
-        call = (event["split"], "step" in event and not late, *metrics)
-        table = None if attributes else self._tables.get(call)
-        series = table.series if table else self._series_of(call, attributes)
+        series = self._series_of((call[0], call[1] and not late, *metrics), attributes)
         if late:
             for one, value in zip(series, map(number, metrics.values()), strict=True):
                 if value is not None:
@@ -169,11 +180,7 @@ class MetricMapper:
             return
         if None in metrics.values():
             self._late.expect(series, metrics, ts)
-        row = [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))]
-        if table is not None:
-            self._points.lay("metrics", table, ts, row)
-            return
-        self._points.put_row(series, ts, row)
+        self._points.put_row(series, ts, [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))])
         if not attributes and len(set(series)) == len(series):
             if len(self._tables) >= MOST_TABLES:
                 self._tables.clear()
@@ -194,8 +201,6 @@ class MetricMapper:
 
     def _begin(self, event: Event) -> None:
         self._open[event["seq"]] = event
-        if len(self._open) > MOST_OPEN:  # begun and never ended
-            del self._open[next(iter(self._open))]
 
     def _step_end(self, event: Event) -> None:
         begin = self._open.pop(event["begin"], None)
@@ -206,7 +211,9 @@ class MetricMapper:
         if duration < 0:
             duration = 0.0
         row = [duration]
-        waited = not self._late.step_end(begin, ts) and "wait" in begin
+        waited = "wait" in begin
+        if self._late.steps:
+            waited = not self._late.step_end(begin, ts) and waited
         if waited:
             row.append(begin["wait"])
         if "data_wait" in event:
@@ -220,7 +227,8 @@ class MetricMapper:
             self._throughput("samples", split, event, duration)
         if "tokens" in event:
             self._throughput("tokens", split, event, duration)
-        self._progress.step(begin, ts)
+        if split == "train":
+            self._progress.step(begin, ts)
         self._durations.add(begin, event, duration)
 
     def _step_table(self, split: str, waited: bool, waited_for_data: bool) -> Table:
@@ -297,6 +305,8 @@ class MetricMapper:
 
     def _cross(self, ts: int) -> None:
         """Event time has crossed a multiple of the period: say what has come together since the start."""
+        while len(self._open) > MOST_OPEN:  # begun and never ended
+            del self._open[next(iter(self._open))]
         boundary = ts // PERIOD * PERIOD
         if self._boundary:
             self._cumulative(boundary)

@@ -38,11 +38,10 @@ class Progress:
         self._total = number(event["total_steps"])
 
     def step(self, begin: Event, ended: int) -> None:
-        """A step has ended."""
-        if begin["split"] == "train":
-            if self._measured is None:
-                self._measured = begin["step"] - 1, begin["ts"]
-            self._last = begin, ended
+        """A training step has ended."""
+        if self._measured is None:
+            self._measured = begin["step"] - 1, begin["ts"]
+        self._last = begin, ended
 
     def artifact(self, event: Event) -> None:
         """An artifact was recorded."""
