@@ -196,7 +196,7 @@ def test_every_tag_has_words():
     [
         ({"tag": "artifact", "kind": "checkpoint", "name": "model", "path": "/a b.pt"}, "checkpoint model: /a b.pt"),
         ({"tag": "event", "name": "eval", "status": "ok", "attributes": {"n": 3}}, "eval [ok] n=3"),
-        ({"tag": "log", "severity": 13, "logger": "root", "message": "low disk"}, "WARNING root: low disk"),
+        ({"tag": "log", "severity": "warning", "logger": "root", "message": "low disk"}, "WARNING root: low disk"),
         ({"tag": "memory", "device_id": 0, "counters": {"allocated": 5}}, "device 0: allocated=5"),
         ({"tag": "gap", "dropped": 7, "why": "disk full"}, "7 events before this one could not be written: disk full"),
         (
@@ -275,6 +275,23 @@ def test_the_report_as_data(tmp_path):
     assert [(c["step"], c["path"]) for c in job["checkpoints"]] == [(3, "/ckpt/3")]
     assert job["hyperparams"] == {"lr": 0.1}
     assert job["delivery"] == []
+
+
+def test_the_wait_of_a_collective_on_a_device_is_what_the_device_says(tmp_path):
+    for rank, seconds in ((0, 0.25), (1, 0.125)):
+        training = Training(tmp_path, rank=rank, session=f"00000000000000a{rank}")
+        step = training.emit("step_begin", parent=training.run, step=0, split="train")
+        early, late = (
+            training.emit("span_begin", parent=step, name="all_reduce", collective=True, cuda=True) for _ in range(2)
+        )
+        for span in (early, late):
+            training.emit("span_end", begin=span)
+        training.emit("device_time", begin=early, seconds=seconds)
+        training.emit("step_end", begin=step)
+        training.emit("device_time", begin=late, seconds=seconds)
+        training.end()
+    (job,) = summarise(find_sessions(tmp_path))
+    assert job["straggler"] == {"rank": 1, "wait": 0.25, "others_wait": 0.5}
 
 
 def test_the_report_on_a_page(tmp_path):

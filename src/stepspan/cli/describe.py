@@ -9,8 +9,6 @@ from stepspan.events import Event
 
 Describe = Callable[[Event, "Event | None"], str]
 COMMON = frozenset({"ts", "seq", "tag", "crc", "parent", "begin"})
-SEVERITIES = ((21, "FATAL"), (17, "ERROR"), (13, "WARNING"), (9, "INFO"), (0, "DEBUG"))
-
 
 def describe(event: Event, begin: Event | None = None) -> str:
     """What happened, in one line. `begin`: the begin line of an end, where it is known."""
@@ -100,7 +98,8 @@ def _device_time(event: Event, begin: Event | None) -> str:
 
 def _metrics(event: Event, _: Event | None) -> str:
     split = event.get("split", "train")
-    return f"{'' if split == 'train' else split + '  '}{pairs({**event['metrics'], **event.get('attributes', {})})}"
+    values = {key: "…" if value is None else value for key, value in event["metrics"].items()}  # a GPU's, to come
+    return f"{'' if split == 'train' else split + '  '}{pairs({**values, **event.get('attributes', {})})}"
 
 
 def _event(event: Event, _: Event | None) -> str:
@@ -109,8 +108,7 @@ def _event(event: Event, _: Event | None) -> str:
 
 
 def _log(event: Event, _: Event | None) -> str:
-    severity = next(name for least, name in SEVERITIES if event["severity"] >= least)
-    return f"{severity} {event['logger']}: {event['message']}"
+    return f"{event['severity'].upper()} {event['logger']}: {event['message']}"
 
 
 def _sample(event: Event, _: Event | None) -> str:

@@ -43,7 +43,7 @@ def ledger_table(found: Sequence[dict[str, Any]]) -> None:
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     said: dict[str, None] = {}
     for ledger in found:
-        job = Path(ledger["path"]).parents[1].name
+        job = Path(ledger["path"]).absolute().parents[1].name
         head = [job, str(ledger["rank"]), ledger["session"], ledger["status"], str(ledger["journaled"])]
         rows = [(d, s, state) for d, signals in ledger["destinations"].items() for s, state in signals.items()]
         if not rows:

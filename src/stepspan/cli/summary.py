@@ -61,6 +61,8 @@ class Session:
         self.holes = Ledger()
         self.why: dict[str, int] = {}
         self._open: dict[int, Event] = {}
+        self._on_device: dict[int, Event] = {}
+        """A collective whose time the device tells -> the step that it is a wait of."""
         self._handlers = {
             "run_begin": self._run_begin,
             "epoch_begin": self._epoch_begin,
@@ -68,6 +70,7 @@ class Session:
             "span_begin": self._begin,
             "step_end": self._step_end,
             "span_end": self._span_end,
+            "device_time": self._device_time,
             "metrics": self._metrics,
             "hyperparams": lambda event: self.hyperparams.update(event["params"]),
             "progress": self._progress,
@@ -145,6 +148,7 @@ class Session:
         self.times.append(max(0, event.get("ended", event["ts"]) - begin["ts"]) / SECOND)
         self.data_waits.append(event.get("data_wait", 0.0))
         if "wait" in begin:
+            begin["place"] = len(self.waits)
             self.waits.append(begin["wait"])
 
     def _span_end(self, event: Event) -> None:
@@ -154,8 +158,19 @@ class Session:
         outer = self._open.get(begin["parent"])
         while outer is not None and outer["tag"] == "span_begin" and not outer.get("collective"):
             outer = self._open.get(outer["parent"])
-        if outer is not None and outer["tag"] == "step_begin":
-            outer["wait"] = outer.get("wait", 0.0) + (event["ts"] - begin["ts"]) / SECOND
+        if outer is None or outer["tag"] != "step_begin":
+            return
+        host = (event["ts"] - begin["ts"]) / SECOND
+        outer["wait"] = outer.get("wait", 0.0) + (0.0 if begin.get("cuda") else host)
+        if begin.get("cuda"):
+            self._on_device[begin["seq"]] = outer
+
+    def _device_time(self, event: Event) -> None:
+        step, seconds = self._on_device.pop(event["begin"], None), number(event["seconds"])
+        if step is not None and seconds is not None:
+            step["wait"] += seconds
+            if "place" in step:
+                self.waits[step["place"]] = step["wait"]
 
     def _metrics(self, event: Event) -> None:
         split = event.get("split", "train")
