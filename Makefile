@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-frameworks check format bench dashboards clean
+.PHONY: help demo test test-frameworks check format bench dashboards pictures clean
 
 help:  ## What can be made
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -35,6 +35,9 @@ dashboards: $(VENV)/.dev  ## Write Grafana's dashboards and Prometheus' recordin
 	$(VENV)/bin/mypy --python-version 3.11 --explicit-package-bases collector-config/dashboards
 	cd collector-config && ../$(VENV)/bin/python -m dashboards
 
+pictures: $(VENV)/.pictures  ## Draw the README's pictures of the dashboards, from a training (5 min; `make stack` before)
+	$(VENV)/bin/python tests/pictures.py
+
 clean:  ## Remove what was made, but for the stack
 	rm -rf $(VENV) .venv-frameworks .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -50,6 +53,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 $(VENV)/.dev: $(VENV)/.python pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@ $(VENV)/.demo
+
+$(VENV)/.pictures: $(VENV)/.dev
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[pictures]'
+	@touch $@
 
 .venv-frameworks/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-frameworks

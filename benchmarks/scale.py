@@ -16,11 +16,8 @@ that discards them. Journals are written through `Run`, 1,000 in one process, wh
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -28,151 +25,17 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import measuring
+import thousand
 from measuring import Receiver, Worker
+from thousand import JOB, ROOT, raise_limit
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "tests"))
-
-JOB = "scale"
-PERIOD = 10  # seconds between samples, as the samplers have it
-LOCAL = 8  # ranks a node: one of them samples the host
-METRICS = ("loss", "lr", "grad_norm", "accuracy", "tokens_seen", "aux_loss", "z_loss", "weight_norm", "mfu", "beta")
 LEFT_BEHIND = 0.1  # seconds by which delivery may fall behind each second of a phase before it counts as saturated
-
-
-# --- the generator's process
-
-
-class Clock:
-    """Event time: moved by hand while history is written, this machine's afterwards."""
-
-    def __init__(self) -> None:
-        self.by_hand: int | None = None
-
-    def __call__(self) -> int:
-        if self.by_hand is None:
-            return time.time_ns()
-        self.by_hand += 1000
-        return self.by_hand
-
-
-class Rank:
-    """One rank: a `Run` of its own, and what it logs in a step."""
-
-    def __init__(self, number: int, directory: Path, clock: Clock, options: SimpleNamespace, attempt: int) -> None:
-        from stepspan import identity
-        from stepspan.deliver.handle import Delivery
-        from stepspan.exporters.jsonl import JsonlExporter
-        from stepspan.pipeline import Pipeline
-        from stepspan.run import Run
-
-        local, host = number % LOCAL, f"host-{number * options.hosts // options.ranks}"
-        who = {"job_id": JOB, "rank": number, "local_rank": local, "world_size": options.ranks, "attempt": attempt}
-        who["group"] = None
-        facts = replace(options.facts, host=host)
-        me = identity.resolve(who, {}, facts, earlier_sessions=lambda *_: 0)
-        resource_of, _ = identity.resource_attributes(me, {})
-        pipeline = Pipeline([], [JsonlExporter(directory, clock=clock)])
-        self.run = Run(me, resource_of, pipeline, Delivery(), boot_id=facts.boot_id, name=JOB)
-        self.run.log_hyperparams({"lr": 3e-4, "batch_size": 32, "model": "none"})
-        self.run.set_total_steps(1_000_000)
-        self._clock, self._samples, self._local = clock, options.samples, local
-        self._values = {key: random.random() for key in METRICS}
-        self._next_sample = 0
-
-    def step(self, number: int) -> None:
-        """A step of ten metrics, with a wait for data and one for the other ranks."""
-        for key in self._values:
-            self._values[key] *= random.uniform(0.98, 1.02)
-        for _ in self.run.steps([number], start=number, samples=32):
-            with self.run.span("all_reduce", collective=True):
-                pass
-            self.run.log_metrics(self._values)
-        now = self._clock()
-        if now >= self._next_sample:
-            self._next_sample = now + PERIOD * 1_000_000_000
-            for event in self._samples:
-                if event["source"] != "host" or self._local == 0:
-                    self.run.emit_beside({**event})
-
-
-def samples() -> list[dict[str, Any]]:
-    """What the real samplers write for this host, this process and a scripted GPU."""
-    from scripted_nvml import GPU, ScriptedNvml
-
-    from stepspan.samplers import Sampling
-    from stepspan.samplers.gpu import gpu
-    from stepspan.samplers.host import host, process
-
-    events: list[dict[str, Any]] = []
-    run: Any = SimpleNamespace(emit_beside=events.append, tell=lambda *_: None)
-    openers = {
-        "host": lambda emit: host(0, emit),
-        "process": lambda emit: process(0, emit),
-        "gpu": lambda emit: gpu(0, emit, nvml=ScriptedNvml(GPU()), env={}),
-    }
-    sampling = Sampling(run, openers, float(PERIOD))
-    for _ in range(3):
-        sampling.sample()
-        time.sleep(0.2)
-    sampling.close()
-    return events[-len(openers) :]
-
-
-def generate(task: dict[str, Any]) -> None:
-    """Be the generator: `history` (seconds) once, then `live` (steps a second a rank, seconds) as often as told."""
-    from stepspan.identity import host_facts
-
-    raise_limit()
-    options = SimpleNamespace(**task, facts=host_facts(), samples=samples())
-    clock, place = Clock(), Path(task["place"])
-    ranks: list[Rank] = []
-    steps = 0
-
-    def begin(directory: Path, attempt: int) -> None:
-        ranks[:] = [Rank(number, directory, clock, options, attempt) for number in range(options.ranks)]
-
-    measuring.answer(ready=True)
-    for order in measuring.orders():
-        if "history" in order:
-            seconds = int(str(order["history"]))
-            now = time.time_ns()
-            clock.by_hand = now - seconds * 1_000_000_000
-            begin(place / "history", 0)
-            for _ in range(seconds):
-                second = clock.by_hand
-                for rank in ranks:
-                    rank.step(steps)
-                clock.by_hand = max(clock.by_hand, second + 1_000_000_000)
-                steps += 1
-            for rank in ranks:
-                rank.run.close()
-            clock.by_hand = None
-            measuring.answer(steps=steps * len(ranks))
-        elif "live" in order:
-            rate, seconds = float(str(order["live"])), float(str(order["seconds"]))
-            if ranks[0].run.closed:
-                begin(place / "live", 1)
-            done, began = 0, time.perf_counter()
-            while done < int(rate * seconds) * len(ranks):  # evenly spread: each rank has its own moment in a step
-                due = min((time.perf_counter() - began) * rate, int(rate * seconds)) * len(ranks)
-                while done < due:
-                    ranks[done % len(ranks)].step(steps + done // len(ranks))
-                    done += 1
-                time.sleep(0.01)
-            steps += done // len(ranks)
-            measuring.answer(steps=done, late=time.perf_counter() - began - seconds)
-        else:
-            for rank in ranks:
-                rank.run.close()
-            measuring.answer(closed=True)
 
 
 # --- the parts, and what they use
@@ -238,12 +101,6 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def raise_limit() -> None:
-    """As many open files as we may have: a writer holds three, a deliverer three for each session and signal."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 # --- 1. history
 
 
@@ -269,14 +126,16 @@ def history(options: argparse.Namespace, chain: Chain, generator: Worker, place:
         raise SystemExit(f"the history was not delivered: {done.stdout}")
     samples_in = chain.scrape("prometheus_tsdb_head_samples_appended_total") - before
     series = chain.scrape("prometheus_tsdb_head_series")
+    chunks = sum(path.stat().st_size for path in (chain.prometheus.directory / "data" / "chunks_head").iterdir())
     cells = [
         f"{steps:,}",
         f"{size / 1e6:,.0f} MB ({size / steps:,.0f} B a step)",
         f"{samples_in:,.0f}",
         f"{samples_in / took:,.0f}",
         f"{series:,.0f}",
+        f"{chunks / 1e6:,.0f} MB",
     ]
-    head = ["", "steps", "journals", "samples", "samples/s into Prometheus", "series in its head"]
+    head = ["", "steps", "journals", "samples", "samples/s into Prometheus", "series", "chunks on its disk"]
     measuring.table("**history: one deliverer, no Collector**", head, [[f"{options.history} s", *cells]])
 
 
@@ -371,6 +230,16 @@ def queries(options: argparse.Namespace, chain: Chain) -> None:
     span = min(900, options.history + 120)
     values = {"job": JOB, "rank": ".*", "split": ".*", "slower": "0s", "range": str(span)}
     raw = grafana.value_of_raw(chain.prometheus.query, **values)
+    for choice in dict.fromkeys((raw, ".*")):
+        ask(options, chain, {**values, "raw": choice}, span)
+    groups = chain.prometheus._http.get(f"{chain.prometheus.url}/api/v1/rules").json()["data"]["groups"]
+    cells = [[g["name"], f"{g['interval']:g} s", f"{g['evaluationTime']:.2f} s"] for g in groups]
+    measuring.table("**rules**", ["group", "every", "its last evaluation took"], cells)
+
+
+def ask(options: argparse.Namespace, chain: Chain, values: dict[str, str], span: int) -> None:
+    import grafana
+
     rows: list[tuple[float, float, str]] = []
     for name in grafana.NAMES:
         board = grafana.dashboard(name)
@@ -379,7 +248,7 @@ def queries(options: argparse.Namespace, chain: Chain) -> None:
             if query.source != "prometheus":
                 continue
             title = query.of.partition(": ")[2].rpartition(" (")[0]
-            text = query.filled(**values, raw=raw)
+            text = query.filled(**values)
             took = [timed(chain, text, span, points[title], instant=query.instant) for _ in range(options.repeats)]
             rows.append((sorted(took)[len(took) // 2], max(took), query.of))
             if max(took) > 0.5:
@@ -387,13 +256,10 @@ def queries(options: argparse.Namespace, chain: Chain) -> None:
     rows.sort(reverse=True)
     total = sum(took for took, _, _ in rows)
     over = sum(worst >= 1 for _, worst, _ in rows)
-    print(f"\n{len(rows)} queries over {span} s, $raw={raw}, each {options.repeats} times: ", end="")
+    print(f"\n{len(rows)} queries over {span} s, $raw={values['raw']}, each {options.repeats} times: ", end="")
     print(f"{total:.1f} s together, {over} of them 1 s or more at the worst.")
     table = [[of, f"{took:.3f} s", f"{worst:.3f} s"] for took, worst, of in rows[:10]]
-    measuring.table("**the slowest queries**", ["", "median", "worst"], table)
-    groups = chain.prometheus._http.get(f"{chain.prometheus.url}/api/v1/rules").json()["data"]["groups"]
-    cells = [[g["name"], f"{g['interval']:g} s", f"{g['evaluationTime']:.2f} s"] for g in groups]
-    measuring.table("**rules**", ["group", "every", "its last evaluation took"], cells)
+    measuring.table(f"**the slowest queries, $raw={values['raw']}**", ["", "median", "worst"], table)
 
 
 def timed(chain: Chain, text: str, span: int, points: int, *, instant: bool) -> float:
@@ -466,18 +332,14 @@ def main() -> None:
     options.add_argument("--ranks", type=int, default=1000)
     options.add_argument("--hosts", type=int, default=4, help="deliverer processes")
     options.add_argument("--history", type=int, default=780, help="seconds of one step a second, before it begins")
-    options.add_argument("--rates", type=float, nargs="+", default=[0.25, 0.5, 1, 2, 4], help="steps/s a rank")
-    options.add_argument("--seconds", type=int, default=40, help="of each rate")
+    options.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2, 4, 8], help="steps/s a rank")
+    options.add_argument("--seconds", type=int, default=30, help="of each rate")
     options.add_argument("--repeats", type=int, default=3, help="of each query")
     options.add_argument("--patience", type=int, default=90, help="seconds until what waits counts as stuck")
     options.add_argument("--directory", help="where journals and stores go")
-    options.add_argument("--worker", help=argparse.SUPPRESS)
     given = options.parse_args()
     stack = os.environ.get("STEPSPAN_STACK")
     measuring.clean_environment()
-    if given.worker:
-        generate(json.loads(given.worker))
-        return
     if given.quick:
         given.ranks, given.history, given.rates, given.seconds, given.repeats = 16, 5, [1.0], 6, 1
     if stack:
@@ -510,7 +372,7 @@ def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> Non
     task = {"ranks": options.ranks, "hosts": options.hosts, "place": str(place)}
     chain = Chain(prometheus, gateway, agent)
     with prometheus, gateway, agent:
-        generator = Worker(__file__, task)
+        generator = Worker(thousand.__file__, task)
         generator.result()
         servers = {"prometheus": prometheus, "gateway": gateway, "agent": agent, "generator": generator}
         for name, server in servers.items():

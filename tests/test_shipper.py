@@ -9,7 +9,7 @@ import pytest
 from delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, ship, trained
 from journals import NOON, SECOND, header, lay_down, metrics
 
-from stepspan.deliver.shipper import AHEAD, RESCAN, TRY_AGAIN, Shipper
+from stepspan.deliver.shipper import AHEAD, LONGEST_REST, RESCAN, REST, TRY_AGAIN, Shipper
 from stepspan.events import encode
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
@@ -320,3 +320,41 @@ def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path, batch):
         assert found[rank] == expected
     for lane in lanes.values():
         assert_true(lane.state.ledger, read_closed(lane.session.path).seq)
+
+
+# ---------------------------------------------------------------- live sessions
+
+
+@pytest.mark.parametrize(("took", "rests"), [(0.01, REST * 0.01), (60.0, LONGEST_REST)], ids=["short", "long"])
+def test_after_a_round_that_found_live_sessions_at_their_end_it_rests(tmp_path, took, rests):
+    time = Time()
+
+    def answer(_):
+        time.skip(took)
+        return OK
+
+    training = Training(tmp_path, boot_id="elsewhere")
+    exporter = Scripted(answer)
+    one = shipper(tmp_path, exporter, options(time))
+    training.steps(3)
+    assert one.round()
+    training.steps(3)
+    time.skip(0.9 * rests)
+    assert not one.round(), "it looks at no journal"
+    time.skip(0.2 * rests)
+    assert one.round()
+    assert len(exporter.requests) == 2, "the steps of meanwhile came in one"
+
+
+def test_it_does_not_rest_when_nobody_lives(tmp_path):
+    time = Time()
+
+    def answer(_):
+        time.skip(60)
+        return OK
+
+    trained(tmp_path, 20)
+    one = shipper(tmp_path, Scripted(answer), options(time))
+    assert one.round()
+    one.round()
+    assert one.rounds, "it has looked again at once, and found nothing"

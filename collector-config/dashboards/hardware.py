@@ -9,6 +9,7 @@ from dashboards.panels import JOB, RANK, Panel, Query, graph, lines, listing, mo
 from dashboards.rules import recorded
 
 HOT = [(80.0, "yellow"), (90.0, "red")]
+UNCORRECTED = 'error_type!="corrected"'
 FULL = [(0.85, "yellow"), (0.95, "red")]
 GPU = "rank {{rank}}, GPU {{hw_id}}"
 HOST = "host of rank {{rank}}"
@@ -76,10 +77,10 @@ def gpus() -> list[Panel]:
         ),
         number(
             "GPU errors",
-            "ECC and XID errors since the ranks started. One uncorrected error or XID: take the GPU out, its results "
-            "are not to be trusted.",
+            "Uncorrected ECC errors and XIDs since the ranks started. One: take the GPU out, its results are not to be "
+            "trusted. Corrected ones stand below.",
             "none",
-            lines(f"sum by (job_id) ({recorded('job:hw_errors:sum')})", "errors"),
+            lines(f"sum by (job_id) ({recorded('job:hw_errors:sum', UNCORRECTED)})", "errors"),
             limits=[(1, "red")],
             none="no GPU",
         ),

@@ -117,13 +117,13 @@ def most(expr: str, by: str, count: int = MOST_LINES) -> str:
 
 
 def graph(title: str, about: str, unit: str, *queries: Query, width: int = 12, **how: Any) -> timeseries.Panel:
-    """Lines over time. `limits`, `stacked`, `low`, `high`, `log` (scale), `points` (draw them), `most` (of them)."""
+    """Lines over time. `limits`, `stacked`, `low`, `high`, `log` (scale), `most` (points)."""
     panel = _panel(timeseries.Panel(), title, about, unit, queries, width, 9, how.pop("limits", ()))
     panel = panel.line_width(1).fill_opacity(8).legend(_legend())
     panel = panel.tooltip(
         look.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING)
     )
-    panel = panel.show_points(common.VisibilityMode.ALWAYS if how.pop("points", False) else common.VisibilityMode.AUTO)
+    panel = panel.show_points(common.VisibilityMode.AUTO)
     if "most" in how:
         panel = panel.max_data_points(how.pop("most"))
     if how.pop("stacked", False):
@@ -245,6 +245,8 @@ def _panel(
     panel: P, title: str, about: str, unit: str, queries: Sequence[Query], width: int, height: int, limits: Limits
 ) -> P:
     panel.title(title).description(about).unit(unit).span(width).height(height)
+    if unit == "dtdurations":
+        panel.decimals(1)  # of a duration: "1 hour, 20 minutes", not "1 hour"
     panel.datasource(_source(queries[0]))
     panel.targets([query.ref_id(letter) for query, letter in zip(queries, ascii_uppercase, strict=False)])
     steps = [model.Threshold(value=None, color="green")]

@@ -107,10 +107,11 @@ def overview() -> list[Panel]:
             "Last step of any rank",
             "How long ago. Growing while the run has not ended: all hang, usually in a collective that one rank never "
             "reached: the table of last steps names it.",
-            "dtdurations",
+            "s",
             at_end(f"time() - max({LAST_STEPS})", "age"),
             width=6,
             limits=[(300, "yellow"), (600, "red")],
+            decimals=1,
         ),
         graph(
             "Step time over ranks",

@@ -78,9 +78,10 @@ def now() -> list[Panel]:
         number(
             "Time left",
             "What the last step's pace gives for the remaining steps, validation and checkpoints included.",
-            "dtdurations",
+            "s",
             lines(recorded("job:training_run_eta_seconds:max"), "left"),
             none="run.set_total_steps?",
+            decimals=1,
         ),
         number(
             "Epoch",
@@ -138,10 +139,11 @@ def now() -> list[Panel]:
             "Checkpoint age",
             "How long ago the last checkpoint was recorded: what a crash would cost now. Needs "
             'run.log_artifact(name, path, kind="checkpoint").',
-            "dtdurations",
+            "s",
             lines(f"time() - {CHECKPOINT}", "age"),
             limits=[(HOUR, "yellow"), (2 * HOUR, "red")],
             none="none yet",
+            decimals=1,
         ),
         number(
             "Step time",
@@ -184,7 +186,6 @@ def learning() -> list[Panel]:
             "none",
             lines(recorded("job:training_validation:avg"), "{{metric}} {{split}}"),
             width=12,
-            points=True,
         ),
         graph(
             "Other metrics of rank 0",
@@ -261,7 +262,6 @@ def broken() -> list[Panel]:
             "short",
             lines(recorded("job:training_run_errors:sum"), "{{error_type}}"),
             width=8,
-            points=True,
             low=0,
         ),
         messages(

@@ -1,0 +1,130 @@
+"""Draw the README's pictures: `make pictures`, about five minutes.
+
+Grafana itself is no part of the stack that `make stack` builds, so nothing here is a screenshot. A training runs
+(`picture_training`), each panel of the committed dashboards is asked as Grafana would ask it, of the real Prometheus
+and Loki, and what they answer is drawn (`drawing`) where and how the dashboard says. The panels that ask Tempo are
+drawn from the spans that the Collector handed on, and say so.
+
+    python tests/pictures.py [ANSWERS.json]     the answers are kept there, and drawn again if they already are
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import drawing
+import grafana
+import orjson
+import picture_training as scene
+import requests
+
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+NARROWEST = 400  # px: points that a panel of the dashboards can show at least
+
+
+class Asking:
+    """Asks for a dashboard's panels at a moment, over the training so far."""
+
+    def __init__(self, servers: scene.Servers, start: float, end: float) -> None:
+        self.servers, self.start, self.end = servers, start, end
+        self.values = {"job": scene.JOB, "rank": ".*", "split": ".*", "slower": "0s", "range": f"{end - start:.0f}"}
+        self.values["raw"] = grafana.value_of_raw(
+            lambda promql: servers.prometheus.query(promql, end), job=scene.JOB, range=self.values["range"]
+        )
+
+    def dashboard(self, name: str) -> dict[str, Any]:
+        board = grafana.dashboard(name)
+        panels = {
+            str(panel["id"]): [self.target(panel, of) for of in panel["targets"]] for panel in grafana.panels(board)
+        }
+        marks = [self.mark(one) for one in board.get("annotations", {}).get("list", [])]
+        return {"job": scene.JOB, "start": self.start, "end": self.end, "panels": panels, "marks": marks}
+
+    def target(self, panel: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+        source = target["datasource"]["uid"]
+        if source == "tempo":
+            return {"spans": self.spans()}
+        query = grafana.fill(target["expr"], **self.values)
+        if source == "loki":
+            return {"lines": self.servers.loki.query(query, self.start, self.end)}
+        if target.get("instant"):
+            return {"instant": self.servers.prometheus.query(query, self.end)}
+        step = max(1, math.ceil((self.end - self.start) / panel.get("maxDataPoints", NARROWEST)))
+        answer: dict[str, Any] = {"step": step, "range": self.range(query, step)}
+        if target.get("exemplar"):
+            answer["exemplars"] = self.servers.prometheus.exemplars(query, self.start, self.end)
+        return answer
+
+    def range(self, query: str, step: int) -> list[dict[str, Any]]:
+        first = self.start // step * step
+        asked = {"query": query, "start": f"{first:.0f}", "end": f"{math.floor(self.end)}", "step": str(step)}
+        with requests.Session() as http:
+            http.trust_env = False
+            answer = http.post(f"{self.servers.prometheus.url}/api/v1/query_range", data=asked)
+        answer.raise_for_status()
+        series: list[dict[str, Any]] = orjson.loads(answer.content)["data"]["result"]
+        return series
+
+    def mark(self, mark: dict[str, Any]) -> dict[str, Any]:
+        query = grafana.fill(mark["expr"], **self.values)
+        if mark["datasource"]["uid"] == "loki":
+            found = self.servers.loki.query(query, self.start, self.end)
+            times = [t / 1e9 for _, lines in found for t, _ in lines]
+        else:  # the beginning of each stretch in which the expression holds
+            points = [t for series in self.range(query, 1) for t, _ in series["values"]]
+            times = [t for t in points if t - 1 not in set(points)]
+        return {"name": mark["name"], "colour": mark["iconColor"], "times": times}
+
+    def spans(self) -> list[dict[str, Any]]:
+        """The step spans that the TraceQL of the dashboards selects."""
+        return [
+            {
+                "trace": span["traceId"],
+                "start": span["startTimeUnixNano"] / 1e9,
+                "duration": (span["endTimeUnixNano"] - span["startTimeUnixNano"]) / 1e9,
+                "service": span["resource"]["service.name"],
+                "name": span["name"],
+                "rank": str(span["resource"]["rank"]),
+                "step": span["attributes"]["step"],
+            }
+            for span in self.servers.collector.spans()
+            if span["resource"]["job_id"] == scene.JOB and span["name"] == "training.step"
+        ]
+
+
+def gathered() -> dict[str, Any]:
+    """The dashboards' answers, of a training that runs meanwhile."""
+    answers = {}
+    with tempfile.TemporaryDirectory() as directory, scene.servers(Path(directory)) as servers:
+        start, runs = time.time(), Path(directory) / "runs"
+        with scene.trained(runs, servers.collector.http_endpoint):
+            time.sleep(scene.SHOWN)
+            asking = Asking(servers, start, time.time())
+            for name in ("run", "ranks", "hardware"):
+                answers[name] = asking.dashboard(name)
+            servers.collector.stop()
+            time.sleep(scene.OUTAGE)
+            servers.collector.start()
+            time.sleep(scene.AFTER)
+            answers["telemetry-health"] = Asking(servers, start, time.time()).dashboard("telemetry-health")
+    return answers
+
+
+def main(kept: Path | None) -> None:
+    if kept is not None and kept.exists():
+        answers = orjson.loads(kept.read_bytes())
+    else:
+        answers = orjson.loads(orjson.dumps(gathered()))
+        if kept is not None:
+            kept.write_bytes(orjson.dumps(answers))
+    for picture in drawing.PICTURES:
+        drawing.draw(picture, grafana.dashboard(picture.dashboard), answers[picture.dashboard], PICTURES)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
