@@ -110,7 +110,7 @@ def work(task: dict[str, Any]) -> None:
 
 
 def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[], int]:
-    from stepspan.deliver.deliverer import Deliverer, spare_the_collector
+    from stepspan.deliver.deliverer import Deliverer, prepare_process
     from stepspan.deliver.lane import Options
     from stepspan.deliver.ledgers import cursors
     from stepspan.exporters.otlp import OtlpExporter
@@ -123,7 +123,7 @@ def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[]
     deliverer = Deliverer([exporter], lambda: [session], options)
 
     def deliver() -> int:
-        spare_the_collector()
+        prepare_process()
         deliverer.start()
         while not all(shipper.rounds or shipper.broken for shipper in deliverer.shippers):
             time.sleep(0.005)

@@ -82,4 +82,5 @@ class Canvas:
     def save(self, path: Path) -> None:
         raw = io.BytesIO()
         self.figure.savefig(raw, format="png", facecolor=CANVAS)
-        Image.open(raw).convert("RGB").save(path, optimize=True)
+        image = Image.open(raw).convert("RGB").point([value & 0xFC | value >> 6 for value in range(256)] * 3)
+        image.save(path, optimize=True)  # with six bits a colour, much smaller, and no palette that bends them

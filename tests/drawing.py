@@ -57,7 +57,7 @@ def draw(picture: Picture, board: dict[str, Any], answers: dict[str, Any], direc
     canvas = Canvas(HEAD + (picture.end - picture.first) * UNIT + FOOT)
     canvas.text(GAP + 6, 22, board["title"], size=19, weight="bold")
     canvas.text(GAP + 6, 45, board["description"], size=13, colour=FAINT)
-    span = units.duration(answers["end"] - answers["start"], 1)
+    span = units.duration(answers["end"] - answers["start"])
     canvas.text(WIDTH - GAP - 6, 22, f"job_id  {answers.get('job', '')}      last {span}", size=13, right=True)
     for panel in board["panels"]:
         place = panel["gridPos"]
@@ -238,14 +238,9 @@ class Drawn:
             high += not high - low  # a flat line
             room = (high - low) * 0.06
             axes.set_ylim(self.field.get("min", low - room), self.field.get("max", high + room))
-            steps = [1, 2, 4, 8, 10] if self.unit == "bytes" else [1, 2, 2.5, 5, 10]
-            steps = [1, 1.5, 2, 3, 6, 10] if self.unit == "dtdurations" else steps
-            axes.yaxis.set_major_locator(Binary() if self.unit == "bytes" else MaxNLocator(5, steps=steps))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.write(self.unit, value, self.ticks_of)))
-
-    @property
-    def ticks_of(self) -> int | None:
-        return self.decimals if self.unit == "dtdurations" else None
+            locator = MaxNLocator(5, steps=[1, 2, 2.5, 5, 10])
+            axes.yaxis.set_major_locator(Binary() if self.unit == "bytes" else locator)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: units.write(self.unit, value)))
 
     def times(self, axes: Axes) -> None:
         span = self.end - self.start
@@ -334,9 +329,8 @@ class Drawn:
             for at, value in zip(line.times, line.values, strict=True):
                 if math.isfinite(value):
                     spot = (at, len(lines) - 1 - row + 0.05)
-                    axes.add_patch(
-                        Rectangle(spot, step * 0.9, 0.9, facecolor=self.colour(value), alpha=0.8, linewidth=0)
-                    )
+                    cell = Rectangle(spot, step * 1.03, 0.9, facecolor=self.colour(value), linewidth=0)
+                    axes.add_patch(cell)
         axes.set_ylim(0, max(1, len(lines)))
         axes.grid(visible=False)
         axes.yaxis.set_major_locator(FixedLocator([len(lines) - row - 0.5 for row in range(len(lines))]))

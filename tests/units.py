@@ -36,22 +36,21 @@ def seconds(value: float, decimals: int | None = None) -> str:
     return "0 s" if value == 0 else f"{plain(value * 1e6, decimals)} µs"
 
 
-def duration(value: float, decimals: int | None = None) -> str:
-    """The largest unit, and as many more as there are decimals."""
+def duration(value: float) -> str:
+    """In words, to the second."""
     parts, rest = [], abs(value)
     for name, size in DURATIONS:
         count, begun = int(rest // size), bool(parts)
         if count or begun:
             parts.append(f"{count} {name}{'' if count == 1 else 's'}")
             rest -= count * size
-    return ", ".join(parts[: 1 + (decimals or 0)]) or "0 seconds"
+    return ", ".join(parts) or "0 seconds"
 
 
 WRITTEN: dict[str, Callable[[float, int | None], str]] = {
     "none": plain,
     "short": scaled(1000, SHORT),
     "s": seconds,
-    "dtdurations": duration,
     "percentunit": lambda value, decimals: plain(round(100 * value, 2), decimals) + "%",
     "bytes": scaled(1024, IEC, " "),
     "Bps": scaled(1000, SI, " ", "B/s"),

@@ -245,8 +245,6 @@ def _panel(
     panel: P, title: str, about: str, unit: str, queries: Sequence[Query], width: int, height: int, limits: Limits
 ) -> P:
     panel.title(title).description(about).unit(unit).span(width).height(height)
-    if unit == "dtdurations":
-        panel.decimals(1)  # of a duration: "1 hour, 20 minutes", not "1 hour"
     panel.datasource(_source(queries[0]))
     panel.targets([query.ref_id(letter) for query, letter in zip(queries, ascii_uppercase, strict=False)])
     steps = [model.Threshold(value=None, color="green")]

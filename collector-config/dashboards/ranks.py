@@ -111,7 +111,6 @@ def overview() -> list[Panel]:
             at_end(f"time() - max({LAST_STEPS})", "age"),
             width=6,
             limits=[(300, "yellow"), (600, "red")],
-            decimals=1,
         ),
         graph(
             "Step time over ranks",
@@ -211,7 +210,7 @@ def stopped() -> list[Panel]:
             "Last step of ranks",
             "Age of each rank's last step at the end of the range, the oldest first: who stopped first. The others "
             "wait for it; its training.stall event, in Run, has the stacks.",
-            "dtdurations",
+            "s",
             rows(f"sort_desc(topk({MOST_ROWS}, time() - {LAST_STEPS}))", "{{rank}}"),
             columns={"rank": "Rank", "Value": "Age of the last step", "Value #A": "Age of the last step"},
             sort=("Age of the last step", True),

@@ -81,7 +81,6 @@ def now() -> list[Panel]:
             "s",
             lines(recorded("job:training_run_eta_seconds:max"), "left"),
             none="run.set_total_steps?",
-            decimals=1,
         ),
         number(
             "Epoch",
@@ -143,7 +142,6 @@ def now() -> list[Panel]:
             lines(f"time() - {CHECKPOINT}", "age"),
             limits=[(HOUR, "yellow"), (2 * HOUR, "red")],
             none="none yet",
-            decimals=1,
         ),
         number(
             "Step time",
@@ -280,7 +278,7 @@ def broken() -> list[Panel]:
             "Restarts",
             "Time since the attempt began, by rank 0: a fall is a restart. Often at the same age: a time limit or a "
             "leak.",
-            "dtdurations",
+            "s",
             lines(f"time() - max by (job_id) ({START})", "age of the attempt"),
             width=6,
             low=0,
@@ -288,7 +286,7 @@ def broken() -> list[Panel]:
         graph(
             "Checkpoint age",
             "A sawtooth; its height is what a crash costs. Without the teeth, saving has stopped.",
-            "dtdurations",
+            "s",
             lines(f"time() - {CHECKPOINT}", "age"),
             width=6,
             low=0,

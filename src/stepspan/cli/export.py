@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stepspan.cli.sync import Progress
-from stepspan.deliver.deliverer import Deliverer, caught_up, spare_the_collector
+from stepspan.deliver.deliverer import Deliverer, caught_up, prepare_process
 from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.deliver.process import on_signal
@@ -99,7 +99,7 @@ def _export(paths: Sequence[Path], exporter: JsonLines, state: Path, dead_after:
     options = Options(boot_id=host_facts().boot_id, dead_after=dead_after, state_directory=state)
     deliverer = Deliverer([exporter], sessions.values, options)
     on_signal(deliverer.interrupt)
-    spare_the_collector()
+    prepare_process()
     total = sum(session_ledger(session)["journaled"] for session in sessions.values()) * len(deliverer.shippers)
     deliverer.start()
     with Progress(deliverer, total, verb="exporting", stream=sys.stderr) as progress:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
-from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up, spare_the_collector
+from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up, prepare_process
 from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors, session_ledger
 from stepspan.deliver.process import Lock, on_signal
@@ -74,7 +74,7 @@ class Sync:
             health = self._host if follow and load({}, os.environ).health else None
             deliverer = Deliverer([self._exporter], self._sessions, self._options, health=health)
             on_signal(deliverer.interrupt)
-            spare_the_collector()
+            prepare_process()
             deliverer.start()
             total = None if follow else self._journaled() * len(deliverer.shippers)
             with Progress(deliverer, total, verb="delivering") as progress:

@@ -268,8 +268,9 @@ class Sizes:
         """Journal bytes after a position."""
         number, size = position.segment, -position.offset
         if not number or self._of(number) < 0:  # nothing was read yet, or it has been pruned
-            later = [n for n in self._session.segments() if n > number]
-            return sum(max(0, self._of(n)) for n in later)
+            with contextlib.suppress(OSError):
+                return sum(max(0, self._of(n)) for n in self._session.segments() if n > number)
+            return 0
         while (more := self._of(number)) >= 0:
             size += more
             number += 1
@@ -289,13 +290,12 @@ def next_time(lane: Lane, position: Position) -> int:
     """The time of the first whole line after a position, Unix ns; 0 where no line is whole yet."""
     number, offset = position.segment, position.offset
     for here, start in ((number, offset), (None, 0)):
-        if here is None:
-            here = min((n for n in lane.session.segments() if n > number), default=0)
-        if not here:
-            continue
         data = b""
         with contextlib.suppress(OSError):
-            data = lane.session.read(here, start, LOOK)
+            if here is None:
+                here = min((n for n in lane.session.segments() if n > number), default=0)
+            if here:
+                data = lane.session.read(here, start, LOOK)
         match = TIME.search(data) if b"\n" in data or len(data) == LOOK else None
         if match:
             return int(match[1])

@@ -254,7 +254,9 @@ class Lane:
         now = self._options.clock()
         if self._closed is None and now - self._looked >= LOOK:
             self._looked = now
-            self._closed = read_closed(self.session.path) or read_closed(self.home)
+            self._closed = read_closed(self.session.path)
+            if self._closed is None and self.home != self.session.path:
+                self._closed = read_closed(self.home)
         return self._closed
 
     def _find_dead(self) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stepspan.deliver.deliverer import Deliverer, run_is_over, spare_the_collector
+from stepspan.deliver.deliverer import Deliverer, prepare_process, run_is_over
 from stepspan.deliver.lane import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, open_directory, open_file, slug
@@ -148,7 +148,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     os.nice(10)
-    spare_the_collector()
+    prepare_process()
     health = os.environ.get(HEALTH) == "1"
     serve(Path(sys.argv[1]), sys.argv[2], json.loads(os.environ[TASK]), host_facts().boot_id, health=health)
 

@@ -90,10 +90,10 @@ class SessionPath:
         return cls(path, int(match[1]), match[3]) if match else None
 
     def segments(self) -> list[int]:
-        """The numbers of the segments that are there, ascending."""
+        """The numbers of the segments that are there, ascending; none where the session is gone. OSError."""
         try:
             names = os.listdir(self.path)
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(int(match[1]) for match in map(SEGMENT.fullmatch, names) if match)
 
@@ -120,6 +120,11 @@ def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPat
 
 
 def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]:
+    if host is not None and path.name != host:  # a job's folder: of a thousand hosts' folders, look into one
+        mine = list(_descend(path / host, 1, host))
+        if mine:
+            yield from mine
+            return
     try:
         with os.scandir(path) as entries:
             names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False))

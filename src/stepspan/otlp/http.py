@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import http.client
 import math
+import os
 import socket
 import ssl
 import time
@@ -74,7 +75,11 @@ class HttpTransport:
         self._endpoint = endpoint
         self._clock = clock
         self._session = _Session()
-        self._session.auth = _as_it_is
+        # The environment is looked at once: for each request that was a third of the time of sending. And no .netrc.
+        self._session.trust_env = False
+        self._session.proxies = requests.utils.get_environ_proxies(endpoint.url)
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
+        self._verify = endpoint.certificate or bundle or True
         self._headers = {
             "user-agent": USER_AGENT,
             **endpoint.headers,
@@ -94,8 +99,7 @@ class HttpTransport:
                     data=data,
                     headers=self._headers,
                     timeout=endpoint.timeout,
-                    # Given with the request, because REQUESTS_CA_BUNDLE would win over the session's.
-                    verify=endpoint.certificate or True,
+                    verify=self._verify,
                     cert=_client_certificate(endpoint),
                     allow_redirects=False,
                     stream=True,
@@ -137,11 +141,6 @@ def retry_after(value: str | None, now: float) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None
-
-
-def _as_it_is(request: requests.PreparedRequest) -> requests.PreparedRequest:
-    """An authentication that leaves the headers alone: without one, requests looks in .netrc."""
-    return request
 
 
 def _client_certificate(endpoint: Endpoint) -> str | tuple[str, str] | None:
