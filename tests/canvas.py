@@ -1,8 +1,9 @@
-"""A picture in pixels: text, boxes and axes."""
+"""A picture in pixels: text, boxes, axes and their ticks."""
 
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 WIDTH, GAP = 1320, 8
@@ -84,3 +86,11 @@ class Canvas:
         self.figure.savefig(raw, format="png", facecolor=CANVAS)
         image = Image.open(raw).convert("RGB").point([value & 0xFC | value >> 6 for value in range(256)] * 3)
         image.save(path, optimize=True)  # with six bits a colour, much smaller, and no palette that bends them
+
+
+class Binary(MaxNLocator):
+    """Ticks at round numbers of KiB, MiB or GiB."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Any:
+        power = 0 if vmax < 1024 else int(math.log(vmax, 1024))
+        return MaxNLocator(5).tick_values(vmin / 1024**power, vmax / 1024**power) * 1024**power

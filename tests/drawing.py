@@ -6,72 +6,20 @@ import math
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import units
-from canvas import EDGE, FAINT, GAP, GRID, PANEL, TEXT, WIDTH, Box, Canvas
+from canvas import EDGE, FAINT, GRID, PANEL, TEXT, Binary, Box, Canvas
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-UNIT, HEAD, FOOT = 36, 58, 34
-"""px of a row of the dashboard's grid, of the heading, of the foot."""
 COLOURS = {"green": "#73BF69", "yellow": "#FADE2A", "red": "#F2495C", "orange": "#FF9830", "blue": "#5794F2"}
 CLASSIC = ("#73BF69", "#F2CC0C", "#8AB8FF", "#FF780A", "#F2495C", "#5794F2", "#B877D9", "#A352CC", "#37872D", "#FADE2A")
 ORANGES = LinearSegmentedColormap.from_list("oranges", ["#3a2416", "#a84a12", "#f58231", "#ffd9a8"])
 CALCS = {"min": "Min", "mean": "Mean", "max": "Max", "lastNotNull": "Last *"}
-HONEST = (
-    "Drawn by stepspan from the dashboard's own queries against a real Prometheus and Loki; not a Grafana screenshot."
-)
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Some rows of the grid of a dashboard."""
-
-    name: str
-    dashboard: str
-    first: int
-    end: int
-    note: str = ""
-    """What else is to be known, at the foot."""
-
-
-SCRIPTED = "The GPUs are scripted."
-ARRANGED = "The crash, the broken image and the NaN are arranged."
-PICTURES = (
-    Picture("run", "run", 0, 37, ARRANGED),
-    Picture("run-broken", "run", 47, 66, ARRANGED),
-    Picture("ranks", "ranks", 0, 36, "Rank 2 is made slow."),
-    Picture("ranks-steps", "ranks", 36, 55),
-    Picture("hardware", "hardware", 0, 32, SCRIPTED),
-    Picture("telemetry-health", "telemetry-health", 0, 34, "The Collector was down for 35 s; there is no Tempo."),
-)
-
-
-def draw(picture: Picture, board: dict[str, Any], answers: dict[str, Any], directory: Path) -> None:
-    """Write `NAME.png`."""
-    canvas = Canvas(HEAD + (picture.end - picture.first) * UNIT + FOOT)
-    canvas.text(GAP + 6, 22, board["title"], size=19, weight="bold")
-    canvas.text(GAP + 6, 45, board["description"], size=13, colour=FAINT)
-    span = units.duration(answers["end"] - answers["start"])
-    canvas.text(WIDTH - GAP - 6, 22, f"job_id  {answers.get('job', '')}      last {span}", size=13, right=True)
-    for panel in board["panels"]:
-        place = panel["gridPos"]
-        if picture.first <= place["y"] < picture.end:
-            step = (WIDTH - GAP) / 24
-            box = Box(GAP + place["x"] * step, HEAD + (place["y"] - picture.first) * UNIT,
-                      place["w"] * step - GAP, place["h"] * UNIT - GAP)  # fmt: skip
-            if panel["type"] == "row":
-                canvas.text(box.x + 4, box.y + 15, f"⌄  {panel['title']}", size=15, weight="bold")
-            else:
-                Drawn(canvas, box, panel, answers).draw()
-    canvas.text(GAP + 6, canvas.height - 15, " ".join(filter(None, (HONEST, picture.note))), size=12, colour=FAINT)
-    directory.mkdir(parents=True, exist_ok=True)
-    canvas.save(directory / f"{picture.name}.png")
 
 
 @dataclass
@@ -279,7 +227,7 @@ class Drawn:
         shown = min(len(lines), 5 if self.box.w < 600 else 6)
         height = 20 + 17 * shown
         top = self.box.y + self.box.h - height - 2
-        column = 66 if self.box.w > 360 else 54
+        column = 66
         columns = [
             (calc, self.box.x + self.box.w - 10 - column * n) for n, calc in enumerate(reversed(options["calcs"]))
         ]
@@ -452,11 +400,3 @@ class Drawn:
                 self.box.x + 32 + width, y, line.splitlines()[0], size=11, mono=True, within=self.box.w - width - 44
             )
             y += 22
-
-
-class Binary(MaxNLocator):
-    """Ticks at round numbers of KiB, MiB or GiB."""
-
-    def tick_values(self, vmin: float, vmax: float) -> Any:
-        power = 0 if vmax < 1024 else int(math.log(vmax, 1024))
-        return MaxNLocator(5).tick_values(vmin / 1024**power, vmax / 1024**power) * 1024**power

@@ -14,6 +14,7 @@ import math
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,65 @@ import grafana
 import orjson
 import picture_training as scene
 import requests
+import units
+from canvas import FAINT, GAP, WIDTH, Box, Canvas
 
-PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+DIRECTORY = Path(__file__).parent.parent / "docs" / "pictures"
 NARROWEST = 400  # px: points that a panel of the dashboards can show at least
+
+
+UNIT, HEAD, FOOT = 36, 58, 34
+"""px of a row of the dashboard's grid, of the heading, of the foot."""
+HONEST = (
+    "Drawn by stepspan from the dashboard's own queries against a real Prometheus (rules every second) and Loki; "
+    "not a Grafana screenshot."
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Some rows of the grid of a dashboard."""
+
+    name: str
+    dashboard: str
+    first: int
+    end: int
+    note: str = ""
+    """What else is to be known, at the foot."""
+
+
+SCRIPTED = "The GPUs are scripted."
+ARRANGED = "The crash, the broken image and the NaN are arranged."
+PICTURES = (
+    Picture("run", "run", 0, 37, ARRANGED),
+    Picture("run-broken", "run", 47, 66, ARRANGED),
+    Picture("ranks", "ranks", 0, 36, "Rank 2 is made slow."),
+    Picture("ranks-steps", "ranks", 36, 55),
+    Picture("hardware", "hardware", 0, 32, SCRIPTED),
+    Picture("telemetry-health", "telemetry-health", 0, 34, "The Collector was down for 35 s; there is no Tempo."),
+)
+
+
+def draw(picture: Picture, board: dict[str, Any], answers: dict[str, Any], directory: Path) -> None:
+    """Write `NAME.png`."""
+    canvas = Canvas(HEAD + (picture.end - picture.first) * UNIT + FOOT)
+    canvas.text(GAP + 6, 22, board["title"], size=19, weight="bold")
+    canvas.text(GAP + 6, 45, board["description"], size=13, colour=FAINT)
+    span = units.duration(answers["end"] - answers["start"])
+    canvas.text(WIDTH - GAP - 6, 22, f"job_id  {answers.get('job', '')}      last {span}", size=13, right=True)
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        if picture.first <= place["y"] < picture.end:
+            step = (WIDTH - GAP) / 24
+            box = Box(GAP + place["x"] * step, HEAD + (place["y"] - picture.first) * UNIT,
+                      place["w"] * step - GAP, place["h"] * UNIT - GAP)  # fmt: skip
+            if panel["type"] == "row":
+                canvas.text(box.x + 4, box.y + 15, f"⌄  {panel['title']}", size=15, weight="bold")
+            else:
+                drawing.Drawn(canvas, box, panel, answers).draw()
+    canvas.text(GAP + 6, canvas.height - 15, " ".join(filter(None, (HONEST, picture.note))), size=12, colour=FAINT)
+    directory.mkdir(parents=True, exist_ok=True)
+    canvas.save(directory / f"{picture.name}.png")
 
 
 class Asking:
@@ -122,8 +179,8 @@ def main(kept: Path | None) -> None:
         answers = orjson.loads(orjson.dumps(gathered()))
         if kept is not None:
             kept.write_bytes(orjson.dumps(answers))
-    for picture in drawing.PICTURES:
-        drawing.draw(picture, grafana.dashboard(picture.dashboard), answers[picture.dashboard], PICTURES)
+    for picture in PICTURES:
+        draw(picture, grafana.dashboard(picture.dashboard), answers[picture.dashboard], DIRECTORY)
 
 
 if __name__ == "__main__":

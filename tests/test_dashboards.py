@@ -23,7 +23,7 @@ from stepspan.testing import FixedClock, recorded_run
 CONFIGS = grafana.STACK.parent
 VALUES = {"job": "j", "rank": ".*", "split": ".*", "raw": ".*", "slower": "1s"}
 UNITS = {
-    "none", "short", "s", "dtdurations", "percentunit", "bytes", "Bps", "watt", "celsius", "hertz", "suffix: /s",
+    "none", "short", "s", "percentunit", "bytes", "Bps", "watt", "celsius", "hertz", "suffix: /s",
 }  # fmt: skip
 
 every_dashboard = pytest.mark.parametrize("name", grafana.NAMES)

@@ -119,7 +119,7 @@ def most(expr: str, by: str, count: int = MOST_LINES) -> str:
 def graph(title: str, about: str, unit: str, *queries: Query, width: int = 12, **how: Any) -> timeseries.Panel:
     """Lines over time. `limits`, `stacked`, `low`, `high`, `log` (scale), `most` (points)."""
     panel = _panel(timeseries.Panel(), title, about, unit, queries, width, 9, how.pop("limits", ()))
-    panel = panel.line_width(1).fill_opacity(8).legend(_legend())
+    panel = panel.line_width(1).fill_opacity(8).legend(_legend(narrow=width < 8))
     panel = panel.tooltip(
         look.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING)
     )
@@ -272,10 +272,12 @@ def _bounds(panel: P, how: dict[str, Any]) -> P:
     return panel
 
 
-def _legend(*, table: bool = True) -> look.VizLegendOptions:
+def _legend(*, table: bool = True, narrow: bool = False) -> look.VizLegendOptions:
     legend = look.VizLegendOptions().show_legend(True).placement(common.LegendPlacement.BOTTOM)
     if table:
-        return legend.display_mode(common.LegendDisplayMode.TABLE).calcs(["min", "mean", "max", "lastNotNull"])
+        return legend.display_mode(common.LegendDisplayMode.TABLE).calcs(
+            ["min", "mean", "max", "lastNotNull"][2 * narrow :]
+        )
     return legend.display_mode(common.LegendDisplayMode.LIST)
 
 
