@@ -141,7 +141,7 @@ def number(title: str, about: str, unit: str, *queries: Query, width: int = 4, *
     )
     if how.pop("named", False):
         panel = panel.text_mode(common.BigValueTextMode.VALUE_AND_NAME)
-    panel = panel.no_value(how.pop("none", "-"))
+    panel = panel.no_value(how.pop("none", "-")).max_data_points(COARSE)
     if "decimals" in how:
         panel = panel.decimals(how.pop("decimals"))
     return _bounds(panel, how)

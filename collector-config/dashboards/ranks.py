@@ -137,6 +137,7 @@ def overview() -> list[Panel]:
             lines(f"{slowest} / {median}", "slowest ÷ median"),
             width=8,
             limits=SLOW,
+            most=panels.COARSE,
         ),
         graph(
             "Where a step's time goes",
