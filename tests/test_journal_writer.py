@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from stepspan.events import decode
 from stepspan.journal import writer as writer_module
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed, read_closed
-from stepspan.journal.writer import Clock, Disk, JournalWriter
+from stepspan.journal.writer import Clock, Disk, JournalWriter, asleep
 
 # ---------------------------------------------------------------- a line
 
@@ -122,12 +123,35 @@ def test_late_calls_are_counted_and_touch_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- threads, signals, forks
 
 
-@pytest.mark.parametrize("others", [0, 1], ids=["alone: os.write", "beside a thread: PyDLL"])
-def test_both_ways_to_write_give_the_same_bytes(tmp_path: Path, others: int) -> None:
+def sleeper(begun: threading.Event, done: threading.Event) -> None:
+    with asleep():
+        begun.set()
+        done.wait()
+
+
+def stranger(begun: threading.Event, done: threading.Event) -> None:
+    begun.set()
+    done.wait()
+
+
+@pytest.mark.parametrize(
+    ("others", "keeps"),
+    [
+        pytest.param([], False, id="alone: os.write"),
+        pytest.param([stranger], True, id="beside a thread: PyDLL"),
+        pytest.param([sleeper], False, id="beside one that sleeps: os.write"),
+        pytest.param([sleeper, stranger], True, id="beside both: PyDLL"),
+    ],
+)
+def test_both_ways_to_write_give_the_same_bytes(tmp_path: Path, others: list[Callable[..., None]], keeps: bool) -> None:
     done = threading.Event()
-    beside = [threading.Thread(target=done.wait) for _ in range(others)]
-    for thread in beside:
-        thread.start()
+    beside = []
+    for other in others:
+        begun = threading.Event()
+        beside.append(threading.Thread(target=other, args=(begun, done)))
+        beside[-1].start()
+        assert begun.wait(10)
+    alone = threading.active_count() == 1 + len(beside)
     try:
         disk, kept = Disk(), []
         keep = disk.write_keeping_gil
@@ -135,7 +159,7 @@ def test_both_ways_to_write_give_the_same_bytes(tmp_path: Path, others: int) -> 
         writer = open_writer(tmp_path, disk=disk)
         writer.append(metrics(1, name="\0 and ü"))
         writer.append(metrics(2, big="x" * 3_000_000))
-        assert len(kept) == (2 if threading.active_count() > 1 else 0)
+        assert len(kept) == (2 if keeps or not alone else 0)
     finally:
         done.set()
         for thread in beside:

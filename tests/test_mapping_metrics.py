@@ -411,7 +411,7 @@ def test_a_duration_of_zero_is_counted_as_zero():
 # --- what is cumulative
 
 
-def test_cumulative_points_stand_at_multiples_of_ten_seconds_and_at_the_end():
+def test_errors_are_told_at_once_at_multiples_of_ten_seconds_and_at_the_end():
     s = SessionEvents(started=START + 3 * SECOND)
     s.emit("error", parent=0, type="ValueError", message="", stack="", attributes={})
     s.emit("error", 8.0, parent=0, type="ValueError", message="", stack="", attributes={})
@@ -421,10 +421,11 @@ def test_cumulative_points_stand_at_multiples_of_ten_seconds_and_at_the_end():
     begin = START + 3 * SECOND
     assert by_series(points) == {
         ("training.run.errors", ("error.type", "ValueError")): [
-            (10.0, Sum(begin, 1.0)), (40.0, Sum(begin, 2.0)), (46.502, Sum(begin, 2.0)), (46.503, None),
+            (3.001, Sum(begin, 1.0)), (10.0, Sum(begin, 1.0)), (11.001, Sum(begin, 2.0)), (40.0, Sum(begin, 2.0)),
+            (46.502, Sum(begin, 2.0)), (46.503, None),
         ],
         ("training.run.errors", ("error.type", "OSError")): [
-            (40.0, Sum(begin, 1.0)), (46.502, Sum(begin, 1.0)), (46.503, None),
+            (11.501, Sum(begin, 1.0)), (40.0, Sum(begin, 1.0)), (46.502, Sum(begin, 1.0)), (46.503, None),
         ],
     }  # fmt: skip
     assert {(p[0].unit, p[0].kind) for p in points} == {("{error}", "sum")}

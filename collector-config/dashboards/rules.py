@@ -89,7 +89,8 @@ SPREADS: tuple[tuple[str, str, str, str], ...] = (
     ("training_run_total_steps", "training_run_total_steps{}", "job_id", "max"),
     ("training_run_eta_seconds", "training_run_eta_seconds{}", "job_id", "max"),
     ("training_run_checkpoint_time_seconds", "training_run_checkpoint_time_seconds{}", "job_id", "max"),
-    ("training_run_errors", "training_run_errors_total{}", "job_id, error_type", "sum"),
+    # An exception often ends the run, and with it the series: a minute's maximum shows it all the same.
+    ("training_run_errors", "max_over_time(training_run_errors_total{}[1m])", "job_id, error_type", "sum"),
     ("training_step_duration_seconds", "rate(training_step_duration_seconds{}[1m])", "job_id, split", "sum"),
     ("hw_gpu_utilization_ratio", "hw_gpu_utilization_ratio{}", "job_id", "min p50 p99 max"),
     ("hw_gpu_memory_utilization_ratio", "hw_gpu_memory_utilization_ratio{}", "job_id", "p50 max"),

@@ -17,6 +17,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from stepspan.events import Event
+from stepspan.journal.writer import asleep
 
 if TYPE_CHECKING:
     from stepspan.run import Run
@@ -89,8 +90,9 @@ class StallWatch:
             self._looking.release()
 
     def _watch(self) -> None:
-        while not self._stop.wait(self.every):
-            self.look()
+        with asleep():
+            while not self._stop.wait(self.every):
+                self.look()
 
     def _look(self) -> None:
         now = self._clock()

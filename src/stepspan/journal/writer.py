@@ -20,7 +20,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,8 @@ from stepspan.journal.liveness import CLOSED, Closed, take_lock, write_closed
 
 SECOND = 1_000_000_000
 THREADS = threading._active  # type: ignore[attr-defined] # what active_count() counts, without its lock and its cost
+SLEEPERS: set[int] = set()
+"""The idents of those that are hardly ever awake: beside them alone the GIL may be given up."""
 LONGEST_BACKLOG = 16 << 20  # bytes of lines that wait for the disk
 
 
@@ -195,7 +198,7 @@ class JournalWriter:
             self._wait(line)
             return
         try:
-            if len(THREADS) > 1:
+            if len(THREADS) - len(SLEEPERS) > 1:
                 written = self._write_keeping_gil(self._fd, line, length)
             else:
                 written = self._write(self._fd, line)
@@ -366,3 +369,17 @@ class JournalWriter:
             if fd >= 0:
                 os.close(fd)
             setattr(self, name, -1)
+
+
+@contextmanager
+def asleep() -> Iterator[None]:
+    """Within it, this thread says of itself that it is hardly ever awake."""
+    SLEEPERS.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        SLEEPERS.discard(threading.get_ident())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SLEEPERS.clear)

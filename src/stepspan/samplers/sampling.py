@@ -23,6 +23,7 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stepspan.events import Event, number_text
+from stepspan.journal.writer import asleep
 
 if TYPE_CHECKING:
     from stepspan.run import Run
@@ -131,6 +132,10 @@ class Sampling:
             self._tell("close", error)
 
     def _work(self) -> None:
+        with asleep():
+            self._sample_on()
+
+    def _sample_on(self) -> None:
         try:
             for delay in chain((FIRST_SAMPLE, min(SECOND_SAMPLE, self._interval)), repeat(self._interval)):
                 if self._wait(delay):

@@ -301,7 +301,9 @@ class MetricMapper:
         self._put(self._of("training.run.info", told), ts, 1.0)
 
     def _error(self, event: Event) -> None:
-        self._errors[event["type"]] = self._errors.get(event["type"], 0) + 1
+        kind = event["type"]
+        self._errors[kind] = self._errors.get(kind, 0) + 1
+        self._put(self._own("training.run.errors", kind), event["ts"], Sum(self._start, float(self._errors[kind])))
 
     def _cross(self, ts: int) -> None:
         """Event time has crossed a multiple of the period: say what has come together since the start."""
