@@ -15,8 +15,8 @@ demo: $(VENV)/.demo  ## Train a small classifier in two ranks, and see what beca
 test: $(VENV)/.dev  ## Run the tests; those against real servers need `make stack` before
 	$(VENV)/bin/python -m pytest
 
-test-frameworks: .venv-frameworks/.installed  ## Train with Lightning and Hugging Face (torch: some GB) before the real stack
-	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks
+test-frameworks: .venv-frameworks/.installed  ## Train with torch, Lightning and Hugging Face (some GB) before the real stack
+	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks tests/test_torch.py tests/test_ddp.py
 
 check: $(VENV)/.dev  ## Lint and type-check
 	$(VENV)/bin/ruff check .
@@ -61,7 +61,7 @@ $(VENV)/.pictures: $(VENV)/.dev
 .venv-frameworks/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-frameworks
 	.venv-frameworks/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,lightning,huggingface]' \
-		'pytest>=8.3' 'pytest-timeout>=2.3' 'pytorch-lightning>=2.4' 'pyyaml>=6'
+		'hypothesis>=6.100' 'pytest>=8.3' 'pytest-timeout>=2.3' 'pytorch-lightning>=2.4' 'pyyaml>=6'
 	@touch $@
 
 include collector-config/stack.mk

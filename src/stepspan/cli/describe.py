@@ -10,6 +10,7 @@ from stepspan.events import Event
 Describe = Callable[[Event, "Event | None"], str]
 COMMON = frozenset({"ts", "seq", "tag", "crc", "parent", "begin"})
 
+
 def describe(event: Event, begin: Event | None = None) -> str:
     """What happened, in one line. `begin`: the begin line of an end, where it is known."""
     row = ROWS.get(event["tag"])
