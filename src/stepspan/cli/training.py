@@ -120,10 +120,12 @@ def train(
         run.log_hyperparams(
             {"learning_rate": LEARNING_RATE, "batch_size": BATCH, "hidden": HIDDEN, "seed": SEED, "epochs": epochs}
         )
+        run.set_total_steps(epochs * ((len(labels) - held_out) // BATCH))
         for epoch in range(epochs):
             with run.epoch(epoch):
                 learning_rate = LEARNING_RATE * 0.5 * (1.0 + np.cos(np.pi * epoch / epochs))
-                for x, y in run.steps(batches(pixels[held_out:], labels[held_out:], epoch, rank, ranks)):
+                loader = batches(pixels[held_out:], labels[held_out:], epoch, rank, ranks)
+                for x, y in run.steps(loader, samples=lambda batch: len(batch[1])):
                     with run.span("forward_backward"):
                         loss, gradient = model.gradients(x, y)
                     with run.span("all_reduce", collective=True):
