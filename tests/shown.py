@@ -141,7 +141,7 @@ class Shown:
     """The servers, and the times (Unix s) at which the earlier attempt ended and at which panels are asked for."""
 
     prometheus: StackPrometheus
-    loki: Loki
+    loki: Loki | None
     collector: StackCollector
     tempo: Tempo | None
     earlier: float
@@ -169,14 +169,17 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     rules = [place / name for name in ("recording.yml", "alerts.yml")]
     for file in rules:  # every second, so that half a minute is enough
         file.write_text((grafana.PROMETHEUS_STACK / file.name).read_text().replace("interval: 10s", "interval: 1s"))
-    prometheus, loki = StackPrometheus(place / "prometheus", rule_files=rules), Loki(place / "loki")
+    prometheus = StackPrometheus(place / "prometheus", rule_files=rules)
+    loki = Loki(place / "loki") if binary("prometheus").with_name("loki").exists() else None
     tempo = Tempo(place / "tempo") if binary("prometheus").with_name("tempo").exists() else None
-    stores = {"PROMETHEUS_OTLP": prometheus.otlp_endpoint, "LOKI_OTLP": loki.otlp_endpoint}
+    stores = {"PROMETHEUS_OTLP": prometheus.otlp_endpoint}
+    if loki:
+        stores["LOKI_OTLP"] = loki.otlp_endpoint
     if tempo:
         stores["TEMPO_OTLP"] = tempo.otlp_target
     collector = StackCollector(place / "collector", "single.yaml", **stores)
     prometheus.scrapes.append(collector.metrics_address)
-    with prometheus, loki, tempo or nullcontext(), collector:
+    with prometheus, loki or nullcontext(), tempo or nullcontext(), collector:
         earlier = history(place / "runs", collector.http_endpoint)
         shown = Shown(prometheus, loki, collector, tempo, earlier)
         with training(place / "runs", collector.http_endpoint):

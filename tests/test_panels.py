@@ -170,8 +170,10 @@ def test_every_alert_asks_for_series_that_are_there(shown: Shown):
     ids=lambda query: query.of,
 )
 def test_loki_answers_the_panels_and_marks(shown: Shown, query: grafana.Query):
-    logql = query.filled(**shown.values())
-    lines = until(lambda: shown.loki.query(logql, shown.now - SPAN, time.time() + 5))
+    if shown.loki is None:
+        pytest.skip("no Loki: `make stack`")
+    loki, logql = shown.loki, query.filled(**shown.values())
+    lines = until(lambda: loki.query(logql, shown.now - SPAN, time.time() + 5))
     assert {labels["job_id"] for labels, _ in lines} == {JOB}
     assert {labels["event_name"] for labels, _ in lines} <= {
         *("exception", "training.artifact", "training.hyperparams", "milestone"),
