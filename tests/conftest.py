@@ -7,11 +7,15 @@ settings starts its own, `with Prometheus(tmp_path / "p", out_of_order_time_wind
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from stack import Collector, Loki, Prometheus, Tempo
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would ignore it as well
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
