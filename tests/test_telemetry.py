@@ -889,7 +889,8 @@ def test_importing_stepspan_does_not_import_telemetry(tmp_path: Path) -> None:
 def test_what_was_emitted_arrives_at_a_collector(
     opened: str, collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"JOB_ID": "served", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+    names = {"JOB_ID": "served", "RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "HEALTH": "0"}
+    for name, value in names.items():
         monkeypatch.setenv(f"STEPSPAN_{name}", value)
     place = tmp_path / "runs"
     if opened == "by the user":

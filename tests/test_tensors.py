@@ -19,7 +19,8 @@ from runs import events
 from scripted_torch import Bucket, Gpu, JaxArray
 
 from stepspan import tensors
-from stepspan.integrations import torch as ours
+from stepspan.integrations.torch import values, watched
+from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, Steps
 from stepspan.otlp.mapping import mapper
 from stepspan.run import Run
 from stepspan.testing import recorded_run
@@ -32,7 +33,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """The machine has one, and torch is at work on it."""
     found = Gpu()
     monkeypatch.setitem(sys.modules, "torch", found.torch)
-    monkeypatch.setattr(ours, "_places", {})
+    monkeypatch.setattr(values, "_places", {})
     monkeypatch.setattr(tensors, "POLL", 0.001)
     return found
 
@@ -442,7 +443,7 @@ def test_a_failing_gpu_does_not_reach_the_training(gpu: Gpu) -> None:
 
 
 def test_the_wait_in_ddp_is_from_the_last_launch_to_the_last_arrival_on_the_device(gpu: Gpu) -> None:
-    hook = ours.watched(lambda state, bucket: bucket)
+    hook = watched(lambda state, bucket: bucket)
     with recorded_run() as recording:
         run = recording.run
         for number in range(2):
@@ -460,4 +461,30 @@ def test_the_wait_in_ddp_is_from_the_last_launch_to_the_last_arrival_on_the_devi
         until(lambda: not run._late.busy)
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="all_reduce") == [pytest.approx(0.75)] * 2
+    assert gpu.waits == []
+
+
+def test_the_wait_in_fsdp_is_what_all_collectives_of_a_step_take_on_the_device(gpu: Gpu) -> None:
+    def collective(*tensors: Any, group: Any, async_op: bool, **_: Any) -> None:
+        gpu.queue.append(lambda: setattr(gpu, "now", gpu.now + group))
+
+    gpu.torch.distributed.all_gather_into_tensor = gpu.torch.distributed.reduce_scatter_tensor = collective
+    with recorded_run() as recording:
+        run, x = recording.run, gpu.tensor(0.0)
+        steps = Steps(run)
+        gather, scatter = AllGather(steps), ReduceScatter(steps)
+        for number in range(2):
+            with run.step(number):
+                with run.span("forward"):
+                    gather(x, x, 0.25)
+                    gpu.queue.append(lambda: setattr(gpu, "now", gpu.now + 10.0))  # computing
+                    gather(x, x, 100.0, async_op=True)  # who waits for that does so elsewhere
+                with run.span("backward"):
+                    scatter(x, x, 0.5, "avg")
+        assert recording.values("training.step.wait") == [], "the device has not got there"
+        gpu.catch_up()
+        until(lambda: not run._late.busy)
+        assert run.stats()["troubles"] == {}
+    assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
+    assert recording.values("training.phase.device_time", phase="collectives") == [pytest.approx(0.75)] * 2
     assert gpu.waits == []

@@ -10,7 +10,8 @@ import runs
 from runs import events
 
 import stepspan
-from stepspan.integrations.torch import Place, watch_collectives, watched
+from stepspan.integrations.torch import watch_collectives, watched
+from stepspan.integrations.torch.values import Place
 from stepspan.run import Run
 from stepspan.testing import Recording, recorded_run
 
@@ -170,3 +171,8 @@ def test_a_pass_that_failed_leaves_nothing_behind(alone: None) -> None:
             train(recording, failing)
         train(recording, well)
     assert len(recording.values("training.step.wait")) == 3
+
+
+def test_what_cannot_be_watched_is_named() -> None:
+    with pytest.raises(TypeError, match=r"model=Linear: neither a DistributedDataParallel nor .* collective=True"):
+        watch_collectives(torch.nn.Linear(1, 1))

@@ -183,7 +183,7 @@ class Run:
             except Exception as error:  # a user's mapping may raise anything
                 self.tell("span", f"the attributes of a span were lost: {error!r}")
         if cuda:
-            from stepspan.integrations.torch import device_span
+            from stepspan.integrations.torch.times import device_span
 
             return device_span(self, begin)
         return self._scopes.span(begin)

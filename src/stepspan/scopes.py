@@ -34,7 +34,7 @@ class Scope:
     """An open run, epoch, step or span; a context manager. `seq` and `ts` are those of its begin line."""
 
     __slots__ = (
-        "begin", "epoch", "home", "lap", "loose", "outer", "owner",
+        "begin", "epoch", "home", "lap", "leaving", "loose", "outer", "owner",
         "samples", "seq", "split", "step", "tag", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
@@ -56,6 +56,9 @@ class Scope:
         self.home: Any = None
         """The session it was begun in; None when it is not open."""
         self.outer: Scope | None = None
+        """What it lies in. One that goes on beside other code is told; the others find it as they begin."""
+        self.leaving: tuple[Callable[[], None], ...] = ()
+        """To be called just before it ends."""
         self.waited: int | None = None
         """Nanoseconds that a step waited for its data."""
         self.samples: float | None = None
@@ -133,7 +136,9 @@ class Scopes:
         """Open a scope inside the innermost one."""
         try:
             tag, event, home = scope.tag, scope.begin, self._journal.home
-            outer = scope.outer = self.innermost()
+            if not scope.aside:
+                scope.outer = self.innermost()
+            outer = scope.outer
             if outer is not None and outer.home is home:
                 event["parent"] = outer.seq
                 if tag == "step":
@@ -167,6 +172,8 @@ class Scopes:
         try:
             if current.get() is not scope:
                 self._end_inside(scope, error)
+            for leave in scope.leaving:
+                leave()
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
             if scope.waited is not None:
                 event["data_wait"] = scope.waited / SECOND

@@ -143,7 +143,7 @@ def copying(values: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
     found: list[tuple[list[str], Copying]] = []
     ours = {key: value for key, value in values.items() if library(value) == "torch"}
     if ours:
-        found += import_module("stepspan.integrations.torch").copying(ours)
+        found += import_module("stepspan.integrations.torch.values").copying(ours)
     theirs = {key: value for key, value in values.items() if key not in ours}
     if theirs:
         found.append((list(theirs), Arrays(list(theirs.values()))))

@@ -343,10 +343,17 @@ def test_the_lightning_that_is_loaded_is_the_one(tmp_path: Path) -> None:
 RANKS = """
 import sys
 sys.path[:0] = {path!r}
-from test_lightning import Line, loader, trainer
+from test_lightning import Callback, Line, loader, trainer
 from stepspan.integrations.lightning import StepspanCallback
+from stepspan.integrations.torch import watch_collectives
 
-trainer(StepspanCallback(), devices=2, strategy="ddp").fit(Line(), loader(16))
+
+class Watch(Callback):
+    def on_train_start(self, trainer, module):
+        watch_collectives(trainer.strategy.model)
+
+
+trainer(StepspanCallback(), Watch(), devices=2, strategy="ddp").fit(Line(), loader(16))
 """
 
 
@@ -366,3 +373,5 @@ def test_ranks_that_lightning_launches_itself_are_one_job(start: Start, tmp_path
     traces = [{span.trace_id for name, span in spans(path).items() if "step" in name} for path in found.values()]
     assert traces[0] == traces[1]
     assert len(traces[0]) == 4
+    waits = [[one for one in events(path) if one.get("collective")] for path in found.values()]
+    assert [len(each) for each in waits] == [4, 4], "one in each step's backward pass"
