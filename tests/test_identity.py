@@ -714,6 +714,11 @@ MALFORMED = {
     "rank at size": ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is not below WORLD_SIZE=2: ignored"),
     "size is zero": ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK=0 is not below WORLD_SIZE=0: ignored"),
     "size is 1e3": ({"RANK": "0", "WORLD_SIZE": "1e3"}, "WORLD_SIZE='1e3' is not a whole number: ignored"),
+    "no size": (
+        {"RANK": "1"},
+        "RANK=1, but nothing tells the world size: taken for a run of one process;"
+        " if it is not, give STEPSPAN_RANK and STEPSPAN_WORLD_SIZE",
+    ),
     "torchrun's": ({**torchrun(0), "RANK": "x"}, "RANK='x' is not a whole number: ignored"),
 }
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import re
 
 import pytest
+from events_of import SessionEvents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stepspan.otlp.mapping.metrics import OURS as OUR_METRICS
 from stepspan.otlp.mapping.names import LONGEST, metric_name
+from stepspan.otlp.records import Series
 
+OF_A_SESSION = {
+    "training.step.number", "training.step.time", "training.step.wait", "training.step.duration", "training.phase.time",
+    "training.phase.device_time", "training.run.epoch", "training.run.info", "training.run.errors",
+    "training.run.total_steps", "training.run.eta", "training.run.start_time", "training.run.checkpoint_time",
+    "training.throughput",
+}  # fmt: skip
 UNITS = {"s": "seconds", "By": "bytes", "1": "ratio"}
 
 
@@ -70,6 +77,8 @@ def said(key: str, split: str) -> tuple[str, str]:
         ("step_number", "training.user.step_number", "train", "step_number"),
         ("step_time_seconds", "training.user.step_time_seconds", "train", "step_time_seconds"),
         ("run_epoch", "training.user.run_epoch", "train", "run_epoch"),
+        ("run_eta_seconds", "training.user.run_eta_seconds", "train", "run_eta_seconds"),
+        ("throughput", "training.throughput", "train", None),
         ("user_step_number", "training.user_step_number", "train", None),
         ("steps_per_second", "training.steps_per_second", "train", None),
     ],
@@ -105,13 +114,39 @@ def test_two_keys_share_a_series_only_if_they_are_the_same_key(one, other, split
     assert (prometheus_series(one, split) == prometheus_series(other, other_split)) == same
 
 
+def our_series() -> dict[str, Series]:
+    """All metrics of its own that a session can have, by name."""
+    s = SessionEvents()
+    s.run()
+    s.emit("progress", total_steps=9)
+    s.emit("artifact", name="a", path="a", kind="checkpoint")
+    s.emit("epoch_begin", parent=0, epoch=0)
+    step = s.emit("step_begin", parent=0, step=0, split="train")
+    for cuda in ({}, {"cuda": True}):
+        span = s.emit("span_begin", parent=step, name="all_reduce", collective=True, **cuda)
+        s.emit("span_end", begin=span)
+    s.emit("device_time", begin=span, seconds=0.5)
+    s.emit("error", parent=step, type="E", message="", stack="")
+    s.emit("step_end", begin=step, samples=1)
+    s.metrics({"loss": 1.0}, 100.0, step=0)
+    return {series.name: series for series, *_ in s.records("metrics") if series.name != "training.loss"}
+
+
+OURS = {prometheus_name(series.name, series.unit, series.kind) for series in our_series().values()}
+
+
+def test_these_are_the_metrics_of_a_session():
+    assert our_series().keys() == OF_A_SESSION
+
+
 @settings(deadline=None)
 @given(LIKELY)
+@example("run_eta_seconds")
+@example("throughput_per_second")
 @example("step_number")
 @example("step.number")
 @example("step_time_seconds")
 @example("step__duration seconds")
 def test_no_key_shares_a_series_with_one_of_ours(key):
     name, _, attribute = prometheus_series(key)
-    ours = {prometheus_name(name, unit, kind) for name, (_, unit, kind) in OUR_METRICS.items()}
-    assert name not in ours or attribute
+    assert name not in OURS or attribute

@@ -145,6 +145,7 @@ def _wrong(field: str, source: str, value: object, fix: str) -> ConfigError:
 
 def _row(env: Variables, given: Mapping[str, Number | None]) -> Launcher:
     """The first row that knows rank and size, or one of them if the user gave the other."""
+    alone: list[Number] = []
     for row in LAUNCHERS:
         if not env.get(row.mark) or (row.must_name and not (row.job(env) or _step(row, env))):
             continue
@@ -153,6 +154,14 @@ def _row(env: Variables, given: Mapping[str, Number | None]) -> Launcher:
             env.warnings.append(f"{rank.source}={rank.value} is not below {size.source}={size.value}: ignored")
         elif (rank and (size or given["world_size"])) or (size and size.value and given["rank"]):
             return row
+        elif rank and rank.value and not size:
+            alone.append(rank)
+    if alone and not given["rank"]:
+        first = alone[0]
+        env.warnings.append(
+            f"{first.source}={first.value}, but nothing tells the world size: taken for a run of one process;"
+            " if it is not, give STEPSPAN_RANK and STEPSPAN_WORLD_SIZE"
+        )
     return NO_LAUNCHER
 
 

@@ -11,25 +11,14 @@ from typing import NamedTuple
 
 SPLITS = ("train", "val", "eval", "test")
 RESERVED = re.compile(r"(?:step|run|phase|memory)[./]")
-OURS = frozenset(
-    [
-        "step_number",
-        "step_time",
-        "step_time_seconds",
-        "step_wait",
-        "step_wait_seconds",
-        "step_duration",
-        "step_duration_seconds",
-        "run_epoch",
-        "run_info",
-        "run_errors",
-        "run_errors_total",
-        "phase_time",
-        "phase_time_seconds",
-        "phase_device_time",
-        "phase_device_time_seconds",
-    ]
-)
+SUFFIXES = {
+    "step_number": "", "step_time": "_seconds", "step_wait": "_seconds", "step_duration": "_seconds",
+    "phase_time": "_seconds", "phase_device_time": "_seconds",
+    "run_epoch": "", "run_info": "", "run_errors": "_total", "run_total_steps": "", "run_eta": "_seconds",
+    "run_start_time": "_seconds", "run_checkpoint_time": "_seconds", "throughput_per_second": "",
+}  # fmt: skip
+"""What Prometheus makes of our own metrics' names, and what it adds."""
+OURS = frozenset(name + end for name, suffix in SUFFIXES.items() for end in ("", suffix))
 ITSELF = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*")
 LONGEST = 255
 
