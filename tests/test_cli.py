@@ -120,43 +120,30 @@ def test_status_as_json_balances(journal: Path):
 def test_status_shows_every_session(journal: Path):
     told = run("status", journal)
     assert told.returncode == 0
-    assert [line.split()[0] for line in told.stdout.splitlines()[1:]] == ["first", "second"]
+    parts = [part.splitlines() for part in told.stdout.split("\n\n")]
+    assert [(job, len(rows)) for job, _, *rows in parts] == [("first", 1), ("second", 1)]
     assert told.stdout.count("not sent") == 2
 
 
-def test_doctor_says_where_each_field_comes_from(tmp_path: Path):
-    variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "STEPSPAN_JOB_ID": "mine"}
-    told = run("doctor", "--directory", tmp_path / "runs", **variables)
-    assert told.returncode == 0, told.stdout
-    lines = {" ".join(line.split()) for line in told.stdout.splitlines()}
-    assert {"job_id mine (STEPSPAN_JOB_ID)", "rank 1 (RANK)", "world_size 2 (WORLD_SIZE)"} <= lines
-    assert not (tmp_path / "runs").exists(), "it leaves nothing behind"
+@pytest.mark.parametrize("command", ["status", "report", "tail"])
+def test_journals_are_looked_for_where_runs_put_them(journal: Path, tmp_path: Path, command: str):
+    told = run(command, STEPSPAN_DIRECTORY=str(journal))
+    assert told.returncode == 0, told.stderr
+    assert "second" in told.stdout
+    nowhere = run(command, STEPSPAN_DIRECTORY=str(tmp_path / "nowhere"))
+    assert nowhere.returncode == 2
+    assert str(tmp_path / "nowhere") in nowhere.stderr
 
 
-@pytest.mark.parametrize(
-    ("variables", "told"),
-    [
-        ({"STEPSPAN_RANK": "2", "STEPSPAN_WORLD_SIZE": "2"}, "rank"),
-        ({"STEPSPAN_DELIVERY": "pigeon"}, "pigeon"),
-        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", "OTEL_EXPORTER_OTLP_PROTOCOL": "smoke"}, "smoke"),
-    ],
-    ids=["rank", "setting", "protocol"],
-)
-def test_doctor_fails_where_a_run_would(tmp_path: Path, variables: dict[str, str], told: str):
-    found = run("doctor", "--directory", tmp_path / "runs", **variables)
-    assert found.returncode == 1
-    assert told in next(line for line in found.stdout.splitlines() if "FAIL" in line)
+def test_the_version():
+    assert run("--version").stdout == f"stepspan {stepspan.__version__}\n"
 
 
-def test_doctor_tries_each_endpoint(tmp_path: Path):
-    with ScriptedReceiver() as receiver:
-        receiver.script("traces", lambda _: Answer(404))
-        told = run("doctor", "--directory", tmp_path / "runs", "--endpoint", receiver.url)
-    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line.strip()}
-    assert told.returncode == 1
-    assert "answers" in lines["metrics"]
-    assert "FAIL" in lines["traces"]
-    assert "404" in lines["traces"]
+def test_help_fills_its_lines_and_offers_no_negations():
+    told = run("sync", "--help", COLUMNS="80").stdout
+    assert "is held or cannot be read" in told
+    assert "--follow" in told
+    assert "--no-" not in told
 
 
 def test_an_interrupted_sync_goes_on_where_it_was(journal: Path):

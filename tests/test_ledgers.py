@@ -111,6 +111,15 @@ def test_nothing_waits_where_all_lines_are_counted():
     assert signal_ledger(state, 25, 10 + 2 * 10**9)["pending"] == 5
 
 
+def test_what_has_never_been_sent_lags_since_the_session_began(tmp_path):
+    session = trained(tmp_path, 40)
+    deliver(session, Scripted([Outcome(Verdict.HOLD, "404: check the path")]), options())
+    ledger = session_ledger(session)
+    found = ledger["destinations"]["there"]["metrics"]
+    assert (found["delivered"], found["pending"]) == (0, ledger["journaled"])
+    assert found["lag"] == pytest.approx(40, abs=2)
+
+
 # ---------------------------------------------------------------- dead letters, sent again
 
 

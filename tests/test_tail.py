@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,9 +14,11 @@ import pytest
 from delivery import SECOND, Scripted, Training, deliver, options, trained
 from journals import header, lay_down
 from processes import until
+from rich.console import Console
 
 from stepspan.cli import tail as tails
 from stepspan.cli.describe import ROWS, describe, duration, printable
+from stepspan.cli.report import Page
 from stepspan.cli.summary import quantiles, summarise
 from stepspan.cli.tail import BRIEF, Follow
 from stepspan.events import FIELDS
@@ -174,6 +177,25 @@ def test_several_jobs_are_named(tmp_path):
     assert [line.split()[2] for line in stepspan("tail", tmp_path).stdout.splitlines()] == ["one", "two"]
 
 
+def test_in_a_terminal_several_jobs_have_headings(tmp_path):
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
+    long = "a-job-whose-name-takes-all-the-room-that-there-is-for-the-rest-of-a-line-in-a-terminal"
+    lines = [tails.Line(n, job, "0", str(n), "metrics", f"loss={n}") for n, job in enumerate((long, long, "two"))]
+    job = tails.show(console, lines, several=True)
+    tails.show(console, lines[2:], several=True, job=job)
+    told = [" ".join(line.split()[2:]) or line for line in console.file.getvalue().splitlines()]
+    step = "rank 0 {0} loss={0}".format
+    assert told == [long, step(0), step(1), "two", step(2), step(2)]
+
+
+def test_a_tag_that_nobody_knows_is_told_with_those_that_are_known(tmp_path):
+    trained(tmp_path, 1)
+    told = stepspan("tail", tmp_path, "--tag", "metric")
+    assert told.returncode == 2
+    assert "metric" in told.stderr
+    assert all(tag in told.stderr for tag in FIELDS)
+
+
 def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path):
     training = Training(tmp_path)
     training.emit("event", parent=1, name="\x1b[31mred\n[bold]fake line", attributes={"bell": "\x07"})
@@ -206,6 +228,7 @@ def test_every_tag_has_words():
         ({"tag": "step_end", "begin": 3, "status": "error"}, "step ended, error"),
         ({"tag": "device_time", "begin": 3, "seconds": 0.0123}, "a span on the device: 12.3 ms"),
         ({"tag": "metrics"}, "metrics"),
+        ({"tag": "metrics", "split": "val", "metrics": {"val/loss": 0.5}}, "val/loss=0.5"),
         ({"tag": "tomorrow", "seq": 3, "mood": "good"}, "tomorrow mood=good"),
     ],
     ids=lambda value: value["tag"] if isinstance(value, dict) else "",
@@ -307,6 +330,49 @@ def test_the_report_on_a_page(tmp_path):
     ):
         assert words in page
     assert "Traceback" not in page
+
+
+def test_the_report_in_a_terminal_of_80_columns(tmp_path):
+    two_ranks(tmp_path)
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    (job,) = summarise(find_sessions(tmp_path))
+    Page(console).job(job)
+    page = console.file.getvalue()
+    assert "…" not in page
+    for words in ("interrupted", "500 ms", "data (mean)", "in collectives (p50)", "errors", "all on node"):
+        assert words in page
+    assert page.count("00000000000000b1") == 2, "whole: its first 8 characters are those of another one"
+
+
+def test_a_run_that_took_all_its_steps_is_told_so_and_named_once(tmp_path):
+    training = Training(tmp_path, job_id="demo")
+    training.emit("progress", total_steps=2)
+    for _ in range(2):
+        one_step(training)
+    training.end()
+    page = stepspan("report", tmp_path).stdout
+    assert page.splitlines()[0].split() == ["demo"]
+    assert "took all 2 steps" in page
+
+
+def test_a_key_that_names_its_split_does_so_once(tmp_path):
+    training = Training(tmp_path)
+    training.emit("metrics", step=1, split="val", metrics={"val/loss": 1.0, "loss": 2.0, "val/": 3.0})
+    training.emit(
+        "metrics", step=1, split="train", metrics={"loss": 0.5, "train/loss": 0.5, "test/acc": 0.5, "a/b": 0.5}
+    )
+    training.emit("metrics", step=1, split="probe", metrics={"loss": 0.5, "probe/x": 0.5})
+    training.end()
+    (job,) = summarise(find_sessions(tmp_path))
+    assert {name: values["points"] for name, values in job["metrics"].items()} == {
+        "val/loss": 2,
+        "val/val/": 1,
+        "loss": 2,
+        "test/acc": 1,
+        "a/b": 1,
+        "probe/loss": 1,
+        "probe/probe/x": 1,
+    }
 
 
 def test_the_report_as_json_is_json_whatever_was_logged(tmp_path):

@@ -7,11 +7,23 @@ from typing import Annotated
 
 import typer
 
+DEFAULT = "what STEPSPAN_DIRECTORY says, else stepspan-runs"
+
+
+def journals() -> Path:
+    """Where runs keep their journals: what `start_run()` would find. Raises `ConfigError`."""
+    import os
+
+    from stepspan.config import load
+
+    return load({}, os.environ).directory
+
+
 app = typer.Typer(
-    help="Training runs as OpenTelemetry: look at journals, and send them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",  # else a docstring's line breaks show as they are
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -19,14 +31,41 @@ Paths = Annotated[list[Path], typer.Argument(help="Journal directories: all runs
 Endpoint = Annotated[
     str | None, typer.Option(help="OTLP endpoint; by default what the OTEL_EXPORTER_OTLP_* variables say.")
 ]
-OnePath = Annotated[Path, typer.Argument(help="A journal directory: all runs, one job, or one session.")]
+OnePath = Annotated[
+    Path,
+    typer.Argument(
+        default_factory=journals,
+        show_default=DEFAULT,
+        help="A journal directory: all runs, one job, or one session.",
+    ),
+]
+Directory = Annotated[
+    Path, typer.Option(default_factory=journals, show_default=DEFAULT, help="Where the journal goes.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from stepspan import __version__
+
+        print(f"stepspan {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and exit.")
+    ] = False,
+) -> None:
+    """Training runs as OpenTelemetry: look at journals, and send them."""
 
 
 @app.command()
 def demo(
+    directory: Directory,
     ranks: Annotated[int, typer.Option(min=1, max=64, help="Data-parallel processes.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
-    directory: Annotated[Path, typer.Option(help="Where the journal goes.")] = Path("stepspan-runs"),
 ) -> None:
     """Train a small classifier on images of digits in several ranks, and record it.
 
@@ -43,13 +82,21 @@ def sync(
     paths: Paths,
     endpoint: Endpoint = None,
     protocol: Annotated[str | None, typer.Option(help="http/protobuf, grpc or http/json.")] = None,
-    follow: Annotated[bool, typer.Option(help="Go on with what is written from now on, until stopped.")] = False,
-    this_host: Annotated[bool, typer.Option(help="Only sessions that were written on this host.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on with what is written from now on, until stopped.")
+    ] = False,
+    this_host: Annotated[
+        bool, typer.Option("--this-host", help="Only sessions that were written on this host.")
+    ] = False,
     destination: Annotated[
         str | None, typer.Option(help="A name for the cursors, instead of a hash of the endpoints.")
     ] = None,
-    rejected: Annotated[bool, typer.Option(help="Send again what the receiver refused, and nothing else.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Only say what waits, and how old it is. Nothing is sent.")] = False,
+    rejected: Annotated[
+        bool, typer.Option("--rejected", help="Send again what the receiver refused, and nothing else.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what waits, and how old it is. Nothing is sent.")
+    ] = False,
     state_directory: Annotated[
         Path | None, typer.Option(help="Where cursors go for journals that we may not write to.")
     ] = None,
@@ -81,9 +128,7 @@ def sync(
 
 @app.command()
 def status(
-    path: Annotated[Path, typer.Argument(help="A journal directory: all runs, one job, or one session.")] = Path(
-        "stepspan-runs"
-    ),
+    path: OnePath,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     state_directory: Annotated[
         Path | None, typer.Option(help="Where `sync --state-directory` keeps its cursors.")
@@ -97,7 +142,7 @@ def status(
 
 @app.command()
 def tail(
-    path: OnePath = Path("stepspan-runs"),
+    path: OnePath,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many to begin with.")] = 20,
     rank: Annotated[int | None, typer.Option(min=0, help="Of this rank only.")] = None,
@@ -118,7 +163,7 @@ def tail(
 
 @app.command()
 def report(
-    path: OnePath = Path("stepspan-runs"),
+    path: OnePath,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
     state_directory: Annotated[
         Path | None, typer.Option(help="Where `sync --state-directory` keeps its cursors.")
@@ -169,9 +214,9 @@ def export(
 @app.command("import")
 def import_(
     paths: Annotated[list[Path], typer.Argument(help="Files and directories of another system.")],
+    directory: Directory,
     system: Annotated[str, typer.Option("--from", help="auto, stormlog, evsys, qmlhc or cloudmesh.")] = "auto",
     job_id: Annotated[str | None, typer.Option(help="The job they belong to, where they don't say it.")] = None,
-    directory: Annotated[Path, typer.Option(help="Where the journal goes.")] = Path("stepspan-runs"),
 ) -> None:
     """Turn the files of stormlog, evsys, qmlhc or cloudmesh into journals, with their original times.
 

@@ -8,25 +8,31 @@ import secrets
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from stepspan.cli.status import ledger_table
+from stepspan.config import load
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, slug
+from stepspan.start import _exporters_of
 
 PATIENCE = 30.0  # seconds that delivery may take after the training
 
 
 def run_demo(ranks: int, epochs: int, directory: Path) -> int:
-    """Train, then say where the journal lies, or what the receiver has taken. The exit code."""
+    """Train, then say where the journal lies, or what the receivers have taken. The exit code. Raises `ConfigError`."""
     try:
+        import sklearn  # noqa: F401  the ranks need it
+
         from stepspan.cli.training import shared_memory, train
     except ImportError as error:
         print(f"stepspan demo: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
         return 2
     job_id = f"demo-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
-    exporter = OtlpExporter()
+    settings = load({}, os.environ)
+    exporters = [] if settings.delivery == "off" else _exporters_of(settings)
     directory = directory.absolute()
     print(f"training in {ranks} ranks as job {job_id}", flush=True)
     context = multiprocessing.get_context("spawn")
@@ -43,10 +49,10 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
         print(f"stepspan demo: a rank ended with exit code {failed[0]}", file=sys.stderr)
         return 1
     job = Path(os.path.relpath(directory / slug(job_id)))
-    if not exporter.signals:
+    if not exporters:
         print(f"\njournal: {job}\nsend it: {_program()} sync {job} --endpoint http://localhost:4318")
         return 0
-    return _await_delivery(job, exporter)
+    return _await_delivery(job, exporters)
 
 
 def _rank(job_id: str, rank: int, ranks: int, *arguments: object) -> None:
@@ -58,7 +64,7 @@ def _rank(job_id: str, rank: int, ranks: int, *arguments: object) -> None:
     train(rank, ranks, *given)  # type: ignore[operator]
 
 
-def _await_delivery(job: Path, exporter: OtlpExporter) -> int:
+def _await_delivery(job: Path, exporters: Sequence[OtlpExporter]) -> int:
     """Wait while the deliverer works, then print the ledger."""
     deadline = time.monotonic() + PATIENCE
     print("\ndelivering ...", flush=True)
@@ -67,6 +73,7 @@ def _await_delivery(job: Path, exporter: OtlpExporter) -> int:
         states = [
             ledger["destinations"].get(exporter.destination, {}).get(signal)
             for ledger in found
+            for exporter in exporters
             for signal in exporter.signals
         ]
         delivered = all(state and state["finished"] for state in states)

@@ -100,7 +100,8 @@ def _device_time(event: Event, begin: Event | None) -> str:
 def _metrics(event: Event, _: Event | None) -> str:
     split = event.get("split", "train")
     values = {key: "…" if value is None else value for key, value in event["metrics"].items()}  # a GPU's, to come
-    return f"{'' if split == 'train' else split + '  '}{pairs({**values, **event.get('attributes', {})})}"
+    told = split == "train" or all(key.startswith(f"{split}/") for key in values)  # by the keys themselves
+    return f"{'' if told else split + '  '}{pairs({**values, **event.get('attributes', {})})}"
 
 
 def _event(event: Event, _: Event | None) -> str:

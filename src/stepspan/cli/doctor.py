@@ -12,17 +12,20 @@ from contextlib import suppress
 from pathlib import Path
 
 from stepspan import __version__
-from stepspan.config import load
+from stepspan.config import Settings, load
 from stepspan.errors import ConfigError
+from stepspan.events import SCHEMA
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.identity import host_facts, resolve, resource_attributes
 from stepspan.journal.layout import sessions_of_rank
 from stepspan.journal.writer import JournalWriter, Limits
-from stepspan.otlp.endpoint import Endpoint, resolve_endpoints
+from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.records import SIGNALS, Signal
 from stepspan.otlp.transport import Verdict, open_transport
+from stepspan.processors import build
 from stepspan.samplers import sampled_by
 from stepspan.samplers.gpu import gpu
+from stepspan.start import _exporters_of
 
 LINES = 2000
 PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp", "grpcio", "orjson", "pydantic", "requests", "torch")
@@ -48,6 +51,7 @@ def examine(directory: Path | None, endpoint: str | None) -> int:
     report = Report()
     try:
         settings = load({"directory": directory, "endpoint": endpoint}, os.environ)
+        build(settings.processors)
     except ConfigError as error:
         print("settings")
         report.fail("settings", error)
@@ -56,7 +60,7 @@ def examine(directory: Path | None, endpoint: str | None) -> int:
         print("settings\n  enabled          no: start_run() does nothing (STEPSPAN_DISABLED)")
     local_rank = _identity(report, settings.directory, settings.service_name)
     _journal(report, settings.directory, settings.limits())
-    _endpoints(report, settings.endpoint, settings.protocol)
+    _endpoints(report, settings)
     _samplers(report, settings.samplers, settings.sample_interval, local_rank)
     _versions(report)
     print(f"\n{'a run would work' if not report.failed else f'{report.failed} problem(s): see FAIL above'}")
@@ -87,7 +91,8 @@ def _identity(report: Report, directory: Path, service_name: str | None) -> int:
 def _journal(report: Report, directory: Path, limits: Limits) -> None:
     print("journal")
     try:
-        existed = Path(directory).exists()
+        place = Path(directory).absolute()
+        made = [path for path in (place, *place.parents) if not path.exists()]
         journal = JsonlExporter(directory, limits=limits)
     except (ConfigError, OSError) as error:
         report.fail("directory", error)
@@ -96,9 +101,9 @@ def _journal(report: Report, directory: Path, limits: Limits) -> None:
         report.fail("directory", f"{directory} cannot be written: a run would keep its journal in memory")
         return
     report.say("directory", journal.directory)
-    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=journal.directory) as place:
-        header = {"ts": 0, "seq": 0, "tag": "header", "session": "0" * 16, "rank": 0, "role": "", "schema": "1.0"}
-        writer = JournalWriter(Path(place), header, limits=limits)
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=journal.directory) as session:
+        header = {"ts": 0, "seq": 0, "tag": "header", "session": "0" * 16, "rank": 0, "role": "", "schema": SCHEMA}
+        writer = JournalWriter(Path(session), header, limits=limits)
         before = time.perf_counter()
         for number in range(LINES):
             metrics = {"loss": 0.5, "accuracy": 0.9, "lr": 1e-3, "grad_norm": 2.0, "throughput": 900.0}
@@ -106,30 +111,32 @@ def _journal(report: Report, directory: Path, limits: Limits) -> None:
         cost = (time.perf_counter() - before) / LINES
         trouble = writer.trouble
         writer.close("completed")
-    if not existed:
+    if made:
         (journal.directory / ".gitignore").unlink(missing_ok=True)
-        journal.directory.rmdir()
+        with suppress(OSError):  # somebody else's run has begun there
+            for path in made:
+                path.rmdir()
     if trouble is not None:
         report.fail("write", trouble)
     else:
         report.say("write", f"{cost * 1e6:.1f} us for an event of five metrics")
 
 
-def _endpoints(report: Report, endpoint: str | None, protocol: str | None) -> None:
+def _endpoints(report: Report, settings: Settings) -> None:
     print("endpoints")
     try:
-        endpoints = resolve_endpoints(os.environ, endpoint=endpoint, protocol=protocol)
+        exporters = _exporters_of(settings)
     except ConfigError as error:
         report.fail("endpoint", error)
         return
-    if not endpoints:
+    if not exporters:
         report.say("none", "nothing is sent: the journal stays until `stepspan sync` (OTEL_EXPORTER_OTLP_ENDPOINT)")
-        return
-    for signal in SIGNALS:
-        if signal in endpoints:
-            _probe(report, signal, endpoints[signal])
-        else:
-            report.say(signal, "off")
+    for exporter in exporters:
+        for signal in SIGNALS:
+            if signal in exporter.endpoints:
+                _probe(report, signal, exporter.endpoints[signal])
+            else:
+                report.say(signal, "off")
 
 
 def _probe(report: Report, signal: Signal, endpoint: Endpoint) -> None:

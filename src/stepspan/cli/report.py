@@ -10,11 +10,11 @@ from typing import Any
 
 import orjson
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from stepspan.cli.describe import duration, pairs, printable, short
 from stepspan.cli.summary import summarise
+from stepspan.cli.table import print_table, shortened
 from stepspan.events import plain
 from stepspan.journal.layout import find_sessions
 
@@ -70,20 +70,13 @@ class Page:
         self.line("")
         self.line(text, "bold")
 
-    def table(self, columns: str, rows: Iterable[Row]) -> None:
-        """A table; a column whose name begins with `>` is flush right, one without any value is left out."""
-        cells = [[printable(cell) for cell in row] for row in rows]
-        table = Table(box=None, header_style="dim", pad_edge=False)
-        kept = [n for n, _ in enumerate(columns.split(",")) if any(row[n] for row in cells)]
-        for n in kept:
-            name = columns.split(",")[n].strip()
-            table.add_column(name.lstrip(">"), justify="right" if name.startswith(">") else "left", no_wrap=True)
-        for row in cells:
-            table.add_row(*(Text(row[n]) for n in kept))
-        self._console.print(table)
+    def table(self, columns: str, rows: Iterable[Row], *, keys: int = 1) -> None:
+        """A table; the first `keys` columns are repeated where it is too wide for the terminal."""
+        names = [name.strip() for name in columns.split(",")]
+        print_table(self._console, names, rows, keys=names[:keys])
 
     def _head(self, job: Mapping[str, Any]) -> None:
-        name = f"  {job['name']}" if job["name"] else ""
+        name = f"  {job['name']}" if job["name"] not in (None, job["job"]) else ""
         labels = "".join(f" [{label}]" for label in (job["group"], *job["tags"]) if label)
         self.line(f"{job['job']}{name}{labels}", "bold")
         sessions = job["sessions"]
@@ -98,9 +91,12 @@ class Page:
         )
         last = max((s["last_step"] for s in sessions if s["last_step"] is not None), default=None)
         if last is not None:
-            total = f" of {job['total_steps']}" if job["total_steps"] is not None else ""
+            total = job["total_steps"]
+            done = bool(total) and max(s["steps"] for s in sessions) >= total  # numbers may count from 0 or from 1
+            told = f"reached step {last}" + (f" of {total}" if total is not None else "")
             epoch = max((s["epoch"] for s in sessions if s["epoch"] is not None), default=None)
-            self.line(f"reached step {last}{total}" + (f" in epoch {epoch}" if epoch is not None else ""))
+            where = f"{', the last' if done else ''} in epoch {epoch}" if epoch is not None else ""
+            self.line(f"took all {total} steps{where}" if done else f"{told}{where}")
         if job["hyperparams"]:
             self.line(pairs(job["hyperparams"]))
 
@@ -111,11 +107,15 @@ class Page:
         if len(sessions) > MOST_SESSIONS:
             telling = lambda s: (s["status"] == "completed", -(s["step_time"] or {"p50": 0.0})["p50"])  # noqa: E731
             shown = sorted(sorted(sessions, key=telling)[:MOST_SESSIONS], key=lambda s: (s["rank"], s["started"]))
+        length, hosts = shortened(s["session"] for s in sessions), {s["host"] for s in sessions}
         self.table(
             "rank, session, host, attempt, status, took, >steps, >last, >open, >p50, >p99, >max, >data (mean), "
             ">in collectives (p50), >errors, >stalls",
-            (_session(session) for session in shown),
+            (_session(session, length, several_hosts=len(hosts) > 1) for session in shown),
+            keys=2,
         )
+        if len(hosts) == 1 and hosts != {""}:
+            self.line(f"all on {hosts.pop()}", "dim")
         if len(shown) < len(sessions):
             left = len(sessions) - len(shown)
             self.line(f"and {left} more; these are those that did not complete, and the slowest (all: --json)", "dim")
@@ -153,7 +153,7 @@ class Page:
             )
             for name, values in list(metrics.items())[:MOST_METRICS]
         ]
-        self.table(", >last, >at step, >min, >at step, >max, >points, >not finite", rows)
+        self.table("metric, >last, >at step, >min, >at step, >max, >points, >not finite", rows)
         if len(metrics) > MOST_METRICS:
             self.line(f"and {len(metrics) - MOST_METRICS} more (--json)", "dim")
 
@@ -204,18 +204,19 @@ class Page:
                 )
                 for row in rows
             ),
+            keys=2,
         )
         for message in dict.fromkeys(message for row in rows for message in row["messages"]):
             self.line(message, "yellow")
 
 
-def _session(session: Mapping[str, Any]) -> Row:
+def _session(session: Mapping[str, Any], length: int, *, several_hosts: bool) -> Row:
     times = session["step_time"] or {}
     attempt = session["attempt"] or [0]
     return (
         f"{session['rank']}{'.' + session['role'] if session['role'] else ''}",
-        session["session"],
-        session["host"],
+        session["session"][:length],
+        session["host"] if several_hosts else "",
         ".".join(map(str, attempt)) if any(attempt) else "",
         session["status"],
         "" if session["seconds"] is None else duration(session["seconds"]),

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from stepspan.cli.describe import printable
+from stepspan.cli.table import print_table, shortened
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.journal.layout import find_sessions
 
@@ -35,29 +36,46 @@ def show_status(path: Path, *, as_json: bool, state_directory: Path | None) -> i
     return 0
 
 
-def ledger_table(found: Sequence[dict[str, Any]]) -> None:
-    """One row for each session, destination and signal; below it, what receivers said."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("job", "rank", "session", "status", "lines", "destination", "signal", *COUNTS, "lag", "state"):
-        numeric = column in {"rank", "lines", "lag", *COUNTS}
-        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
-    said: dict[str, None] = {}
+def ledger_table(found: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+    """For each job one row a session, destination and signal; below it, what receivers said."""
+    console = console or Console(width=None if sys.stdout.isatty() else 240, highlight=False)
+    jobs: dict[str, list[dict[str, Any]]] = {}
     for ledger in found:
-        job = Path(ledger["path"]).absolute().parents[1].name
-        head = [job, str(ledger["rank"]), ledger["session"], ledger["status"], str(ledger["journaled"])]
-        rows = [(d, s, state) for d, signals in ledger["destinations"].items() for s, state in signals.items()]
-        if not rows:
-            table.add_row(*head, "-", "-", *["-"] * len(COUNTS), "-", "not sent")
-        for destination, signal, state in rows:
-            counts = [str(state[name]) for name in COUNTS]
-            table.add_row(*head, destination, signal, *counts, _seconds(state["lag"]), state["state"])
-            head = [""] * len(head)
-            if state["message"]:
-                said[f"{destination} {signal} {state['state']}: {state['message']}"] = None
-    console = Console(width=None if sys.stdout.isatty() else 240, highlight=False)
-    console.print(table)
+        jobs.setdefault(Path(ledger["path"]).absolute().parents[1].name, []).append(ledger)
+    for number, (job, ledgers) in enumerate(jobs.items()):
+        if number:
+            console.print()
+        console.print(Text(printable(job), style="bold"), soft_wrap=True)
+        _job(console, ledgers)
+    said = {
+        f"{destination} {signal} {state['state']}: {state['message']}": None
+        for ledger in found
+        for destination, signals in ledger["destinations"].items()
+        for signal, state in signals.items()
+        if state["message"]
+    }
     for line in said:
-        console.print(Text(line))
+        console.print(Text(printable(line)), soft_wrap=True)
+
+
+def _job(console: Console, ledgers: Sequence[dict[str, Any]]) -> None:
+    """The sessions of a job; a count that is zero everywhere is left out."""
+    states = [s for ledger in ledgers for signals in ledger["destinations"].values() for s in signals.values()]
+    counts = [name for name in COUNTS if name == "delivered" or any(state[name] for state in states)]
+    length = shortened(ledger["session"] for ledger in ledgers)
+    rows: list[list[str]] = []
+    for ledger in ledgers:
+        head = [str(ledger["rank"]), ledger["session"][:length], ledger["status"], str(ledger["journaled"])]
+        if not ledger["destinations"]:
+            rows.append([*head, "", "", *[""] * len(counts), "", "not sent"])
+        for destination, signals in ledger["destinations"].items():
+            for signal, state in signals.items():
+                told = [str(state[name]) for name in counts]
+                lag = _seconds(state["lag"]) if state["pending"] else ""
+                rows.append([*head, destination, signal, *told, lag, state["state"]])
+                head, destination = [""] * len(head), ""
+    columns = [">rank", "session", "status", ">lines", "destination", "signal", *(f">{name}" for name in counts)]
+    print_table(console, [*columns, ">lag", "state"], rows, keys=("rank", "destination", "signal"))
 
 
 def _seconds(lag: float) -> str:

@@ -20,6 +20,7 @@ from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import DEAD_AFTER, Closed, is_dead, quiet_for, read_closed
 from stepspan.journal.reader import JournalReader
+from stepspan.otlp.mapping.names import SPLITS
 from stepspan.otlp.mapping.values import MALFORMED, number
 
 BATCH = 4 << 20
@@ -178,7 +179,7 @@ class Session:
             value = number(given)
             if value is None:
                 continue
-            name = key if split == "train" else f"{split}/{key}"
+            name = _named(key, split)
             known = self.metrics.get(name)
             if known is None:
                 known = self.metrics[name] = {"points": 0, "nonfinite": 0, "min": None, "max": None}
@@ -253,6 +254,12 @@ class Session:
                 "why": self.why,
             },
         }
+
+
+def _named(key: str, split: str) -> str:
+    """A metric with its split, none for training; as `metric_name` has it, a key that names a split says it itself."""
+    head, _, rest = key.partition("/")
+    return (key if rest and head in SPLITS else f"{split}/{key}").removeprefix("train/")
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from stepspan.cli.describe import describe, printable
-from stepspan.errors import JournalError
-from stepspan.events import Event
+from stepspan.errors import ConfigError, JournalError
+from stepspan.events import FIELDS, Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed, read_closed
@@ -183,7 +183,10 @@ def written(session: SessionPath) -> float:
 
 
 def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: Collection[str]) -> int:
-    """Print the newest lines, and go on where that is asked for. The exit code."""
+    """Print the newest lines, and go on where that is asked for. The exit code. Raises `ConfigError`."""
+    unknown = [tag for tag in tags if tag not in FIELDS]
+    if unknown:
+        raise ConfigError("--tag", unknown[0], f"unknown; known are {', '.join(FIELDS)}")
     sessions = Follow(path, rank, frozenset(tags))
     console = Console(highlight=False)
     lines = sessions.newest(count)
@@ -194,26 +197,33 @@ def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: C
     if sessions.passed_over:
         print(f"stepspan tail: {sessions.passed_over} sessions that were written earlier are left out", file=sys.stderr)
     try:
-        show(console, lines, several=sessions.several)
+        job = show(console, lines, several=sessions.several)
         scanned = time.monotonic()
         while follow:
             time.sleep(POLL)
             rescan = time.monotonic() - scanned >= RESCAN
             scanned = time.monotonic() if rescan else scanned
-            show(console, sessions.more(rescan=rescan), several=sessions.several)
+            job = show(console, sessions.more(rescan=rescan), several=sessions.several, job=job)
     except (KeyboardInterrupt, BrokenPipeError):
         pass
     return 0
 
 
-def show(console: Console, lines: Sequence[Line], *, several: bool) -> None:
-    """Print lines: time, job where there are several, rank, step, what."""
+def show(console: Console, lines: Sequence[Line], *, several: bool, job: str = "") -> str:
+    """Print lines: time, rank, step, what. The job of the last one; `job` is that of the line before.
+
+    Of several jobs each has a heading in a terminal, where room is short; elsewhere each line names its own.
+    """
     for line in lines:
         moment = datetime.fromtimestamp(line.ts / 1e9).isoformat(" ", "milliseconds")
-        job = f"{printable(line.job)}  " if several else ""
-        text = Text(f"{moment}  {job}rank {line.rank:<3} {line.step:>7}  ", style="dim")
+        place = f"rank {line.rank:<3} {line.step:>7}  "
+        if not console.is_terminal:
+            print(f"{moment}  {f'{printable(line.job)}  ' if several else ''}{place}{line.what}", flush=True)
+            continue
+        if several and line.job != job:
+            console.print(Text(printable(line.job), style="bold"), soft_wrap=True)
+        job = line.job
+        text = Text(f"{moment}  {place}", style="dim")
         text.append(line.what, style="dim" if line.tag in QUIET else f"not dim {STYLES.get(line.tag, '')}")
-        if console.is_terminal:
-            console.print(text, no_wrap=True, overflow="ellipsis")
-        else:
-            print(text.plain, flush=True)
+        console.print(text, no_wrap=True, overflow="ellipsis")
+    return job

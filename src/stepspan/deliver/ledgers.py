@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stepspan.errors import JournalError
 from stepspan.journal.cursor import CursorState, read_cursor
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import read_closed
-from stepspan.journal.reader import last_event
+from stepspan.journal.reader import JournalReader, last_event
 from stepspan.otlp.records import SIGNALS
 
 
@@ -29,6 +31,7 @@ def session_ledger(session: SessionPath, home: Path | None = None) -> dict[str, 
     closed = read_closed(session.path) or (read_closed(home) if home else None)
     seq, ts = (closed.seq, closed.ts) if closed else last_event(session)
     destinations = cursors(home or session.path)
+    started = _started(session) if destinations else 0
     return {
         "session": session.session,
         "rank": session.rank,
@@ -37,21 +40,34 @@ def session_ledger(session: SessionPath, home: Path | None = None) -> dict[str, 
         "journaled": seq,
         "last_event": ts,
         "destinations": {
-            destination: {signal: signal_ledger(state, seq, ts) for signal, state in states.items()}
+            destination: {signal: signal_ledger(state, seq, ts, started) for signal, state in states.items()}
             for destination, states in destinations.items()
         },
     }
 
 
-def signal_ledger(state: CursorState, seq: int, ts: int) -> dict[str, Any]:
-    """One signal: its ledger, the lines that wait, and how far event time lags behind the journal (s)."""
+def _started(session: SessionPath) -> int:
+    """When a session began, Unix ns; 0 where its header cannot be read."""
+    try:
+        with closing(JournalReader(session)) as reader:
+            return int(reader.header.get("started", 0))
+    except (OSError, JournalError):
+        return 0
+
+
+def signal_ledger(state: CursorState, seq: int, ts: int, started: int = 0) -> dict[str, Any]:
+    """One signal: its ledger, the lines that wait, and how far event time lags behind the journal (s).
+
+    A cursor that has not moved yet stands where the session `started`.
+    """
     ledger = asdict(state.ledger)
     counted = ledger["read"] + ledger["damaged"] + ledger["pruned"] + ledger["dropped"]
     pending = max(0, seq - counted)
+    since = state.position.ts or started
     return {
         **ledger,
         "pending": pending,
-        "lag": round(max(0, ts - state.position.ts) / 1e9, 3) if pending and state.position.ts else 0.0,
+        "lag": round(max(0, ts - since) / 1e9, 3) if pending and since else 0.0,
         "finished": state.position.finished,
         "state": state.state,
         "message": state.message,
