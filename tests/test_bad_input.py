@@ -162,12 +162,26 @@ def test_a_directory_that_cannot_be_written(
     assert str(memory) in told
 
 
+@pytest.mark.parametrize("given", ["argument", "variable", "file"])
+def test_a_home_directory_is_meant_by_its_short_name(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "config.yaml").write_text('directory: "~/runs"')
+    monkeypatch.setenv("STEPSPAN_DIRECTORY", "~/runs" if given == "variable" else "")
+    arguments = {"argument": {"directory": "~/runs"}, "variable": {}, "file": {"config": "config.yaml"}}[given]
+    with start(**arguments) as run:
+        assert path_of(run).is_relative_to(tmp_path / "home" / "runs")
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_disk_that_takes_nothing_stops_no_training(
     start: Start, tmp_path: Path, warnings: Callable[[], list[str]]
 ) -> None:
     class Full(Disk):
-        def writer(self) -> Callable[[int, bytes, int], int]:
-            return lambda fd, data, length: -1
+        def __init__(self) -> None:
+            super().__init__()
+            self.write_keeping_gil = lambda fd, data, length: -1
 
         def write(self, fd: int, data: bytes) -> int:
             raise OSError(28, "No space left on device")

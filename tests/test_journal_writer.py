@@ -279,6 +279,23 @@ def test_real_signals_lose_nothing_and_lock_nothing(tmp_path: Path, source: str)
     assert numbers.count(-1) == handled_calls
 
 
+@pytest.mark.parametrize("looks", [set(), {3}], ids=["alone", "a handler logged as the second was crossed"])
+def test_upkeep_may_wait_for_a_thread_that_logs(tmp_path: Path, looks: set[int]) -> None:
+    passed = []
+
+    def upkeep() -> None:
+        beside = threading.Thread(target=writer.append, args=(metrics(2),), daemon=True)
+        beside.start()
+        beside.join(10)
+        passed.append(not beside.is_alive())
+
+    writer = JournalWriter(tmp_path, header(), limits=ROOMY, clock=Interrupting(looks), upkeep=upkeep)
+    with handled(signal.SIGUSR1, lambda *_: writer.append(metrics(1000))):
+        writer.append(metrics(1))
+    assert passed == [True]
+    assert logged(lines(writer.path)) == [1, *[1000] * len(looks), 2]
+
+
 def test_a_handler_that_closes_in_the_middle_of_a_write_ends_the_session_once(tmp_path: Path) -> None:
     writer = JournalWriter(tmp_path, header(), limits=ROOMY, clock=Interrupting({4}))
     with handled(signal.SIGUSR1, lambda *_: writer.close("interrupted")):

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import runs
 from events_of import SessionEvents
+from journals import ROOMY, FaultyDisk, HandClock
 from runs import events, python
 
+from stepspan import JsonlExporter
 from stepspan.integrations.logging import StepspanHandler
 from stepspan.otlp.records import Log
 from stepspan.run import Run
@@ -266,3 +268,29 @@ def test_a_log_event_is_exactly_this_record():
             "exception.type": "ValueError", "exception.stacktrace": "Traceback …",
         },
     )  # fmt: skip
+
+
+def test_what_a_run_tells_may_wait_for_a_thread_that_logs(start: Start, tmp_path: Path, logger: logging.Logger):
+    """Handlers have locks, which other threads hold as they come to the journal."""
+    clock, disk, passed = HandClock(), FaultyDisk(), []
+
+    class Waiting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            beside = threading.Thread(target=logger.info, args=("beside",), daemon=True)
+            beside.start()
+            beside.join(10)
+            passed.append(not beside.is_alive())
+
+    waiting = Waiting(logging.WARNING)
+    run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=clock, disk=disk)])
+    logging.getLogger("stepspan").addHandler(waiting)
+    try:
+        disk.is_low = True
+        clock.skip(2)
+        run.log_metrics({"x": 1.0})
+        disk.is_low = False
+        run.close()
+    finally:
+        logging.getLogger("stepspan").removeHandler(waiting)
+    assert passed == [True]
+    assert [event["message"] for event in events(run, "log")] == ["beside"]

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stepspan.disabled import PREFIX, switched_off
 from stepspan.errors import ConfigError
@@ -79,7 +79,7 @@ class Settings(_Strict):
     tags: Words = []
     service_name: str | None = None
     resource: Table = {}
-    directory: Path = Path("stepspan-runs")
+    directory: Annotated[Path, AfterValidator(Path.expanduser)] = Path("stepspan-runs")
     endpoint: str | None = None
     protocol: Literal["http/protobuf", "grpc", "http/json"] | None = None
     delivery: Literal["process", "thread", "off"] = "process"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepspan.deliver.handle import Delivery
 from stepspan.events import SCHEMA, Event, plain
+from stepspan.journal.writer import SessionGone
 from stepspan.scopes import Scope, Scopes, is_failure
 from stepspan.steps import Amount, Steps
 from stepspan.tensors import LATER, Resolver, number_of, resolver_of
@@ -76,7 +77,7 @@ class Run:
         self._emit = pipeline.emit
         self._tells = identity.local_rank == 0
         self._troubles: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._lock, self._keeping_up = threading.Lock(), threading.Lock()
         self._scopes = Scopes(identity, pipeline, tell=self.tell, record_error=self.log_error, propagate=propagate)
         self._journal.upkeep = self._upkeep
         self._journal.start(self._header, job_id=identity.job_id, host=identity.host)
@@ -254,6 +255,7 @@ class Run:
             self._scopes.closed = True
             writer = self._journal.writer
             self.pipeline.close(text(status))
+            self._tell_trouble()
             self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)
         except Exception as error:
             self.tell("close", f"the run was not closed well: {error!r}")
@@ -294,7 +296,7 @@ class Run:
 
     def after_fork(self, number: int) -> None:
         """In a forked child, the parent's `number`-th, whose first event begins a session of its own."""
-        self._lock = threading.Lock()
+        self._lock, self._keeping_up = threading.Lock(), threading.Lock()
         self._tells = False
         self.companions, self.beside = [], 0
         self._late = None
@@ -312,13 +314,23 @@ class Run:
                 self.tell("companion", f"{type(companion).__name__} did not stop well: {error!r}")
 
     def _upkeep(self) -> None:
+        if not self._keeping_up.acquire(blocking=False):
+            return  # another thread is at it, or this one, interrupted by a signal handler that logs
+        try:
+            self._tell_trouble()
+            self.delivery.watch()
+        finally:
+            self._keeping_up.release()
+
+    def _tell_trouble(self) -> None:
         writer = self._journal.writer
-        if writer is not None and writer.trouble is not None:
-            self.tell(
-                "journal", f"the journal at {writer.path} cannot be written: {writer.trouble}; lines wait in memory"
-            )
-            writer.trouble = None
-        self.delivery.watch()
+        if writer is None or writer.trouble is None:
+            return
+        trouble, writer.trouble = writer.trouble, None
+        if isinstance(trouble, SessionGone):
+            self.tell("journal_gone", f"{trouble}: its latest lines are counted as lost")
+        else:
+            self.tell("journal", f"the journal at {writer.path} cannot be written: {trouble}; lines wait in memory")
 
     def _record(self, tag: str, fields: Any, *, inside: bool = False) -> None:
         """Emit an event. `fields()` may run a user's code, so it runs where nothing it raises gets out."""

@@ -1,8 +1,8 @@
 """The JSONL exporter: keeps the journal, and keeps a session open in it whatever happens.
 
 A session ends early when the process forks (the child begins one of its own on first use) or when somebody found it
-silent and closed it. A directory that cannot be written costs the run its durability, not its telemetry: the journal
-goes to shared memory instead, bounded, with one warning.
+silent and closed it, or deleted it. A directory that cannot be written costs the run its durability, not its telemetry:
+the journal goes to shared memory instead, bounded, with one warning.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class JsonlExporter:
         clock: Callable[[], int] | None = None,
         disk: Disk | None = None,
     ) -> None:
-        self.directory = _followed(Path(os.path.abspath(directory)))
+        self.directory = _followed(Path(os.path.abspath(os.path.expanduser(directory))))
         self.limits = limits or Limits()
         self.durable = True
         self.upkeep: Callable[[], None] | None = None

@@ -6,6 +6,9 @@ a link, and only regular ones: a journal may lie where others can write.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import os
 import re
 import stat
@@ -39,16 +42,71 @@ def session_name(rank: int, role: str, session: str) -> str:
 
 def open_directory(path: str | Path, *, dir_fd: int | None = None) -> int:
     """A descriptor of a directory that is not a link."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
+    return _open(path, os.O_RDONLY | os.O_DIRECTORY, dir_fd=dir_fd)
 
 
 def open_file(name: str, flags: int, *, dir_fd: int, mode: int = 0o600) -> int:
     """A descriptor of a regular file that is not a link. OSError otherwise; never blocks on a FIFO."""
-    fd = os.open(name, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode, dir_fd=dir_fd)
+    fd = _open(name, flags | os.O_NONBLOCK, mode, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise OSError(f"{name} is not a regular file")
     return fd
+
+
+def _open(path: str | Path, flags: int, mode: int = 0o600, *, dir_fd: int | None) -> int:
+    fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    if fd > 2:
+        return fd
+    try:  # a process without stdout: what C code prints must not land in a journal
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
+
+
+class Descriptors:
+    """Descriptors that stay open for long, each known by what it led to when it was opened.
+
+    Files are deleted while they are written, and some code closes every descriptor of its process (`os.closerange`),
+    whose numbers then lead to files of somebody else.
+    """
+
+    def __init__(self) -> None:
+        self._opened: dict[int, tuple[int, int, bool]] = {}
+
+    def hold(self, fd: int) -> int:
+        """Take in a descriptor that was just opened."""
+        self._opened[fd] = _leads_to(fd)
+        return fd
+
+    def gone(self) -> bool:
+        """Whether a file was deleted, or a descriptor closed by somebody else."""
+        for fd, opened in self._opened.items():
+            try:
+                if _leads_to(fd) != opened:
+                    return True
+            except OSError as error:  # another one is a file system's trouble, which may pass
+                if error.errno in {errno.EBADF, errno.ESTALE}:
+                    return True
+        return False
+
+    def close(self, fd: int) -> None:
+        """Close one, unless its number is somebody else's by now."""
+        opened = self._opened.pop(fd)
+        with contextlib.suppress(OSError):
+            if _leads_to(fd)[:2] == opened[:2]:
+                os.close(fd)
+
+    def close_all(self) -> None:
+        """Close all of them."""
+        for fd in list(self._opened):
+            self.close(fd)
+
+
+def _leads_to(fd: int) -> tuple[int, int, bool]:
+    """Device, inode, and whether it still has a name."""
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino, found.st_nlink > 0
 
 
 def read_file(path: Path, longest: int = -1) -> bytes | None:

@@ -7,7 +7,7 @@
 - When the disk is full or broken, lines wait in bounded memory; what does not fit is counted, and a `gap` line says so
   once the disk takes lines again. A line cut in the middle is followed by a newline, and written again whole.
 - Upkeep (is the session still ours, is the disk filling up, do lines wait) is done at most once a second of event time,
-  by the call that crosses it. There is no thread.
+  by the call that crosses it; there is no thread. Our owner's comes once the lock is let go: it may take others' locks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Protocol
 from stepspan.errors import JournalError
 from stepspan.events import Event, encode
 from stepspan.journal.cursor import read_cursor
-from stepspan.journal.layout import open_directory, open_file, segment_name, session_name
+from stepspan.journal.layout import Descriptors, open_directory, open_file, segment_name, session_name
 from stepspan.journal.liveness import CLOSED, Closed, take_lock, write_closed
 
 SECOND = 1_000_000_000
@@ -42,6 +42,10 @@ LONGEST_BACKLOG = 16 << 20  # bytes of lines that wait for the disk
 
 class SessionTaken(JournalError):
     """Somebody found this session silent for so long that they closed it: go on in a new one."""
+
+
+class SessionGone(SessionTaken):
+    """Its files were deleted, or somebody closed our descriptors of them."""
 
 
 class Scope(Protocol):
@@ -103,7 +107,7 @@ class Clock:
 class JournalWriter:
     """A session being written. The constructor raises OSError; `append` raises only `SessionTaken`.
 
-    `upkeep` is called about once a second of event time, by the thread that logs, and must not raise.
+    `upkeep` is called about once a second of event time, by a thread that logs, and must not raise.
     """
 
     def __init__(
@@ -119,36 +123,34 @@ class JournalWriter:
         self.limits = limits or Limits()
         self.session: str = header["session"]
         self.path = place / session_name(header["rank"], header["role"], self.session)
-        self.seq = 0
-        self.lost = 0
-        self.trouble: OSError | None = None
+        self.seq = self.lost = 0
+        self.trouble: OSError | SessionGone | None = None
         """The latest, until whoever tells it clears it."""
-        self._why: OSError | None = None
+        self._why: OSError | SessionGone | None = None
         self._header = header
         self._disk = disk or Disk()
         self._clock = clock or Clock()
         self._upkeep = upkeep
         self._lock = threading.RLock()
-        self._busy = False
         self._pending: deque[tuple[Event, Scope | None]] = deque()
         self._backlog: deque[bytes] = deque()
         self._backlog_size = self._dropped = 0
-        self._torn = self._low = self._taken = False
+        self._busy = self._torn = self._low = self._taken = self._due = False
         self._sizes: dict[int, int] = {}
         """Segment -> its bytes; the open one counts as full."""
         self._sync_each = self.limits.sync_every == 0
-        self._last = self._next_tick = 0
+        self._last = self._next_tick = self._checked = 0
         self._write, self._write_keeping_gil = self._disk.write, self._disk.write_keeping_gil
         self._room = 0
         """Bytes until the next segment."""
-        self._fd = -1
+        self._descriptors, self._fd = Descriptors(), -1
         self._mode = 0o640 if self.limits.group_readable else 0o600
 
         draft = place / f".{self.path.name}"
         draft.mkdir(mode=0o750 if self.limits.group_readable else 0o700)
-        self._directory = open_directory(draft)
+        self._directory = self._descriptors.hold(open_directory(draft))
         try:
-            self._lock_fd = take_lock(draft)
+            self._descriptors.hold(take_lock(draft))
             self._rotate()
             if self._backlog or not self._sizes:
                 raise self.trouble or OSError("the header could not be written")
@@ -174,6 +176,9 @@ class JournalWriter:
                 self._busy = False
             while self._pending:  # after `busy` is down: a handler that comes now writes for itself
                 self.append(*self._pending.popleft())
+        if self._due and self._upkeep and not self._lock._is_owned():  # type: ignore[attr-defined] # by a call around us
+            self._due = False
+            self._upkeep()
 
     def _append(self, event: Event, scope: Scope | None) -> None:
         ts = self._clock()
@@ -266,18 +271,27 @@ class JournalWriter:
             os.stat(CLOSED, dir_fd=self._directory)
             self._taken = True
             raise SessionTaken(str(self.path))  # and the next tick is due at once, so nobody writes here any more
-        self._next_tick = ts + SECOND
+        if self._descriptors.gone():
+            self._abandon()
+            self._taken = True
+            raise SessionGone(str(self.path))
+        self._checked, self._next_tick = self.seq, ts + SECOND
         self._low = self._is_low() and not self._prune_delivered()
         if self._low:
             least = f"max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})"
             self.trouble = self._why = OSError(f"less free disk than {least}")
         elif self._backlog or self._torn or self._dropped:
             self._catch_up()
-        if self._upkeep:
-            self._upkeep()
+        self._due = True
         if self.limits.sync_every:
             self._next_tick = ts + min(SECOND, int(self.limits.sync_every * SECOND))
             self._sync(self._fd)
+
+    def _abandon(self) -> None:
+        """Count what was written since the files were last seen there: nobody will read it."""
+        unread = max(0, self.seq - self._checked - len(self._backlog) - self._dropped)
+        self._checked, self._dropped, self.lost = self.seq, self._dropped + unread, self.lost + unread
+        self._why = self.trouble = SessionGone(f"{self.path} was deleted, or somebody closed its descriptors")
 
     def _rotate(self) -> None:
         """Begin the next segment, and remove the oldest ones beyond the session's limit."""
@@ -291,8 +305,8 @@ class JournalWriter:
         if self._fd >= 0:
             self._sizes[number - 1] -= self._room
             self._sync(self._fd)
-            os.close(self._fd)
-        self._fd = fd
+            self._descriptors.close(self._fd)
+        self._fd = self._descriptors.hold(fd)
         self._sizes[number] = self._room = self.limits.segment_bytes
         ts = max(self._clock(), self._last + 1)
         self._last, self.seq = ts, self.seq + 1
@@ -341,6 +355,7 @@ class JournalWriter:
             waiting = len(other._backlog)
             self.lost = other.lost + waiting
             self._dropped, self._why = other._dropped + waiting, other._why
+            self.trouble = other.trouble or self.trouble
             self._next_tick = 0  # which is when the `gap` line is written
             other.forget()
 
@@ -349,14 +364,16 @@ class JournalWriter:
         with self._lock:
             if self._fd < 0:
                 return
-            busy, self._busy = self._busy, True
-            self._low, self._next_tick = False, sys.maxsize
-            self._catch_up()
-            while self._pending:  # a signal handler logged, or it is one that closes
-                self._append(*self._pending.popleft())
-            self._sync(self._fd)
-            with contextlib.suppress(OSError):
-                write_closed(self.path, Closed(self.seq, self._last, status), by="writer", mode=self._mode)
+            busy, self._busy, self._low, self._next_tick = self._busy, True, False, sys.maxsize
+            if self._descriptors.gone():
+                self._abandon()
+            else:
+                self._catch_up()
+                while self._pending:  # a signal handler logged, or it is one that closes
+                    self._append(*self._pending.popleft())
+                self._sync(self._fd)
+                with contextlib.suppress(OSError):
+                    write_closed(self.path, Closed(self.seq, self._last, status), by="writer", mode=self._mode)
             self.lost += len(self._backlog) + len(self._pending)
             self._pending.clear()
             self.forget()
@@ -364,11 +381,8 @@ class JournalWriter:
 
     def forget(self) -> None:
         """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""
-        for name in ("_fd", "_lock_fd", "_directory"):
-            fd = getattr(self, name, -1)
-            if fd >= 0:
-                os.close(fd)
-            setattr(self, name, -1)
+        self._fd = self._directory = -1
+        self._descriptors.close_all()
 
 
 @contextmanager
