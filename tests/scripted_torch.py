@@ -201,21 +201,38 @@ class Bucket:
 
 
 class JaxArray:
-    """A JAX array that is ready when a test says so."""
+    """A JAX array that is ready when a test says so, and so are its copies; one that is donated is deleted."""
 
-    def __init__(self, value: float, *, ready: bool = False, shape: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, value: complex, *, ready: bool = False, shape: tuple[int, ...] = (), copied: JaxArray | None = None
+    ) -> None:
         self.value, self.ready, self.shape = value, ready, shape
         self.copying = False
+        self.donated = False
+        self._copied = copied
+
+    def addressable_data(self, index: int) -> JaxArray:
+        return self
+
+    def copy(self) -> JaxArray:
+        self._alive()
+        return JaxArray(self.value, shape=self.shape, copied=self)
 
     def is_ready(self) -> bool:
-        return self.ready
+        self._alive()
+        return self._copied.ready if self._copied else self.ready
 
     def copy_to_host_async(self) -> None:
-        self.copying = True
+        self._alive()
+        (self._copied or self).copying = True
 
-    def item(self) -> float:
-        assert self.ready, "item() waits"
+    def item(self) -> complex:
+        assert self.is_ready(), "item() waits"
         return self.value
+
+    def _alive(self) -> None:
+        if self.donated:
+            raise RuntimeError("Array has been deleted")
 
     def __repr__(self) -> str:
         raise AssertionError("repr() waits")

@@ -39,6 +39,7 @@ from stepspan.integrations.opentelemetry import (
     JsonlMetricExporter,
     JsonlSpanExporter,
     encoding,
+    exporters,
 )
 from stepspan.otlp.foreign import SHAPES, to_wire
 from stepspan.otlp.mapping import mapper
@@ -419,6 +420,33 @@ def test_configure_again_after_shutdown_and_with_a_run_of_ones_own(start: Start,
     assert "count_1" in names["job1"]
 
 
+def test_configure_again_before_shutdown_adds_nothing(start: Start, tmp_path: Path) -> None:
+    found = python(
+        """
+        import stepspan
+        from opentelemetry import _logs, metrics, trace
+        from stepspan.integrations.opentelemetry import configure
+        configured = configure()
+        assert configure() is configure(stepspan.current_run()) is configured
+        configured.run.close()
+        run = stepspan.start_run(job_id="job")
+        assert configure() is configured and configured.run is run
+        trace.get_tracer("user").start_span("span").end()
+        metrics.get_meter("user").create_counter("count").add(1)
+        _logs.get_logger("user").emit(body="said")
+        configured.shutdown()
+        assert not run.closed
+        assert configure() is not configured
+        """,
+        tmp_path,
+        STEPSPAN_SAMPLERS="none",
+    )
+    assert found.returncode == 0, found.stderr
+    paths = [session.path for session in runs.find_sessions(tmp_path / "stepspan-runs")]
+    (path,) = [path for path in paths if events(path)[0]["job_id"] == "job"]
+    assert sorted(event["signal"] for event in events(path, "otel")) == ["logs", "metrics", "traces"]
+
+
 def test_a_program_that_fails_is_a_failed_run_with_its_metrics(start: Start, tmp_path: Path) -> None:
     found = python(
         """
@@ -680,6 +708,48 @@ def test_an_exporter_that_cannot_write_says_so_once(
         assert exporter.export(collected.spans) is SpanExportResult.FAILURE
     (said,) = caplog.messages
     assert "is a file: name a directory" in said
+    exporter.shutdown()
+
+
+@pytest.mark.parametrize("emit", ["logging.warning('said')", "tracer.start_span('made').end()"], ids=["log", "span"])
+def test_what_is_logged_while_the_journal_is_opened_does_not_open_it_again(
+    start: Start, tmp_path: Path, emit: str
+) -> None:
+    found = python(
+        f"""
+        import faulthandler, logging
+        from opentelemetry.sdk._logs import LoggerProvider
+        from opentelemetry.sdk._logs.export import SimpleLogRecordProcessor
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+        from stepspan.integrations.opentelemetry import JsonlLogRecordExporter, JsonlSpanExporter
+        faulthandler.dump_traceback_later(20, exit=True)
+        logs, spans = LoggerProvider(), TracerProvider()
+        logs.add_log_record_processor(SimpleLogRecordProcessor(JsonlLogRecordExporter()))
+        spans.add_span_processor(SimpleSpanProcessor(JsonlSpanExporter()))
+
+        class ToOpenTelemetry(logging.Handler):
+            def emit(self, record):
+                logs.get_logger("user").emit(body=record.getMessage())
+
+        logging.getLogger().addHandler(ToOpenTelemetry())
+        tracer = spans.get_tracer("user")
+        {emit}
+        """,
+        tmp_path,
+        STEPSPAN_DIRECTORY="/proc/nope",
+    )
+    assert found.returncode == 0, found.stderr
+
+
+def test_an_exporter_waits_only_so_long_for_a_thread_that_opens_the_journal(
+    start: Start, tmp_path: Path, collected: Collected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporters, "PATIENCE", 0.01)
+    exporter = JsonlSpanExporter(tmp_path / "here")
+    with exporter._shared.lock:
+        assert exporter.export(collected.spans) is SpanExportResult.FAILURE
+    assert exporter.export(collected.spans) is SpanExportResult.SUCCESS
     exporter.shutdown()
 
 

@@ -269,10 +269,10 @@ from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON, DEFAULT_ON, ParentBased, ParentBasedTraceIdRatio
 
 exporter = InMemorySpanExporter()
-provider = TracerProvider(sampler=ParentBasedTraceIdRatio(0.1))
+provider = TracerProvider(sampler={sampler})
 provider.add_span_processor(SimpleSpanProcessor(exporter))
 if {installed}:
     trace.set_tracer_provider(provider)
@@ -282,19 +282,26 @@ with stepspan.start_run() as run:
         tracer.start_span("user").end()
 print(len(exporter.get_finished_spans()), sum(span.parent is None for span in exporter.get_finished_spans()))
 """
+RATIO = "ParentBasedTraceIdRatio(0.1)"
 
 
 @pytest.mark.parametrize(
-    ("installed", "propagate", "kept"),
+    ("installed", "sampler", "propagate", "kept"),
     [
-        pytest.param(True, "", range(120, 290), id="global provider: its sampler decides"),
-        pytest.param(True, "1", range(2000, 2001), id="global provider and propagate: all follow the step"),
-        pytest.param(False, "", range(2000, 2001), id="own provider: all follow the step"),
-        pytest.param(False, "0", range(120, 290), id="own provider and no propagation"),
+        pytest.param(True, RATIO, "", range(120, 290), id="global provider: its sampler decides"),
+        pytest.param(True, RATIO, "1", range(2000, 2001), id="global provider and propagate: all follow the step"),
+        pytest.param(False, RATIO, "", range(2000, 2001), id="own provider: all follow the step"),
+        pytest.param(False, RATIO, "0", range(120, 290), id="own provider and no propagation"),
+        pytest.param(
+            True, "ALWAYS_ON", "", range(2000, 2001), id="global provider that keeps all: all follow the step"
+        ),
+        pytest.param(True, "DEFAULT_ON", "", range(2000, 2001), id="global provider by default: all follow the step"),
     ],
 )
-def test_who_decides_on_sampling(start: Start, tmp_path: Path, installed: bool, propagate: str, kept: range) -> None:
-    found = python(SAMPLED.format(installed=installed), tmp_path, STEPSPAN_PROPAGATE=propagate)
+def test_who_decides_on_sampling(
+    start: Start, tmp_path: Path, installed: bool, sampler: str, propagate: str, kept: range
+) -> None:
+    found = python(SAMPLED.format(installed=installed, sampler=sampler), tmp_path, STEPSPAN_PROPAGATE=propagate)
     assert found.returncode == 0, found.stderr
     count, roots = map(int, found.stdout.split())
     assert count in kept

@@ -148,6 +148,30 @@ def test_a_compiler_at_work_is_no_stall_though_nobody_said_so(watched: Watched, 
     assert bool(watched.told) is stalls
 
 
+def compiling(work: Callable[[], object]) -> None:
+    """Do it in what looks like a compiler."""
+    scope: dict[str, Any] = {}
+    exec(compile("def through(work):\n    return work()", "/torch/_dynamo/convert_frame.py", "exec"), scope)
+    scope["through"](work)
+
+
+def test_the_time_of_a_compilation_still_counts_less_when_it_is_over(watched: Watched) -> None:
+    with watched.run.step(0):
+        compiling(lambda: watched.passes(AFTER + 60))
+        watched.passes(AFTER - 120)
+        assert watched.told == []
+        watched.passes(30)
+        assert watched.told == [("stalled", pytest.approx(2 * AFTER - 50, abs=20))]
+
+
+def test_a_compiler_is_seen_however_deep_it_works(watched: Watched) -> None:
+    def deep(calls: int) -> None:
+        deep(calls - 1) if calls else watched.passes(AFTER + 20)
+
+    compiling(lambda: deep(300))
+    assert watched.told == []
+
+
 def test_a_stall_says_where_it_is(watched: Watched) -> None:
     run = watched.run
     with run.epoch(2), run.step(7), run.span("backward"), run.span("all_reduce", collective=True):
@@ -164,6 +188,37 @@ def test_a_stall_says_where_it_is(watched: Watched) -> None:
     assert about["at"].endswith(" in _look")
     assert about["stacks"].startswith("MainThread (innermost call first):\n")
     assert "in test_a_stall_says_where_it_is\n" in about["stacks"]
+
+
+def test_a_thread_that_trains_is_the_one_that_is_looked_at(watched: Watched) -> None:
+    entered, compiled, done = threading.Event(), threading.Event(), threading.Event()
+
+    def wait_for_data() -> None:
+        entered.set()
+        done.wait()
+
+    def train() -> None:
+        with watched.run.step(5):
+            compiling(lambda: (entered.set(), compiled.wait()))
+            wait_for_data()
+
+    thread = threading.Thread(target=train, name="trainer")
+    thread.start()
+    try:
+        entered.wait()
+        watched.passes(AFTER + 60)
+        assert watched.told == []
+        entered.clear()
+        compiled.set()
+        entered.wait()
+        watched.passes(AFTER)
+    finally:
+        compiled.set()
+        done.set()
+        thread.join()
+    (stall,) = events(watched.run, "event")
+    assert stall["attributes"]["stacks"].startswith("trainer (innermost call first):\n")
+    assert " in wait_for_data\n" in stall["attributes"]["stacks"]
 
 
 def test_spans_that_have_ended_and_steps_that_were_left_are_not_open(watched: Watched) -> None:

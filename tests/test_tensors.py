@@ -68,9 +68,10 @@ def arrived(run: Run) -> list[dict[str, Any]]:
         (np.array([[3]]), 3.0),
         (np.float64("nan"), "NaN"),
         (np.array(-np.inf), "-Infinity"),
+        (np.ma.array([0.5], mask=[False]), 0.5),
         (JaxArray(0.5, ready=True), 0.5),
     ],
-    ids=["float32", "float16", "int64", "bool", "0-d", "one element", "NaN", "infinity", "jax, ready"],
+    ids=["float32", "float16", "int64", "bool", "0-d", "one element", "NaN", "infinity", "not masked", "jax, ready"],
 )
 def test_an_array_of_one_element_is_its_number(run: Run, value: Any, number: Any) -> None:
     run.log_metrics({"x": value})
@@ -85,10 +86,20 @@ def test_an_array_of_one_element_is_its_number(run: Run, value: Any, number: Any
         (np.zeros(2), "metric x=[0. 0.]: not a number"),
         (np.array("0.5x"), "metric x=0.5x: not a number"),
         (np.array(1j), "metric x=1j: not a number"),
+        (np.ma.masked, "metric x=--: not a number: masked"),
+        (np.ma.array([0.5], mask=[True]), "metric x=[--]: not a number: masked"),
         (JaxArray(0.5, shape=(2,)), "metric x=JaxArray of shape (2,): not a number: not one element"),
         (Gpu().tensor(0.5, 0.6), "metric x=Tensor of shape (2,): not a number: not one element"),
     ],
-    ids=["two elements", "text", "complex", "jax, two elements", "torch, two elements"],
+    ids=[
+        "two elements",
+        "text",
+        "complex",
+        "masked",
+        "an array that is masked",
+        "jax, two elements",
+        "torch, two elements",
+    ],
 )
 def test_anything_else_is_counted_and_the_rest_of_the_call_is_kept(
     run: Run, value: Any, told: str, caplog: pytest.LogCaptureFixture
@@ -138,6 +149,27 @@ def test_calls_are_written_in_their_order_and_none_before_it_has_arrived(run: Ru
     array.ready = True
     assert arrived(run) == [{"a": 1.0}, {"b": 2.0}]
     assert run.flush()
+
+
+def test_a_jax_array_that_is_donated_to_the_next_step_arrives_all_the_same(run: Run) -> None:
+    state = JaxArray(1.0)
+    run.log_metrics({"loss": state})
+    state.donated = True
+    state.ready = True
+    assert arrived(run) == [{"loss": 1.0}]
+    assert run.stats()["troubles"] == {}
+
+
+def test_a_late_value_that_is_no_number_costs_itself_and_nothing_else(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    loss, bad, alone = JaxArray(1.0), JaxArray(1j), JaxArray(2j)
+    run.log_metrics({"loss": loss, "bad": bad})
+    run.log_metrics({"bad": alone})
+    loss.ready = bad.ready = alone.ready = True
+    assert arrived(run) == [{"loss": 1.0}]
+    assert run.stats()["troubles"] == {"value": 2}
+    assert "metric bad=1j: not a number" in caplog.messages[0]
 
 
 def test_later_values_of_a_key_wait_behind_the_one_on_its_way_and_others_do_not(run: Run, gpu: Gpu) -> None:

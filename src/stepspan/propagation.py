@@ -39,18 +39,29 @@ class ScopeSpan(NonRecordingSpan):
         return f"ScopeSpan({self.get_span_context()!r})"
 
 
-_adopted: object = None
+KEEPS_ALL = ("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler,remoteParentSampled:AlwaysOnSampler,")
+"""How the description of a sampler begins that a sampled parent cannot overrule: it keeps everything anyway."""
 
-
-def adopt(provider: object) -> None:
-    """Take a global TracerProvider for ours: it writes to our journal, and its sampler keeps everything anyway."""
-    global _adopted
-    _adopted = provider
+_judged: tuple[object, bool] = (None, False)
+"""A global TracerProvider, and whether a sampled parent would overrule its sampler."""
 
 
 def foreign_provider() -> bool:
     """Whether somebody has installed a global TracerProvider, whose sampler a sampled parent would overrule."""
-    return trace._TRACER_PROVIDER is not None and trace._TRACER_PROVIDER is not _adopted
+    global _judged
+    provider, foreign = _judged
+    if provider is not trace._TRACER_PROVIDER:
+        provider = trace._TRACER_PROVIDER
+        _judged = provider, (foreign := not _keeps_all(provider))
+    return foreign
+
+
+def _keeps_all(provider: object) -> bool:
+    sampler = getattr(provider, "sampler", None)
+    try:
+        return sampler is not None and str(sampler.get_description()).startswith(KEEPS_ALL)
+    except Exception:  # somebody's sampler that describes nothing decides as it likes
+        return False
 
 
 def attach(scope: Scope) -> Token[Context]:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
+from threading import get_ident
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,7 +36,7 @@ class Scope:
 
     __slots__ = (
         "begin", "epoch", "home", "lap", "leaving", "loose", "outer", "owner",
-        "samples", "seq", "split", "step", "tag", "token", "tokens", "ts", "waited",
+        "samples", "seq", "split", "step", "tag", "thread", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
     aside = False  # whether what it times goes on beside the code here, so that nothing comes to lie in it
@@ -66,6 +67,8 @@ class Scope:
         self.tokens: float | None = None
         """How many tokens."""
         self.token: Any = None
+        self.thread = 0
+        """The ident of the thread that began it."""
 
     def __enter__(self) -> Self:
         self.owner.begin(self)
@@ -136,6 +139,7 @@ class Scopes:
         """Open a scope inside the innermost one."""
         try:
             tag, event, home = scope.tag, scope.begin, self._journal.home
+            scope.thread = get_ident()
             if not scope.aside:
                 scope.outer = self.innermost()
             outer = scope.outer
@@ -327,5 +331,8 @@ class Scopes:
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether an exception that leaves a scope means that it failed."""
-    return not (isinstance(error, GeneratorExit) or (isinstance(error, SystemExit) and not error.code))
+    """Whether an exception that leaves a scope means that it failed.
+
+    A `SystemExit` of a kind of its own is no good end, even without a code: Lightning raises one on SIGTERM.
+    """
+    return not (isinstance(error, GeneratorExit) or (type(error) is SystemExit and not error.code))

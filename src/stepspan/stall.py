@@ -3,8 +3,9 @@
 A thread of its own looks now and then whether this process has written an event; what samplers write does not count.
 It installs no signal handler, and reads no file: a stall may well be a file system that does not answer.
 
-What is known to take long has `PATIENCE` times as long: while a span named in `LONG_SPANS` is open, or while the main
-thread stands in one of `LONG_SOURCES`, which the compilers of torch and JAX only pass through as they compile.
+What is known to take long has `PATIENCE` times as long, for time counts for that much less while it goes on: while a
+span named in `LONG_SPANS` is open, or while the thread that trains stands in one of `LONG_SOURCES`, which the compilers
+of torch and JAX only pass through as they compile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,7 @@ OFTEN = 10.0
 """Seconds from look to look, at most; a twentieth of `stall_after` where that is less."""
 LONGEST_STACKS = 64 << 10
 MOST_FRAMES = 100
+"""Of one thread, in the text."""
 OURS = "stepspan"
 """What the names of our own threads begin with."""
 
@@ -62,6 +65,8 @@ class StallWatch:
         """The session that was written to, and how many events of training it held."""
         self._looked = clock()
         self._silent = 0.0
+        self._long = 0.0
+        """How much of that went by while something was known to take long."""
         self._told: float | None = None
         self._stalled = False
         self._stop = threading.Event()
@@ -97,21 +102,28 @@ class StallWatch:
     def _look(self) -> None:
         now = self._clock()
         # While nobody looked, the whole process stood (SIGSTOP, a laptop's lid): that is no stall of training.
-        self._silent += min(now - self._looked, 2 * self.every)
+        passed = min(now - self._looked, 2 * self.every)
+        self._silent += passed
         self._looked = now
         if self._went_on():
-            silent, self._silent = self._silent, 0.0
+            silent, self._silent, self._long = self._silent, 0.0, 0.0
             if self._stalled:
                 self._stalled = False
                 self._say("recovered", "info", {"seconds": round(silent, 1)}, self._run._scopes.open())
             return
-        if self._stalled or self._silent < self._stall_after or (self._told and now - self._told < SELDOM):
+        if self._stalled:
             return
         scopes = self._run._scopes.open()
-        main = sys._current_frames().get(threading.main_thread().ident or 0)
-        if self._silent >= self._stall_after * (PATIENCE if takes_long(scopes, main) else 1):
+        ident = trains(scopes)
+        frame = sys._current_frames().get(ident)
+        if takes_long(scopes, frame):
+            self._long += passed
+        counts = self._silent - self._long + self._long / PATIENCE
+        if counts >= self._stall_after and not (self._told and now - self._told < SELDOM):
             self._stalled, self._told = True, now
-            self._say("stalled", "error", {"seconds": round(self._silent, 1), **_place(main), **_stacks()}, scopes)
+            self._say(
+                "stalled", "error", {"seconds": round(self._silent, 1), **_place(frame), **_stacks(ident)}, scopes
+            )
 
     def _went_on(self) -> bool:
         writer = self._run.pipeline.journal.writer
@@ -135,10 +147,16 @@ class StallWatch:
         )
 
 
-def takes_long(scopes: list[Scope], main: FrameType | None) -> bool:
+def trains(scopes: list[Scope]) -> int:
+    """The thread that trains: which began the innermost of run, epoch and step. The main one where none is open."""
+    found = [scope.thread for scope in scopes if scope.tag != "span"]
+    return found[-1] if found else threading.main_thread().ident or 0
+
+
+def takes_long(scopes: list[Scope], frame: FrameType | None) -> bool:
     """Whether what goes on here is known to take long: compiling, or keeping a checkpoint."""
     return any(scope.begin.get("name") in LONG_SPANS for scope in scopes if scope.tag == "span") or any(
-        source in code.co_filename for code, _ in _frames(main) for source in LONG_SOURCES
+        source in code.co_filename for code, _ in _frames(frame) for source in LONG_SOURCES
     )
 
 
@@ -156,30 +174,30 @@ def _about(scope: Scope) -> Event:
     return {name: scope.begin[name] for name in ("epoch", "step", "split") if name in scope.begin}
 
 
-def _place(main: FrameType | None) -> Event:
-    """Where the main thread stands, in a word: ranks that wait for another one stand alike, and that one elsewhere."""
-    for code, line in _frames(main):
+def _place(frame: FrameType | None) -> Event:
+    """Where the training thread stands, in a word: ranks that wait for another stand alike, that one elsewhere."""
+    for code, line in _frames(frame):
         return {"at": f"{code.co_filename}:{line} in {code.co_name}"}
     return {}
 
 
-def _stacks() -> Event:
-    """The stacks of all Python threads but our own, the main one first, the innermost call first, as text."""
+def _stacks(first: int) -> Event:
+    """The stacks of all Python threads but our own, that which trains first, the innermost call first, as text."""
     threads = {thread.ident: thread for thread in threading.enumerate()}
-    main = threading.main_thread().ident
     text = ""
-    for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != main):
+    for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != first):
         name = threads[ident].name if ident in threads else f"thread {ident}"
         if not name.startswith(OURS):
-            lines = [f'  File "{code.co_filename}", line {line}, in {code.co_name}\n' for code, line in _frames(frame)]
+            lines = [
+                f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
+                for code, line in islice(_frames(frame), MOST_FRAMES)
+            ]
             text += f"{name} (innermost call first):\n{''.join(lines)}"
     return {"stacks": text if len(text) <= LONGEST_STACKS else f"{text[: LONGEST_STACKS - 1]}…"}
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[CodeType, int]]:
     """Code and line, innermost call first. Without the line's text, which lies in a file."""
-    for _ in range(MOST_FRAMES):
-        if frame is None:
-            return
+    while frame is not None:
         yield frame.f_code, frame.f_lineno
         frame = frame.f_back

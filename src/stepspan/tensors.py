@@ -67,8 +67,8 @@ class Late(Protocol):
         """Whether it can be written. Does not wait."""
         ...
 
-    def event(self) -> Event:
-        """It. Whatever the device raises."""
+    def event(self) -> Event | None:
+        """It; None where nothing of it is left. Whatever the device raises."""
         ...
 
     def lost(self) -> Event | None:
@@ -118,7 +118,12 @@ def number_of(key: Any, value: Any, tell: Callable[[str, str], None]) -> float |
         if late:
             return LATER  # type: ignore[no-any-return] # for its caller's eyes alone
         item = getattr(value, "item", None)
-        return number_text(float(item() if callable(item) else value))
+        if callable(item):
+            mask = getattr(value, "mask", None)
+            if not callable(mask) and mask:  # numpy's; pandas has a method of that name
+                raise ValueError("masked")
+            value = item()
+        return number_text(float(value))
     except Exception as error:  # a user's __float__ may raise anything, and so may a device
         tell("value", f"metric {plain(key)!s:.80}={about(value)}: not a number: {plain(error)!s:.200}")
         return None
@@ -151,11 +156,14 @@ def copying(values: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
 
 
 class Arrays:
-    """JAX arrays: nobody can change them, so they are kept as they are until they are ready."""
+    """Copies of JAX arrays, which the device makes: it deletes an array that is donated to what comes next.
+
+    One element lies whole on each device of its array, so one device's is copied: no other process takes part.
+    """
 
     def __init__(self, arrays: list[Any]) -> None:
-        self._arrays = arrays
-        for array in arrays:
+        self._arrays = [array.addressable_data(0).copy() for array in arrays]
+        for array in self._arrays:
             array.copy_to_host_async()
 
     def ready(self) -> bool:
@@ -176,8 +184,10 @@ class LateMetrics:
         known: Mapping[str, Any],
         copies: Iterable[tuple[list[str], Copying]],
         series: Collection[Hashable],
+        tell: Callable[[str, str], None],
     ) -> None:
         self.series: Collection[Hashable] = series
+        self._tell = tell
         self._event = event
         self._known = known
         self._copies = list(copies)
@@ -186,12 +196,14 @@ class LateMetrics:
         """Whether all of them have arrived."""
         return all(copy.ready() for _, copy in self._copies)
 
-    def event(self) -> Event:
-        """The line that follows."""
+    def event(self) -> Event | None:
+        """The line that follows, with all that are numbers."""
         values = dict(self._known)
         for keys, copy in self._copies:
-            values.update(zip(keys, (number_text(float(number)) for number in copy.numbers()), strict=True))
-        return {**self._event, "metrics": values}
+            for key, number in zip(keys, copy.numbers(), strict=True):
+                if (found := number_of(key, number, self._tell)) is not None:
+                    values[key] = found
+        return {**self._event, "metrics": values} if values else None
 
     def lost(self) -> Event | None:
         """The line with what had been known."""
@@ -247,7 +259,7 @@ class Resolver:
             if follows:
                 fields: Event = {name: event[name] for name in ("split", "step") if name in event}
                 event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": at}
-                self.add(LateMetrics(event, behind, copies, {names[key] for key in follows}))
+                self.add(LateMetrics(event, behind, copies, {names[key] for key in follows}, self._run.tell))
 
     def add(self, late: Late) -> None:
         """Have an event follow."""
@@ -301,7 +313,7 @@ class Resolver:
                 if not head.ready():
                     time.sleep(POLL)
                     continue
-                event: Event | None = head.event()
+                event = head.event()
             except Exception as error:  # as above
                 event = head.lost()
                 self._tell(error)

@@ -30,7 +30,7 @@ from stepspan import start
 from stepspan.disabled import DISABLED
 from stepspan.events import Event
 from stepspan.integrations.opentelemetry import encoding
-from stepspan.integrations.opentelemetry.processors import writing
+from stepspan.integrations.opentelemetry.processors import DEEPEST, writing
 from stepspan.run import Run
 
 Result = TypeVar("Result")
@@ -39,6 +39,9 @@ log = logging.getLogger("stepspan")
 
 QUIET: dict[str, Any] = {"stall_after": 0, "samplers": []}
 """Settings that switch off what watches over a training: this may be any program."""
+PATIENCE = 5.0
+"""Seconds that one thread waits for another to begin the run. That one may log meanwhile, and wait for a lock of
+`logging` which this one holds."""
 
 
 class _Shared:
@@ -51,12 +54,21 @@ class _Shared:
         self._directory = directory
         self._told = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the run has begun and not ended."""
+        return self.run is not None and not self.run.closed
+
     def open(self, resource: Resource) -> Run:
         """The run, begun by the first who asks. Raises `ConfigError` and OSError."""
-        with self.lock:
+        if not self.lock.acquire(timeout=PATIENCE):
+            raise TimeoutError(f"another thread has been opening it for {PATIENCE:g} s")
+        try:
             if self.run is None or self.run.closed:
                 self.run = _begin(self._directory, resource)
             return self.run
+        finally:
+            self.lock.release()
 
     def tell(self, error: Exception) -> None:
         """Say what goes wrong the first time."""
@@ -93,16 +105,18 @@ class _Jsonl:
         """Write events; `yes` where all of them stand in the journal."""
         if self._shut:
             return no
-        with writing() as may:
+        with writing() as depth:
             try:
-                return yes if may and self._write(resource, events) else no
+                return yes if depth < DEEPEST and self._write(resource, events, begins=not depth) else no
             except Exception as error:  # bad settings, or no place for a journal: the SDK's worker goes on
                 self._shared.tell(error)
                 return no
 
-    def _write(self, resource: Resource | None, events: Events) -> bool:
+    def _write(self, resource: Resource | None, events: Events, *, begins: bool) -> bool:
         run = start.current_run()
         if run is DISABLED:
+            if not begins and not self._shared.is_open:  # what the run itself logs as it begins has no place yet
+                return False
             run = self._shared.open(resource or Resource({}))
         if run is DISABLED:  # switched off: nobody wants it
             return True

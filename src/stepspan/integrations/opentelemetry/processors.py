@@ -31,12 +31,12 @@ _inside = threading.local()
 
 
 @contextmanager
-def writing() -> Iterator[bool]:
-    """Whether this thread may write: not from within its own writing."""
+def writing() -> Iterator[int]:
+    """How deep this thread already was in its own writing: from `DEEPEST` on it may not write."""
     depth = getattr(_inside, "depth", 0)
     _inside.depth = depth + 1
     try:
-        yield depth < DEEPEST
+        yield depth
     finally:
         _inside.depth = depth
 
@@ -56,8 +56,8 @@ class _Journal:
     def _write(self, fields: Callable[[], Event]) -> None:
         run = self._open
         if run is not None:
-            with writing() as may:
-                if may:
+            with writing() as depth:
+                if depth < DEEPEST:
                     run._record("otel", lambda: {"parent": run._scopes.around(), **fields()})
 
     def shutdown(self, *args: Any, **options: Any) -> None:

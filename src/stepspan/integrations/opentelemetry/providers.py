@@ -15,7 +15,6 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 
-from stepspan import propagation
 from stepspan.disabled import DISABLED
 from stepspan.integrations.opentelemetry.processors import (
     JournalLogRecordProcessor,
@@ -28,9 +27,6 @@ from stepspan.start import current_run, start_run
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-KEEPS_ALL = ("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler,remoteParentSampled:AlwaysOnSampler,")
-"""How the description of a sampler begins that a sampled parent cannot overrule: it keeps everything anyway."""
-
 
 class Configured:
     """What `configure()` has set up; a context manager. `run` is the run whose journal it is."""
@@ -38,11 +34,15 @@ class Configured:
     def __init__(self, run: Run, owned: bool) -> None:
         self.run = run
         self._owned = owned
+        self._stopped = False
+        self._follows = False
+        """Whether it writes to whichever run is open."""
         self._processors: list[JournalSpanProcessor | JournalLogRecordProcessor] = []
         self._reader: PeriodicExportingMetricReader | None = None
 
     def add(self, run: Run | None, tracing: Any) -> None:
         """Add our processors to the global providers. `run`: None for whichever is open."""
+        self._follows = run is None
         logging = _provider(_logs.get_logger_provider(), ProxyLoggerProvider, _install_logging)
         if isinstance(tracing, TracerProvider):
             spans = JournalSpanProcessor(run)
@@ -74,6 +74,17 @@ class Configured:
         told = f"{type(provider).__module__}.{type(provider).__qualname__}"
         self.run.tell(told, f"{told} takes nothing of ours beside what it has: what it gets is not recorded")
 
+    def serves(self, run: Run | None) -> bool:
+        """Whether what `configure(run)` would add is there already; then `run` is the one that it asks for."""
+        found = run or current_run()
+        if self._stopped or found.closed or not (self.run is found or (self._follows and found is current_run())):
+            return False
+        if found is DISABLED:
+            self.run, self._owned = start_run(), True
+        elif found is not self.run:
+            self.run, self._owned = found, False
+        return True
+
     def force_flush(self, timeout: float = 5.0) -> bool:
         """Collect the metrics now, and wait for delivery as `Run.flush` does. Spans and logs need none to be kept."""
         if self._reader is not None:
@@ -92,6 +103,7 @@ class Configured:
 
     def stop(self) -> None:
         """The same, without ending the run: at exit it learns what has ended the process."""
+        self._stopped = True
         if self._reader is not None:
             reader, self._reader = self._reader, None
             reader.shutdown()
@@ -107,6 +119,9 @@ class Configured:
         if self._owned and error is not None:
             self.run.__exit__(kind, error, traceback)
         self.shutdown()
+
+
+_latest: Configured | None = None
 
 
 def configure(run: Run | None = None) -> Configured:
@@ -128,15 +143,20 @@ def configure(run: Run | None = None) -> Configured:
     What survives a SIGKILL: spans that have ended and log records that were emitted, all of them; metrics as of the
     last collection (OTEL_METRIC_EXPORT_INTERVAL, 60 s).
 
+    Called again before `shutdown()`, by a notebook's cell or by a library and its application, it returns what the
+    first call did.
+
     Raises what `start_run` raises. A provider that takes nothing beside what it has is left alone, and said once.
     """
+    global _latest
+    if _latest is not None and _latest.serves(run):
+        return _latest
     tracing = _provider(trace.get_tracer_provider(), trace.ProxyTracerProvider, _install_tracing)
-    if isinstance(tracing, TracerProvider) and tracing.sampler.get_description().startswith(KEEPS_ALL):
-        propagation.adopt(tracing)
     found = run or current_run()
     configured = Configured(found, owned=False) if found is not DISABLED else Configured(start_run(), owned=True)
     if configured.run is not DISABLED:
         configured.add(run, tracing)
+        _latest = configured
         atexit.register(configured.stop)
     return configured
 
