@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,6 +90,30 @@ def test_dry_run_sends_nothing_and_says_how_old_it_is(journal: Path):
         assert receiver.connections == 0
         run("sync", journal, "--endpoint", receiver.url)
         assert run("sync", journal, "--dry-run", "--endpoint", receiver.url).stdout == "nothing waits\n"
+
+
+def test_sync_where_no_lock_can_be_kept_asks_for_a_state_directory(journal: Path, tmp_path: Path):
+    (journal / ".deliverers").write_text("no directory")
+    with ScriptedReceiver() as receiver:
+        refused = run("sync", journal, "--endpoint", receiver.url)
+        assert refused.returncode == 2
+        assert "name a --state-directory for the cursors" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        told = run("sync", journal, "--endpoint", receiver.url, "--state-directory", tmp_path / "state")
+        assert told.returncode == 0, told.stdout + told.stderr
+
+
+def test_sync_of_a_session_that_lies_at_the_top_of_a_disk(journal: Path):
+    session = next((journal / "first").glob("*/*"))
+    top = Path("/tmp", session.name)  # two below the root: too high for a job's and a host's folder
+    shutil.copytree(session, top)
+    try:
+        with ScriptedReceiver() as receiver:
+            told = run("sync", top, "--endpoint", receiver.url)
+            assert told.returncode == 0, told.stdout + told.stderr
+            assert receiver.points("training.loss")
+    finally:
+        shutil.rmtree(top)
 
 
 def test_state_directory_keeps_the_journal_untouched(journal: Path, tmp_path: Path):

@@ -89,8 +89,8 @@ def test_a_signal_that_hangs_stops_no_other(tmp_path):
 def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path, caplog):
     trained(tmp_path, 5)
     broken, other = Scripted(signals=["traces"]), Scripted(destination="other")
-    broken.answer = lambda _: 1 / 0
     deliverer = Deliverer([broken, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
+    deliverer.shippers[0].round = lambda: 1 / 0
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()

@@ -716,8 +716,10 @@ MALFORMED = {
     "size is 1e3": ({"RANK": "0", "WORLD_SIZE": "1e3"}, "WORLD_SIZE='1e3' is not a whole number: ignored"),
     "no size": (
         {"RANK": "1"},
-        "RANK=1, but nothing tells the world size: taken for a run of one process;"
-        " if it is not, give STEPSPAN_RANK and STEPSPAN_WORLD_SIZE",
+        (
+            "RANK=1, but nothing tells the world size: taken for a run of one process; "
+            "if it is not, give STEPSPAN_RANK and STEPSPAN_WORLD_SIZE"
+        ),
     ),
     "torchrun's": ({**torchrun(0), "RANK": "x"}, "RANK='x' is not a whole number: ignored"),
 }

@@ -25,7 +25,7 @@ from delivery import (
 from journals import NOON, SECOND, header, lay_down, metrics
 
 from stepspan.deliver import lane as lanes
-from stepspan.deliver.lane import PATIENCE, Lane
+from stepspan.deliver.lane import HOLD_LONGEST, PATIENCE, Lane
 from stepspan.errors import JournalError, NewerSchema
 from stepspan.events import encode
 from stepspan.journal.cursor import SLOT, read_cursor
@@ -285,6 +285,23 @@ def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
     assert_true(lane.state.ledger, read_closed(session.path).seq)
 
 
+@pytest.mark.parametrize("made", [True, "loss", {}])
+def test_an_event_goes_on_without_a_processor_that_makes_none_of_it(tmp_path, caplog, made):
+    class Confused:
+        tags = frozenset({"metrics"})
+        spec = None
+
+        def __call__(self, event):
+            return made
+
+    session = trained(tmp_path, 12)
+    exporter = Scripted(processors=[Confused()])
+    lane = deliver(session, exporter, options())
+    assert exporter.taken == everything(session)["metrics"]
+    assert caplog.text.count("processor Confused failed") == 1
+    assert_true(lane.state.ledger, read_closed(session.path).seq)
+
+
 # ---------------------------------------------------------------- ledgers of lines
 
 
@@ -379,6 +396,16 @@ def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
     lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
     lane.advance(ALL)
     assert lane.not_before - time.now == 120.0
+    lane.close()
+
+
+def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes(tmp_path):
+    time = Time()
+    exporter = Scripted([Outcome(Verdict.RETRY, "503: busy", retry_after=99_999_999_999.0)])
+    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
+    lane.advance(ALL)
+    assert lane.not_before - time.now == HOLD_LONGEST
+    assert lane.state.message == "503: busy; it asks for a wait of 99,999,999,999 s: the next try is in 300 s"
     lane.close()
 
 

@@ -11,6 +11,7 @@ from journals import NOON, SECOND, header, lay_down, metrics
 
 from stepspan.deliver.shipper import AHEAD, LONGEST_REST, RESCAN, REST, TRY_AGAIN, Shipper
 from stepspan.events import encode
+from stepspan.journal.cursor import read_cursor
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
 from stepspan.otlp.transport import Outcome, Verdict
@@ -239,6 +240,79 @@ def test_a_damaged_and_a_newer_session_stop_nobody_else(tmp_path, caplog):
     assert "upgrade stepspan" in one.unreadable[newer.path]
     assert "header lacks" in one.unreadable[foreign.path]
     assert caplog.text.count("cannot be delivered") == 3
+
+
+UNHEARD_OF = {
+    "an instance that is a list": [header(resource={"service.instance.id": [1]}, world_size=1), metrics(1)],
+    "a gap without a number": [
+        header(world_size=1),
+        {"ts": NOON + SECOND, "seq": 9, "tag": "gap", "dropped": "some", "why": ""},
+    ],
+    "a time before 1970": [header(world_size=1), metrics(1, ts=-5)],
+}
+
+
+def unheard_of(directory, which):
+    session = lay_down(directory / "job" / "node", UNHEARD_OF[which])
+    (session.path / "closed.json").write_bytes(b'{"seq":20,"ts":%d,"status":"completed"}' % (NOON + 9 * SECOND))
+    return session
+
+
+@pytest.mark.parametrize("which", UNHEARD_OF)
+def test_a_journal_that_no_writer_would_write_stops_nobody_else(tmp_path, which):
+    unheard_of(tmp_path, which)
+    good = trained(tmp_path, 20, rank=1)
+    exporter = Scripted()
+    ship(shipper(tmp_path, exporter))
+    assert [record for record in exporter.taken if record[0] == 1] == everything(good)["metrics"]
+
+
+def test_a_defect_that_one_session_meets_is_told_once_and_stops_nobody_else(tmp_path, caplog):
+    time = Time()
+    bad, good = (trained(tmp_path, 20, rank=rank, session=f"00000000000000a{rank}") for rank in range(2))
+    exporter = Scripted()
+    exporter.export = lambda signal, resource, records: OK if resource["rank"] else None
+    one = shipper(tmp_path, exporter, options(time))
+    for _ in range(3):
+        ship(one)
+        assert one.lanes == {}
+        assert one.unreadable.keys() == {bad.path}
+        time.skip(TRY_AGAIN + RESCAN)
+    assert read_cursor(good.path / "cursors" / "there.metrics").position.finished
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_an_exporter_that_fails_is_asked_again_and_held_at_last(tmp_path):
+    time = Time()
+    trained(tmp_path, 5)
+    exporter = Scripted(lambda _: [][0])
+    one = shipper(tmp_path, exporter, options(time))
+    for _ in range(10):
+        one.round()
+        time.skip(30)
+    (lane,) = one.lanes.values()
+    assert lane.held
+    assert lane.state.message == "Scripted failed: IndexError('list index out of range')"
+    exporter.answer = lambda _: OK
+    time.now = lane.not_before
+    ship(one)
+    assert one.lanes == {}, "and nothing is lost"
+    assert lane.state.ledger.rejected == 0
+
+
+def test_a_session_that_is_gone_while_its_records_wait_is_waited_for_no_longer(tmp_path):
+    time = Time()
+    training = Training(tmp_path)
+    training.steps(3)
+    one = shipper(tmp_path, Scripted(lambda _: Outcome(Verdict.RETRY, "no connection")), options(time))
+    one.round()
+    assert not one.over, "it lives"
+    training.die()
+    shutil.rmtree(training.path.path)
+    time.skip(5)
+    one.round()
+    assert one.over
+    assert "gone" in one.unreadable[training.path.path]
 
 
 def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(tmp_path, caplog):

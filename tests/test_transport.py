@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from email.utils import formatdate
 from pathlib import Path
@@ -330,6 +331,27 @@ def test_partial_success_as_json_may_have_it(receiver, said):
 def test_a_body_that_breaks_off_does_not_change_the_status(receiver, status, verdict):
     receiver.script("metrics", [Answer(status, body=b"half", headers={"Content-Length": "100"})])
     assert send(receiver, "http/json").verdict is verdict
+
+
+@pytest.mark.parametrize(("status", "verdict"), [(200, Verdict.DELIVERED), (503, Verdict.RETRY)])
+def test_a_body_that_drips_is_left_after_the_timeout_and_does_not_change_the_status(status, verdict):
+    def drip():
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 %d Said\r\nContent-Length: 60\r\n\r\n" % status)
+            for _ in range(60):
+                connection.sendall(b"x")
+                time.sleep(0.05)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        outcome = send(url, "http/json", timeout=0.5)
+        thread.join()
+    assert outcome.verdict is verdict
+    assert "xxx" not in outcome.message, "the whole of it would have come after three seconds"
 
 
 def test_a_long_body_is_not_read_to_its_end(receiver):

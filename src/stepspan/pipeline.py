@@ -41,6 +41,13 @@ class Pipeline:
             if missing:
                 fix = f"an exporter that follows the journal has {', '.join(FOLLOWER)}; it lacks {', '.join(missing)}"
                 raise ConfigError("exporters", exporter, fix)
+        taken: set[tuple[str, str]] = set()
+        for exporter in exporters[1:]:
+            targets = {(exporter.destination, signal) for signal in exporter.signals}
+            if targets & taken:  # they would share a cursor, and the second never get anything
+                fix = "two exporters go to this destination: leave one out, or name one with destination= in code"
+                raise ConfigError("exporters", exporter.destination, fix)
+            taken |= targets
         for processor in processors:
             unknown = set(getattr(processor, "tags", ("no tags",))) - FIELDS.keys()
             if unknown or isinstance(processor, type) or not callable(processor):

@@ -197,12 +197,16 @@ def _exporters_of(settings: Settings) -> list[Any]:
     ):
         return []
     from stepspan.exporters.otlp import OtlpExporter
-    from stepspan.processors import build
+    from stepspan.processors import build, specs
 
     found = [OtlpExporter(settings.endpoint, protocol=settings.protocol)]
     for further in settings.exporters:
         given = further.model_dump(exclude={"processors"})
-        found.append(OtlpExporter(**given, processors=build(further.processors)))
+        exporter = OtlpExporter(**given, processors=build(further.processors))
+        if not any(
+            e.endpoints == exporter.endpoints and specs(e.processors) == specs(exporter.processors) for e in found
+        ):
+            found.append(exporter)  # a file may name what the variables name, too
     return [exporter for exporter in found if exporter.signals]
 
 
@@ -220,13 +224,21 @@ def _delivery(
         return Delivery()
     from stepspan.exporters.otlp import OtlpExporter
 
+    def session() -> Path | None:
+        return journal.writer.path if journal.writer else None
+
     portable = all(isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors) for e in followers)
     if settings.delivery == "process" and portable:
-        first = identity.local_rank == 0
         return ProcessDelivery(
-            journal.directory, identity.host, followers, first=first, health=settings.health, tell=tell
+            journal.directory,
+            identity.host,
+            followers,
+            first=identity.local_rank == 0,
+            health=settings.health,
+            tell=tell,
+            session=session,
         )
-    return ThreadDelivery(followers, lambda: journal.writer.path if journal.writer else None, boot_id)
+    return ThreadDelivery(followers, session, boot_id)
 
 
 def _apart_from_living(identity: Identity, journal: JsonlExporter, boot_id: str) -> Identity:
@@ -257,6 +269,7 @@ def _count_fork() -> None:
 
 def _after_fork_in_child() -> None:
     if _open is not None and not _open.closed:
+        _open.delivery.after_fork()
         _open.after_fork(_forks)
 
 

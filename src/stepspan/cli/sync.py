@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 LOCK_PATIENCE = SILENCE + 5.0
-IMPORTED = Path("stepspan-runs")
-"""Where the journals of foreign sinks go."""
 IMPORT_EVERY = 1.0
 REPORT_EVERY = 5.0  # seconds between lines where there is no terminal
 
@@ -52,16 +50,19 @@ class Sync:
         for path in paths:
             if not path.is_dir():
                 raise ConfigError("PATH", str(path), "not a directory: name a journal, a job or a session")
+        settings = load({"endpoint": endpoint, "protocol": protocol}, os.environ)
+        self._imported = settings.directory
+        """Where the journals of foreign sinks go."""
         self._sinks = [path for path in paths if any(path.glob(SEGMENTS))]
         journals = [path for path in paths if path not in self._sinks]
         if self._sinks:
-            IMPORTED.mkdir(mode=0o700, exist_ok=True)
-            journals.append(IMPORTED)
+            self._imported.mkdir(mode=0o700, parents=True, exist_ok=True)
+            journals.append(self._imported)
         self._paths = [path.absolute() for path in dict.fromkeys(journals)]
         facts = host_facts()
         self._host = facts.host
         self._only_host = facts.host if this_host else None
-        self._exporter = OtlpExporter(endpoint, protocol=protocol, destination=destination)
+        self._exporter = OtlpExporter(settings.endpoint, protocol=settings.protocol, destination=destination)
         self._options = Options(boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory)
 
     def run(self, *, follow: bool) -> int:
@@ -69,6 +70,8 @@ class Sync:
         self._need_endpoint()
         if self._sinks and not follow:
             raise ConfigError("PATH", str(self._sinks[0]), "a stormlog sink: `stepspan import` it, or --follow it")
+        if not follow and not any(True for path in self._paths for _ in find_sessions(path)):
+            raise ConfigError("PATH", ", ".join(map(str, self._paths)), "no journal at or below it")
         with self._locks(), self._imports():
             before = self._totals()
             health = self._host if follow and load({}, os.environ).health else None
@@ -78,18 +81,19 @@ class Sync:
             deliverer.start()
             total = None if follow else self._journaled() * len(deliverer.shippers)
             with Progress(deliverer, total, verb="delivering") as progress:
-                deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)
+                over = deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)
             deliverer.stop()
             unreadable = {f"{p}: {why}" for shipper in deliverer.shippers for p, why in shipper.unreadable.items()}
             unreadable |= {f"{s.signal}: stopped by a defect, see above" for s in deliverer.shippers if s.broken}
-            return self._summary(before, unreadable)
+            waiting = self._summary(before, unreadable)
+            return 1 if unreadable or waiting["stuck"] or (waiting["lines"] and not over and not follow) else 0
 
     @contextmanager
     def _imports(self) -> Iterator[None]:
         """While foreign sinks grow, so do their journals."""
         from stepspan.compat.stormlog.reader import Follower
 
-        followers = [Follower(sink, IMPORTED, boot_id=self._options.boot_id) for sink in self._sinks]
+        followers = [Follower(sink, self._imported, boot_id=self._options.boot_id) for sink in self._sinks]
         over = threading.Event()
 
         def poll() -> None:
@@ -172,7 +176,7 @@ class Sync:
     def _locks(self) -> Iterator[None]:
         """The right to deliver to this destination, for every journal directory that is touched."""
         state = self._options.state_directory
-        roots = {state} if state else {session.path.parents[2] for session in self._sessions()}
+        roots = {state} if state else {_root(session) for session in self._sessions()}
         locks = [Lock(root, self._host, self._exporter.destination) for root in sorted(roots)]
         try:
             for lock in locks:
@@ -184,13 +188,20 @@ class Sync:
 
     def _take(self, lock: Lock) -> None:
         deadline, told = time.monotonic() + LOCK_PATIENCE, False
-        while not lock.take():
+        while not self._taken(lock):
             if time.monotonic() > deadline:
                 raise JournalError("another deliverer is still sending to this destination: let it, or end it first")
             if not told:
                 print("another deliverer is sending to this destination: waiting for it to finish", file=sys.stderr)
                 told = True
             time.sleep(0.2)
+
+    @staticmethod
+    def _taken(lock: Lock) -> bool:
+        try:
+            return lock.take()
+        except OSError as error:
+            raise JournalError(f"no place for a lock: name a --state-directory for the cursors: {error}") from error
 
     def _journaled(self) -> int:
         return sum(session_ledger(session)["journaled"] for session in self._sessions())
@@ -199,14 +210,20 @@ class Sync:
         totals: Counter[str] = Counter()
         for session in self._sessions():
             ledger = session_ledger(session, self._options.state_directory and self._home(session))
-            for signal, state in ledger["destinations"].get(self._exporter.destination, {}).items():
+            states = ledger["destinations"].get(self._exporter.destination, {})
+            for signal in self._exporter.signals:
+                if signal not in states:  # nobody has begun
+                    totals["pending"] += ledger["journaled"]
+                    continue
+                state = states[signal]
                 totals[f"{signal} delivered"] += state["delivered"]
                 totals["rejected"] += state["rejected"]
                 totals["pending"] += state["pending"]
                 totals[f"{signal}: {state['state']}: {state['message']}"] += state["state"] in {"hold", "retry"}
         return totals
 
-    def _summary(self, before: Counter[str], unreadable: set[str]) -> int:
+    def _summary(self, before: Counter[str], unreadable: set[str]) -> dict[str, int]:
+        """Say what was done, and how much waits: `lines`, of them signals that are `stuck`."""
         after = self._totals()
         sent = [f"{after[f'{s} delivered'] - before[f'{s} delivered']:,} {s}" for s in self._exporter.signals]
         rejected = after["rejected"] - before["rejected"]
@@ -214,7 +231,12 @@ class Sync:
         stuck = [key for key, count in after.items() if count and (": hold: " in key or ": retry: " in key)]
         for line in (*stuck, *sorted(unreadable)):
             print(line)
-        return 1 if stuck or unreadable else 0
+        return {"lines": after["pending"], "stuck": len(stuck)}
+
+
+def _root(session: SessionPath) -> Path:
+    """Where the deliverer of its run keeps the lock; a session that lies too high for any run keeps its own."""
+    return session.path.parents[2] if len(session.path.parents) > 2 else session.path
 
 
 class Progress:

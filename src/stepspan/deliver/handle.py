@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver import ledgers
 from stepspan.journal.cursor import CursorState
-from stepspan.journal.layout import SessionPath
+from stepspan.journal.layout import SessionPath, slug
 
 if TYPE_CHECKING:
     from stepspan.deliver.deliverer import Deliverer
@@ -21,10 +23,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("stepspan")
 
+PLACE = ".deliverers"  # below the journals: their locks and logs
 POLL = 0.02
 CHECK = 5.0  # seconds between looks at the deliverer's lock
 LAST_CHECKS = 0.25  # the same while a run waits for its end to be delivered
 ANSWERING = 5.0  # seconds since its last answer for which a receiver counts as there
+LONGEST_PAUSE = 300.0  # seconds before a deliverer that dies without having done anything is started again
+PATHS = frozenset(
+    {
+        *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"),
+        *(
+            f"OTEL_EXPORTER_OTLP_{signal}{what}"
+            for signal in ("", "TRACES_", "METRICS_", "LOGS_")
+            for what in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+        ),
+    }
+)
 
 
 class Delivery:
@@ -67,6 +81,9 @@ class Delivery:
         if session is not None and self.targets:
             self._wait(session, lambda state: state.position.finished, timeout, only_while_answering=True)
 
+    def after_fork(self) -> None:
+        """In a forked child, which leaves all this to its parent."""
+
     def ledgers(self, session: Path) -> dict[str, Any]:
         """Destination -> signal -> ledger."""
         found = SessionPath.of(session)
@@ -82,6 +99,8 @@ class ProcessDelivery(Delivery):
     """A deliverer process for this host, started again by whoever finds its lock free."""
 
     check = CHECK
+    patience = 30.0
+    """Seconds of failing after which a person is told."""
 
     def __init__(
         self,
@@ -92,22 +111,33 @@ class ProcessDelivery(Delivery):
         first: bool,
         health: bool,
         tell: Callable[[str, str], None],
+        session: Callable[[], Path | None] = lambda: None,
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._directory, self._host, self._exporters = directory, host, exporters
         self._health = health
         self._tell = tell
+        self._session = session
+        self._log = directory / PLACE / f"{slug(host)}.log"
+        self._env = settled(os.environ)  # one that is started again later must not go elsewhere
+        self._shown: dict[tuple[str, str], str] = {
+            (e.destination, s): endpoint.shown for e in exporters for s, endpoint in e.endpoints.items()
+        }
         self._process: subprocess.Popen[bytes] | None = None
+        self._began = 0.0
+        self._pause = self._again = 0.0
+        self._failing: dict[tuple[str, str], float] = {}
         self._next = 0.0 if first else time.monotonic() + 2 * self.check
 
     def watch(self) -> None:
-        """Start a deliverer where none is at work."""
+        """Start a deliverer where none is at work, and tell what a person has to put right."""
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + self.check
+        self._look(self._session(), now)
         try:
-            self._start_where_free()
+            self._start_where_free(now)
         except Exception as error:  # a run that can't start a process still has its journal
             self._tell("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
@@ -119,16 +149,54 @@ class ProcessDelivery(Delivery):
 
     def close(self, session: Path | None, seq: int, timeout: float) -> None:
         """As the base; looks again and again whether a deliverer is at work, for nobody will after us."""
-        self._next, self.check = 0.0, LAST_CHECKS
+        self._next, self._again, self.check = 0.0, 0.0, LAST_CHECKS
         self.watch()
         super().close(session, seq, timeout)
+        self._look(session, time.monotonic())
         if self._process is not None and self._process.poll() is None:
             self._process.returncode = 0  # it outlives us, and is nobody's zombie then
 
-    def _start_where_free(self) -> None:
+    def after_fork(self) -> None:
+        """As the base: the deliverer is no child of this process."""
+        if self._process is not None:
+            self._process.returncode = 0
+
+    def _look(self, session: Path | None, now: float) -> None:
+        """Tell of a deliverer that died, and of signals that are held or keep failing, once each time it comes to that.
+
+        Writes no event: it may be called while one is written.
+        """
+        found = {}
+        with suppress(OSError):
+            found = ledgers.cursors(session) if session is not None else {}
+        status = self._process.poll() if self._process is not None else None
+        if status is not None:
+            self._process = None
+        if status:
+            worked = any(s.answered > self._began for signals in found.values() for s in signals.values())
+            self._pause = 0.0 if worked else min(max(self.check, 2 * self._pause), LONGEST_PAUSE)
+            self._again = now + self._pause
+            self._tell("deliverer", f"the deliverer died (exit status {status}): {self._log} says why; {self._later()}")
+        for target in self.targets:
+            state = found.get(target[0], {}).get(target[1])
+            if state is None or state.state not in {"retry", "hold"}:
+                self._failing.pop(target, None)
+                continue
+            since = self._failing.setdefault(target, now)
+            if state.state == "hold" or now - since >= self.patience:
+                if since != float("inf"):
+                    shown = f"{target[1]} to {self._shown[target]} (destination {target[0]})"
+                    self._tell("delivery", f"{shown} cannot be delivered: {state.message}; {self._later()}")
+                self._failing[target] = float("inf")
+
+    def _later(self) -> str:
+        where = self._directory
+        return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
+
+    def _start_where_free(self, now: float) -> None:
         from stepspan.deliver import process
 
-        if self._process is not None and self._process.poll() is None:
+        if self._process is not None or now < self._again:
             return
         free = []
         for exporter in self._exporters:
@@ -137,7 +205,18 @@ class ProcessDelivery(Delivery):
                 free.append(exporter)
                 lock.release()
         if free:
-            self._process = process.start(self._directory, self._host, free, health=self._health)
+            self._began = time.time()
+            self._process = process.start(self._directory, self._host, free, health=self._health, env=self._env)
+
+
+def settled(env: Mapping[str, str]) -> dict[str, str]:
+    """A copy in which the paths of certificates are absolute: a deliverer works in another directory."""
+    found = dict(env)
+    with suppress(OSError):  # the working directory is gone
+        for name in PATHS & found.keys():
+            paths = found[name].strip().split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
+            found[name] = os.pathsep.join(os.path.abspath(path) if path else "" for path in paths)
+    return found
 
 
 class ThreadDelivery(Delivery):

@@ -42,6 +42,7 @@ LOOK, LIVENESS = 0.1, 1.0
 """Seconds between looks for the word that a session has ended, and at its writer's lock."""
 RETRY_FIRST, RETRY_LONGEST = 0.25, 30.0
 HOLD_FIRST, HOLD_LONGEST = 15.0, 300.0
+"""Seconds between tries; a receiver that asks for more than the longest of them is asked again after that."""
 PATIENCE = 5
 """Failures of the "retry, then hold" kind before it is a hold."""
 HEADER = {"run_key": str, "rank": int, "world_size": int, "role": str, "started": int, "resource": dict}
@@ -95,6 +96,16 @@ class Lane:
         self._next = 0
         self._closed: Closed | None = None
         self._reader = JournalReader(session, clock=options.clock)
+        try:
+            self._begin()
+        except BaseException:  # it is tried again and again: descriptors must not pile up
+            self._reader.close()
+            if hasattr(self, "_cursor"):
+                self._cursor.close()
+            raise
+
+    def _begin(self) -> None:
+        session, exporter, signal, options = self.session, self._exporter, self.signal, self._options
         self.header: Event = self._reader.header
         wrong = [name for name, kind in HEADER.items() if type(self.header.get(name)) is not kind]
         if wrong:
@@ -191,7 +202,10 @@ class Lane:
                 processed: Event | None = event
                 if event["tag"] in processor.tags:
                     try:
-                        processed = processor(event)
+                        made: Any = processor(event)
+                        if made is not None and not (isinstance(made, dict) and "tag" in made):
+                            raise TypeError(f"{made!r:.100} is no event")
+                        processed = made
                     except Exception as error:  # somebody else's code: the event goes on without it
                         self._tell_processor(processor, error)
                 if processed is not None:
@@ -206,7 +220,10 @@ class Lane:
             log.warning("%s %s: processor %s failed: %r", self.session.path, self.signal, name, error)
 
     def _send(self, records: Sequence[Record]) -> Outcome:
-        return self._exporter.export(self.signal, self.header["resource"], records)
+        try:
+            return self._exporter.export(self.signal, self.header["resource"], records)
+        except Exception as error:  # somebody else's code: it may pass, and must not stop the other sessions
+            return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(self._exporter).__name__} failed: {error!r}")
 
     def _move(self, parcel: Parcel, isolation: Isolation, message: str) -> None:
         """Everything in a parcel is accounted for."""
@@ -242,12 +259,16 @@ class Lane:
         self._waits = state
         first, longest = (HOLD_FIRST, HOLD_LONGEST) if hold else (RETRY_FIRST, RETRY_LONGEST)
         delay = min(longest, first * 2 ** min(self._failures - 1, 16)) * (0.5 + self._options.jitter() / 2)
-        self.not_before = now + max(delay, outcome.retry_after or 0.0)
+        asked, message = outcome.retry_after or 0.0, outcome.message
+        wait = max(delay, min(asked, HOLD_LONGEST))
+        if asked > RETRY_LONGEST:
+            message += f"; it asks for a wait of {asked:,.0f} s: the next try is in {wait:,.0f} s"
+        self.not_before = now + wait
         if self.failing_since is None:
             self.failing_since = now
-        if (state, outcome.message) != (self.state.state, self.state.message):
-            log.warning("%s %s: %s: %s", self.session.path, self.signal, state, outcome.message)
-        self._cursor.write(replace(self.state, state=state, message=outcome.message, session=self.session.session))
+        if (state, message) != (self.state.state, self.state.message):
+            log.warning("%s %s: %s: %s", self.session.path, self.signal, state, message)
+        self._cursor.write(replace(self.state, state=state, message=message, session=self.session.session))
 
     def _look(self) -> Closed | None:
         """The session's end, if somebody has said it."""

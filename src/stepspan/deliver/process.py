@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import signal
+import site
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.deliver.deliverer import Deliverer, prepare_process, run_is_over
+from stepspan.deliver.handle import PLACE
 from stepspan.deliver.lane import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, open_directory, open_file, slug
@@ -28,7 +30,6 @@ from stepspan.processors import build
 
 log = logging.getLogger("stepspan.deliver")
 
-PLACE = ".deliverers"
 TASK = "STEPSPAN_DELIVERER"
 HEALTH = "STEPSPAN_HEALTH"
 LONGEST_LOG = 1 << 20
@@ -66,8 +67,13 @@ class Lock:
             self._fd = -1
 
 
-def start(directory: Path, host: str, exporters: Sequence[OtlpExporter], *, health: bool) -> subprocess.Popen[bytes]:
-    """Start a deliverer for the sessions of this host below `directory`, that tells of itself or not. OSError."""
+def start(
+    directory: Path, host: str, exporters: Sequence[OtlpExporter], *, health: bool, env: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    """Start a deliverer for the sessions of this host below `directory`, that tells of itself or not. OSError.
+
+    `env`: the variables that the exporters were made with.
+    """
     task = [
         {**e.settings, "destination": e.destination, "processors": [p.spec for p in e.processors]}  # type: ignore[attr-defined]
         for e in exporters
@@ -77,7 +83,7 @@ def start(directory: Path, host: str, exporters: Sequence[OtlpExporter], *, heal
     with open(_log_file(place, f"{slug(host)}.log"), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "stepspan.deliver.process", str(directory), host],
-            env={**_environment(os.environ, task), HEALTH: str(int(health))},
+            env={**_environment(env, task), HEALTH: str(int(health))},
             cwd="/",
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -100,8 +106,10 @@ def _log_file(place: Path, name: str) -> int:
 def _environment(env: Mapping[str, str], task: Any) -> dict[str, str]:
     """Ours, with this package importable, and without what would instrument the deliverer."""
     package = str(Path(__file__).parents[2])
-    paths = [package, *env.get("PYTHONPATH", "").split(os.pathsep)]
-    kept = [path for path in paths if path and "auto_instrumentation" not in path]
+    kept = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path and "auto_instrumentation" not in path]
+    found_anyway = [*site.getsitepackages(), *([site.getusersitepackages()] if site.ENABLE_USER_SITE else [])]
+    if os.path.realpath(package) not in map(os.path.realpath, found_anyway):
+        kept.append(package)  # what else lies beside it would go before the standard library
     return {**env, "PYTHONPATH": os.pathsep.join(kept), TASK: json.dumps(task), "OTEL_PYTHON_CONFIGURATOR": ""}
 
 

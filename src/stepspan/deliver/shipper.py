@@ -61,6 +61,7 @@ class Shipper:
         self._options = options
         self._finished: set[Path] = set()
         self._try_again: dict[Path, float] = {}
+        self._defective: set[Path] = set()
         self._living = False
         self._failing_since: float | None = None
         self._scanned: float | None = None
@@ -93,7 +94,7 @@ class Shipper:
                 if lane.advance(horizon):
                     moved = True
                     self.book.count(lane, moved=True)
-            except (OSError, JournalError) as error:
+            except Exception as error:  # also a defect that only this journal meets
                 self._give_up(lane.session.path, error)
                 continue
             if lane.finished:
@@ -129,7 +130,7 @@ class Shipper:
                 continue
             try:
                 lane = Lane(session, self.signal, self.exporter, self._options)
-            except (OSError, JournalError) as error:
+            except Exception as error:
                 self._give_up(path, error)
                 continue
             self.lanes[path] = lane
@@ -147,11 +148,12 @@ class Shipper:
             self.idle = self.over = False
             self._living = True
             return
-        try:
-            alive = [lane.alive for lane in lanes]
-        except (OSError, JournalError):  # its next turn will say so
-            alive = [True]
-        self._living = any(alive)
+        self._living = False
+        for path, lane in list(self.lanes.items()):
+            try:
+                self._living |= lane.alive
+            except Exception as error:  # a turn that has something left to send again would never notice
+                self._give_up(path, error)
         self.idle = all(lane.held or (lane.at_end and lane.failing_since is None) for lane in lanes)
         self.over = all(lane.held for lane in lanes) and not self._living
         self.rounds += 1
@@ -159,9 +161,9 @@ class Shipper:
     def _in_turn(self) -> list[Lane]:
         """The sessions that may go on, the slowest first; of those that share a series identity only the first."""
         turn: list[Lane] = []
-        taken: set[object] = set()
+        taken: set[str] = set()
         for lane in sorted(self.lanes.values(), key=lambda lane: int(lane.header["started"])):
-            identity = lane.header["resource"].get("service.instance.id")
+            identity = repr(lane.header["resource"].get("service.instance.id"))  # somebody's journal: may be a list
             if identity not in taken:
                 turn.append(lane)
                 if not lane.held:
@@ -174,8 +176,13 @@ class Shipper:
         self._finished.add(lane.session.path)
 
     def _give_up(self, path: Path, error: Exception) -> None:
-        """A session that can't be read stops nobody else."""
-        if self.unreadable.get(path) != str(error):
+        """A session that can't be read, or that a defect of ours meets, stops nobody else."""
+        if not isinstance(error, (OSError, JournalError)):
+            if path not in self._defective:
+                self._defective.add(path)
+                log.exception("%s %s: cannot be delivered", path, self.signal, exc_info=error)
+            error = JournalError(f"a defect met it: {error!r}")
+        elif self.unreadable.get(path) != str(error):
             log.error("%s %s: cannot be delivered: %s", path, self.signal, error)
         self.unreadable[path] = str(error)
         self._try_again[path] = self._options.clock() + TRY_AGAIN

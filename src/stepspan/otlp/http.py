@@ -107,7 +107,7 @@ class HttpTransport:
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 return _unanswered(endpoint, error)
             with response:
-                content = _read(response)
+                content = _read(response, endpoint.timeout)
         return self._answered(response, content)
 
     def close(self) -> None:
@@ -149,12 +149,24 @@ def _client_certificate(endpoint: Endpoint) -> str | tuple[str, str] | None:
     return endpoint.client_certificate
 
 
-def _read(response: requests.Response) -> bytes:
-    """The answer's body, "" if it breaks off: its status has been given, and that is what counts."""
+def _read(response: requests.Response, timeout: float) -> bytes:
+    """The answer's body, "" if it breaks off or takes over `timeout` s: its status was given, and that is what counts.
+
+    The socket's own timeout starts anew with each byte that arrives.
+    """
+    content, deadline = b"", time.monotonic() + timeout
+    read = getattr(response.raw, "read1", response.raw.read)  # which an older urllib3 lacks
     try:
-        return bytes(response.raw.read(_READ_LIMIT, decode_content=True))
+        while len(content) < _READ_LIMIT:
+            piece = read(_READ_LIMIT - len(content), decode_content=True)
+            if not piece:
+                break
+            if time.monotonic() > deadline:
+                return b""
+            content += piece
     except (OSError, urllib3.exceptions.HTTPError):
         return b""
+    return content
 
 
 def _partial_success(endpoint: Endpoint, content: bytes) -> tuple[int, str]:
