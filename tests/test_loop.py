@@ -107,6 +107,47 @@ def test_a_loop_that_was_left_without_a_word_was_interrupted(start: Start) -> No
     assert runs.status_of(runs.path_of(first)) == "interrupted"
 
 
+class Trains:
+    """As a framework does that tells callbacks nothing of an exception."""
+
+    def __init__(self, loop: Loop) -> None:
+        self.loop, self.state = loop, object()
+
+    def train(self, within: Callable[[], None]) -> None:
+        self.loop.begin(dict, self.state)
+        self.loop.batch(0)
+        within()
+        self.loop.end()
+
+
+def test_a_run_that_another_loop_was_left_in_ends_before_the_next(start: Start) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    stopped, again = Trains(Loop({})), Trains(Loop({}))
+    with pytest.raises(KeyboardInterrupt):
+        stopped.train(interrupt)
+    first = stopped.loop.run
+    ran: list[Run] = []
+    again.train(lambda: ran.append(again.loop.run))
+    assert runs.status_of(runs.path_of(first)) == "interrupted"
+    assert runs.status_of(runs.path_of(ran[0])) == "completed"
+    assert stepspan.current_run() is DISABLED
+
+
+def test_a_training_within_another_lies_in_its_run(start: Start) -> None:
+    outer, inner = Trains(Loop({})), Trains(Loop({}))
+    ran: list[Run] = []
+
+    def nested() -> None:
+        inner.train(lambda: ran.extend([outer.loop.run, inner.loop.run]))
+        assert not ran[0].closed
+
+    outer.train(nested)
+    assert ran[0] is ran[1]
+    assert runs.status_of(runs.path_of(ran[0])) == "completed"
+
+
 def test_batches_of_one_step_add_up(start: Start) -> None:
     loop = Loop({})
     with start() as run:
@@ -146,13 +187,27 @@ def test_names_of_metrics(start: Start, metrics: dict[str, float], split: str, k
         ([np.zeros((4, 3)), np.zeros(4)], 4),
         ({"input_ids": np.zeros((5, 3)), "labels": np.zeros(5)}, 5),
         (({"x": [np.zeros((2, 3))]}, None), 2),
+        ([[np.zeros((3, 8, 8))] * 5, [{"boxes": np.zeros((2, 4))}] * 5], None),
+        ({"epoch": np.float64(1.0), "x": np.zeros((6, 2))}, 6),
         (np.float64(1.0), None),
         (["a", "b"], None),
         ([], None),
         ({}, None),
         (None, None),
     ],
-    ids=["array", "list", "mapping", "nested", "scalar", "texts", "empty list", "empty mapping", "nothing"],
+    ids=[
+        "array",
+        "list",
+        "mapping",
+        "nested",
+        "images to detect in",
+        "beside a scalar",
+        "scalar",
+        "texts",
+        "empty list",
+        "empty mapping",
+        "nothing",
+    ],
 )
 def test_samples_of_a_batch(batch: Any, samples: int | None) -> None:
     assert samples_of(batch) == samples

@@ -20,6 +20,10 @@ start = runs.start
 Start = Callable[..., Run]
 
 
+class Terminated(SystemExit):
+    """As Lightning's on SIGTERM: without a code, and no good end."""
+
+
 def test_scopes_lie_in_the_innermost_open_one(start: Start) -> None:
     with start() as run, run.epoch(0):
         with run.step(7):
@@ -184,6 +188,13 @@ def test_an_exception_in_the_body_of_a_loop_belongs_to_the_step(start: Start) ->
         "  end step error",
         "end run failed",
     ]
+
+
+def test_an_exit_of_a_kind_of_its_own_is_a_failure(start: Start) -> None:
+    run = start()
+    with pytest.raises(Terminated), run, run.epoch(0):
+        raise Terminated
+    assert outline(run)[-2:] == ["  end epoch error", "end run failed"]
 
 
 @pytest.mark.parametrize("quiet", [GeneratorExit(), SystemExit(), SystemExit(0)], ids=repr)

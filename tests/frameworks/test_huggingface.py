@@ -105,7 +105,7 @@ def test_the_example_arrives_whole(collector: Collector, prometheus: Prometheus,
         "training.run": 1, "training.epoch": 2, "training.step": 40, "validation": 2, "checkpoint": 2,
     }  # fmt: skip
     trained = [span for span in found if span["name"] == "training.step"]
-    assert sorted(span["attributes"]["step"] for span in trained) == list(range(1, 41))
+    assert sorted(span["attributes"]["step"] for span in trained) == list(range(40))
     assert len({span["traceId"] for span in trained}) == 40
     assert not [span for span in found if span["status"].get("code") == 2]
 
@@ -143,13 +143,13 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     trainer(StepspanCallback(name="words"), eval_strategy="epoch", save_strategy="epoch").train()
     journal = only_session(tmp_path / "stepspan-runs")
     told = [line for line in outline(journal) if not line.startswith("sample")]
-    steps = [line for n in range(1, 5) for line in (f"    step {n}", "    end step", f"train {n}: loss")]
+    steps = [line for n in range(4) for line in (f"    step {n}", "    end step", f"train {n}: loss")]
     assert [line.partition("=")[0] for line in told] == [
         *("run", "hyperparams", "progress", "  epoch 0"),
         *steps,
-        *("    span validation", "eval 4: eval/loss", "train 4: epoch", "    end span"),
+        *("    span validation", "eval 3: eval/loss", "train 3: epoch", "    end span"),
         *("    span checkpoint", "    end span", "artifact"),
-        *("train 4: train_runtime", "  end epoch", "end run completed"),
+        *("train 3: train_runtime", "  end epoch", "end run completed"),
     ]
     (begin,), (params,) = events(journal, "run_begin"), events(journal, "hyperparams")
     assert begin["name"] == "words"
@@ -160,6 +160,7 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     (artifact,) = events(journal, "artifact")
     assert (artifact["name"], artifact["kind"]) == ("checkpoint-4", "checkpoint")
     assert Path(artifact["path"]).is_dir()
+    assert Path(artifact["path"]).is_absolute()
     ends = events(journal, "step_end")
     assert {event["samples"] for event in ends} == {2.0}
     assert all(0 < event["data_wait"] < 10 for event in ends)
@@ -197,7 +198,7 @@ def test_a_step_is_an_optimizer_step(start: Start) -> None:
     with start() as run:
         arguments = {"gradient_accumulation_steps": 3, "num_train_epochs": 2, "include_num_input_tokens_seen": True}
         trainer(StepspanCallback(), train=Words(16), **arguments).train()
-    assert steps_of(run) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(run) == [0, 1, 2, 3, 4, 5]
     assert [event["samples"] for event in events(run, "step_end")] == [6.0, 6.0, 4.0] * 2
     assert [event["tokens"] for event in events(run, "step_end")] == [18.0, 18.0, 12.0] * 2
     assert [event["epoch"] for event in events(run, "epoch_begin")] == [0, 1]
@@ -217,8 +218,8 @@ def test_a_resumed_training_goes_on_counting(start: Start, tmp_path: Path) -> No
         trainer(StepspanCallback(), save_strategy="steps", save_steps=3, max_steps=3).train()
     with start() as second:
         trainer(StepspanCallback(), num_train_epochs=2).train(resume_from_checkpoint="out/checkpoint-3")
-    assert steps_of(first) == [1, 2, 3]
-    assert steps_of(second) == [4, 5, 6, 7, 8]
+    assert steps_of(first) == [0, 1, 2]
+    assert steps_of(second) == [3, 4, 5, 6, 7]
     assert [event["epoch"] for event in events(second, "epoch_begin")] == [0, 1]
 
 
@@ -281,6 +282,42 @@ def test_an_exception_that_was_caught_leaves_an_interrupted_run(start: Start, tm
         "interrupted": 1,
         "completed": 1,
     }
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C after the second step."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+
+def test_a_training_that_was_interrupted_takes_none_of_the_next(start: Start, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(StepspanCallback(), Stop()).train()
+    trainer(StepspanCallback()).train()
+    trainer(StepspanCallback()).train()
+    assert Counter(status_of(session.path) for session in find_sessions(tmp_path / "stepspan-runs")) == {
+        "interrupted": 1,
+        "completed": 2,
+    }
+
+
+class OutOfMemory(TrainerCallback):
+    """In the first step of batches of 4."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.train_batch_size == 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_samples_are_of_the_batch_size_that_was_found(start: Start) -> None:
+    with start() as run:
+        found = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "max_steps": 1}
+        trainer(OutOfMemory(), StepspanCallback(), **found).train()
+    (*_, end) = events(run, "step_end")
+    (*_, params) = events(run, "hyperparams")
+    assert end["samples"] == params["params"]["batch_size"] < 4
 
 
 def test_it_is_a_callback_that_can_be_copied() -> None:

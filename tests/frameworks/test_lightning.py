@@ -23,6 +23,7 @@ pytest.importorskip("lightning", reason="no Lightning here: `make test-framework
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
 import stepspan
@@ -235,6 +236,7 @@ def test_several_optimizers_step_as_lightning_counts_them(start: Start) -> None:
     with start() as run:
         trainer(StepspanCallback()).fit(Adversaries(), loader(6))
     assert steps_of(run) == [0, 2, 4]
+    assert not [event for event in events(run, "progress") if "total_steps" in event]
 
 
 def test_a_resumed_training_goes_on_counting(start: Start, tmp_path: Path) -> None:
@@ -248,6 +250,21 @@ def test_a_resumed_training_goes_on_counting(start: Start, tmp_path: Path) -> No
     assert steps_of(second) == [3, 4, 5]
     assert [event["epoch"] for event in events(second, "epoch_begin")] == [1]
     assert events(second, "progress")[0]["total_steps"] == 6
+
+
+def test_a_training_that_is_resumed_within_an_epoch_is_in_it(start: Start, tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+
+    trainer(Save()).fit(Line(), loader(8))
+    with start() as run:
+        trainer(StepspanCallback(), max_epochs=2).fit(Line(), loader(8), ckpt_path=tmp_path / "a.ckpt")
+    assert [(e["step"], e["epoch"]) for e in events(run, "step_begin")] == [
+        *((2, 0), (3, 0)),
+        *((4, 1), (5, 1), (6, 1), (7, 1)),
+    ]
 
 
 def test_checkpoints_are_timed_and_named(start: Start, tmp_path: Path) -> None:
@@ -289,6 +306,18 @@ def test_an_interrupt_is_told_and_lightning_leaves_as_it_would(start: Start, tmp
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
     assert events(only_session(tmp_path / "stepspan-runs"), "error")[0]["type"] == "KeyboardInterrupt"
+
+
+def test_a_training_that_is_terminated_has_failed(start: Start, tmp_path: Path) -> None:
+    class Terminate(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise SIGTERMException
+
+    with pytest.raises(SIGTERMException):
+        trainer(Terminate(), StepspanCallback()).fit(Line(), loader())
+    journal = only_session(tmp_path / "stepspan-runs")
+    assert events(journal, "error")[0]["type"].endswith("SIGTERMException")
+    assert status_of(journal) == "failed"
 
 
 def test_learning_rates_of_lightnings_own_monitor_are_recorded(start: Start, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ SPLITS = ("eval", "test")
 class StepspanCallback:
     """Records a training by the `Trainer` in the open run; without one it starts one and ends it.
 
-    - An epoch; a step for each optimizer step, numbered as `global_step` is once it is done, so that resuming goes on.
+    - An epoch; a step for each optimizer step, numbered by `global_step` as it begins, so that resuming goes on.
       `data_wait` is the time from the last hook before to the step: loader, collation and transfer of all its batches,
       and with them other callbacks.
     - `validation` and `checkpoint` as spans, which begin where the step before ends; a checkpoint as an artifact, too.
@@ -55,12 +55,12 @@ class StepspanCallback:
     @hook
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         """Begin."""
-        self.loop.begin(dict)
+        self.loop.begin(dict, state)
         self._epoch, self._tokens = -1, state.num_input_tokens_seen
         chosen = {
             "model": type(model).__name__,
             "optimizer": str(getattr(args.optim, "value", args.optim)),
-            "batch_size": args.train_batch_size,
+            "batch_size": _batch_size(args, state),
             "epochs": args.num_train_epochs,
             "learning_rate": args.learning_rate,
             "max_steps": state.max_steps,
@@ -84,7 +84,7 @@ class StepspanCallback:
         """All batches of the step have come."""
         self.loop.leave("phase")
         self._batches = 0
-        self.loop.batch(state.global_step + 1)
+        self.loop.batch(state.global_step)
 
     @hook
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -97,7 +97,7 @@ class StepspanCallback:
         scope, tokens = self.loop.at("step"), state.num_input_tokens_seen - self._tokens
         self._tokens = state.num_input_tokens_seen
         if scope is not None:
-            scope.samples = args.train_batch_size * (self._batches + 1)
+            scope.samples = _batch_size(args, state) * (self._batches + 1)
             scope.tokens = tokens / args.world_size if tokens > 0 else None
         self.loop.leave("step")
         self._next(control)
@@ -138,7 +138,8 @@ class StepspanCallback:
         self.loop.leave("phase")
         if state.is_world_process_zero:
             name = f"checkpoint-{state.global_step}"
-            self.loop.run.log_artifact(name, os.path.join(args.output_dir, name), kind="checkpoint")
+            path = os.path.abspath(os.path.join(args.output_dir, name))
+            self.loop.run.log_artifact(name, path, kind="checkpoint")
 
     @hook
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -161,4 +162,10 @@ class StepspanCallback:
             if not isinstance(value, (str, bytes)):
                 parts.setdefault(head if head in SPLITS else "train", {})[name] = value
         for split, part in parts.items():
-            self.loop.log(part, state.global_step, split)
+            self.loop.log(part, max(state.global_step - 1, 0), split)  # the step that was done last
+
+
+def _batch_size(args: Any, state: Any) -> int:
+    """The one in use: `auto_find_batch_size` leaves the arguments as they are."""
+    size: int = getattr(state, "train_batch_size", None) or args.train_batch_size
+    return size

@@ -32,7 +32,8 @@ class StepspanCallback:
     - `validation`, `test`, `predict` and `sanity_check` as spans, with a step for each batch of `val` and `test`.
     - Every value of `self.log`, at its step, each step (not each `log_every_n_steps`): `loss`, its epoch's mean as
       `loss_epoch`; `val_loss` of a validation is `loss` of split `val`. What is given to a logger itself is not seen.
-    - Hyperparameters, total steps, samples (the batch's first dimension), checkpoints (span and artifact), exceptions.
+    - Hyperparameters, total steps, samples (the first dimension of the batch's tensors, where all have the same),
+      checkpoints (span and artifact), exceptions.
 
     `arguments`: of `stepspan.start_run`. No signal handler is touched: requeueing on SLURM works as without it.
     """
@@ -79,7 +80,9 @@ class StepspanCallback:
 
     @hook
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """How many steps there will be, if that is known."""
+        """How many steps there will be, if that is known: optimizers that are stepped by hand are not counted on."""
+        if not pl_module.automatic_optimization:
+            return
         total = finite(trainer.estimated_stepping_batches)
         if total is not None:
             self.loop.run.set_total_steps(total)
@@ -93,6 +96,8 @@ class StepspanCallback:
     @hook
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """A step begins, or goes on where gradients accumulate."""
+        if self.loop.at("epoch") is None:  # resumed within one, which Lightning doesn't begin again
+            self.loop.enter("epoch", self.loop.run.epoch(trainer.current_epoch))
         if self.loop.at("step") is None:
             self._step = trainer.global_step
         self.loop.batch(self._step, samples=samples_of(batch))

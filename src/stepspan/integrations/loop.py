@@ -7,9 +7,12 @@ or inside it. Nothing that goes wrong in a hook reaches training; only wrong arg
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
+from itertools import islice
+from types import FrameType
 from typing import Any, TypeVar
 
 from stepspan.disabled import DISABLED
@@ -21,6 +24,9 @@ from stepspan.start import current_run, start_run
 LEVELS = ("epoch", "phase", "step", "part")
 """Outermost first: a `phase` lies between steps, a `part` within one."""
 
+SAMPLED = 16
+"""How many items of a list are looked at for the samples of a batch."""
+
 Method = TypeVar("Method", bound=Callable[..., None])
 
 
@@ -31,17 +37,27 @@ class Loop:
         self.run: Run = DISABLED
         self._arguments = arguments
         self._ours = False
+        self._state: object = None
+        """The `state` of what trains, where an exception is not told."""
         self._open: dict[str, Scope] = {}
         self._moment = time.perf_counter_ns()
         """When the loop was heard of last."""
 
-    def begin(self, who: Callable[[], Mapping[str, Any]] | None) -> None:
-        """Follow the open run. Where there is none start one, with what `who()` knows of this process; None: don't."""
+    def begin(self, who: Callable[[], Mapping[str, Any]] | None, state: object = None) -> None:
+        """Follow the open run. Where there is none start one, with what `who()` knows of this process; None: don't.
+
+        `state`: the attribute of that name of what trains. Once no thread is in a method of it any more the training
+        is over, told or not, and the next loop to begin ends its run.
+        """
         if self.run is not DISABLED:  # the last loop was left by an exception that nobody told us
             self.end(status="interrupted")
+        if (left := _STARTED.get(id(current_run()))) is not None and left._is_left():
+            left.end(status="interrupted")
         self.run = current_run()
         if self.run is DISABLED and who is not None:
             self.run, self._ours = start_run(**{**who(), **self._arguments}), True
+            if state is not None and self.run is not DISABLED:
+                self._state, _STARTED[id(self.run)] = state, self
 
     def follow(self) -> bool:
         """Outside of a training: whether there is an open run to tell."""
@@ -54,7 +70,8 @@ class Loop:
         for level in LEVELS:
             self.leave(level, error)
         run, ours = self.run, self._ours
-        self.run, self._ours = DISABLED, False
+        self.run, self._ours, self._state = DISABLED, False, None
+        _STARTED.pop(id(run), None)
         if ours and status is not None:
             run.close(status)
         elif ours:
@@ -93,6 +110,19 @@ class Loop:
         """Log metrics. An evaluation's `val_loss` is its `val/loss`, unless it has a `loss` too."""
         self.run.log_metrics({_key(key, metrics, split): value for key, value in metrics.items()}, step, split=split)
 
+    def _is_left(self) -> bool:
+        for frame in sys._current_frames().values():
+            inner: FrameType | None = frame
+            while inner is not None:
+                if getattr(inner.f_locals.get("self"), "__dict__", {}).get("state") is self._state:
+                    return False
+                inner = inner.f_back
+        return True
+
+
+_STARTED: dict[int, Loop] = {}
+"""`id` of an open run -> the loop that started it and may be left without a word."""
+
 
 def _key(key: str, among: Mapping[str, Any], split: str | None) -> str:
     head, _, rest = key.partition("_")
@@ -129,18 +159,20 @@ def joined(ours: type, base: type) -> type:
 
 
 def samples_of(batch: Any) -> int | None:
-    """How many samples a batch holds: the first dimension of the first array in it; None where it has none."""
-    for _ in range(4):
-        shape = getattr(batch, "shape", None)
-        if shape is not None:
-            return int(shape[0]) if len(shape) else None
-        if isinstance(batch, Mapping):
-            batch = next(iter(batch.values()), None)
-        elif isinstance(batch, (list, tuple)) and batch:
-            batch = batch[0]
-        else:
-            return None
-    return None
+    """How many samples a batch holds: the first dimension of the arrays in it; None unless all have the same."""
+    found = set(_first_dimensions(batch, 3))
+    return found.pop() if len(found) == 1 else None
+
+
+def _first_dimensions(batch: Any, depth: int) -> Iterator[int]:
+    shape = getattr(batch, "shape", None)
+    if shape is not None:
+        if len(shape):
+            yield int(shape[0])
+    elif depth and isinstance(batch, (Mapping, list, tuple)):
+        inside = batch.values() if isinstance(batch, Mapping) else batch
+        for each in islice(inside, SAMPLED):
+            yield from _first_dimensions(each, depth - 1)
 
 
 def finite(number: Any) -> int | None:
