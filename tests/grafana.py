@@ -13,6 +13,8 @@ import yaml
 
 STACK = Path(__file__).parent.parent / "collector-config" / "stack"
 PROMETHEUS_STACK = STACK / "prometheus"
+SEVERAL = {"rank", "split"}
+"""The variables that may have several values."""
 NAMES = ("run", "ranks", "hardware", "telemetry-health")
 
 
@@ -38,14 +40,22 @@ class Query:
 
 
 def fill(text: str, **values: str) -> str:
-    """Grafana's variables replaced. `range` is in seconds; a variable without a value is an error."""
+    """Grafana's variables replaced. `range` is in seconds; a variable without a value is an error.
+
+    Of a variable that may have several, Grafana escapes each in the plain form, `$rank`,
+    for a regular expression (in PromQL's quotes: with two backslashes), but not in `${rank:pipe}`, nor where all are
+    chosen.
+    """
     span = values.pop("range", "3600")
     known = {"__range": f"{span}s", **values}
 
     def value(found: re.Match[str]) -> str:
-        return known[found[1]]
+        name = found[1] or found[2]
+        if name in SEVERAL and found[3] != "pipe" and known[name] != ".*":
+            return re.sub(r"[$^*{}\[\]'+?.()|]", r"\\\\\g<0>", known[name])
+        return known[name]
 
-    return re.sub(r"\$([A-Za-z_]\w*)", value, text)
+    return re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::(\w+))?\})", value, text)
 
 
 def dashboard(name: str) -> dict[str, Any]:

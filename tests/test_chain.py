@@ -5,7 +5,8 @@ comes back on its ports and its queue's directory. Afterwards Prometheus holds e
 journals: as many as have different times in milliseconds, each with its value.
 
 What is sent again after a kill equals what was sent before, so Prometheus hides it: an equal point at an equal time
-is the same point. It is counted where it shows, at file exporters: the gateway's, for what the agent sent twice, and
+is the same point. It is counted (and not held to a number: a kill need not fall between a request and its answer)
+where it shows, at file exporters: the gateway's, for what the agent sent twice, and
 that of a Collector between gateway and Prometheus, for what the gateway sent twice.
 """
 
@@ -115,7 +116,6 @@ def test_a_gateway_that_is_killed_between_deliveries_loses_no_point(
         assert losses(store) == {rank: set(points) for rank, points in expected.items()}
         record_property("sent twice by the agent", duplicates(gateway))
         record_property("sent twice by the gateway", duplicates(store))
-        assert duplicates(gateway) >= 0 <= duplicates(store)
 
         # Everything else of the runs, by the journals sent without a Collector to a store of its own.
         with Prometheus(tmp_path / "directly") as direct:

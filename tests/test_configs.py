@@ -141,8 +141,10 @@ def test_every_service_comes_back_is_limited_and_may_gain_no_privileges(services
         assert service["restart"] == "unless-stopped", name
         assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
         assert "no-new-privileges:true" in service["security_opt"], name
-    # Two images hold one program and nothing that could ask it.
-    assert {name for name, service in services.items() if "healthcheck" not in service} == {"collector", "tempo"}
+    # The Collector's image holds one program and nothing that could ask it.
+    assert {name for name, service in services.items() if "healthcheck" not in service} == {"collector"}
+    healthy = {name for name, one in services["grafana"]["depends_on"].items() if one["condition"] == "service_healthy"}
+    assert healthy == {"prometheus", "loki"}
 
 
 @pytest.mark.stack

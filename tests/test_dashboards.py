@@ -60,7 +60,8 @@ def test_every_alert_says_what_to_do_and_is_tested_both_ways():
         fires = {bool(case["exp_alerts"]) for case in cases if case["alertname"] == rule["alert"]}
         assert fires == {True, False}, rule["alert"]
         assert rule["labels"]["severity"] in {"warning", "critical"}
-        assert "job_id" in rule["annotations"]["summary"]
+        of = "instance" if rule["alert"].startswith("Collector") else "job_id"
+        assert f"$labels.{of}" in rule["annotations"]["summary"]
         assert len(rule["annotations"]["description"]) > 100
 
 
@@ -146,8 +147,18 @@ def test_a_panel_that_draws_single_ranks_narrows_them_and_bounds_their_number(na
     for panel in grafana.panels(grafana.dashboard(name)):
         for target in panel["targets"]:
             if "rank {{rank}}" in target.get("legendFormat", ""):
-                assert 'rank=~"$rank"' in target["expr"], panel["title"]
+                assert 'rank=~"${rank:pipe}"' in target["expr"], panel["title"]
                 assert re.search(r"(top|bottom)k\(\d+, ", target["expr"]), panel["title"]
+
+
+@every_dashboard
+def test_ranks_that_are_typed_as_a_pattern_are_asked_for_as_one(name: str):
+    """`12..` for the ranks 1200 to 1299, as the panel of blocks says."""
+    asked = [query.filled(**{**VALUES, "rank": "12.."}) for query in grafana.queries(name)]
+    narrowed = [text for text in asked if "rank=~" in text]
+    assert bool(narrowed) == (name != "telemetry-health")
+    assert all('rank=~"12.."' in text for text in narrowed)
+    assert grafana.fill('{rank=~"$rank"}', rank="12..") == r'{rank=~"12\\.\\."}'
 
 
 # ------------------------------------------------------------------------------------------------ what they ask for
@@ -210,6 +221,7 @@ LOGGED = {"loss": 0.5, "lr": 0.1, "learning_rate": 0.1, "grad_norm": 1.0, "accur
 THEIRS = {
     name: set[str]()
     for name in (
+        "up",
         "otelcol_exporter_queue_size",
         "otelcol_exporter_queue_capacity",
         *(

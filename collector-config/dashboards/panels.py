@@ -39,7 +39,8 @@ LOKI = common.DataSourceRef(type_val="loki", uid="loki")
 
 JOB = 'job_id="$job"'
 SPLIT = 'split=~"$split"'
-RANK = 'rank=~"$rank"'
+RANK = 'rank=~"${rank:pipe}"'
+"""As it is chosen or typed: Grafana escapes a plain `$rank`, and 12.. would match nothing."""
 TRAIN = 'split="train"'
 
 MOST_LINES = 20
@@ -89,7 +90,7 @@ def log_lines(expr: str) -> loki.Dataquery:
 def traces(query: str) -> tempo.Dataquery:
     """TraceQL that finds spans."""
     found = tempo.Dataquery().datasource(TEMPO).query(query).query_type("traceql")
-    return found.limit(50).table_type(SearchTableType.SPANS)
+    return found.limit(50).spss(20).table_type(SearchTableType.SPANS)
 
 
 def trace_metrics(query: str) -> tempo.Dataquery:

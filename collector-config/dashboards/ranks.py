@@ -56,7 +56,11 @@ def mean_compute(at: str = "") -> str:
     )
 
 
-HOSTS = f"max by (rank, host_name) (last_over_time(training_run_start_time_seconds{{{JOB},{RANK}}}[$__range]))"
+HOSTS = (
+    "topk by (rank) (1, max by (rank, host_name) "
+    f"(last_over_time(training_run_start_time_seconds{{{JOB},{RANK}}}[$__range])))"
+)
+"""A rank's host, the last one where it has moved."""
 MEAN_DATA_WAIT = mean(DATA_WAIT, 'training_phase_time_seconds{phase="data_wait"}', RANK)
 SLOWEST = mean_compute(" @ end()")
 """What chooses the ranks that are drawn."""
@@ -254,7 +258,10 @@ def traces_panel(steps: str) -> Panel:
         "Step spans of at least $slower, the slowest first; of many, the most recent fifty. The trace has every rank's "
         "step and its phases: the one whose collective is shortest came last.",
         "none",
-        traces(f'{{ {steps} && span.split=~"$split" && span:duration >= $slower }} | select(span.step, resource.rank)'),
+        traces(
+            f'{{ {steps} && span.split=~"$split" && span:duration >= $slower }} | select(span.step, resource.rank)'
+            " with (most_recent=true)"
+        ),
         columns={"traceIdHidden": "Trace", "duration": "Duration"},
         sort=("Duration", True),
     )

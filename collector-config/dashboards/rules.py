@@ -80,7 +80,7 @@ SPREADS: tuple[tuple[str, str, str, str], ...] = (
     ("training_data_wait_seconds", DATA_WAIT + "{}", "job_id", "avg p50 p99 max"),
     ("training_last_step_time_seconds", LAST_STEP + "{}", "job_id", "max"),
     ("training_loss", "training_loss{}", "job_id, split", "min avg p50 p99 max"),
-    ("training_loss_nan", "training_loss{} != bool training_loss{}", "job_id, split", "sum"),
+    ("training_loss_nan", "training_loss{} * 0 != bool 0", "job_id, split", "sum"),
     ("training_grad_norm", "training_grad_norm{}", "job_id", "p50 max"),
     ("training_learning_rate", '{__name__=~"training_lr|training_learning_rate"}', "job_id", "max"),
     ("training_step_number", "training_step_number{}", "job_id, split", "min max"),

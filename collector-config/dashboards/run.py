@@ -26,16 +26,23 @@ from dashboards.panels import (
     rows,
 )
 from dashboards.panels import dashboard as _dashboard
-from dashboards.rules import recorded
+from dashboards.rules import raw, recorded, recorded_alone
 
 START = f'training_run_start_time_seconds{{{JOB},rank="0"}}'
 """When this attempt began. Rank 0 speaks for all: its value changes once for each restart, at any number of ranks."""
+BEGUN = f"max by (job_id) ({START})"
+"""The same as one series, also where an attempt runs on another host than the one before, and so is another series."""
 EARLIER = f"(max by (job_id) ({START}) < on (job_id) max by (job_id) (max_over_time({START}[$__range] @ end())))"
 """Something at the times of attempts that were restarted later in the range, nothing at those of the last one."""
 
 STEP = recorded("job:training_step_number:max", TRAIN)
 LOSS = recorded("job:training_loss:avg", SPLIT)
-CHECKPOINT = recorded("job:training_run_checkpoint_time_seconds:max")
+CHECKPOINT = (
+    f"((max_over_time({recorded_alone('job:training_run_checkpoint_time_seconds:max')}[1d]) "
+    f"or max by (job_id) (max_over_time({raw('training_run_checkpoint_time_seconds{}')}[1d]))) "
+    f"and on (job_id) {BEGUN})"
+)
+"""The last one, also of an attempt before a restart: its series ends with it."""
 HOUR = 3600
 EXCEPTION = 'event_name="exception"'
 ARTIFACT = 'event_name="training.artifact" | kind="checkpoint"'
@@ -71,7 +78,7 @@ def now() -> list[Panel]:
             "Done",
             "The share of all steps that is done. Needs run.set_total_steps(n); a framework's callback calls it.",
             "percentunit",
-            lines(progress, "done"),
+            lines(f"clamp_max({progress}, 1)", "done"),
             none="run.set_total_steps?",
             decimals=1,
         ),
@@ -92,7 +99,7 @@ def now() -> list[Panel]:
             "Attempts",
             "How often the job has begun in this time range, by rank 0. More than one: see Restarts below.",
             "none",
-            lines(f"max by (job_id) (changes({START}[$__range])) + 1", "attempts"),
+            lines(f"changes(({BEGUN})[$__range:15s]) + 1", "attempts"),
             limits=[(2, "yellow"), (5, "red")],
         ),
         number(
@@ -104,8 +111,9 @@ def now() -> list[Panel]:
         ),
         number(
             "Ranks with NaN loss",
-            "Ranks whose last loss is not a number. One is enough to spoil all weights at the next all-reduce: stop, "
-            "go back to the last checkpoint before it, and look at the gradient norm of the steps before.",
+            "Ranks whose last loss is not a number, or infinite. One is enough to spoil all weights at the next "
+            "all-reduce: stop, go back to the last checkpoint before it, and look at the gradient norm of the steps "
+            "before.",
             "none",
             lines(f"max by (job_id) ({recorded('job:training_loss_nan:sum', SPLIT)})", "ranks"),
             limits=[(1, "red")],
@@ -272,14 +280,14 @@ def broken() -> list[Panel]:
             "Events and stalls",
             "Milestones, artifacts and stalls (training.stall: with the stacks of all threads of the rank that "
             "stopped).",
-            events('event_name!="exception" | event_name!="training.hyperparams"'),
+            events('event_name=~".+" | event_name!="exception" | event_name!="training.hyperparams"'),
         ),
         graph(
             "Restarts",
             "Time since the attempt began, by rank 0: a fall is a restart. Often at the same age: a time limit or a "
             "leak.",
             "s",
-            lines(f"time() - max by (job_id) ({START})", "age of the attempt"),
+            lines(f"time() - {BEGUN}", "age of the attempt"),
             width=6,
             low=0,
         ),
@@ -361,7 +369,7 @@ def dashboard() -> board.Dashboard:
 
 def marks() -> list[Mark]:
     """What is marked on every graph over time."""
-    restarted = f"max by (job_id) (changes({START}[1m])) > 0"
+    restarted = f"changes(({BEGUN})[1m:15s]) > 0"
     return [
         mark("Checkpoints", "green", log_lines(events(ARTIFACT)), "checkpoint {{name}}", "{{path}}"),
         mark("Exceptions", "red", log_lines(events(EXCEPTION)), "{{exception_type}}", "rank {{rank}}"),
