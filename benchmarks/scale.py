@@ -304,11 +304,11 @@ def sizes(place: Path) -> None:
 
 def batches(session: Any, steps: int) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The points of a session, `steps` steps at a time; 0: as many as a deliverer that catches up puts together."""
-    from stepspan.deliver.lane import BATCH
+    from stepspan.deliver.task import BATCH
     from stepspan.journal.cursor import Position
     from stepspan.journal.liveness import read_closed
     from stepspan.journal.reader import JournalReader
-    from stepspan.otlp.mapping import mapper
+    from stepspan.mapping.mapper import mapper
 
     reader, closed, position = JournalReader(session), read_closed(session.path), Position()
     fold = mapper("metrics", reader.header)

@@ -36,7 +36,7 @@ from measuring import Receiver, Worker
 
 if TYPE_CHECKING:
     from stepspan.journal.layout import SessionPath
-    from stepspan.otlp.records import Record, Signal
+    from stepspan.mapping.records import Record, Signal
 
 BETA = "(beta)"
 STEP_BYTES = 412  # of journal, about
@@ -111,8 +111,8 @@ def work(task: dict[str, Any]) -> None:
 
 def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[], int]:
     from stepspan.deliver.deliverer import Deliverer, prepare_process
-    from stepspan.deliver.lane import Options
     from stepspan.deliver.ledgers import cursors
+    from stepspan.deliver.task import Options
     from stepspan.exporters.otlp import OtlpExporter
 
     for signal in set(ALL) - set(task["signals"]):
@@ -195,11 +195,11 @@ def official_exporters(task: dict[str, Any]) -> dict[str, Any]:
 
 def batches(session: SessionPath, signal: Signal) -> Iterator[tuple[Any, Sequence[Record]]]:
     """The records of a journal as delivery would send them, request by request."""
-    from stepspan.deliver.lane import BATCH
+    from stepspan.deliver.task import BATCH
     from stepspan.journal.cursor import Position
     from stepspan.journal.liveness import read_closed
     from stepspan.journal.reader import JournalReader
-    from stepspan.otlp.mapping import mapper
+    from stepspan.mapping.mapper import mapper
 
     reader, closed, position = JournalReader(session), read_closed(session.path), Position()
     fold = mapper(signal, reader.header)

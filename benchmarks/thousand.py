@@ -41,7 +41,7 @@ class Rank:
 
     def __init__(self, number: int, directory: Path, clock: Clock, options: SimpleNamespace, attempt: int) -> None:
         from stepspan import identity
-        from stepspan.deliver.handle import Delivery
+        from stepspan.deliver.delivery import Delivery
         from stepspan.exporters.jsonl import JsonlExporter
         from stepspan.pipeline import Pipeline
         from stepspan.run import Run

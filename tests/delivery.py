@@ -10,11 +10,11 @@ from typing import Any
 
 from journals import NOON, ROOMY, SECOND, header, session_of
 
-from stepspan.deliver.lane import Lane, Options
-from stepspan.deliver.shipper import Shipper
+from stepspan.deliver.scheduler import Shipper
+from stepspan.deliver.task import Lane, Options
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.writer import JournalWriter, Limits
-from stepspan.otlp.records import SIGNALS, Attributes, Record, Signal
+from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.transport import Outcome, Verdict
 
 OK = Outcome(Verdict.DELIVERED)

@@ -9,8 +9,8 @@ import orjson
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp.mapping import mapper
-from stepspan.otlp.records import Record, Series, Signal
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import Record, Series, Signal
 
 MS = 1_000_000
 SECOND = 1_000_000_000

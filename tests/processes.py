@@ -19,7 +19,7 @@ RANK = """
 import os, sys, time
 from pathlib import Path
 import stepspan
-from stepspan.deliver.handle import ProcessDelivery
+from stepspan.deliver.delivery import ProcessDelivery
 
 directory, rank, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 ProcessDelivery.check = 0.05

@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from stepspan.otlp.records import Signal
+from stepspan.mapping.records import Signal
 
 REQUESTS: dict[Signal, Any] = {
     "metrics": ExportMetricsServiceRequest,

@@ -39,7 +39,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from received import Point, attributes, decode, is_health, logs, once, points, spans
 from stack import free_address
 
-from stepspan.otlp.records import SIGNALS, Signal
+from stepspan.mapping.records import SIGNALS, Signal
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -18,8 +18,8 @@ from stepspan.events import Event, decode
 from stepspan.identity import LAUNCHERS
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import read_closed
-from stepspan.otlp.mapping import mapper
-from stepspan.otlp.records import Span
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import Span
 from stepspan.run import Run
 
 _LAUNCHERS = ("STEPSPAN_", "OTEL_", "SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "RAY_", *(row.mark for row in LAUNCHERS))

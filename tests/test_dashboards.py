@@ -17,7 +17,7 @@ import yaml
 from stack import Prometheus, binary
 
 from stepspan.events import FIELDS
-from stepspan.otlp.mapping import samples
+from stepspan.mapping import samples
 from stepspan.testing import FixedClock, recorded_run
 
 CONFIGS = grafana.STACK.parent

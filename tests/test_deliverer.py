@@ -17,15 +17,15 @@ from receiver import Answer, ScriptedReceiver
 from stepspan.deliver import deliverer as deliverers
 from stepspan.deliver import process
 from stepspan.deliver.deliverer import Deliverer, caught_up, run_is_over
-from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors
 from stepspan.deliver.process import PLACE, Lock
+from stepspan.deliver.task import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
-from stepspan.otlp.records import SIGNALS
 from stepspan.otlp.transport import Outcome, Verdict
 
 ranks = processes.ranks

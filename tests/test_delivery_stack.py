@@ -15,8 +15,8 @@ from processes import until
 from stack import Collector
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
-from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors
+from stepspan.deliver.task import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed

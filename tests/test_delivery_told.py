@@ -16,7 +16,7 @@ from runs import python, start
 
 import stepspan
 from stepspan.deliver import handle, process
-from stepspan.deliver.handle import ProcessDelivery
+from stepspan.deliver.delivery import ProcessDelivery
 from stepspan.deliver.ledgers import cursors
 from stepspan.errors import ConfigError
 from stepspan.exporters.jsonl import JsonlExporter

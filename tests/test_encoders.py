@@ -26,9 +26,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from stepspan import __version__
 from stepspan.exporters._sdk_objects import log_records, metrics_data, readable_spans
+from stepspan.mapping.records import Exemplar, Histogram, Link, Log, Series, Span, SpanEvent, Sum
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp import protobuf as otlp_protobuf
-from stepspan.otlp.records import Exemplar, Histogram, Link, Log, Series, Span, SpanEvent, Sum
 from stepspan.otlp.rules import NAN
 
 SECOND = 1_000_000_000

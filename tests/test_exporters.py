@@ -20,14 +20,14 @@ from receiver import Answer, ScriptedReceiver
 from runs import start
 
 import stepspan
-from stepspan.deliver.handle import ThreadDelivery
+from stepspan.deliver.delivery import ThreadDelivery
 from stepspan.errors import ConfigError
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.exporters.memory import MemoryExporter
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.exporters.sdk import SdkExporter
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
-from stepspan.otlp.records import SIGNALS
 from stepspan.otlp.transport import Verdict
 from stepspan.processors import Drop, SampleSteps
 from stepspan.testing import FixedClock
@@ -237,7 +237,7 @@ def test_a_failure_of_an_sdk_exporter_is_retried_then_held_and_never_rejected(tm
     outcome = exporter.export("metrics", {}, [])
     assert outcome.verdict is Verdict.RETRY_THEN_HOLD
     assert "KeepingMetrics answered" in outcome.message
-    from stepspan.deliver.lane import Lane
+    from stepspan.deliver.task import Lane
 
     lane = Lane(session, "metrics", exporter, options())
     for _ in range(5):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from stepspan.mapping.columns import Points
+from stepspan.mapping.point_buffer import Gathering, Table
+from stepspan.mapping.records import Series
 from stepspan.otlp import json, protobuf
-from stepspan.otlp.mapping.gathering import Gathering, Table
-from stepspan.otlp.points import Points
-from stepspan.otlp.records import Series
 from stepspan.otlp.rules import by_metric
 
 A, B, C = Series("a", {}), Series("b", {}), Series("c", {})

@@ -23,14 +23,14 @@ from runs import is_ours
 from stepspan.deliver import health as healths
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.health import Health
-from stepspan.deliver.lane import Lane, Options
 from stepspan.deliver.ledgers import cursors
-from stepspan.deliver.shipper import Shipper
+from stepspan.deliver.scheduler import Shipper
+from stepspan.deliver.task import Lane, Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.journal.writer import Limits
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.json import encode
-from stepspan.otlp.records import SIGNALS
 from stepspan.otlp.transport import Outcome, Verdict
 
 ranks = processes.ranks

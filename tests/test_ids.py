@@ -7,7 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepspan.otlp import ids
+from stepspan.mapping import ids
 
 HOUR = 3600 * 1_000_000_000
 TEXT = st.text(max_size=4)

@@ -26,7 +26,7 @@ from stepspan.compat.cloudmesh.reader import detect, read
 from stepspan.compat.cloudmesh.records import instant, timestamp
 from stepspan.compat.importing import Imported, write_session
 from stepspan.journal.liveness import read_closed
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
 from stepspan.testing import FixedClock
 
 SYSTEM = {"cpu": "Apple M2", "gpu_present": True, "gpu_model": None, "memory_total": None}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stepspan.compat.evsys import reader
 from stepspan.compat.importing import write_session
 from stepspan.journal.liveness import read_closed
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
 from stepspan.stores import JSONLLogStore
 
 T = 1_760_000_000

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from stepspan.callbacks import CallbackList, RunCallback, TelemetryLogger
 from stepspan.compat import qmlhc
 from stepspan.compat.importing import write_session
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
 from stepspan.testing import recorded_run
 
 T = 1_760_000_000

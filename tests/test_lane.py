@@ -25,14 +25,14 @@ from delivery import (
 from journals import NOON, SECOND, header, lay_down, metrics
 
 from stepspan.deliver import lane as lanes
-from stepspan.deliver.lane import HOLD_LONGEST, PATIENCE, Lane
+from stepspan.deliver.task import HOLD_LONGEST, PATIENCE, Lane
 from stepspan.errors import JournalError, NewerSchema
 from stepspan.events import encode
 from stepspan.journal.cursor import SLOT, read_cursor
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import read_closed
 from stepspan.journal.writer import Limits
-from stepspan.otlp.records import SIGNALS
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.processors import Drop, SampleSteps
 

@@ -14,13 +14,13 @@ from receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver import dead_letters
 from stepspan.deliver.dead_letters import append, resend
-from stepspan.deliver.lane import Lane
 from stepspan.deliver.ledgers import cursors, session_ledger, signal_ledger
+from stepspan.deliver.task import Lane
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import CursorState, Ledger, Position, read_cursor
 from stepspan.journal.liveness import read_closed
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
-from stepspan.otlp.records import SIGNALS
 from stepspan.otlp.transport import Outcome, Verdict
 
 ALL = 1 << 62
@@ -263,7 +263,7 @@ def test_letters_that_come_while_others_are_sent_are_kept(tmp_path):
 
 
 def dead_letter_series():
-    from stepspan.otlp.records import Series
+    from stepspan.mapping.records import Series
 
     return Series("training.loss", {"split": "train"})
 

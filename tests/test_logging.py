@@ -17,7 +17,7 @@ from runs import events, python
 
 from stepspan import JsonlExporter
 from stepspan.integrations.logging import StepspanHandler
-from stepspan.otlp.records import Log
+from stepspan.mapping.records import Log
 from stepspan.run import Run
 from stepspan.testing import recorded_run
 

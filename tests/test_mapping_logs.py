@@ -8,9 +8,9 @@ import pytest
 from events_of import SessionEvents, restored, whole_run
 
 from stepspan import __version__
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import Log
 from stepspan.otlp import json as otlp_json
-from stepspan.otlp.mapping import mapper
-from stepspan.otlp.records import Log
 
 WHOLE_RUN = r"""
 {"resourceLogs": [

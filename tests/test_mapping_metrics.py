@@ -15,10 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stepspan import __version__
+from stepspan.mapping import metrics as mapping
+from stepspan.mapping.mapper import histogram, mapper
+from stepspan.mapping.records import Histogram, Sum
 from stepspan.otlp import json as otlp_json
-from stepspan.otlp.mapping import histogram, mapper
-from stepspan.otlp.mapping import metrics as mapping
-from stepspan.otlp.records import Histogram, Sum
 
 TRAIN = ("split", "train")
 STARTED = START / SECOND

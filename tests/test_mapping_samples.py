@@ -13,9 +13,9 @@ from stack import Collector, Prometheus
 
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.exporters.otlp import OtlpExporter
-from stepspan.otlp.mapping import mapper
-from stepspan.otlp.mapping.samples import METRICS
-from stepspan.otlp.records import Sum
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import Sum
+from stepspan.mapping.samples import METRICS
 from stepspan.samplers import Sampling
 from stepspan.samplers.gpu import gpu
 from stepspan.samplers.host import host, process

@@ -13,9 +13,9 @@ from events_of import MS, SECOND, START, SessionEvents, restored, whole_run
 from opentelemetry import trace
 
 from stepspan import __version__
+from stepspan.mapping.mapper import mapper, open_scopes, thinning, traces
+from stepspan.mapping.records import Link
 from stepspan.otlp import json as otlp_json
-from stepspan.otlp.mapping import mapper, open_scopes, thinning, traces
-from stepspan.otlp.records import Link
 from stepspan.testing import recorded_run
 
 HOUR = 3600 * SECOND

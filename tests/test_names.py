@@ -9,8 +9,8 @@ from events_of import SessionEvents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stepspan.otlp.mapping.names import LONGEST, metric_name
-from stepspan.otlp.records import Series
+from stepspan.mapping.names import LONGEST, metric_name
+from stepspan.mapping.records import Series
 
 OF_A_SESSION = {
     "training.step.number", "training.step.time", "training.step.wait", "training.step.duration", "training.phase.time",

@@ -11,8 +11,8 @@ from processes import until
 from receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
-from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import session_ledger
+from stepspan.deliver.task import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions

@@ -41,10 +41,10 @@ from stepspan.integrations.opentelemetry import (
     encoding,
     exporters,
 )
-from stepspan.otlp.foreign import SHAPES, to_wire
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import Foreign
 from stepspan.otlp.protobuf import encode
-from stepspan.otlp.records import Foreign
+from stepspan.otlp.sdk_records import SHAPES, to_wire
 from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.run import Run
 
@@ -519,7 +519,7 @@ def user_span(trace_id: str, name: str = "query", **fields: Any) -> dict[str, An
 
 
 def test_a_span_in_a_step_that_is_thinned_away_goes_with_it(tmp_path: Path) -> None:
-    from stepspan.otlp.mapping.open_scopes import step_trace_id
+    from stepspan.mapping.open_scopes import step_trace_id
 
     session = SessionEvents()
     for number in range(2000):
@@ -541,7 +541,7 @@ def test_a_span_in_a_step_that_is_thinned_away_goes_with_it(tmp_path: Path) -> N
 
 
 def test_a_span_that_waits_for_its_step_is_carried_over_a_restart() -> None:
-    from stepspan.otlp.mapping.open_scopes import step_trace_id
+    from stepspan.mapping.open_scopes import step_trace_id
 
     session = SessionEvents()
     for number in range(3):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepspan.errors import ConfigError
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
 from stepspan.processors import Attributes, Drop, Redact, Rename, SampleSteps, build, specs
 from stepspan.processors.redact import REDACTED
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 from events_of import START, SessionEvents, by_series, restored, values
 
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
 from stepspan.testing import recorded_run
 
 STARTED = START / 1e9

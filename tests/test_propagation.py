@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from runs import all_spans, events, python, sessions, spans
 
-from stepspan.otlp.records import Span
+from stepspan.mapping.records import Span
 from stepspan.run import Run
 
 start = runs.start

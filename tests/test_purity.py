@@ -13,8 +13,8 @@ from events_of import MS, SECOND, SessionEvents, key_of, restored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepspan.otlp.mapping import mapper
-from stepspan.otlp.records import SIGNALS
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import SIGNALS
 
 GAPS = st.sampled_from([1e-9, 3e-7, 3e-4, 0.001, 0.005, 0.05, 1.0, 11.0, 3700.0])
 VALUES = st.sampled_from([0.0, 1.5, -2.0, "NaN", "Infinity", 3])

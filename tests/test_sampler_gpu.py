@@ -12,7 +12,7 @@ import pynvml
 import pytest
 from scripted_nvml import ERRORS, GPU, ScriptedNvml, raised
 
-from stepspan.otlp.mapping.samples import METRICS
+from stepspan.mapping.samples import METRICS
 from stepspan.samplers import Sampling
 from stepspan.samplers.gpu import gpu
 from stepspan.testing import Recording, recorded_run

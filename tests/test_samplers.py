@@ -20,7 +20,7 @@ from scripted_nvml import GPU, ScriptedNvml
 
 import stepspan
 from stepspan.errors import ConfigError
-from stepspan.otlp.mapping.samples import METRICS
+from stepspan.mapping.samples import METRICS
 from stepspan.samplers import Absent, Gone, Sampling, Source, sampled_by
 from stepspan.samplers.cgroup import Cgroup, Cpu, Memory
 from stepspan.samplers.host import host, process

@@ -17,9 +17,9 @@ import runs
 from runs import events, is_ours, python, sessions, spans
 
 from stepspan.events import Event
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
+from stepspan.recording.stall import LONGEST_STACKS, SELDOM, StallWatch
 from stepspan.run import Run
-from stepspan.stall import LONGEST_STACKS, SELDOM, StallWatch
 
 start = runs.start
 Start = Callable[..., Run]

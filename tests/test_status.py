@@ -11,7 +11,7 @@ from rich.console import Console
 from stepspan.cli.status import ledger_table
 from stepspan.cli.table import print_table, shortened
 from stepspan.deliver.ledgers import session_ledger
-from stepspan.otlp.records import SIGNALS
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.transport import Outcome, Verdict
 
 

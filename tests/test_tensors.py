@@ -18,10 +18,10 @@ from processes import until
 from runs import events
 from scripted_torch import Bucket, Gpu, JaxArray
 
-from stepspan import tensors
 from stepspan.integrations.torch import values, watched
 from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, Steps
-from stepspan.otlp.mapping import mapper
+from stepspan.mapping.mapper import mapper
+from stepspan.recording import deferred as tensors
 from stepspan.run import Run
 from stepspan.testing import recorded_run
 

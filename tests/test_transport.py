@@ -23,9 +23,9 @@ from received import bits, decode
 from receiver import HANG, OK, RESET, RESET_TAKEN, Answer, ScriptedReceiver
 
 from stepspan import __version__
+from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS, resolve_endpoints
 from stepspan.otlp.http import retry_after
-from stepspan.otlp.records import SIGNALS
 from stepspan.otlp.transport import GRPC_ROWS, HTTP_ROWS, TEXT_LIMIT, Outcome, Verdict, open_transport
 
 HTTP_PROTOCOLS = ("http/protobuf", "http/json")

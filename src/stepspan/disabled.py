@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from stepspan.events import Event
     from stepspan.identity import Identity
-    from stepspan.steps import Amount
+    from stepspan.recording.steps import Amount
 
 T = TypeVar("T")
 PREFIX = "STEPSPAN_"

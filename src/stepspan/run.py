@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from stepspan.deliver.handle import Delivery
+from stepspan.deliver.delivery import Delivery
 from stepspan.events import SCHEMA, Event, plain
 from stepspan.journal.writer import SessionGone
-from stepspan.scopes import Scope, Scopes, is_failure
-from stepspan.steps import Amount, Steps
-from stepspan.tensors import LATER, Resolver, number_of, resolver_of
+from stepspan.recording.deferred import LATER, Resolver, number_of, resolver_of
+from stepspan.recording.scopes import Scope, Scopes, is_failure
+from stepspan.recording.steps import Amount, Steps
 from stepspan.values import describe, mapping_of, text
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Run:
         """One point per key at this instant.
 
         `metrics`: key -> number (int, float, bool, or anything with `__float__`), or an array or tensor of one element
-        of numpy, torch or JAX. One that a GPU still computes is not waited for: `stepspan.tensors`.
+        of numpy, torch or JAX. One that a GPU still computes is not waited for: `stepspan.recording.deferred`.
         `step`: the current step's number unless given. `split`: the current step's split unless given, else "train";
         a leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
         """

@@ -18,7 +18,7 @@ from stepspan.run import Run
 
 if TYPE_CHECKING:
     from stepspan.config import Settings
-    from stepspan.deliver.handle import Delivery
+    from stepspan.deliver.delivery import Delivery
     from stepspan.exporters.jsonl import JsonlExporter
     from stepspan.identity import Identity
     from stepspan.processors import Processor
@@ -151,7 +151,7 @@ def _assemble(
     )
     teller.run = run
     if settings.stall_after:
-        from stepspan.stall import StallWatch
+        from stepspan.recording.stall import StallWatch
 
         run.companions.append(StallWatch(run, settings.stall_after))
     if settings.samplers:
@@ -218,7 +218,7 @@ def _delivery(
     boot_id: str,
     tell: Any,
 ) -> Delivery:
-    from stepspan.deliver.handle import Delivery, ProcessDelivery, ThreadDelivery
+    from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
 
     if settings.delivery == "off" or not followers:
         return Delivery()

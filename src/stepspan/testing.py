@@ -40,8 +40,8 @@ from stepspan.journal.layout import SessionPath, find_sessions
 from stepspan.journal.liveness import Closed, read_closed
 from stepspan.journal.reader import JournalReader, last_event
 from stepspan.journal.writer import Limits
-from stepspan.otlp.mapping import mapper
-from stepspan.otlp.records import Log, Point, Record, Signal, Span
+from stepspan.mapping.mapper import mapper
+from stepspan.mapping.records import Log, Point, Record, Signal, Span
 from stepspan.run import Run
 from stepspan.start import start_run
 

@@ -19,8 +19,8 @@ from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.identity import host_facts, resolve, resource_attributes
 from stepspan.journal.layout import sessions_of_rank
 from stepspan.journal.writer import JournalWriter, Limits
+from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.otlp.endpoint import Endpoint
-from stepspan.otlp.records import SIGNALS, Signal
 from stepspan.otlp.transport import Verdict, open_transport
 from stepspan.processors import build
 from stepspan.samplers import sampled_by

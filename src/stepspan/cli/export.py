@@ -14,14 +14,14 @@ from typing import BinaryIO
 
 from stepspan.cli.sync import Progress
 from stepspan.deliver.deliverer import Deliverer, caught_up, prepare_process
-from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.deliver.process import on_signal
+from stepspan.deliver.task import Options
 from stepspan.errors import ConfigError
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
+from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.json import encode
-from stepspan.otlp.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.processors import Processor
 

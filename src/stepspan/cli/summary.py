@@ -20,8 +20,8 @@ from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import DEAD_AFTER, Closed, is_dead, quiet_for, read_closed
 from stepspan.journal.reader import JournalReader
-from stepspan.otlp.mapping.names import SPLITS
-from stepspan.otlp.mapping.values import MALFORMED, number
+from stepspan.mapping.names import SPLITS
+from stepspan.mapping.values import MALFORMED, number
 
 BATCH = 4 << 20
 SECOND = 1_000_000_000

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, TextIO
 from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
 from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up, prepare_process
-from stepspan.deliver.lane import Options
 from stepspan.deliver.ledgers import cursors, session_ledger
 from stepspan.deliver.process import Lock, on_signal
+from stepspan.deliver.task import Options
 from stepspan.errors import ConfigError, JournalError
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts

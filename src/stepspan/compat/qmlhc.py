@@ -20,8 +20,8 @@ from stepspan.compat.lines import Lines
 from stepspan.events import Event
 
 if TYPE_CHECKING:
+    from stepspan.recording.scopes import Scope
     from stepspan.run import Run
-    from stepspan.scopes import Scope
 
 FLUSH_SECONDS = 5.0
 MICROSECOND = 1_000

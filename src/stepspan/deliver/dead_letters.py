@@ -20,8 +20,8 @@ import orjson
 
 from stepspan.journal.cursor import Cursor, cursor_name
 from stepspan.journal.layout import open_directory, open_file, read_file
+from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp import json as otlp_json
-from stepspan.otlp.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.transport import Verdict
 
 if TYPE_CHECKING:

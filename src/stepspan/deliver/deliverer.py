@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stepspan.deliver.health import TIMEOUT, Health
-from stepspan.deliver.lane import Options
-from stepspan.deliver.shipper import Shipper
+from stepspan.deliver.scheduler import Shipper
+from stepspan.deliver.task import Options
 from stepspan.exporters import Exporter
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import SessionPath

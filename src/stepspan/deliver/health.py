@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from stepspan.events import Event
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, segment_name
-from stepspan.otlp.records import Attributes, Point, Series, Signal, Sum
+from stepspan.mapping.records import Attributes, Point, Series, Signal, Sum
 from stepspan.otlp.transport import Verdict
 
 if TYPE_CHECKING:
-    from stepspan.deliver.lane import Lane, Options
-    from stepspan.deliver.shipper import Shipper
+    from stepspan.deliver.scheduler import Shipper
+    from stepspan.deliver.task import Lane, Options
     from stepspan.exporters.otlp import OtlpExporter
 
 log = logging.getLogger("stepspan.deliver")

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from stepspan.otlp.records import Record
+from stepspan.mapping.records import Record
 from stepspan.otlp.transport import Outcome, Verdict
 
 ROW = 16

@@ -12,7 +12,7 @@ from stepspan.journal.cursor import CursorState, read_cursor
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import read_closed
 from stepspan.journal.reader import JournalReader, last_event
-from stepspan.otlp.records import SIGNALS
+from stepspan.mapping.records import SIGNALS
 
 
 def cursors(home: Path) -> dict[str, dict[str, CursorState]]:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.deliver.deliverer import Deliverer, prepare_process, run_is_over
-from stepspan.deliver.handle import PLACE
-from stepspan.deliver.lane import Options
+from stepspan.deliver.delivery import PLACE
+from stepspan.deliver.task import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, open_directory, open_file, slug
 from stepspan.processors import build

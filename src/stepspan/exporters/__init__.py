@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from stepspan.otlp.records import Attributes, Record, Signal
+    from stepspan.mapping.records import Attributes, Record, Signal
     from stepspan.otlp.transport import Outcome
     from stepspan.processors import Processor
 

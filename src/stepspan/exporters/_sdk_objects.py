@@ -22,9 +22,9 @@ from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
 from stepspan import __version__
-from stepspan.exporters._sdk_foreign import log_record, readable_span, scope_metrics
-from stepspan.otlp.points import Column
-from stepspan.otlp.records import Attributes, Exemplar, Foreign, Histogram, Log, Point, Span, Sum
+from stepspan.exporters._sdk_records import log_record, readable_span, scope_metrics
+from stepspan.mapping.columns import Column
+from stepspan.mapping.records import Attributes, Exemplar, Foreign, Histogram, Log, Point, Span, Sum
 from stepspan.otlp.rules import (
     INT64_MAX,
     INT64_MIN,

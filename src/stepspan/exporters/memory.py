@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stepspan.otlp.records import SIGNALS, Attributes, Record, Signal
+from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.processors import Processor
 

@@ -9,8 +9,8 @@ from copy import copy
 from dataclasses import replace
 from typing import Any
 
+from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.endpoint import destination_name, resolve_endpoints
-from stepspan.otlp.records import Attributes, Record, Signal
 from stepspan.otlp.transport import Outcome, Transport, Verdict, open_transport
 from stepspan.processors import Processor
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepspan.errors import ConfigError
-from stepspan.otlp.records import Attributes, Record, Signal
+from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.transport import Outcome, Verdict, uninstrumented
 from stepspan.processors import Processor
 

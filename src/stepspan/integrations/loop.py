@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from stepspan.disabled import DISABLED
 from stepspan.errors import ConfigError
+from stepspan.recording.scopes import Scope
 from stepspan.run import Run
-from stepspan.scopes import Scope
 from stepspan.start import current_run, start_run
 
 LEVELS = ("epoch", "phase", "step", "part")

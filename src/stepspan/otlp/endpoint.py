@@ -29,7 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stepspan.errors import ConfigError
-from stepspan.otlp.records import SIGNALS, Signal
+from stepspan.mapping.records import SIGNALS, Signal
 
 Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)

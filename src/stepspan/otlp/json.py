@@ -19,8 +19,8 @@ from typing import Any, cast
 import orjson
 
 from stepspan import __version__
-from stepspan.otlp.points import Column
-from stepspan.otlp.records import (
+from stepspan.mapping.columns import Column
+from stepspan.mapping.records import (
     Attributes,
     Exemplar,
     Foreign,
@@ -77,7 +77,7 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
     if ours or not foreign:
         scopes.append({"scope": {"name": SCOPE_NAME, "version": __version__}, records_field: ours})
     if foreign:
-        from stepspan.otlp.foreign import scopes_of
+        from stepspan.otlp.sdk_records import scopes_of
 
         scopes += scopes_of(signal, foreign)
     return _dumps({resource_field: [{"resource": {"attributes": attributes_json(resource)}, scope_field: scopes}]})

@@ -1,7 +1,7 @@
 """Neutral records -> the bytes of one Export*ServiceRequest in protobuf, for OTLP over HTTP and gRPC.
 
 Written straight to the wire (`stepspan.otlp.wire`), without message objects: building messages costs several times as
-much as the rest of delivery. What an OpenTelemetry SDK handed over is converted by `stepspan.otlp.foreign`.
+much as the rest of delivery. What an OpenTelemetry SDK handed over is converted by `stepspan.otlp.sdk_records`.
 Field numbers are those of opentelemetry-proto 1.x; tests/test_encoders.py parses what this writes with
 the official messages and holds it equal to the official encoder. Every NaN leaves as `rules.NAN`.
 """
@@ -17,8 +17,8 @@ from operator import eq
 from typing import Any, NamedTuple, cast
 
 from stepspan import __version__
-from stepspan.otlp.points import Column
-from stepspan.otlp.records import (
+from stepspan.mapping.columns import Column
+from stepspan.mapping.records import (
     Attributes,
     AttributeValue,
     Exemplar,
@@ -92,7 +92,7 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
         scope = text(b"\x0a", SCOPE_NAME) + text(b"\x12", __version__)
         scopes.append(field(b"\x12", field(b"\x0a", scope) + b"".join(ours)))
     if foreign:
-        from stepspan.otlp.foreign import encode_scopes
+        from stepspan.otlp.sdk_records import encode_scopes
 
         scopes += [field(b"\x12", encoded) for encoded in encode_scopes(signal, foreign)]
     # Resource*, Scope* and their records have the same numbers in all three signals.
@@ -101,7 +101,7 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
 
 def from_json(signal: Signal, request: bytes) -> bytes:
     """The request body of an OTLP JSON one, as `stepspan.otlp.json` writes it. ValueError where it is none."""
-    from stepspan.otlp.foreign import SHAPES, to_wire
+    from stepspan.otlp.sdk_records import SHAPES, to_wire
 
     tree, shape = json.loads(request), SHAPES[signal]
     entries = tree.get(shape.resources) if isinstance(tree, dict) else None

@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
-from stepspan.otlp.points import Column, Points, merged
-from stepspan.otlp.records import Foreign, Point, Record, Series, Source
+from stepspan.mapping.columns import Column, Points, merged
+from stepspan.mapping.records import Foreign, Point, Record, Series, Source
 
 SCOPE_NAME = "stepspan"
 

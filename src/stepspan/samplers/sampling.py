@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from stepspan.run import Run
 
 Value: TypeAlias = "tuple[str, float] | tuple[str, float, Mapping[str, str | int]]"
-"""A metric's name, its value and its attributes: `stepspan.otlp.mapping.samples` holds units and kinds."""
+"""A metric's name, its value and its attributes: `stepspan.mapping.samples` holds units and kinds."""
 Quantity: TypeAlias = Callable[[float], Iterable[Value]]
 """The values at a time of the sampler's clock (s)."""
 Emit: TypeAlias = Callable[[Event], None]

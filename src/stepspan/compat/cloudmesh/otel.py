@@ -19,8 +19,8 @@ from stepspan.errors import ConfigError
 from stepspan.start import current_run, start_run
 
 if TYPE_CHECKING:
+    from stepspan.recording.scopes import Scope
     from stepspan.run import Run
-    from stepspan.scopes import Scope
 
 PARAMETERS = frozenset({"self", "name", "status", "collective"})
 """Names that a run's methods have for something else: as attributes they are called `telemetry.<name>`."""

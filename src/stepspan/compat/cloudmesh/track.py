@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from stepspan.compat.cloudmesh.writing import Emitted
 from stepspan.events import plain
-from stepspan.scopes import is_failure
+from stepspan.recording.scopes import is_failure
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -8,7 +8,7 @@ from sys import modules
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.integrations.torch.times import NOT_YET, DeviceTimer, HostTimer, Timer
-from stepspan.scopes import Scope
+from stepspan.recording.scopes import Scope
 
 if TYPE_CHECKING:
     from stepspan.run import Run

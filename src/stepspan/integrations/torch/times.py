@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.events import Event
 from stepspan.integrations.torch.captures import leave_captures_alone
-from stepspan.scopes import Scope
-from stepspan.tensors import resolver_of
+from stepspan.recording.deferred import resolver_of
+from stepspan.recording.scopes import Scope
 
 if TYPE_CHECKING:
     from types import TracebackType

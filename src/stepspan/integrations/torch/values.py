@@ -8,7 +8,7 @@ from sys import modules
 from typing import Any, cast
 
 from stepspan.integrations.torch.captures import leave_captures_alone
-from stepspan.tensors import Copying, whole
+from stepspan.recording.deferred import Copying, whole
 
 ROWS, NUMBERS = 2048, 16
 """Of the pinned memory for copies from one device: 256 KiB."""

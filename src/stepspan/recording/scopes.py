@@ -17,7 +17,7 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.events import Event, plain
-from stepspan.otlp import ids
+from stepspan.mapping import ids
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -318,7 +318,7 @@ class Scopes:
 
     def _attach(self, scope: Scope) -> None:
         if self._propagation is None:
-            from stepspan import propagation
+            from stepspan.recording import propagation
 
             self._propagation = propagation
         if self._propagate or not self._propagation.foreign_provider():

@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any, TypeAlias
 
 from stepspan.events import Event
-from stepspan.otlp.mapping.open_scopes import step_trace_id
+from stepspan.mapping.open_scopes import step_trace_id
 
 WINDOW = 10_000_000_000  # ns
 KEPT = 100  # a window

@@ -18,9 +18,9 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from stepspan.otlp.foreign import scopes_of
-from stepspan.otlp.records import Foreign, Source
+from stepspan.mapping.records import Foreign, Source
 from stepspan.otlp.rules import NAN, POINTS, SAMPLED
+from stepspan.otlp.sdk_records import scopes_of
 
 _Json: TypeAlias = Mapping[str, Any]
 

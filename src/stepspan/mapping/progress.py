@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.otlp.mapping.values import number
+from stepspan.mapping.values import number
 
 SECOND = 1_000_000_000
 SMOOTH = 0.7

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from stepspan.events import Event
-from stepspan.otlp.mapping.values import flat, number
-from stepspan.otlp.records import Attributes
+from stepspan.mapping.records import Attributes
+from stepspan.mapping.values import flat, number
 
 METRICS: Mapping[str, tuple[str, Literal["gauge", "sum"]]] = {
     "system.cpu.utilization": ("1", "gauge"),

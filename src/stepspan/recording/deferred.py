@@ -228,7 +228,7 @@ class Resolver:
     """A companion of a run: writes what is late as soon as it is known, in the order in which it came."""
 
     def __init__(self, run: Run) -> None:
-        from stepspan.otlp.mapping.names import metric_name  # which loads all of the mapping
+        from stepspan.mapping.names import metric_name  # which loads all of the mapping
 
         self._run = run
         self._name = metric_name

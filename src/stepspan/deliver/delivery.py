@@ -236,7 +236,7 @@ class ThreadDelivery(Delivery):
         """Start the threads, once."""
         if self._deliverer is None:
             from stepspan.deliver.deliverer import Deliverer
-            from stepspan.deliver.lane import Options
+            from stepspan.deliver.task import Options
 
             options = Options(boot_id=self._boot_id, batch=self.BATCH)
             self._deliverer = Deliverer(self._exporters, self._sessions, options, pace=self._pace)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.otlp.mapping.gathering import Gathering
-from stepspan.otlp.mapping.values import number
-from stepspan.otlp.records import Series
+from stepspan.mapping.point_buffer import Gathering
+from stepspan.mapping.records import Series
+from stepspan.mapping.values import number
 
 MILLISECOND = 1_000_000
 MOST_SPANS = 10_000

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any
 
-from stepspan.otlp.records import Scalar
+from stepspan.mapping.records import Scalar
 
 log = logging.getLogger("stepspan.mapping")
 

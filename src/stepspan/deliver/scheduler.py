@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stepspan.deliver.health import Book
-from stepspan.deliver.lane import Lane, Options
+from stepspan.deliver.task import Lane, Options
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
 from stepspan.journal.layout import SessionPath
-from stepspan.otlp.records import Signal
+from stepspan.mapping.records import Signal
 
 log = logging.getLogger("stepspan.deliver")
 

@@ -8,15 +8,15 @@ from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp.mapping.durations import Durations
-from stepspan.otlp.mapping.foreign import ForeignRecords
-from stepspan.otlp.mapping.gathering import Gathering, Table
-from stepspan.otlp.mapping.late import Late
-from stepspan.otlp.mapping.names import metric_name
-from stepspan.otlp.mapping.progress import Progress
-from stepspan.otlp.mapping.samples import sampled
-from stepspan.otlp.mapping.values import MALFORMED, number, short, tell_unmappable
-from stepspan.otlp.records import Attributes, Record, Series, Sum
+from stepspan.mapping.deferred import Late
+from stepspan.mapping.durations import Durations
+from stepspan.mapping.names import metric_name
+from stepspan.mapping.point_buffer import Gathering, Table
+from stepspan.mapping.progress import Progress
+from stepspan.mapping.records import Attributes, Record, Series, Sum
+from stepspan.mapping.samples import sampled
+from stepspan.mapping.sdk_records import ForeignRecords
+from stepspan.mapping.values import MALFORMED, number, short, tell_unmappable
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000

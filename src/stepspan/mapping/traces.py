@@ -7,11 +7,11 @@ from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp.mapping.foreign import ForeignRecords
-from stepspan.otlp.mapping.open_scopes import OpenScopes
-from stepspan.otlp.mapping.thinning import Thinning
-from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
-from stepspan.otlp.records import Attributes, Foreign, Link, Record, Span, SpanEvent
+from stepspan.mapping.open_scopes import OpenScopes
+from stepspan.mapping.records import Attributes, Foreign, Link, Record, Span, SpanEvent
+from stepspan.mapping.sdk_records import ForeignRecords
+from stepspan.mapping.thinning import Thinning
+from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
 
 SECOND = 1_000_000_000
 MOST_EVENTS = 128  # of a span, as the SDK's default

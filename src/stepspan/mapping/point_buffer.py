@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from stepspan.otlp.mapping.values import number
-from stepspan.otlp.points import Column, Points
-from stepspan.otlp.records import Foreign, Point, Record, Series
+from stepspan.mapping.columns import Column, Points
+from stepspan.mapping.records import Foreign, Point, Record, Series
+from stepspan.mapping.values import number
 
 FLOAT, INT = {float}, {int}
 

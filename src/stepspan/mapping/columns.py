@@ -10,7 +10,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from stepspan.otlp.records import Foreign, Point, Series
+from stepspan.mapping.records import Foreign, Point, Series
 
 Column: TypeAlias = tuple[Series, Sequence[int], Sequence[Any]]
 """Points of one series in time order: their times (Unix ns) and their values."""

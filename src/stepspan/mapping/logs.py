@@ -9,10 +9,10 @@ import orjson
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp.mapping.foreign import ForeignRecords
-from stepspan.otlp.mapping.open_scopes import OpenScopes
-from stepspan.otlp.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
-from stepspan.otlp.records import Foreign, Log, Record
+from stepspan.mapping.open_scopes import OpenScopes
+from stepspan.mapping.records import Foreign, Log, Record
+from stepspan.mapping.sdk_records import ForeignRecords
+from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
 
 TRACE, DEBUG, INFO, WARN, ERROR, FATAL = 1, 5, 9, 13, 17, 21
 SEVERITIES = {"trace": TRACE, "debug": DEBUG, "info": INFO, "warning": WARN, "error": ERROR, "critical": FATAL}

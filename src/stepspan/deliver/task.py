@@ -29,8 +29,8 @@ from stepspan.journal.cursor import Cursor, CursorState, Ledger, Position, curso
 from stepspan.journal.layout import SessionPath, open_directory, open_file, read_file, segment_name, writable_by_us
 from stepspan.journal.liveness import Closed, is_dead, quiet_for, read_closed, write_closed
 from stepspan.journal.reader import JournalReader, last_event
-from stepspan.otlp.mapping import VERSION, Mapper, mapper
-from stepspan.otlp.records import Point, Record, Signal
+from stepspan.mapping.mapper import VERSION, Mapper, mapper
+from stepspan.mapping.records import Point, Record, Signal
 from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.processors import specs
 

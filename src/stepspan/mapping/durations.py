@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.otlp import ids
-from stepspan.otlp.mapping import histogram
-from stepspan.otlp.mapping.open_scopes import step_trace_id
-from stepspan.otlp.mapping.thinning import Step, Thinning
-from stepspan.otlp.records import Exemplar, Histogram
+from stepspan.mapping import histogram, ids
+from stepspan.mapping.open_scopes import step_trace_id
+from stepspan.mapping.records import Exemplar, Histogram
+from stepspan.mapping.thinning import Step, Thinning
 
 TOGETHER = 4096
 

@@ -22,8 +22,8 @@ from stepspan.events import Event
 from stepspan.journal.writer import asleep
 
 if TYPE_CHECKING:
+    from stepspan.recording.scopes import Scope
     from stepspan.run import Run
-    from stepspan.scopes import Scope
 
 PATIENCE = 6
 LONG_SPANS = frozenset(

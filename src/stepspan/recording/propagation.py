@@ -14,7 +14,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from opentelemetry.trace.propagation import _SPAN_KEY
 
 if TYPE_CHECKING:
-    from stepspan.scopes import Scope
+    from stepspan.recording.scopes import Scope
 
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 

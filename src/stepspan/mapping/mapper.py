@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.otlp.mapping.logs import LogMapper
-from stepspan.otlp.mapping.metrics import MetricMapper
-from stepspan.otlp.mapping.traces import TraceMapper
-from stepspan.otlp.records import Record, Signal
+from stepspan.mapping.logs import LogMapper
+from stepspan.mapping.metrics import MetricMapper
+from stepspan.mapping.records import Record, Signal
+from stepspan.mapping.traces import TraceMapper
 
 VERSION = 1
 """Of the mapping: state kept by another version is rebuilt from the journal."""

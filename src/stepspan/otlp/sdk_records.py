@@ -23,7 +23,7 @@ from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 
-from stepspan.otlp.records import Foreign, Signal, Source
+from stepspan.mapping.records import Foreign, Signal, Source
 from stepspan.otlp.rules import NAN, POINTS, utf8
 from stepspan.otlp.wire import field, varint, zigzag
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import ceil, log2
 from typing import Any
 
-from stepspan.otlp.records import Exemplar, Histogram
+from stepspan.mapping.records import Exemplar, Histogram
 
 SCALE = 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from stepspan.scopes import Scope, Scopes
+from stepspan.recording.scopes import Scope, Scopes
 
 T = TypeVar("T")
 

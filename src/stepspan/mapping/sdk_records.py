@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from stepspan.events import Event
-from stepspan.otlp.records import Foreign, Signal, Source
+from stepspan.mapping.records import Foreign, Signal, Source
 from stepspan.otlp.rules import POINTS
 
 MOST_SOURCES = 10_000

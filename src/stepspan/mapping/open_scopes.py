@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.otlp import ids
+from stepspan.mapping import ids
 
 MOST_OPEN = 10_000
 
