@@ -107,7 +107,7 @@ def on_a_gpu(run: Run, rounds: int) -> None:
     run.flush()
     for name in ("five scalars of the GPU", "five scalars through .item()"):
         print(f"{name}: calls of the training thread that wait: {dict(waits(training, ways[name])) or 'none'}")
-    print("lost:", {kind: count for kind, count in run.stats()["troubles"].items() if kind in {"late", "value"}} or 0)
+    print("lost:", {kind: count for kind, count in run.stats()["warnings"].items() if kind in {"late", "value"}} or 0)
 
 
 def waits(training: Training, log: Callable[[Any], None]) -> Counter[str]:

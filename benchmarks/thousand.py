@@ -73,7 +73,7 @@ class Rank:
             self._next_sample = now + PERIOD * 1_000_000_000
             for event in self._samples:
                 if event["source"] != "host" or self._local == 0:
-                    self.run.emit_beside({**event})
+                    self.run.emit_background({**event})
 
 
 def samples() -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def samples() -> list[dict[str, Any]]:
     from stepspan.samplers.host import host, process
 
     events: list[dict[str, Any]] = []
-    run: Any = SimpleNamespace(emit_beside=events.append, tell=lambda *_: None)
+    run: Any = SimpleNamespace(emit_background=events.append, warn=lambda *_: None)
     openers = {
         "host": lambda emit: host(0, emit),
         "process": lambda emit: process(0, emit),

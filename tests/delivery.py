@@ -10,8 +10,8 @@ from typing import Any
 
 from journals import NOON, ROOMY, SECOND, header, session_of
 
-from stepspan.deliver.scheduler import Shipper
-from stepspan.deliver.task import Lane, Options
+from stepspan.deliver.scheduler import Scheduler
+from stepspan.deliver.task import DeliveryTask, Options
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
@@ -151,16 +151,16 @@ def trained(directory: Path, steps: int = 40, *, every: float = 1.0, **fields: A
     return training.end()
 
 
-def deliver(session: SessionPath, exporter: Any, how: Options, signal: Signal = "metrics") -> Lane:
+def deliver(session: SessionPath, exporter: Any, how: Options, signal: Signal = "metrics") -> DeliveryTask:
     """A session's signal to its end, by lanes that don't fail; the last one, closed."""
-    lane = Lane(session, signal, exporter, how)
+    lane = DeliveryTask(session, signal, exporter, how)
     while lane.advance(1 << 62):
         pass
     lane.close()
     return lane
 
 
-def ship(shipper: Shipper, rounds: int = 100_000) -> None:
+def ship(shipper: Scheduler, rounds: int = 100_000) -> None:
     """Rounds until nothing moves: twice, for a session that was held in the first lets others pass in the second."""
     still = 0
     for _ in range(rounds):

@@ -19,7 +19,7 @@ from stepspan.events import SCHEMA, Event, decode, encode
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, segment_name, session_name
 from stepspan.journal.liveness import Closed
-from stepspan.journal.reader import Batch, JournalReader
+from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.journal.writer import Disk, JournalWriter, Limits
 
 NOON = 1_795_262_400_000_000_000  # 2026-11-21 12:00:00 UTC
@@ -117,7 +117,7 @@ def logged(events: Iterable[Event]) -> list[int]:
     return [event["metrics"]["n"] for event in events if event["tag"] == "metrics"]
 
 
-def batches(reader: JournalReader, *, size: int = 1 << 18, closed: Closed | None = None) -> Iterator[Batch]:
+def batches(reader: JournalReader, *, size: int = 1 << 18, closed: Closed | None = None) -> Iterator[EventBatch]:
     """All batches of a session, up to its end."""
     position = Position()
     while True:

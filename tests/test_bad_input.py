@@ -235,7 +235,7 @@ def test_a_value_that_is_no_number_costs_only_itself(run: Run, value: Any, warni
     for _ in range(3):
         run.log_metrics({"before": 1.0, "bad": value, "after": 2.0})
     assert [event["metrics"] for event in events(run, "metrics")] == [{"before": 1.0, "after": 2.0}] * 3
-    assert run.stats()["troubles"] == {"value": 3}
+    assert run.stats()["warnings"] == {"value": 3}
     (told,) = warnings()
     assert "metric bad=" in told
     assert len(told) < 300
@@ -244,7 +244,7 @@ def test_a_value_that_is_no_number_costs_only_itself(run: Run, value: Any, warni
 def test_a_number_written_as_an_array_of_one_is_a_number(run: Run) -> None:
     run.log_metrics({"x": np.ones(1)})
     assert [event["metrics"]["x"] for event in events(run, "metrics")] == [1.0]
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 @pytest.mark.parametrize(
@@ -282,14 +282,14 @@ def test_metrics_that_are_no_mapping_are_counted(run: Run, metrics: Any, warning
     run.log_metrics(metrics)
     run.log_metrics({"loss": 1.0})
     assert [event["metrics"] for event in events(run, "metrics")] == [{"loss": 1.0}]
-    assert run.stats()["troubles"] == {"metrics": 1}
+    assert run.stats()["warnings"] == {"metrics": 1}
     assert len(warnings()) == 1
 
 
 def test_no_metrics_are_no_event(run: Run) -> None:
     run.log_metrics({})
     assert events(run, "metrics") == []
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 # steps and epochs
@@ -320,7 +320,7 @@ def test_a_whole_number_of_any_kind_is_one(run: Run, number: Any) -> None:
     assert events(run, "epoch_begin")[0]["epoch"] == 7
     assert events(run, "step_begin")[0]["step"] == 7
     assert events(run, "metrics")[0]["step"] == 7
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 @pytest.mark.parametrize("number", NO_NUMBER)
@@ -334,7 +334,7 @@ def test_a_step_without_a_number_takes_the_next(run: Run, number: Any, warnings:
         *("run", "  step 4", "  end step"),
         *("  step 5", "train 5: x=1.0", "  end step", "end run completed"),
     ]
-    assert run.stats()["troubles"] == {"step": 1}
+    assert run.stats()["warnings"] == {"step": 1}
     (told,) = warnings()
     assert told.startswith("step=")
 
@@ -345,7 +345,7 @@ def test_an_epoch_without_a_number_takes_the_next(run: Run, number: Any) -> None
         with run.epoch(epoch):
             pass
     assert [event["epoch"] for event in events(run, "epoch_begin")] == [4, 5, 9]
-    assert run.stats()["troubles"] == {"step": 1}
+    assert run.stats()["warnings"] == {"step": 1}
 
 
 @pytest.mark.parametrize("number", [n for n in NO_NUMBER if n.id != "None"])
@@ -353,21 +353,21 @@ def test_metrics_of_no_step_are_recorded_without_one(run: Run, number: Any) -> N
     with run.step(3):
         run.log_metrics({"x": 1.0}, step=number)
     assert events(run, "metrics")[0].get("step") is None
-    assert run.stats()["troubles"] == {"step": 1}
+    assert run.stats()["warnings"] == {"step": 1}
 
 
 @pytest.mark.parametrize("number", [n for n in NO_NUMBER if n.id != "None"])
 def test_a_loop_from_no_number_counts_from_the_next(run: Run, number: Any) -> None:
     assert list(run.steps("ab", start=number)) == ["a", "b"]
     assert [event["step"] for event in events(run, "step_begin")] == [0, 1]
-    assert run.stats()["troubles"] == {"step": 1}
+    assert run.stats()["warnings"] == {"step": 1}
 
 
 @pytest.mark.parametrize("accumulate", [1.5, "2", None, Hostile(), -3], ids=lambda a: type(a).__name__)
 def test_accumulating_no_number_of_batches_takes_each(run: Run, accumulate: Any) -> None:
     assert list(run.steps("ab", accumulate=accumulate)) == ["a", "b"]
     assert len(events(run, "step_begin")) == 2
-    assert run.stats()["troubles"] == {"step": 1}
+    assert run.stats()["warnings"] == {"step": 1}
 
 
 def test_accumulating_none_is_accumulating_one(run: Run) -> None:
@@ -387,7 +387,7 @@ def test_a_split_of_any_kind_is_text(run: Run, split: Any, written: str) -> None
     assert list(run.steps("a", split=split)) == ["a"]
     found = [event["split"] for event in events(run, "step_begin", "metrics")]
     assert found == [written] * 4
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 # everything else that is told
@@ -420,14 +420,14 @@ class Slotted:
 def test_hyperparams_of_any_kind_are_recorded(run: Run, params: Any, written: dict[str, Any]) -> None:
     run.log_hyperparams(params)
     assert events(run, "hyperparams")[0]["params"] == written
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 @pytest.mark.parametrize("params", [None, 5, "lr=1", [1, 2], HostileMapping()], ids=lambda p: type(p).__name__)
 def test_hyperparams_without_names_are_counted(run: Run, params: Any, warnings: Callable[[], list[str]]) -> None:
     run.log_hyperparams(params)
     assert events(run, "hyperparams") == []
-    assert run.stats()["troubles"] == {"hyperparams": 1}
+    assert run.stats()["warnings"] == {"hyperparams": 1}
     assert len(warnings()) == 1
 
 
@@ -473,8 +473,8 @@ def test_attributes_of_any_kind_raise_nothing_and_are_recorded_or_counted(run: R
     run.close()
     spans, rare = events(run, "span_begin", "span_end"), events(run, "event", "error")
     assert len(spans) == 2
-    assert len(rare) + sum(run.stats()["troubles"].values()) >= 2
-    assert set(run.stats()["troubles"]) <= {"span", "event", "error"}
+    assert len(rare) + sum(run.stats()["warnings"].values()) >= 2
+    assert set(run.stats()["warnings"]) <= {"span", "event", "error"}
     assert len(events(run, "metrics")) == 1
 
 
@@ -487,7 +487,7 @@ def test_names_of_any_kind_are_text(run: Run, name: Any) -> None:
     found = [event["name"] for event in events(run, "span_begin", "event", "artifact")]
     assert len(found) == 3
     assert all(isinstance(each, str) for each in found)
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 @pytest.mark.parametrize("path", [5.5, None, Hostile()], ids=lambda p: type(p).__name__)
@@ -495,7 +495,7 @@ def test_an_artifact_without_a_path_is_counted(run: Run, path: Any, warnings: Ca
     run.log_artifact("weights", path)
     run.log_artifact("weights", b"raw/\xff")  # type: ignore[arg-type]
     assert [event["name"] for event in events(run, "artifact")] == ["weights"]
-    assert run.stats()["troubles"] == {"artifact": 1}
+    assert run.stats()["warnings"] == {"artifact": 1}
     assert len(warnings()) == 1
 
 
@@ -505,14 +505,14 @@ def test_an_artifact_without_a_path_is_counted(run: Run, path: Any, warnings: Ca
 def test_an_error_that_is_no_exception_is_recorded(run: Run, error: Any) -> None:
     run.log_error(error)
     assert len(events(run, "error")) == 1
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_a_status_of_any_kind_closes(start: Start) -> None:
     run = start()
     run.close(Hostile())  # type: ignore[arg-type]
     assert outline(run)[-1] == "end run <Hostile: RuntimeError in __str__>"
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_attributes_may_have_the_names_of_parameters(start: Start) -> None:
@@ -521,4 +521,4 @@ def test_attributes_may_have_the_names_of_parameters(start: Start) -> None:
     run.log_error(ValueError("no"), error="mine")
     with run.span("span", name="mine"):
         pass
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}

@@ -309,7 +309,7 @@ def test_only_what_is_a_number_becomes_a_metric():
     with recorded_run() as recording:
         RunCallback(recording.run).on_step_end(4, context)
         RunCallback(recording.run).on_step_end(5, None)
-        assert recording.run.stats()["troubles"] == {}
+        assert recording.run.stats()["warnings"] == {}
     (event,) = recording.events("metrics")
     assert event["metrics"] == {"a": 1.0, "b": 0.5, "c": 2.0, "nan": "NaN"}
     assert event["step"] == 4

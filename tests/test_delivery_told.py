@@ -15,7 +15,7 @@ from receiver import CERTIFICATE, Answer, ScriptedReceiver
 from runs import python, start
 
 import stepspan
-from stepspan.deliver import handle, process
+from stepspan.deliver import delivery, process
 from stepspan.deliver.delivery import ProcessDelivery
 from stepspan.deliver.ledgers import cursors
 from stepspan.errors import ConfigError
@@ -42,12 +42,12 @@ class Host:
         self._session = directory / "session"
         (self._session / "cursors").mkdir(parents=True)
         clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now, sleep=lambda _: None)
-        monkeypatch.setattr(handle, "time", clock)
+        monkeypatch.setattr(delivery, "time", clock)
         monkeypatch.setattr(process, "start", self._start)
         monkeypatch.setattr(ProcessDelivery, "check", 5.0)
         self.delivery = ProcessDelivery(
             directory, "node", [OtlpExporter(ENDPOINT, env={}, destination="there")],
-            first=True, health=False, tell=lambda *told: self.told.append(told), session=lambda: self._session,
+            first=True, health=False, warn=lambda *told: self.told.append(told), session=lambda: self._session,
         )  # fmt: skip
 
     def watch(self, seconds: float) -> None:
@@ -207,7 +207,7 @@ def test_certificates_are_found_by_whatever_variable_names_them(
         "HOME": "home",
     }
     here = os.getcwd()
-    assert handle.settled(given) == {
+    assert delivery.settled(given) == {
         **given,
         "OTEL_EXPORTER_OTLP_LOGS_CLIENT_KEY": f"{here}/key.pem",
         "SSL_CERT_DIR": f"{here}/a:/b",

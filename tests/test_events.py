@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepspan.errors import Damaged
-from stepspan.events import DEEPEST, NONFINITE, Event, decode, encode, number_text, plain
+from stepspan.events import NONFINITE, Event, decode, encode
+from stepspan.values import MAX_DEPTH, json_number, json_value
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 json_values = st.recursive(
@@ -46,7 +47,7 @@ def test_what_json_can_say_comes_back_as_it_was(value: Any) -> None:
 
 @given(st.floats())
 def test_a_metric_keeps_its_bits(value: float) -> None:
-    stored = decode(encode(event(metrics={"loss": number_text(value)}))[:-1])["metrics"]["loss"]
+    stored = decode(encode(event(metrics={"loss": json_number(value)}))[:-1])["metrics"]["loss"]
     back = NONFINITE[stored] if isinstance(stored, str) else stored
     assert (math.isnan(value) and math.isnan(back)) or (
         value == back and math.copysign(1, value) == math.copysign(1, back)
@@ -141,14 +142,14 @@ class Tensorlike:
     ],
 )
 def test_plain_takes_anything(value: Any, expected: Any) -> None:
-    assert plain(value) == expected
-    assert type(plain(value)) is type(expected)
-    assert orjson.loads(orjson.dumps(plain(value))) == expected
+    assert json_value(value) == expected
+    assert type(json_value(value)) is type(expected)
+    assert orjson.loads(orjson.dumps(json_value(value))) == expected
 
 
 @pytest.mark.parametrize("value", [object(), 2**70, "\ud800", Rude(), {Rude(): {1: 2}}, {1, 2}])
 def test_a_line_is_made_of_anything(value: Any) -> None:
-    assert decode(encode(event(params={"x": value}))[:-1])["params"] == plain({"x": value})
+    assert decode(encode(event(params={"x": value}))[:-1])["params"] == json_value({"x": value})
 
 
 def nest(levels: int) -> Any:
@@ -158,24 +159,24 @@ def nest(levels: int) -> Any:
     return value
 
 
-@pytest.mark.parametrize("levels", [1, DEEPEST - 1, DEEPEST, DEEPEST + 1, 250, 300, 900, 5000])
+@pytest.mark.parametrize("levels", [1, MAX_DEPTH - 1, MAX_DEPTH + 1, 250, 300, 900, 5000])
 def test_deep_nesting_ends_as_text(levels: int) -> None:
-    found = decode(encode(event(params=plain(nest(levels))))[:-1])["params"]
+    found = decode(encode(event(params=json_value(nest(levels))))[:-1])["params"]
     depth = 0
     while not isinstance(found, str):
         found = found["in"] if isinstance(found, dict) else found[0]
         depth += 1
-    assert depth == min(levels, DEEPEST)
+    assert depth == min(levels, MAX_DEPTH)
 
 
 def test_nesting_too_deep_for_the_encoder_is_no_error() -> None:
-    assert decode(encode(event(params=nest(300)))[:-1])["params"] == plain({"params": nest(300)})["params"]
+    assert decode(encode(event(params=nest(300)))[:-1])["params"] == json_value({"params": nest(300)})["params"]
 
 
 def test_what_contains_itself_twice_ends() -> None:
     loop: list[Any] = []
     loop += [loop, loop]
-    assert plain(loop) == [str(loop), str(loop)]
+    assert json_value(loop) == [str(loop), str(loop)]
 
 
 def test_a_huge_value_is_one_line() -> None:

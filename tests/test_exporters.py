@@ -237,9 +237,9 @@ def test_a_failure_of_an_sdk_exporter_is_retried_then_held_and_never_rejected(tm
     outcome = exporter.export("metrics", {}, [])
     assert outcome.verdict is Verdict.RETRY_THEN_HOLD
     assert "KeepingMetrics answered" in outcome.message
-    from stepspan.deliver.task import Lane
+    from stepspan.deliver.task import DeliveryTask
 
-    lane = Lane(session, "metrics", exporter, options())
+    lane = DeliveryTask(session, "metrics", exporter, options())
     for _ in range(5):
         lane.advance(1 << 62)
     assert lane.held

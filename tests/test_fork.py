@@ -161,7 +161,7 @@ def test_a_pool_of_data_workers(start: Callable[..., Run], tmp_path: Path) -> No
                 with run.epoch(epoch):
                     for batch in run.steps(Loader()):
                         run.log_metrics({"batch": batch})
-        assert run.stats()["troubles"] == {}
+        assert run.stats()["warnings"] == {}
         """,
     )
     workers = {name: path for name, path in found.items() if name != "0"}
@@ -256,7 +256,7 @@ def test_forking_while_other_threads_log_hangs_nobody(start: Callable[..., Run],
         stop.set()
         for thread in threads:
             thread.join()
-        assert run.stats()["troubles"] == {}
+        assert run.stats()["warnings"] == {}
         """,
     )
     assert set(found) == {"0", *(f"0-worker{n}" for n in range(1, 21))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stepspan.mapping.columns import Points
-from stepspan.mapping.point_buffer import Gathering, Table
+from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.records import Series
 from stepspan.otlp import json, protobuf
 from stepspan.otlp.rules import by_metric
@@ -22,14 +22,14 @@ def by_series(records: object) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def lay(gathering: Gathering, table: Table, *rows: tuple) -> None:
+def lay(gathering: PointBuffer, table: Table, *rows: tuple) -> None:
     for ts, *row in rows:
         gathering.next_millisecond()
         gathering.lay("metrics", table, ts, row)
 
 
 def test_rows_leave_as_columns_that_share_their_times():
-    gathering = Gathering()
+    gathering = PointBuffer()
     lay(gathering, Table([A, B]), (1, 0.5, 2), (2, 0.25, 3))
     points = gathering.take()
     assert points.columns == [(A, [1, 2], (0.5, 0.25)), (B, [1, 2], [2.0, 3.0])]
@@ -41,13 +41,13 @@ def test_rows_leave_as_columns_that_share_their_times():
 
 @pytest.mark.parametrize("value", ["1e", None, {}, []])
 def test_what_is_no_number_costs_its_point_alone(value):
-    gathering = Gathering()
+    gathering = PointBuffer()
     lay(gathering, Table([A, B]), (1, 0.5, value), (2, "NaN", 3))
     assert str(by_series(gathering.take())) == "{'a': [(1, 0.5), (2, nan)], 'b': [(2, 3.0)]}"
 
 
 def test_a_column_of_nothing_is_none():
-    gathering = Gathering()
+    gathering = PointBuffer()
     lay(gathering, Table([A, B]), (1, 0.5, None))
     assert by_series(gathering.take()) == {"a": [(1, 0.5)]}
 
@@ -97,7 +97,7 @@ AB, BC = Table([A, B]), Table([B, C])
     ],
 )
 def test_within_a_millisecond_the_last_point_of_a_series_remains(calls, expected, filtered):
-    gathering = Gathering()
+    gathering = PointBuffer()
     for call, *given in calls:
         if call == "lay":
             gathering.lay("metrics", *given)
@@ -108,7 +108,7 @@ def test_within_a_millisecond_the_last_point_of_a_series_remains(calls, expected
 
 
 def test_a_series_with_columns_and_single_points_leaves_in_time_order():
-    gathering = Gathering()
+    gathering = PointBuffer()
     lay(gathering, AB, (1, 1.0, 1.0))
     gathering.next_millisecond()
     gathering.put(B, 2, 2.0)
@@ -123,7 +123,7 @@ def test_a_series_with_columns_and_single_points_leaves_in_time_order():
 @pytest.mark.parametrize("encode", [json.encode, protobuf.encode], ids=["json", "protobuf"])
 @pytest.mark.parametrize("value", [0.5, "NaN", "-Infinity"])
 def test_encoders_write_columns_as_they_write_points(encode, value):
-    gathering = Gathering()
+    gathering = PointBuffer()
     lay(gathering, AB, (1, 1.0, value), (2, 2.0, 5))
     points = gathering.take()
     assert encode("metrics", {}, points) == encode("metrics", {}, list(points))

@@ -24,8 +24,8 @@ from stepspan.deliver import health as healths
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.health import Health
 from stepspan.deliver.ledgers import cursors
-from stepspan.deliver.scheduler import Shipper
-from stepspan.deliver.task import Lane, Options
+from stepspan.deliver.scheduler import Scheduler
+from stepspan.deliver.task import DeliveryTask, Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.journal.writer import Limits
@@ -47,7 +47,7 @@ class Telling:
         self.options = options(self.time, **fields)
         self.there = Scripted(answers, signals=signals)
         find = lambda: find_sessions(directory)  # noqa: E731
-        self.shippers = [Shipper(signal, self.there, find, self.options) for signal in signals]
+        self.shippers = [Scheduler(signal, self.there, find, self.options) for signal in signals]
         exporter = OtlpExporter(receiver.url if receiver else NOWHERE, destination="there", env={})
         self.health = Health(exporter, self.shippers, "node-1", self.options)
 
@@ -257,7 +257,7 @@ def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_p
         says = telling.says()
         assert says["delivery.held"] == {("job", "metrics"): 1.0}
         assert says["delivery.lag"]["job", "metrics"] == pytest.approx(3600, abs=1)
-        assert telling.health.tell()
+        assert telling.health.warn_once()
         (request,) = receiver.health
     assert {p.name for p in points(request)} == {f"stepspan.{name}" for name in says}
 
@@ -285,12 +285,12 @@ def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path):
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver)
         telling.ship()
-        assert [telling.health.tell() for _ in range(3)] == [True, True, True]
+        assert [telling.health.warn_once() for _ in range(3)] == [True, True, True]
         training.end()
         telling.time.skip(1)
         telling.ship()
         assert not telling.shippers[0].lanes
-        assert [telling.health.tell() for _ in range(3)] == [True, False, False]
+        assert [telling.health.warn_once() for _ in range(3)] == [True, False, False]
         assert len(receiver.health) == 4
         last = {p.attributes: p.number for p in points(receiver.health[-1]) if p.name.endswith("records")}
         assert sum(last.values()) == len(telling.there.taken)
@@ -302,7 +302,7 @@ def test_a_job_that_was_finished_before_is_passed_over(tmp_path):
     with ScriptedReceiver() as receiver:
         later = Telling(tmp_path, receiver)
         later.ship()
-        assert not later.health.tell()
+        assert not later.health.warn_once()
         assert receiver.health == []
 
 
@@ -310,9 +310,9 @@ def test_nothing_is_told_before_all_sessions_are_counted(tmp_path):
     Training(tmp_path)
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver)
-        assert not telling.health.tell(), "a sum that began too small would look like a reset"
+        assert not telling.health.warn_once(), "a sum that began too small would look like a reset"
         telling.ship()
-        assert telling.health.tell()
+        assert telling.health.warn_once()
 
 
 def test_a_receiver_that_is_away_is_not_asked(tmp_path):
@@ -320,13 +320,13 @@ def test_a_receiver_that_is_away_is_not_asked(tmp_path):
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver, answers=[AWAY] * 2)
         telling.ship(rounds=1)
-        assert not telling.health.tell()
+        assert not telling.health.warn_once()
         assert receiver.connections == 0
         telling.time.skip(100)
         telling.ship(rounds=1)
         telling.time.skip(100)
         telling.ship()
-        assert telling.health.tell()
+        assert telling.health.warn_once()
 
 
 def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path):
@@ -336,7 +336,7 @@ def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path):
     sent = []
     telling.health._exporter.export = lambda *request: sent.append(request) or AWAY
     for _ in range(12):
-        assert not telling.health.tell()
+        assert not telling.health.warn_once()
         telling.time.skip(healths.EVERY)
     assert len(sent) == 2
 
@@ -524,7 +524,7 @@ def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path):
     telling = Telling(tmp_path)
     session = Training(tmp_path)
     session.steps(3)
-    lane = Lane(session.path, "metrics", telling.there, telling.options)
+    lane = DeliveryTask(session.path, "metrics", telling.there, telling.options)
     lane.advance(1 << 62)
     session.steps(3)
     shipper = telling.shippers[0]

@@ -38,7 +38,7 @@ from stepspan.events import Event, encode
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed
-from stepspan.journal.reader import SETTLE, Batch, JournalReader, last_event
+from stepspan.journal.reader import SETTLE, EventBatch, JournalReader, last_event
 
 END = Closed(10**9, NOON * 2, "completed")
 WHOLE = 1 << 20
@@ -156,7 +156,7 @@ def test_nothing_later_than_until(tmp_path: Path) -> None:
     session = lay_down(tmp_path, [at(0, 0), at(1, 1), at(2.0, 2), at(2.5, 3), at(3, 4)])
     reader = JournalReader(session)
 
-    def until(milliseconds: float, start: Position) -> Batch:
+    def until(milliseconds: float, start: Position) -> EventBatch:
         return reader.read(start, size=WHOLE, until=NOON + int(milliseconds * MILLISECOND), closed=END)
 
     first = until(1.5, Position())
@@ -470,7 +470,7 @@ def test_a_reader_beside_a_writer_at_full_speed_sees_every_line_once(tmp_path: P
             position = batch.position
         assert process.returncode == 0
         assert reads > 20, "we have read while it wrote"
-        batch = Batch([], position, Ledger(), False)
+        batch = EventBatch([], position, Ledger(), False)
         while not batch.at_end:
             batch = reader.read(batch.position, size=1 << 20, closed=END)
             numbers += logged(batch.events)

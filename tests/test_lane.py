@@ -24,8 +24,8 @@ from delivery import (
 )
 from journals import NOON, SECOND, header, lay_down, metrics
 
-from stepspan.deliver import lane as lanes
-from stepspan.deliver.task import HOLD_LONGEST, PATIENCE, Lane
+from stepspan.deliver import task as tasks
+from stepspan.deliver.task import HOLD_LONGEST, PATIENCE, DeliveryTask
 from stepspan.errors import JournalError, NewerSchema
 from stepspan.events import encode
 from stepspan.journal.cursor import SLOT, read_cursor
@@ -72,13 +72,13 @@ def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path, signal):
             return outcome
 
     exporter = Crashing()
-    lane = Lane(session, signal, exporter, options(batch=TINY))
+    lane = DeliveryTask(session, signal, exporter, options(batch=TINY))
     while not lane.finished:
         try:
             lane.advance(ALL)
         except Crash:
             lane.close()
-            lane = Lane(session, signal, exporter, options(batch=TINY))
+            lane = DeliveryTask(session, signal, exporter, options(batch=TINY))
     lane.close()
     assert exporter.sent[::2] == exporter.sent[1::2], "each request went out twice, with the same records"
     assert exporter.taken[: len(exporter.sent[0])] == expected[: len(exporter.sent[0])]
@@ -92,7 +92,7 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, 
     session = trained(tmp_path, 60, limits=SMALL)
     expected = everything(session)[signal]
     exporter = Scripted()
-    lane = Lane(session, signal, exporter, options(batch=4 * TINY))
+    lane = DeliveryTask(session, signal, exporter, options(batch=4 * TINY))
     kept: list[tuple[int, bytes, bytes]] = []
     while lane.advance(ALL):
         files = cursor_file(session, signal), checkpoint_file(session, signal)
@@ -111,7 +111,7 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, 
 
 def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path):
     session = trained(tmp_path, 100, limits=SMALL)
-    lane = Lane(session, "metrics", Scripted(), options(batch=TINY))
+    lane = DeliveryTask(session, "metrics", Scripted(), options(batch=TINY))
     seen = 0
     while lane.advance(ALL):
         if checkpoint_file(session).exists():
@@ -126,7 +126,7 @@ def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path):
     session = trained(tmp_path, 100, limits=SMALL)
     expected = everything(session)["metrics"]
     exporter = Scripted()
-    lane = Lane(session, "metrics", exporter, options(batch=4 * TINY))
+    lane = DeliveryTask(session, "metrics", exporter, options(batch=4 * TINY))
     while lane.position.segment < 5:
         lane.advance(ALL)
     lane.advance(ALL)
@@ -147,7 +147,7 @@ def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path):
 def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list]:
     session = trained(tmp_path, 60, limits=SMALL)
     exporter = Scripted()
-    lane = Lane(session, "metrics", exporter, options(batch=TINY))
+    lane = DeliveryTask(session, "metrics", exporter, options(batch=TINY))
     for _ in range(20):
         lane.advance(ALL)
     lane.close()
@@ -156,14 +156,14 @@ def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list]:
 
 def foreign_version(raw: bytes) -> bytes:
     content = orjson.dumps({**orjson.loads(raw.partition(b" ")[2]), "version": 999})
-    return b"%08x %b" % (lanes.crc32(content), content)
+    return b"%08x %b" % (tasks.crc32(content), content)
 
 
 def newer_position(raw: bytes) -> bytes:
     content = orjson.loads(raw.partition(b" ")[2])
     content["position"]["shard"] = 3
     content = orjson.dumps(content)
-    return b"%08x %b" % (lanes.crc32(content), content)
+    return b"%08x %b" % (tasks.crc32(content), content)
 
 
 CHECKPOINTS = {
@@ -171,7 +171,7 @@ CHECKPOINTS = {
     "not JSON": lambda raw: b"\xff" * 100,
     "cut": lambda raw: raw[: len(raw) // 2],
     "one digit flipped": lambda raw: raw.replace(b'"boundary":1', b'"boundary":2', 1),
-    "a list": lambda raw: b"%08x []" % lanes.crc32(b"[]"),
+    "a list": lambda raw: b"%08x []" % tasks.crc32(b"[]"),
     "another mapping's": foreign_version,
     "a newer one's": newer_position,
 }
@@ -244,7 +244,7 @@ def test_another_sessions_cursor_is_not_used(tmp_path, caplog):
 @pytest.mark.parametrize("offset", [17, 10**9], ids=["within a line", "past the end"])
 def test_a_cursor_that_stands_nowhere_is_not_used(tmp_path, offset):
     session, _, expected = half_delivered(tmp_path)
-    cursor = lanes.Cursor(cursor_file(session))
+    cursor = tasks.Cursor(cursor_file(session))
     cursor.write(replace(cursor.state, position=replace(cursor.state.position, offset=offset)))
     cursor.close()
     again = Scripted()
@@ -256,7 +256,7 @@ def test_a_finished_session_is_not_sent_again(tmp_path):
     session = trained(tmp_path)
     deliver(session, Scripted(), options())
     again = Scripted()
-    lane = Lane(session, "metrics", again, options())
+    lane = DeliveryTask(session, "metrics", again, options())
     assert lane.finished
     assert not lane.advance(ALL)
     assert again.requests == []
@@ -335,7 +335,7 @@ def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path):
 def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path, signal):
     session = trained(tmp_path, 40)
     journaled = read_closed(session.path).seq
-    lane = Lane(session, signal, Scripted(), options(batch=TINY))
+    lane = DeliveryTask(session, signal, Scripted(), options(batch=TINY))
     while lane.advance(ALL):
         state = read_cursor(cursor_file(session, signal))
         assert_true(state.ledger, journaled, pending=journaled - state.position.seq)
@@ -362,7 +362,7 @@ def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_pa
     time = Time()
     session = trained(tmp_path, 60)
     exporter = Scripted([Outcome(Verdict.RETRY, "busy")] * 10)
-    lane = Lane(session, "metrics", exporter, options(time, batch=TINY))
+    lane = DeliveryTask(session, "metrics", exporter, options(time, batch=TINY))
     waits = []
     for _ in range(10):
         assert not lane.advance(ALL)
@@ -383,7 +383,7 @@ def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_pa
 def test_jitter_takes_up_to_half_of_a_wait(tmp_path):
     time = Time()
     exporter = Scripted([Outcome(Verdict.RETRY)])
-    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time, jitter=lambda: 0.0))
+    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time, jitter=lambda: 0.0))
     lane.advance(ALL)
     assert lane.not_before - time.now == 0.125
     lane.close()
@@ -393,7 +393,7 @@ def test_jitter_takes_up_to_half_of_a_wait(tmp_path):
 def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
     time = Time()
     exporter = Scripted([Outcome(verdict, retry_after=120.0)])
-    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
+    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
     lane.advance(ALL)
     assert lane.not_before - time.now == 120.0
     lane.close()
@@ -402,7 +402,7 @@ def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
 def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes(tmp_path):
     time = Time()
     exporter = Scripted([Outcome(Verdict.RETRY, "503: busy", retry_after=99_999_999_999.0)])
-    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
+    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
     lane.advance(ALL)
     assert lane.not_before - time.now == HOLD_LONGEST
     assert lane.state.message == "503: busy; it asks for a wait of 99,999,999,999 s: the next try is in 300 s"
@@ -412,7 +412,7 @@ def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes
 def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_rejected(tmp_path):
     time = Time()
     exporter = Scripted(lambda _: Outcome(Verdict.RETRY_THEN_HOLD, "500: its disk"))
-    lane = Lane(trained(tmp_path, 5), "metrics", exporter, options(time))
+    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
     states = []
     for _ in range(PATIENCE + 1):
         lane.advance(ALL)
@@ -429,7 +429,7 @@ def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_
 def test_an_absence_does_not_count_towards_a_hold(tmp_path):
     time = Time()
     answers = [Outcome(Verdict.RETRY)] * 10 + [Outcome(Verdict.RETRY_THEN_HOLD)] * 4 + [Outcome(Verdict.HOLD)]
-    lane = Lane(trained(tmp_path, 5), "metrics", Scripted(answers), options(time))
+    lane = DeliveryTask(trained(tmp_path, 5), "metrics", Scripted(answers), options(time))
     for _ in range(14):
         lane.advance(ALL)
         assert not lane.held
@@ -445,7 +445,7 @@ def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
     session = trained(tmp_path, 60)
     expected = everything(session)["metrics"]
     exporter = Scripted([OK, OK] + [Outcome(Verdict.HOLD, "404: check the path")] * 7)
-    lane = Lane(session, "metrics", exporter, options(time, batch=TINY))
+    lane = DeliveryTask(session, "metrics", exporter, options(time, batch=TINY))
     lane.advance(ALL)
     lane.advance(ALL)
     waits = []
@@ -469,10 +469,10 @@ def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
 def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path, caplog):
     session = trained(tmp_path, 5)
     exporter = Scripted([Outcome(Verdict.HOLD, "401: credentials")] * 2)
-    lane = Lane(session, "metrics", exporter, options())
+    lane = DeliveryTask(session, "metrics", exporter, options())
     lane.advance(ALL)
     lane.close()
-    lane = Lane(session, "metrics", exporter, options())
+    lane = DeliveryTask(session, "metrics", exporter, options())
     assert lane.held
     assert lane.not_before == 0.0, "a new deliverer asks at once: a person may have seen to it"
     lane.advance(ALL)
@@ -510,7 +510,7 @@ def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tm
 def test_a_receiver_that_refuses_everything_holds_with_nothing_rejected(tmp_path):
     session = trained(tmp_path, 40)
     exporter = Scripted(lambda _: Outcome(Verdict.ISOLATE, "400: no such tenant"))
-    lane = Lane(session, "metrics", exporter, options())
+    lane = DeliveryTask(session, "metrics", exporter, options())
     assert not lane.advance(ALL)
     assert lane.held
     assert "no such tenant" in lane.state.message
@@ -534,7 +534,7 @@ def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(
     time = Time(read_closed(session.path).ts / SECOND + age)
     refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", opaque=opaque)
     exporter = Scripted(lambda records: refusal if any(r[0].name == "training.lr" for r in records) else OK)
-    lane = Lane(session, "metrics", exporter, options(time))
+    lane = DeliveryTask(session, "metrics", exporter, options(time))
     lane.advance(ALL)
     if held and opaque:
         assert lane.held
@@ -582,7 +582,7 @@ def test_a_living_writers_session_waits_at_its_end(tmp_path):
     training = Training(tmp_path)
     training.steps(3)
     exporter = Scripted()
-    lane = Lane(training.path, "metrics", exporter, options(time))
+    lane = DeliveryTask(training.path, "metrics", exporter, options(time))
     while lane.advance(ALL):
         pass
     time.skip(5)
@@ -606,7 +606,7 @@ def test_a_session_that_is_gone_does_not_keep_a_deliverer_waiting(tmp_path):
     time = Time()
     training = Training(tmp_path)
     training.steps(3)
-    lane = Lane(training.path, "metrics", Scripted(), options(time))
+    lane = DeliveryTask(training.path, "metrics", Scripted(), options(time))
     lane.advance(ALL)
     shutil.rmtree(training.path.path)
     time.skip(5)
@@ -621,7 +621,7 @@ def test_another_boots_session_is_dead_only_after_silence(tmp_path):
     training = Training(tmp_path, boot_id="another")
     training.steps(3)
     session = training.die()
-    lane = Lane(session, "metrics", Scripted(), options(time, dead_after=900.0))
+    lane = DeliveryTask(session, "metrics", Scripted(), options(time, dead_after=900.0))
     lane.advance(ALL)
     time.skip(5)
     lane.advance(ALL)
@@ -645,7 +645,7 @@ def test_a_journal_that_is_not_ours_is_read_and_never_written(tmp_path):
     for path in [session.path, *session.path.iterdir()]:
         os.chown(path, 12345, 12345)
     with pytest.raises(JournalError, match="--state-directory"):
-        Lane(session, "metrics", Scripted(), options())
+        DeliveryTask(session, "metrics", Scripted(), options())
     before = {path: path.stat().st_mtime_ns for path in [session.path, *session.path.rglob("*")]}
     exporter = Scripted(lambda records: Outcome(Verdict.ISOLATE, "no") if len(records) == 1 else OK)
     lane = deliver(session, exporter, options(state_directory=tmp_path / "state"))
@@ -674,5 +674,5 @@ def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp
 def test_a_journal_of_a_newer_schema_is_not_touched_and_the_version_named(tmp_path):
     session = lay_down(tmp_path, [header(schema="2.0"), metrics(1)])
     with pytest.raises(NewerSchema, match=r"schema 2\.0.*upgrade stepspan"):
-        Lane(session, "metrics", Scripted(), options())
+        DeliveryTask(session, "metrics", Scripted(), options())
     assert not (session.path / "cursors").exists()

@@ -15,7 +15,7 @@ from receiver import HANG, Answer, ScriptedReceiver
 from stepspan.deliver import dead_letters
 from stepspan.deliver.dead_letters import append, resend
 from stepspan.deliver.ledgers import cursors, session_ledger, signal_ledger
-from stepspan.deliver.task import Lane
+from stepspan.deliver.task import DeliveryTask
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import CursorState, Ledger, Position, read_cursor
 from stepspan.journal.liveness import read_closed
@@ -69,7 +69,7 @@ def test_a_ledger_under_way_says_what_waits_and_how_far_it_lags(tmp_path):
     training = Training(tmp_path)
     training.steps(40)
     session = training.path
-    lane = Lane(session, "metrics", Scripted(), options(batch=2000))
+    lane = DeliveryTask(session, "metrics", Scripted(), options(batch=2000))
     lane.advance(ALL)
     ledger = session_ledger(session)
     found = ledger["destinations"]["there"]["metrics"]
@@ -153,7 +153,7 @@ def test_dead_letters_arrive_as_they_would_have_and_the_ledger_moves(tmp_path, p
 def test_every_kind_of_point_survives_being_a_dead_letter(tmp_path):
     session = trained(tmp_path, 30)
     whole = Scripted(destination="whole")
-    lane = Lane(session, "metrics", whole, options())
+    lane = DeliveryTask(session, "metrics", whole, options())
     parcel = lane._read(ALL)
     lane.close()
     append(session.path, "there", "metrics", lane.header["resource"], [(record, "no") for record in parcel.records])

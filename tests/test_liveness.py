@@ -208,7 +208,7 @@ def wait_for(child: int) -> int:
     raise AssertionError("the child hangs")
 
 
-def write_with_a_worker(directory: Path, tell: int) -> None:
+def write_with_a_worker(directory: Path, warn: int) -> None:
     """A writer that has forked a worker; both wait to be killed."""
     try:
         exporter = JsonlExporter(directory, limits=ROOMY)
@@ -216,7 +216,7 @@ def write_with_a_worker(directory: Path, tell: int) -> None:
         exporter.append(metrics(1))
         if not os.fork():
             exporter.after_fork()
-            os.write(tell, str(os.getpid()).encode())
+            os.write(warn, str(os.getpid()).encode())
         while True:
             signal.pause()
     finally:

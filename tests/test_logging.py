@@ -198,7 +198,7 @@ def test_a_record_bent_out_of_shape_is_told_once_and_raises_nothing(start: Start
     with start() as run:
         handler.emit(record)
         handler.emit(record)
-    assert run.stats()["troubles"] == {"log": 2}
+    assert run.stats()["warnings"] == {"log": 2}
     assert len(caplog.records) == 1
 
 
@@ -209,7 +209,7 @@ def test_without_a_run_and_after_it_nothing_happens(logger: logging.Logger, star
     logger.info("after")
     StepspanHandler(run=run).emit(logging.makeLogRecord({"name": "x", "msg": "after"}))
     assert events(run, "log") == []
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_lines_of_other_threads_and_signal_handlers_are_kept(logger: logging.Logger):

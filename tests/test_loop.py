@@ -61,7 +61,7 @@ def test_a_hook_that_fails_is_told_once_and_training_goes_on(start: Start, caplo
         hooks.begins()
         hooks.fails()
         hooks.fails()
-    assert run.stats()["troubles"] == {"fails": 2}
+    assert run.stats()["warnings"] == {"fails": 2}
     (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "Hooks.fails failed: AttributeError('another version of the framework')" in told
 

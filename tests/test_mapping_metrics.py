@@ -15,8 +15,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stepspan import __version__
+from stepspan.mapping import histogram
 from stepspan.mapping import metrics as mapping
-from stepspan.mapping.mapper import histogram, mapper
+from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Histogram, Sum
 from stepspan.otlp import json as otlp_json
 

@@ -161,8 +161,8 @@ def test_prometheus_has_them_by_these_names(start, collector: Collector, prometh
             sampling.sample()  # until the kernel's clock of 10 ms has ticked
         device = {"device_id": 0}
         retries = [["training.memory.alloc_retries", 1.0, device], ["training.memory.ooms", 0.0, device]]
-        run.emit_beside({"ts": 0, "seq": 0, "tag": "sample", "source": "torch", "values": retries})
-        run.emit_beside({"ts": 0, "seq": 0, "tag": "memory", **device, "counters": {"allocated": 5}})
+        run.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "torch", "values": retries})
+        run.emit_background({"ts": 0, "seq": 0, "tag": "memory", **device, "counters": {"allocated": 5}})
         assert run.flush(20)
         expected = {
             re.sub(r"\W", "_", name)

@@ -13,7 +13,8 @@ from events_of import MS, SECOND, START, SessionEvents, restored, whole_run
 from opentelemetry import trace
 
 from stepspan import __version__
-from stepspan.mapping.mapper import mapper, open_scopes, thinning, traces
+from stepspan.mapping import open_scopes, thinning, traces
+from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Link
 from stepspan.otlp import json as otlp_json
 from stepspan.testing import recorded_run
@@ -584,19 +585,19 @@ def test_spans_have_the_ids_that_their_process_gave_to_opentelemetry(tmp_path):
     (tmp_path / "settings.yaml").write_text("propagate: true")
     told = {}
 
-    def tell(name):
+    def warn(name):
         context = trace.get_current_span().get_span_context()
         told[name] = (context.trace_id.to_bytes(16, "big"), context.span_id.to_bytes(8, "big"))
 
     with recorded_run(rank=3, world_size=4, config=tmp_path / "settings.yaml") as recording:
         run = recording.run
         with run.epoch(2):
-            tell("training.epoch")
+            warn("training.epoch")
             with run.span("save"):
-                tell("save")
+                warn("save")
             with run.step(5):
-                tell("training.step")
+                warn("training.step")
                 with run.span("forward"), run.span("attention"):
-                    tell("attention")
+                    warn("attention")
     assert {span.name: (span.trace_id, span.span_id) for span in recording.spans() if span.name in told} == told
     assert len(told) == 4

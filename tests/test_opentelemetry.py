@@ -42,7 +42,7 @@ from stepspan.integrations.opentelemetry import (
     exporters,
 )
 from stepspan.mapping.mapper import mapper
-from stepspan.mapping.records import Foreign
+from stepspan.mapping.records import SdkRecord
 from stepspan.otlp.protobuf import encode
 from stepspan.otlp.sdk_records import SHAPES, to_wire
 from stepspan.otlp.transport import Outcome, Verdict
@@ -148,7 +148,7 @@ CASES = [
 @pytest.mark.parametrize(("signal", "fields", "objects", "official", "back"), CASES)
 def test_the_wire_is_what_the_official_encoder_writes(collected, signal, fields, objects, official, back) -> None:
     records = foreign(signal, fields(collected))
-    assert all(type(record) is Foreign for record in records)
+    assert all(type(record) is SdkRecord for record in records)
     expected = official(objects(collected))
     same(signal, encode(signal, {}, records), expected)
     same(signal, official(back({}, records)).SerializeToString(), expected)
@@ -214,7 +214,7 @@ def test_a_span_is_on_the_journal_when_it_has_ended(start: Start) -> None:
             assert event["scope"] == {"name": "user", "version": "3"}
             assert event["record"]["name"] == "inner"
         assert [event["record"]["name"] for event in events(run, "otel")] == ["inner", "outer"]
-        assert run.stats()["troubles"] == {}
+        assert run.stats()["warnings"] == {}
     tracer.start_span("after the run").end()
     assert len(events(run, "otel")) == 2
 
@@ -280,7 +280,7 @@ def test_a_processor_that_logs_to_opentelemetry_does_not_go_on_for_ever(start: S
         told = [event["record"]["body"]["stringValue"] for event in events(run, "otel")]
     assert set(told) == {"seen metrics", "seen otel"}
     assert len(told) < 5
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_metrics_of_a_reader_show_no_progress_of_training(start: Start) -> None:
@@ -288,9 +288,9 @@ def test_metrics_of_a_reader_show_no_progress_of_training(start: Start) -> None:
         reader = PeriodicExportingMetricReader(JournalMetricExporter(run), export_interval_millis=1e9)
         meters = MeterProvider([reader], shutdown_on_exit=False)
         meters.get_meter("user").create_counter("c").add(1)
-        before = run.beside
+        before = run.background_events
         meters.force_flush()
-        assert run.beside > before
+        assert run.background_events > before
         (event,) = events(run, "otel")
         assert event["record"]["sum"]["aggregationTemporality"] == 2
         meters.shutdown()
@@ -531,8 +531,8 @@ def test_a_span_in_a_step_that_is_thinned_away_goes_with_it(tmp_path: Path) -> N
         session.emit("step_end", 0.001, begin=step)
     traces = mapper("traces", session.header)
     found = traces.map(session.events)
-    names = [span.record["name"] for span in found if isinstance(span, Foreign)]
-    steps = {f"in {span.attributes['step']}" for span in found if not isinstance(span, Foreign)}
+    names = [span.record["name"] for span in found if isinstance(span, SdkRecord)]
+    steps = {f"in {span.attributes['step']}" for span in found if not isinstance(span, SdkRecord)}
     assert {name for name in names if name.startswith("in")} == steps
     assert len(steps) < 1000
     assert "in 1501" in steps
@@ -558,7 +558,7 @@ def test_a_span_that_waits_for_its_step_is_carried_over_a_restart() -> None:
 
 
 def plain(records: Any) -> list[Any]:
-    return [(r.time, r.record, r.source.scope) if isinstance(r, Foreign) else r for r in records]
+    return [(r.time, r.record, r.source.scope) if isinstance(r, SdkRecord) else r for r in records]
 
 
 @pytest.mark.parametrize(
@@ -625,7 +625,7 @@ def test_an_old_data_point_is_held_like_one_of_ours(tmp_path: Path) -> None:
     session = training.die()
 
     def opaque(records: Any) -> Outcome:
-        theirs = any(isinstance(record, Foreign) for record in records)
+        theirs = any(isinstance(record, SdkRecord) for record in records)
         return Outcome(Verdict.ISOLATE, "no", opaque=True) if theirs else Outcome(Verdict.DELIVERED)
 
     lane = deliver(session, Scripted(opaque), options())

@@ -143,7 +143,7 @@ def test_an_amount_that_is_none_is_told_once_and_the_loop_goes_on(amount, caplog
         with run.step(9, tokens=amount):
             pass
         assert [record.message.split("=")[0] for record in caplog.records] == ["samples", "tokens"]
-        assert run.stats()["troubles"]["samples"] == 3
+        assert run.stats()["warnings"]["samples"] == 3
         assert not any("samples" in event or "tokens" in event for event in recording.events())
 
 

@@ -200,7 +200,7 @@ def test_a_step_that_another_task_ends(start: Start, user: Tracing, caplog: pyte
         asyncio.run(main())
         user.span("after")
     assert caplog.records == []
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
     assert is_child(user.spans["in step 1"], spans(run)["training.step 1"])
     assert is_child(user.spans["after"], spans(run)["training.run"])
 

@@ -52,7 +52,7 @@ def test_a_number_of_any_kind_is_a_value(start: Start, value: Any, written: floa
     with start() as run:
         run.log_metrics({"x": value})
     assert events(run, "metrics")[0]["metrics"] == {"x": written}
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_step_and_split_are_the_current_ones_unless_given(start: Start) -> None:
@@ -133,7 +133,7 @@ def test_what_comes_after_close_is_counted_and_told_once(start: Start, caplog: p
     ]
     for count, call in enumerate(calls, 1):
         call()
-        assert run.stats()["troubles"] == {"closed": count}
+        assert run.stats()["warnings"] == {"closed": count}
     assert run.flush(0.0)
     with run:
         pass
@@ -155,7 +155,7 @@ def test_stats_are_the_ledgers(start: Start) -> None:
         "journaled": 3,  # header, run_begin, metrics
         "lost": 0,
         "durable": True,
-        "troubles": {},
+        "warnings": {},
         "delivery": {},
     }
     assert Path(run.stats()["journal"]).is_dir()
@@ -193,7 +193,7 @@ def test_troubles_of_a_kind_are_counted_and_the_first_is_told(start: Start, capl
         run.log_metrics({"a": "one"})
         run.log_metrics({"b": "two"})
         run.step(-1)
-    assert run.stats()["troubles"] == {"value": 2, "step": 1}
+    assert run.stats()["warnings"] == {"value": 2, "step": 1}
     assert [(r.levelname, r.name) for r in caplog.records] == [("WARNING", "stepspan")] * 2
     assert "a=one" in caplog.records[0].getMessage()
 
@@ -202,7 +202,7 @@ def test_only_local_rank_0_warns(start: Start, caplog: pytest.LogCaptureFixture)
     caplog.set_level(logging.DEBUG, "stepspan")
     with start(job_id="j", rank=3, world_size=4, local_rank=1) as run:
         run.log_metrics({"a": "one"})
-    assert run.stats()["troubles"]["value"] == 1
+    assert run.stats()["warnings"]["value"] == 1
     assert {r.levelno for r in caplog.records} == {logging.DEBUG}
     assert any("a=one" in r.getMessage() for r in caplog.records)
 
@@ -230,7 +230,7 @@ def test_a_processor_that_fails_costs_nothing_but_its_work(start: Start, tmp_pat
         run.log_metrics({"x": 1.0})
         run.log_event("dropped")
     assert outline(run) == ["run", "  step 0", "train 0: x=1.0", "  end step", "end run completed"]
-    assert run.stats()["troubles"] == {"processor": 3}
+    assert run.stats()["warnings"] == {"processor": 3}
 
 
 def test_a_journal_that_fails_under_a_run_is_told(
@@ -243,7 +243,7 @@ def test_a_journal_that_fails_under_a_run_is_told(
         writer.trouble = OSError(28, "No space left on device")
         now[0] += 2_000_000_000
         run.log_metrics({"x": 1.0})
-    assert run.stats()["troubles"] == {"journal": 1}
+    assert run.stats()["warnings"] == {"journal": 1}
     assert "No space left on device" in caplog.text
 
 
@@ -293,7 +293,7 @@ def test_the_disabled_run_does_nothing(disabled: Run, tmp_path: Path) -> None:
         "lost": 0,
         "durable": True,
         "journal": None,
-        "troubles": {},
+        "warnings": {},
         "delivery": {},
     }
     assert list(tmp_path.iterdir()) == []

@@ -59,8 +59,8 @@ class Sampled:
         assert len(found) == 1, f"{name} {wanted}: {found}"
         return found[0]
 
-    def troubles(self) -> dict[str, int]:
-        return self.recording.run.stats()["troubles"]
+    def warnings(self) -> dict[str, int]:
+        return self.recording.run.stats()["warnings"]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_everything_a_gpu_says(sampled):
     assert s.get("hw.errors", error__type="xid") == 3
     assert s.get("hw.gpu.io", hw__gpu__link="nvlink", network__io__direction="transmit") == 4096
     assert s.get("hw.gpu.io", hw__gpu__link="pcie", network__io__direction="receive") == 500
-    assert s.troubles() == {}
+    assert s.warnings() == {}
     assert {name for name, _, _ in s.values()} <= METRICS.keys()
     told = s.recording.logs("training.gpu.xid")
     assert [log.attributes["xid"] for log in told] == [31, 79], "each kind once a sample"
@@ -145,7 +145,7 @@ def test_the_gpu_is_the_one_that_cuda_would_give(sampled, visible, local_rank, e
     s.sample()
     ids = {about["hw.id"] for _, _, about in s.values()}
     assert ids == ({f"GPU-{expected}-0"} if expected else set())
-    assert s.troubles() == ({} if expected else {"samplers.gpu": 1})
+    assert s.warnings() == ({} if expected else {"samplers.gpu": 1})
 
 
 @pytest.mark.parametrize("value", ["void", "none"])
@@ -155,7 +155,7 @@ def test_a_container_without_gpus_asks_no_driver(sampled, value):
     s.sample()
     assert s.values() == []
     assert not nvml.calls
-    assert s.troubles() == {"samplers.gpu": 1}
+    assert s.warnings() == {"samplers.gpu": 1}
 
 
 @pytest.mark.parametrize("visible", [None, "0", "MIG-2222", "GPU-aaaa"], ids=str)
@@ -183,16 +183,16 @@ def test_any_error_costs_that_quantity_alone(sampled, caplog, quantity, error):
         for _ in range(3):
             s.sample()
     if error is pynvml.NVMLError_GpuIsLost:
-        assert s.troubles() == {"samplers.gpu": 1}
+        assert s.warnings() == {"samplers.gpu": 1}
         assert len(s.recording.events("event")) == 1
         return
     kinds = ["pcie", "nvlink"] if quantity == "pcie" else [quantity]
     if error is pynvml.NVMLError_FunctionNotFound and quantity == "throttling":
-        assert s.troubles() == {}, "its old name answers"
+        assert s.warnings() == {}, "its old name answers"
         return
     assert s.names() == before - names
     times = 1 if error.__name__ in MISSING else 3
-    assert s.troubles() == {f"samplers.gpu.{kind}": times for kind in kinds}
+    assert s.warnings() == {f"samplers.gpu.{kind}": times for kind in kinds}
     assert len(caplog.records) == len(kinds), "told once"
     assert {r.levelno for r in caplog.records} == {logging.INFO if error.__name__ in MISSING else logging.WARNING}
     assert not any(record.exc_info for record in caplog.records)
@@ -213,7 +213,7 @@ def test_a_driver_that_does_not_open_is_a_counted_condition(sampled, caplog, cal
         s.sample()
         s.sample()
     assert s.values() == []
-    assert s.troubles() == {"samplers.gpu": 1}
+    assert s.warnings() == {"samplers.gpu": 1}
     assert len(caplog.records) == 1
     assert nvml.open == 0, "what was initialised is shut down"
 
@@ -227,7 +227,7 @@ def test_other_errors_of_a_driver_midway(sampled, error):
     s.sample()
     assert "hw.power" not in s.names()
     assert "hw.temperature" in s.names()
-    assert s.troubles() == {"samplers.gpu.power": 2}
+    assert s.warnings() == {"samplers.gpu.power": 2}
 
 
 def test_an_old_binding_costs_what_it_lacks(sampled):
@@ -242,7 +242,7 @@ def test_an_old_binding_costs_what_it_lacks(sampled):
     s.sample()
     s.sample()
     assert s.get("hw.gpu.throttled", reason="power") == 1.0
-    assert s.troubles() == {"samplers.gpu.energy": 1, "samplers.gpu.pcie": 1}
+    assert s.warnings() == {"samplers.gpu.energy": 1, "samplers.gpu.pcie": 1}
 
 
 def test_a_gpu_that_keeps_no_counter_leaves_it_out(sampled):
@@ -250,7 +250,7 @@ def test_a_gpu_that_keeps_no_counter_leaves_it_out(sampled):
     s.sample()
     s.sample()
     assert "hw.gpu.io" not in s.names()
-    assert s.troubles() == {"samplers.gpu.pcie": 1, "samplers.gpu.nvlink": 1}
+    assert s.warnings() == {"samplers.gpu.pcie": 1, "samplers.gpu.nvlink": 1}
 
 
 def test_a_counter_of_32_bits_is_left_out(sampled):
@@ -259,7 +259,7 @@ def test_a_counter_of_32_bits_is_left_out(sampled):
     s = sampled(nvml)
     s.sample()
     assert "hw.gpu.io" not in s.names()
-    assert s.troubles() == {"samplers.gpu.pcie": 1, "samplers.gpu.nvlink": 1}
+    assert s.warnings() == {"samplers.gpu.pcie": 1, "samplers.gpu.nvlink": 1}
 
 
 def test_a_gpu_that_falls_off_the_bus_is_told_once_and_asked_no_more(sampled, caplog):
@@ -276,7 +276,7 @@ def test_a_gpu_that_falls_off_the_bus_is_told_once_and_asked_no_more(sampled, ca
     [lost] = s.recording.logs("training.gpu.lost")
     assert lost.severity == 17
     assert lost.attributes["hw.id"] == nvml.gpus[0].uuid
-    assert s.troubles() == {"samplers.gpu": 1}
+    assert s.warnings() == {"samplers.gpu": 1}
     assert [re.sub(r"\(.*", "", record.message) for record in caplog.records] == [
         f"gpu is not sampled: NVML says GPU is lost: {nvml.gpus[0].uuid} "
     ]

@@ -72,7 +72,7 @@ def test_the_schedule_is_now_soon_every_interval_and_at_the_end():
         sampling.stop()
         assert delays == [0.02, 0.5, 10.0, 10.0, 10.0]
         assert [event["values"] for event in recording.events("sample")] == [[["some.value", n]] for n in range(5)]
-        assert recording.run.beside == 5, "no sign that training goes on"
+        assert recording.run.background_events == 5, "no sign that training goes on"
 
 
 def test_a_run_that_ends_just_after_a_sample_takes_no_other():
@@ -100,7 +100,7 @@ def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixtur
         for _ in script:
             sampling.sample()
         assert [event["values"][0][1] for event in recording.events("sample")] == [1.0, "NaN", "Infinity"]
-        assert recording.run.stats()["troubles"] == {"samplers.host.quantity": 2}
+        assert recording.run.stats()["warnings"] == {"samplers.host.quantity": 2}
         [record] = caplog.records
         assert record.message == ("host.quantity is not sampled: RuntimeError('first') (told once; run.stats() counts)")
 
@@ -131,7 +131,7 @@ def test_a_source_that_cannot_be_opened_costs_itself_alone(caplog):
         sampling.sample()
         sampling.sample()
         assert len(recording.events("sample")) == 2
-        assert recording.run.stats()["troubles"] == {"samplers.gpu": 1}
+        assert recording.run.stats()["warnings"] == {"samplers.gpu": 1}
 
 
 def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
@@ -147,7 +147,7 @@ def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
 
     with recorded_run() as recording:
         sampling = Sampling(recording.run, {"gpu": opener}, 10.0)
-        recording.run.companions.append(sampling)
+        recording.run.background_tasks.append(sampling)
         sampling.start()
         assert entered.wait(10)
         began = time.monotonic()
@@ -156,7 +156,7 @@ def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
         released.set()
         assert left.wait(10), "the source is let go when the driver answers at last"
         assert recording.events("sample") == []
-        assert recording.run.stats()["troubles"] == {}
+        assert recording.run.stats()["warnings"] == {}
 
 
 # --------------------------------------------------------------------------------------------- rates and sums
@@ -517,12 +517,12 @@ def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path):
         openers = {"host": lambda emit: host(0, emit), "process": lambda emit: process(0, emit)}
         for _ in range(2):
             sampling = Sampling(run, openers, 0.001)
-            run.companions.append(sampling)
+            run.background_tasks.append(sampling)
             sampling.start()
         for _ in range(30):
             child = os.fork()
             if child == 0:
-                assert run.companions == []
+                assert run.background_tasks == []
                 run.log_metrics({"child": 1.0})
                 import psutil
                 psutil.disk_io_counters(), psutil.net_io_counters()
@@ -530,7 +530,7 @@ def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path):
                 os._exit(0)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         run.close()
-        assert run.stats()["troubles"] == {}, run.stats()
+        assert run.stats()["warnings"] == {}, run.stats()
         """,
         tmp_path,
     )

@@ -518,7 +518,7 @@ def test_each_thread_has_its_own_current_step(start: Start) -> None:
     assert {event["step"] for event in logged} == set(range(20))
     ends = events(run, "step_end")
     assert sorted(e["begin"] for e in ends) == sorted(e["seq"] for e in events(run, "step_begin"))
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_each_task_has_its_own_current_step(start: Start) -> None:
@@ -567,7 +567,7 @@ def test_a_span_around_a_generator_ends_with_it(start: Start) -> None:
         for _ in shards():
             break
     assert outline(run) == ["run", "  step 0", "    span shard", "    end span", "  end step", "end run completed"]
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_a_scope_that_is_never_left_ends_with_what_is_around_it(start: Start) -> None:

@@ -9,7 +9,7 @@ import pytest
 from delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, ship, trained
 from journals import NOON, SECOND, header, lay_down, metrics
 
-from stepspan.deliver.scheduler import AHEAD, LONGEST_REST, RESCAN, REST, TRY_AGAIN, Shipper
+from stepspan.deliver.scheduler import AHEAD, LONGEST_REST, RESCAN, REST, TRY_AGAIN, Scheduler
 from stepspan.events import encode
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.layout import find_sessions
@@ -20,7 +20,7 @@ HOLD = Outcome(Verdict.HOLD, "too old: widen the window")
 
 
 def shipper(directory, exporter, how=None):
-    return Shipper("metrics", exporter, lambda: find_sessions(directory), how or options())
+    return Scheduler("metrics", exporter, lambda: find_sessions(directory), how or options())
 
 
 def order(exporter):

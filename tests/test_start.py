@@ -38,7 +38,7 @@ def test_a_run_that_is_open_is_closed_by_the_next(start: Start, caplog: pytest.L
     assert outline(first) == ["run", "train -: x=1.0", "end run completed"]
     (told,) = [r.getMessage() for r in caplog.records]
     assert first.identity.job_id in told
-    assert first.stats()["troubles"] == {"replaced": 1}
+    assert first.stats()["warnings"] == {"replaced": 1}
 
 
 def test_a_run_after_a_closed_one_needs_no_warning(start: Start, caplog: pytest.LogCaptureFixture) -> None:
@@ -307,7 +307,7 @@ def test_a_signal_handler_may_log(start: Start) -> None:
     found = [event["metrics"] for event in events(run, "metrics")]
     assert [int(m["logged"]) for m in found if "logged" in m] == list(range(logged))
     assert sorted(int(m["handled"]) for m in found if "handled" in m) == list(range(1, handled + 1))
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_nobody_hears_of_a_run_that_goes_well(start: Start, caplog: pytest.LogCaptureFixture) -> None:

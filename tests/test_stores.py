@@ -510,7 +510,7 @@ def test_the_stepspan_store_starts_a_run_with_its_parameters_and_ends_it(start, 
     assert (begin["name"], begin["tags"]) == ("tuned", ["a"])
     assert runs.status_of(session) == "completed"
     store.log_scalar("late", 1.0, 3)
-    assert store.run.stats()["troubles"]["closed"] == 1
+    assert store.run.stats()["warnings"]["closed"] == 1
 
 
 def test_the_stepspan_store_passes_on_what_start_run_refuses(start):

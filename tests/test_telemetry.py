@@ -406,7 +406,7 @@ def test_after_somebody_elses_run_has_ended_nothing_opens_another(tmp_path: Path
         t.emit("in time")
     t.emit("late")
     assert stepspan.current_run() is not recording.run
-    assert recording.run.stats()["troubles"] == {"closed": 1}
+    assert recording.run.stats()["warnings"] == {"closed": 1}
     assert not Path("stepspan-runs").exists()
 
 
@@ -421,7 +421,7 @@ def test_switched_off_it_touches_nothing(monkeypatch: pytest.MonkeyPatch, name: 
         manual(t)
         asyncio.run(_await(t))
     assert os.listdir() == []
-    assert t.stats() == {"records": 0, "troubles": {}}
+    assert t.stats() == {"records": 0, "warnings": {}}
 
 
 async def _await(t: Telemetry) -> None:
@@ -502,7 +502,7 @@ def test_wrong_calls_are_counted_and_told_once(call: Any, caplog: pytest.LogCapt
     t = Telemetry(backends=["jsonl", "otel"])
     call(t)
     call(t)
-    (count,) = t.stats()["troubles"].values()
+    (count,) = t.stats()["warnings"].values()
     assert count == 2
     assert len([r for r in caplog.records if r.levelno == logging.WARNING and "telemetry of" in r.getMessage()]) == 1
 
@@ -513,7 +513,7 @@ def test_objects_that_json_does_not_take_are_written_as_text() -> None:
     t = Telemetry("c", backends=["jsonl", "sqlite"])
     t.emit(Hostile(), {"x": Hostile()}, Hostile(), event="\ud800", a=circle, b={1, 2}, c=2**80)  # type: ignore[arg-type]
     t.close()
-    assert t.stats() == {"records": 1, "troubles": {}}
+    assert t.stats() == {"records": 1, "warnings": {}}
     assert lines()[0]["attributes"]["b"] == [1, 2]
     assert json.loads(table()[0]["attributes"])["c"] == str(2**80)
 
@@ -524,7 +524,7 @@ def test_a_backend_that_fails_does_not_take_the_others_down(caplog: pytest.LogCa
     t.emit("a")
     t.emit("b")
     assert [record["status"] for record in kept.records] == ["a", "b"]
-    assert t.stats() == {"records": 2, "troubles": {"Broken": 2}}
+    assert t.stats() == {"records": 2, "warnings": {"Broken": 2}}
     assert [r.getMessage() for r in caplog.records] == [
         f"telemetry of {t.command_name}: Broken: OSError('no room') (told once; stats() counts)"
     ]
@@ -535,7 +535,7 @@ def test_a_place_that_is_gone_costs_records_not_the_caller(backend: str) -> None
     t = Telemetry(backend=backend, path="below/telemetry")
     Path("below").write_text("in the way")
     t.emit("lost")
-    (count,) = t.stats()["troubles"].values()
+    (count,) = t.stats()["warnings"].values()
     assert count == 1
     Path("below").unlink()
     t.emit("kept")
@@ -618,7 +618,7 @@ def test_too_much_for_a_slow_place_is_counted() -> None:
     asyncio.run(main())
     t.close()
     assert [r["status"] for r in slow.records] == ["0", "1", "2"]
-    assert t.stats() == {"records": 5, "troubles": {"Slow": 2}}
+    assert t.stats() == {"records": 5, "warnings": {"Slow": 2}}
 
 
 def test_awaited_writes_of_many_tasks_are_all_there() -> None:
@@ -679,7 +679,7 @@ def _write(backend: str, path: str, number: int) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-        if t.stats() != {"records": THREADS * EACH, "troubles": {}}:
+        if t.stats() != {"records": THREADS * EACH, "warnings": {}}:
             raise RuntimeError(t.stats())
 
 
@@ -715,7 +715,7 @@ def test_a_forked_child_writes_on(backend: str, tmp_path: Path) -> None:
         if child:
             assert os.waitpid(child, 0)[1] == 0
         t.close()
-        assert t.stats()["troubles"] == {{}}, t.stats()
+        assert t.stats()["warnings"] == {{}}, t.stats()
     """
     done = python(code, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -738,7 +738,7 @@ def test_a_signal_handler_that_tells_while_a_record_is_written_waits_for_it_not_
     t.emit("interrupted")
     t.close()
     assert [row["status"] for row in table()] == ["interrupted", "from the handler"]
-    assert t.stats()["troubles"] == {}
+    assert t.stats()["warnings"] == {}
 
 
 # --------------------------------------------------------------------------------------------------------------- SQLite
@@ -772,7 +772,7 @@ def test_the_database_is_in_wal_mode_and_read_while_it_is_written() -> None:
         assert reader.execute("SELECT count(*) FROM telemetry").fetchone() == (1,)
         t.emit("b")
         assert reader.execute("SELECT count(*) FROM telemetry").fetchone() == (1,), "as of its beginning"
-        assert t.stats()["troubles"] == {}
+        assert t.stats()["warnings"] == {}
 
 
 RELEASED = (
@@ -795,7 +795,7 @@ def test_the_releases_go_on_with_our_table_and_we_with_theirs() -> None:
         t.emit(metric="a", value=2, status="completed")
         theirs()
         t.emit(metric="a", value=3)
-        assert t.stats()["troubles"] == {}
+        assert t.stats()["warnings"] == {}
     query = "SELECT id, command, status, metrics FROM telemetry"
     assert [tuple(row.values()) for row in table(query=query)] == [
         (1, "llm", "completed", '{"a": 1}'),

@@ -76,8 +76,8 @@ def arrived(run: Run) -> list[dict[str, Any]]:
 def test_an_array_of_one_element_is_its_number(run: Run, value: Any, number: Any) -> None:
     run.log_metrics({"x": value})
     assert lines(run) == [{"x": number}]
-    assert run.stats()["troubles"] == {}
-    assert run.companions == [] or not any(isinstance(one, tensors.Resolver) for one in run.companions)
+    assert run.stats()["warnings"] == {}
+    assert run.background_tasks == [] or not any(isinstance(one, tensors.Resolver) for one in run.background_tasks)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_anything_else_is_counted_and_the_rest_of_the_call_is_kept(
     with caplog.at_level(logging.WARNING, "stepspan"):
         run.log_metrics({"x": value, "y": 1.0})
     assert lines(run) == [{"y": 1.0}]
-    assert run.stats()["troubles"] == {"value": 1}
+    assert run.stats()["warnings"] == {"value": 1}
     assert told in caplog.messages[0]
 
 
@@ -135,7 +135,7 @@ def test_the_training_thread_only_launches(run: Run, gpu: Gpu) -> None:
     gpu.catch_up()
     assert arrived(run) == [{"loss": float(number), "norm": 1.0} for number in range(100)]
     assert gpu.waits == []
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_calls_are_written_in_their_order_and_none_before_it_has_arrived(run: Run, gpu: Gpu) -> None:
@@ -157,7 +157,7 @@ def test_a_jax_array_that_is_donated_to_the_next_step_arrives_all_the_same(run: 
     state.donated = True
     state.ready = True
     assert arrived(run) == [{"loss": 1.0}]
-    assert run.stats()["troubles"] == {}
+    assert run.stats()["warnings"] == {}
 
 
 def test_a_late_value_that_is_no_number_costs_itself_and_nothing_else(
@@ -168,7 +168,7 @@ def test_a_late_value_that_is_no_number_costs_itself_and_nothing_else(
     run.log_metrics({"bad": alone})
     loss.ready = bad.ready = alone.ready = True
     assert arrived(run) == [{"loss": 1.0}]
-    assert run.stats()["troubles"] == {"value": 2}
+    assert run.stats()["warnings"] == {"value": 2}
     assert "metric bad=1j: not a number" in caplog.messages[0]
 
 
@@ -189,7 +189,7 @@ def test_a_gpu_that_fails_costs_its_values_and_nothing_else(run: Run, gpu: Gpu) 
     run.log_metrics({"loss": 2.0})
     gpu.fails = RuntimeError("CUDA error: device-side assert triggered")
     assert arrived(run) == [{"loss": 2.0}]
-    assert run.stats()["troubles"] == {"late": 1}
+    assert run.stats()["warnings"] == {"late": 1}
 
 
 def test_a_value_logged_while_a_graph_is_captured_is_counted(run: Run, gpu: Gpu) -> None:
@@ -197,7 +197,7 @@ def test_a_value_logged_while_a_graph_is_captured_is_counted(run: Run, gpu: Gpu)
     run.log_metrics({"loss": gpu.tensor(1.0), "lr": 0.1})
     gpu.capturing = False
     assert lines(run) == [{"loss": None, "lr": 0.1}]
-    assert run.stats()["troubles"] == {"value": 1}
+    assert run.stats()["warnings"] == {"value": 1}
     assert gpu.queue == gpu.queue.__class__()
 
 
@@ -208,7 +208,7 @@ def test_the_end_of_a_run_waits_for_the_gpu_within_bounds(run: Run, gpu: Gpu) ->
     run.log_metrics({"loss": 3.0})
     run.close()
     assert [event["metrics"] for event in events(run, "metrics") if "at" in event] == [{"loss": 1.0}, {"loss": 3.0}]
-    assert run.stats()["troubles"] == {"late": 2}
+    assert run.stats()["warnings"] == {"late": 2}
 
 
 def test_more_than_may_be_on_their_way_are_lost_and_counted(
@@ -220,7 +220,7 @@ def test_more_than_may_be_on_their_way_are_lost_and_counted(
     gpu.catch_up()
     assert arrived(run) == [{"loss": 0.0}, {"loss": 1.0}, {"loss": 2.0}]
     assert [line["lr"] for line in lines(run) if "lr" in line] == [0.1] * 5
-    assert run.stats()["troubles"] == {"late": 2}
+    assert run.stats()["warnings"] == {"late": 2}
 
 
 def test_a_distributed_tensor_in_parts_is_not_gathered(run: Run, gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
@@ -234,7 +234,7 @@ def test_a_distributed_tensor_in_parts_is_not_gathered(run: Run, gpu: Gpu, caplo
     run.log_metrics({"loss": placed(True, False)})
     gpu.catch_up()
     assert arrived(run) == [{"norm": 2.0}]
-    assert run.stats()["troubles"] == {"value": 1}
+    assert run.stats()["warnings"] == {"value": 1}
     assert "log its full_tensor(), which all ranks must call" in caplog.text
 
 
@@ -250,10 +250,10 @@ def test_a_device_without_streams_is_read_by_the_thread_that_resolves(run: Run, 
 
 def test_values_that_arrive_are_no_sign_that_training_goes_on(run: Run, gpu: Gpu) -> None:
     run.log_metrics({"loss": gpu.tensor(1.0)})
-    before = run.pipeline.journal.writer.seq - run.beside  # type: ignore[union-attr]
+    before = run.pipeline.journal.writer.seq - run.background_events  # type: ignore[union-attr]
     gpu.catch_up()
     arrived(run)
-    assert run.pipeline.journal.writer.seq - run.beside == before  # type: ignore[union-attr]
+    assert run.pipeline.journal.writer.seq - run.background_events == before  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -457,7 +457,7 @@ def test_without_cuda_the_host_is_timed_and_it_is_said_once(
         for number in range(2):
             with recording.run.step(number), recording.run.span("all_reduce", collective=True, cuda=True):
                 pass
-        assert recording.run.stats()["troubles"] == {"cuda": 2}
+        assert recording.run.stats()["warnings"] == {"cuda": 2}
     assert len(recording.values("training.step.wait")) == 2
     assert recording.values("training.phase.device_time") == []
     assert len([message for message in caplog.messages if "timed on the host" in message]) == 1
@@ -469,7 +469,7 @@ def test_a_failing_gpu_does_not_reach_the_training(gpu: Gpu) -> None:
         with recording.run.step(0), recording.run.span("all_reduce", collective=True, cuda=True):
             pass
         until(lambda: not recording.run._late.busy)
-        assert recording.run.stats()["troubles"] == {"cuda": 2}
+        assert recording.run.stats()["warnings"] == {"cuda": 2}
     assert len(recording.values("training.phase.time", phase="all_reduce")) == 1
     assert recording.values("training.step.wait") == []
 
@@ -516,7 +516,7 @@ def test_the_wait_in_fsdp_is_what_all_collectives_of_a_step_take_on_the_device(g
         assert recording.values("training.step.wait") == [], "the device has not got there"
         gpu.catch_up()
         until(lambda: not run._late.busy)
-        assert run.stats()["troubles"] == {}
+        assert run.stats()["warnings"] == {}
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="collectives") == [pytest.approx(0.75)] * 2
     assert gpu.waits == []

@@ -57,7 +57,7 @@ def test_anything_else_is_counted(start: Callable[..., Run], tensor: Any) -> Non
     run.log_metrics({"x": tensor, "y": 1.0})
     assert run.flush()
     assert events(run, "metrics")[0]["metrics"]["y"] == 1.0
-    assert sum(run.stats()["troubles"].values()) == 1
+    assert sum(run.stats()["warnings"].values()) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +111,7 @@ def test_the_wait_of_a_backward_pass_is_a_collective_span_and_the_steps_wait(alo
         ddp = model(bucket_cap_mb=bucket_cap_mb)
         watch_collectives(ddp)
         train(recording, ddp)
-        assert recording.run.stats()["troubles"] == {}
+        assert recording.run.stats()["warnings"] == {}
     waits = recording.spans("all_reduce")
     assert [span.attributes["collective"] for span in waits] == [True] * 3
     assert {span.parent_id for span in waits} == {span.span_id for span in recording.spans("backward")}

@@ -61,7 +61,7 @@ class DisabledRun(Run):
 
     def __init__(self) -> None:
         self.closed = False
-        self.companions = []
+        self.background_tasks = []
 
     @cached_property
     def identity(self) -> Identity:  # type: ignore[override] # looked up only if somebody asks
@@ -117,7 +117,7 @@ class DisabledRun(Run):
     def set_total_steps(self, n: int) -> None:
         """Nothing."""
 
-    def emit_beside(self, event: Event) -> None:
+    def emit_background(self, event: Event) -> None:
         """Nothing."""
 
     def flush(self, timeout: float = 5.0) -> bool:
@@ -129,9 +129,9 @@ class DisabledRun(Run):
 
     def stats(self) -> dict[str, Any]:
         """As a run that has done nothing."""
-        return {"journaled": 0, "lost": 0, "durable": True, "journal": None, "troubles": {}, "delivery": {}}
+        return {"journaled": 0, "lost": 0, "durable": True, "journal": None, "warnings": {}, "delivery": {}}
 
-    def tell(self, kind: str, message: str, level: int = logging.WARNING) -> None:
+    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
         """Nothing."""
 
     def after_fork(self, number: int) -> None:

@@ -17,6 +17,7 @@ from zlib import crc32
 import orjson
 
 from stepspan.errors import Damaged
+from stepspan.values import json_value
 
 SCHEMA_MAJOR = 1
 SCHEMA = "1.0"
@@ -51,7 +52,6 @@ FIELDS: Mapping[str, str] = {
 A reader passes over tags and fields that it does not know: they come with minor versions of the schema."""
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-DEEPEST = 32
 
 
 def encode(event: Event) -> bytes:
@@ -59,7 +59,7 @@ def encode(event: Event) -> bytes:
     try:
         body = orjson.dumps(event)[:-1]
     except TypeError:  # an object, a huge integer, a lone surrogate: text keeps it
-        body = orjson.dumps(plain(event))[:-1]
+        body = orjson.dumps(json_value(event))[:-1]
     return b'%b,"crc":%d}\n' % (body, crc32(body))
 
 
@@ -93,36 +93,3 @@ def decode_sequence(lines: Sequence[bytes], seq: int) -> list[Event] | None:
     except (ValueError, KeyError, TypeError):
         return None
     return events
-
-
-def number_text(value: float) -> float | str:
-    """A float as JSON can hold it."""
-    if value - value == 0.0:
-        return value
-    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
-
-
-def plain(value: Any, inside: tuple[int, ...] = ()) -> Any:
-    """Any object as JSON: numbers, text, lists and dicts stay; everything else becomes its `str`.
-
-    `inside` are the ids of what it lies in: what contains itself, or lies deeper than `DEEPEST`, becomes text too.
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
-    if isinstance(value, float):
-        return number_text(float(value))
-    if len(inside) < DEEPEST and id(value) not in inside:
-        if isinstance(value, Mapping):
-            return {_text(key): plain(item, (*inside, id(value))) for key, item in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return [plain(item, (*inside, id(value))) for item in value]
-    return _text(value)
-
-
-def _text(value: Any) -> str:
-    try:
-        return str(value).encode("utf-8", "replace").decode()
-    except Exception as error:  # a user's __str__ may do anything
-        return f"<{type(value).__name__}: {type(error).__name__} in __str__>"

@@ -32,7 +32,7 @@ class Pipeline:
         processors: Sequence[Processor],
         exporters: Sequence[Any],
         *,
-        tell: Callable[[str, str], None] = lambda kind, message: None,
+        warn: Callable[[str, str], None] = lambda kind, message: None,
     ) -> None:
         if not exporters or not isinstance(exporters[0], JsonlExporter):
             raise ConfigError("exporters", exporters, "the first exporter keeps the journal: put a JsonlExporter there")
@@ -55,7 +55,7 @@ class Pipeline:
                 raise ConfigError("processors", processor, fix + ", ".join(FIELDS))
         self.journal: JsonlExporter = exporters[0]
         self.followers = tuple(exporters[1:])
-        self._tell = tell
+        self._warn = warn
         self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in FIELDS}
         self._append = self.journal.append
 
@@ -76,12 +76,12 @@ class Pipeline:
             try:
                 processed = stage(event)
             except Exception as error:  # a user's processor may raise anything; the event matters more
-                self._tell("processor", f"{type(stage).__name__} failed on a {event['tag']} event: {error!r}")
+                self._warn("processor", f"{type(stage).__name__} failed on a {event['tag']} event: {error!r}")
                 continue
             if processed is None:
                 return None
             if not isinstance(processed, dict) or "tag" not in processed:
-                self._tell("processor", f"{type(stage).__name__} made no event of a {event['tag']} event: ignored")
+                self._warn("processor", f"{type(stage).__name__} made no event of a {event['tag']} event: ignored")
                 continue
             event = processed
         return event
@@ -92,4 +92,4 @@ class Pipeline:
         self.journal.close(status)
 
     def _late(self, event: Event, scope: Scope | None = None) -> None:
-        self._tell("closed", f"the run is closed: {event['tag']} was lost, as is all that comes later")
+        self._warn("closed", f"the run is closed: {event['tag']} was lost, as is all that comes later")

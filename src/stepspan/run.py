@@ -18,12 +18,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from stepspan.deliver.delivery import Delivery
-from stepspan.events import SCHEMA, Event, plain
+from stepspan.events import SCHEMA, Event
 from stepspan.journal.writer import SessionGone
 from stepspan.recording.deferred import LATER, Resolver, number_of, resolver_of
 from stepspan.recording.scopes import Scope, Scopes, is_failure
 from stepspan.recording.steps import Amount, Steps
-from stepspan.values import describe, mapping_of, text
+from stepspan.values import error_fields, fields_of, json_value, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,7 +39,7 @@ CLOSE_WAIT = 5.0
 LARGEST = 1 << 63
 
 
-class Companion(Protocol):
+class BackgroundTask(Protocol):
     """What works beside a run, on a thread of its own, until the run ends."""
 
     def stop(self) -> None:
@@ -66,23 +66,23 @@ class Run:
         self.pipeline = pipeline
         self.delivery = delivery
         self.closed = False
-        self.companions: list[Companion] = []
+        self.background_tasks: list[BackgroundTask] = []
         """Stopped before the run ends; a forked child has none."""
-        self.beside = 0
+        self.background_events = 0
         """How many events came from companions."""
         self._late: Resolver | None = None
         self._resource = dict(resource)
         self._boot_id = boot_id
         self._journal = pipeline.journal
         self._emit = pipeline.emit
-        self._tells = identity.local_rank == 0
-        self._troubles: Counter[str] = Counter()
+        self._warns = identity.local_rank == 0
+        self._warnings: Counter[str] = Counter()
         self._lock, self._keeping_up = threading.Lock(), threading.Lock()
-        self._scopes = Scopes(identity, pipeline, tell=self.tell, record_error=self.log_error, propagate=propagate)
+        self._scopes = Scopes(identity, pipeline, warn=self.warn_once, record_error=self.log_error, propagate=propagate)
         self._journal.upkeep = self._upkeep
         self._journal.start(self._header, job_id=identity.job_id, host=identity.host)
         about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
-        self._scope = self._scopes.run({**plain(about), "attempt": list(identity.attempt)})
+        self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
         self._scopes.begin(self._scope)
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
@@ -100,8 +100,8 @@ class Run:
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
                 else:
-                    number = number_of(key, value, self.tell)
-                    name = key if type(key) is str else text(key)
+                    number = number_of(key, value, self.warn_once)
+                    name = key if type(key) is str else to_text(key)
                     if number is LATER:
                         values[name], late[name] = None, value
                     elif number is not None:
@@ -114,7 +114,7 @@ class Run:
                 number = scope.step if step is None else self._whole("step", step)
             else:
                 number = None if step is None else self._whole("step", step)
-            event: Event = {"ts": 0, "seq": 0, "tag": "metrics", "split": text(split) if split else "train"}
+            event: Event = {"ts": 0, "seq": 0, "tag": "metrics", "split": to_text(split) if split else "train"}
             if number is not None:
                 event["step"] = number
             event["metrics"] = values
@@ -123,7 +123,7 @@ class Run:
             else:
                 self._emit(event)
         except Exception as error:
-            self.tell("metrics", f"metrics were lost: {error!r}")
+            self.warn_once("metrics", f"metrics were lost: {error!r}")
 
     def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
         """One point at this instant."""
@@ -134,22 +134,26 @@ class Run:
 
         Values that JSON can't hold are written as text.
         """
-        self._record("hyperparams", lambda: {"params": plain(mapping_of(params))})
+        self._record("hyperparams", lambda: {"params": json_value(fields_of(params))})
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
         """That an artifact (a checkpoint, a plot) lies at `path`; the file itself is not read."""
         scope = self._scopes.innermost()
         step = {} if scope is None or scope.step is None else {"step": scope.step}
-        self._record("artifact", lambda: {"name": text(name), "path": os.fsdecode(path), "kind": text(kind), **step})
+        self._record(
+            "artifact", lambda: {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
+        )
 
     def log_event(self, name: str, /, *, status: str | None = None, **attributes: Any) -> None:
         """A named milestone."""
-        state = {} if status is None else {"status": text(status)}
-        self._record("event", lambda: {"name": text(name), **state, "attributes": plain(attributes)}, inside=True)
+        state = {} if status is None else {"status": to_text(status)}
+        self._record(
+            "event", lambda: {"name": to_text(name), **state, "attributes": json_value(attributes)}, inside=True
+        )
 
     def log_error(self, error: BaseException, /, **attributes: Any) -> None:
         """An exception with its stack trace; the innermost open span becomes an error."""
-        self._record("error", lambda: {**describe(error), "attributes": plain(attributes)}, inside=True)
+        self._record("error", lambda: {**error_fields(error), "attributes": json_value(attributes)}, inside=True)
         self._scopes.recorded(error)
 
     def epoch(self, n: int) -> Scope:
@@ -165,7 +169,7 @@ class Run:
         number: int | None = n
         if type(n) is not int or n < 0 or n >= LARGEST:
             number = self._whole("step", n)
-        scope = self._scopes.step(number, split if type(split) is str else text(split))
+        scope = self._scopes.step(number, split if type(split) is str else to_text(split))
         scope.samples, scope.tokens = samples, tokens
         return scope
 
@@ -175,14 +179,14 @@ class Run:
         `cuda=True`: what the current CUDA stream does in it is timed on the GPU, too, as `training.phase.device_time`
         (s), and that is a collective one's wait. Nothing waits for the GPU.
         """
-        begin: Event = {"name": text(name)}
+        begin: Event = {"name": to_text(name)}
         if collective:
             begin["collective"] = True
         if attributes:
             try:
-                begin["attributes"] = plain(attributes)
+                begin["attributes"] = json_value(attributes)
             except Exception as error:  # a user's mapping may raise anything
-                self.tell("span", f"the attributes of a span were lost: {error!r}")
+                self.warn_once("span", f"the attributes of a span were lost: {error!r}")
         if cuda:
             from stepspan.integrations.torch.times import device_span
 
@@ -207,7 +211,7 @@ class Run:
         first = None if start is None else self._whole("start", start)
         each = self._whole("accumulate", accumulate) or 1
         return Steps(
-            self._scopes, iterable, start=first, accumulate=each, split=text(split), samples=samples, tokens=tokens
+            self._scopes, iterable, start=first, accumulate=each, split=to_text(split), samples=samples, tokens=tokens
         )
 
     def set_total_steps(self, n: int) -> None:
@@ -222,14 +226,16 @@ class Run:
 
         return RunLogStore(self)
 
-    def emit_beside(self, event: Event) -> None:
+    def emit_background(self, event: Event) -> None:
         """Write an event of a companion: one that does not show that training goes on."""
         try:
-            self.beside += 1  # before it is written: a stall watch that looks now must not take it for training's
+            self.background_events += (
+                1  # before it is written: a stall watch that looks now must not take it for training's
+            )
             if not self._emit(event):
-                self.beside -= 1
+                self.background_events -= 1
         except Exception as error:
-            self.tell(event["tag"], f"{event['tag']} was lost: {error!r}")
+            self.warn_once(event["tag"], f"{event['tag']} was lost: {error!r}")
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""
@@ -240,7 +246,7 @@ class Run:
             left = max(0.0, deadline - time.monotonic())
             return (writer is None or self.delivery.wait(writer.path, writer.seq, left)) and arrived
         except Exception as error:
-            self.tell("flush", f"delivery could not be waited for: {error!r}")
+            self.warn_once("flush", f"delivery could not be waited for: {error!r}")
             return False
 
     def close(self, status: str = "completed") -> None:
@@ -249,16 +255,16 @@ class Run:
             if self.closed:
                 return
             self.closed = True
-        self._stop_companions()
+        self._stop_background_tasks()
         try:
-            self._scopes.end(self._scope, None, text(status))
+            self._scopes.end(self._scope, None, to_text(status))
             self._scopes.closed = True
             writer = self._journal.writer
-            self.pipeline.close(text(status))
+            self.pipeline.close(to_text(status))
             self._tell_trouble()
             self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)
         except Exception as error:
-            self.tell("close", f"the run was not closed well: {error!r}")
+            self.warn_once("close", f"the run was not closed well: {error!r}")
 
     def stats(self) -> dict[str, Any]:
         """The ledgers: what was journaled, what was lost or refused, and what each destination has taken."""
@@ -266,21 +272,21 @@ class Run:
         try:
             delivery = self.delivery.ledgers(writer.path) if writer else {}
         except Exception as error:
-            self.tell("stats", f"the ledgers of delivery cannot be read: {error!r}")
+            self.warn_once("stats", f"the ledgers of delivery cannot be read: {error!r}")
         return {
             "journaled": writer.seq if writer else 0,
             "lost": writer.lost if writer else 0,
             "durable": self._journal.durable,
             "journal": str(writer.path) if writer else None,
-            "troubles": dict(self._troubles),
+            "warnings": dict(self._warnings),
             "delivery": delivery,
         }
 
-    def tell(self, kind: str, message: str, level: int = logging.WARNING) -> None:
+    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
         """Count a trouble, and say it the first time."""
-        self._troubles[kind] += 1
-        if self._troubles[kind] == 1:
-            log.log(level if self._tells else logging.DEBUG, "%s (told once; run.stats() counts)", message)
+        self._warnings[kind] += 1
+        if self._warnings[kind] == 1:
+            log.log(level if self._warns else logging.DEBUG, "%s (told once; run.stats() counts)", message)
 
     def __enter__(self) -> Self:
         return self
@@ -290,28 +296,28 @@ class Run:
     ) -> None:
         failed = error is not None and is_failure(error)
         if failed:
-            self._stop_companions()
+            self._stop_background_tasks()
             self._scopes.end(self._scope, error)
         self.close("failed" if failed else "completed")
 
     def after_fork(self, number: int) -> None:
         """In a forked child, the parent's `number`-th, whose first event begins a session of its own."""
         self._lock, self._keeping_up = threading.Lock(), threading.Lock()
-        self._tells = False
-        self.companions, self.beside = [], 0
+        self._warns = False
+        self.background_tasks, self.background_events = [], 0
         self._late = None
         self.identity = self.identity.for_worker(number)
         self._scopes.before_fork_child(self.identity)
         self._journal.after_fork()
         self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
 
-    def _stop_companions(self) -> None:
-        while self.companions:
-            companion = self.companions.pop()
+    def _stop_background_tasks(self) -> None:
+        while self.background_tasks:
+            task = self.background_tasks.pop()
             try:
-                companion.stop()
+                task.stop()
             except Exception as error:
-                self.tell("companion", f"{type(companion).__name__} did not stop well: {error!r}")
+                self.warn_once("companion", f"{type(task).__name__} did not stop well: {error!r}")
 
     def _upkeep(self) -> None:
         if not self._keeping_up.acquire(blocking=False):
@@ -328,9 +334,11 @@ class Run:
             return
         trouble, writer.trouble = writer.trouble, None
         if isinstance(trouble, SessionGone):
-            self.tell("journal_gone", f"{trouble}: its latest lines are counted as lost")
+            self.warn_once("journal_gone", f"{trouble}: its latest lines are counted as lost")
         else:
-            self.tell("journal", f"the journal at {writer.path} cannot be written: {trouble}; lines wait in memory")
+            self.warn_once(
+                "journal", f"the journal at {writer.path} cannot be written: {trouble}; lines wait in memory"
+            )
 
     def _record(self, tag: str, fields: Any, *, inside: bool = False) -> None:
         """Emit an event. `fields()` may run a user's code, so it runs where nothing it raises gets out."""
@@ -338,7 +346,7 @@ class Run:
             parent = {"parent": self._scopes.parent()} if inside else {}
             self._emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
         except Exception as error:
-            self.tell(tag, f"{tag} was lost: {error!r}")
+            self.warn_once(tag, f"{tag} was lost: {error!r}")
 
     def _whole(self, field: str, value: Any) -> int | None:
         if type(value) is int and 0 <= value < LARGEST:
@@ -349,8 +357,8 @@ class Run:
                 return number
             why = "below 0 or beyond 64 bits"
         except Exception as error:  # a user's __index__ may raise anything
-            why = f"not a whole number: {text(error)}"
-        self.tell("step", f"{field}={text(value):.80}: {why}; recorded without it")
+            why = f"not a whole number: {to_text(error)}"
+        self.warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
         return None
 
     def _header(self) -> Event:

@@ -84,7 +84,7 @@ def start_run(
         return DISABLED
     before, after = _listed("processors", processors) or [], _listed("exporters", exporters)
     if _open is not None and not _open.closed:
-        _open.tell("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
+        _open.warn_once("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
         _open.close()
     who = {
         "job_id": job_id,
@@ -136,9 +136,9 @@ def _assemble(
         identity, os.environ, service_name=settings.service_name, resource=settings.resource
     )
     redact = [Redact(settings.redact_names)] if settings.redact else []
-    teller = _Teller()
-    pipeline = Pipeline([*redact, *build(settings.processors), *processors], [journal, *followers], tell=teller)
-    delivery = _delivery(settings, identity, journal, followers, facts.boot_id, teller)
+    sink = _WarningSink()
+    pipeline = Pipeline([*redact, *build(settings.processors), *processors], [journal, *followers], warn=sink)
+    delivery = _delivery(settings, identity, journal, followers, facts.boot_id, sink)
     run = Run(
         identity,
         attributes,
@@ -149,19 +149,19 @@ def _assemble(
         tags=settings.tags,
         propagate=settings.propagate,
     )
-    teller.run = run
+    sink.run = run
     if settings.stall_after:
         from stepspan.recording.stall import StallWatch
 
-        run.companions.append(StallWatch(run, settings.stall_after))
+        run.background_tasks.append(StallWatch(run, settings.stall_after))
     if settings.samplers:
         from stepspan.samplers import start_sampling
 
         start_sampling(run, settings.samplers, settings.sample_interval)
     for warning in (*identity.warnings, *warnings):
-        run.tell(warning, warning)
+        run.warn_once(warning, warning)
     if not journal.durable:
-        run.tell(
+        run.warn_once(
             "memory", f"{settings.directory} cannot be written: the journal lies in memory, at {journal.directory}"
         )
     elif identity.rank == 0 and not _started and sys.stderr is not None:
@@ -176,14 +176,14 @@ def _listed(field: str, value: Any) -> list[Any] | None:
     return None if value is None else list(value)
 
 
-class _Teller:
+class _WarningSink:
     """Passes on what goes wrong in the parts of a run to the run, once there is one."""
 
     run: Run | None = None
 
     def __call__(self, kind: str, message: str) -> None:
         if self.run is not None:
-            self.run.tell(kind, message)
+            self.run.warn_once(kind, message)
         else:
             log.warning("%s", message)
 
@@ -216,7 +216,7 @@ def _delivery(
     journal: JsonlExporter,
     followers: Sequence[Any],
     boot_id: str,
-    tell: Any,
+    warn: Any,
 ) -> Delivery:
     from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
 
@@ -235,7 +235,7 @@ def _delivery(
             followers,
             first=identity.local_rank == 0,
             health=settings.health,
-            tell=tell,
+            warn=warn,
             session=session,
         )
     return ThreadDelivery(followers, session, boot_id)

@@ -1,4 +1,9 @@
-"""What users hand over, as the fields of an event: exceptions, texts, parameters. Nothing here trusts their methods."""
+"""What users hand over, as JSON values: one function for each contract, named by what it returns.
+
+Nothing here trusts the methods of the objects it is given: `to_text`, `to_float` and `error_fields` never raise, whatever
+an object's own `__str__`, `__float__` or `__iter__` does; `json_value` raises only what iterating over a container raises. Numbers that JSON has no word for are written
+as proto3 JSON does: "NaN", "Infinity", "-Infinity".
+"""
 
 from __future__ import annotations
 
@@ -7,35 +12,99 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from stepspan.events import Event, plain
+MAX_DEPTH = 32
+"""Levels of nesting that `json_value` keeps; what lies deeper becomes text."""
+MAX_STACK_CHARS = 64 << 10
 
-LONGEST_STACK = 64 << 10
+
+def json_value(value: Any, parents: tuple[int, ...] = ()) -> Any:
+    """Any object as JSON.
+
+    Args:
+        value: None, booleans, numbers, text, mappings, lists, tuples and sets keep their form; an integer beyond 64
+            bits and every other object become their `str`.
+        parents: The ids of the containers that `value` lies in, for the recursion: a container inside itself, and one
+            nested deeper than `MAX_DEPTH`, becomes text.
+
+    Returns:
+        What `orjson` can write.
+
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
+    if isinstance(value, float):
+        return json_number(float(value))
+    if len(parents) < MAX_DEPTH and id(value) not in parents:
+        if isinstance(value, Mapping):
+            return {_str(key): json_value(item, (*parents, id(value))) for key, item in value.items()}
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [json_value(item, (*parents, id(value))) for item in value]
+    return _str(value)
 
 
-def describe(error: BaseException) -> Event:
-    """An exception as the fields of an error event."""
+def json_number(value: float) -> float | str:
+    """A float as JSON can hold it: itself, or "NaN", "Infinity" or "-Infinity"."""
+    if value - value == 0.0:
+        return value
+    return "NaN" if value != value else "Infinity" if value > 0 else "-Infinity"
+
+
+def to_float(value: Any) -> float | None:
+    """The number in a value as a journal line holds it ("NaN" and "Infinity" included); None where there is none."""
+    try:
+        return float(value)
+    except Exception:  # also what a user's __float__ raises
+        return None
+
+
+def to_text(value: Any) -> str:
+    """Any object as text that UTF-8 can write: a lone surrogate becomes "?". Never raises."""
+    if type(value) is str:
+        return value
+    try:
+        return str(json_value(value))
+    except Exception:  # iterating over a user's container may raise anything
+        return _str(value)
+
+
+def shorten(text: str, limit: int) -> str:
+    """A text of at most about `limit` characters: its beginning and its end, with an ellipsis between them."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def error_fields(error: BaseException) -> dict[str, Any]:
+    """An exception as the fields of an `error` event: `type`, `message` and `stack`."""
     try:
         stack = "".join(traceback.format_exception(type(error), error, error.__traceback__))
     except Exception as failure:  # an exception's own attributes may raise
         lines = traceback.format_tb(error.__traceback__) if isinstance(error, BaseException) else []
-        stack = "".join([*lines, f"<no more of {type(error).__name__}: {text(failure)}>"])
-    if len(stack) > LONGEST_STACK:  # its end says what happened
-        stack = f"…{stack[-LONGEST_STACK:]}"
+        stack = "".join([*lines, f"<no more of {type(error).__name__}: {to_text(failure)}>"])
+    if len(stack) > MAX_STACK_CHARS:  # its end says what happened
+        stack = f"…{stack[-MAX_STACK_CHARS:]}"
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return {"type": name, "message": plain(error), "stack": plain(stack)}
+    return {"type": name, "message": json_value(error), "stack": json_value(stack)}
 
 
-def text(value: Any) -> str:
-    """Any object as text; its own `__str__` may raise."""
-    return value if type(value) is str else str(plain(value))
+def fields_of(params: Any) -> Mapping[str, Any]:
+    """The fields of a mapping, a dataclass, a namespace or any other object with attributes.
 
+    Raises:
+        TypeError: `params` has none.
 
-def mapping_of(params: Any) -> Mapping[str, Any]:
-    """The fields of a mapping, a dataclass, a namespace or any other object with attributes. TypeError."""
+    """
     if isinstance(params, Mapping):
         return params
     if is_dataclass(params):
         return {field.name: getattr(params, field.name) for field in fields(params)}
     attributes: dict[str, Any] = vars(params)
     return attributes
+
+
+def _str(value: Any) -> str:
+    try:
+        return str(value).encode("utf-8", "replace").decode()
+    except Exception as error:  # a user's __str__ may do anything
+        return f"<{type(value).__name__}: {type(error).__name__} in __str__>"

@@ -15,8 +15,8 @@ from rich.text import Text
 from stepspan.cli.describe import duration, pairs, printable, short
 from stepspan.cli.summary import summarise
 from stepspan.cli.table import print_table, shortened
-from stepspan.events import plain
 from stepspan.journal.layout import find_sessions
+from stepspan.values import json_value
 
 MOST_SESSIONS, MOST_METRICS, MOST_LINES = 24, 40, 8
 """Rows of a table; how many errors and checkpoints are shown."""
@@ -34,7 +34,7 @@ def show_report(path: Path, *, as_json: bool, state_directory: Path | None) -> i
         print(f"stepspan report: no journal at or below {path}", file=sys.stderr)
         return 2
     if as_json:
-        print(orjson.dumps(plain({"jobs": jobs}), option=orjson.OPT_INDENT_2).decode())
+        print(orjson.dumps(json_value({"jobs": jobs}), option=orjson.OPT_INDENT_2).decode())
         return 0
     page = Page(Console(width=None if sys.stdout.isatty() else PIPED, highlight=False))
     for number, job in enumerate(jobs):

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from stepspan.events import NONFINITE, number_text, plain
+from stepspan.events import NONFINITE
+from stepspan.values import json_number, json_value
 
 SECOND = 1_000_000_000
 LATEST = float(1 << 63) / SECOND
@@ -33,7 +34,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
 def harmless(value: Any) -> Any:
     """Any object as plain data, whatever its own methods do."""
     try:
-        return plain(value)
+        return json_value(value)
     except Exception:  # a user's mapping may raise anything
         return f"<{type(value).__name__}>"
 
@@ -103,7 +104,7 @@ def number(value: Any) -> float | str | None:
     if isinstance(value, str):
         return value if value in NONFINITE else None
     try:
-        return number_text(float(value)) if isinstance(value, (bool, int, float)) else None
+        return json_number(float(value)) if isinstance(value, (bool, int, float)) else None
     except OverflowError:
         return None
 

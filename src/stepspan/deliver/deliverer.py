@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stepspan.deliver.health import TIMEOUT, Health
-from stepspan.deliver.scheduler import Shipper
+from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import Options
 from stepspan.exporters import Exporter
 from stepspan.exporters.otlp import OtlpExporter
@@ -40,7 +40,7 @@ class Deliverer:
         pace: Callable[[float], None] | None = None,
         health: str | None = None,
     ) -> None:
-        self.shippers = [Shipper(signal, e, find, options) for e in exporters for signal in e.signals]
+        self.shippers = [Scheduler(signal, e, find, options) for e in exporters for signal in e.signals]
         self._exporters = exporters
         self._health = [
             Health(e, [s for s in self.shippers if s.exporter is e], health, options)
@@ -93,7 +93,7 @@ class Deliverer:
         """End `wait` at once; may be called from a signal handler."""
         self._stop.set()
 
-    def _ship(self, shipper: Shipper) -> None:
+    def _ship(self, shipper: Scheduler) -> None:
         try:
             while not self._stop.is_set():
                 before = time.thread_time()

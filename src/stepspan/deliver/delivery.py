@@ -110,13 +110,13 @@ class ProcessDelivery(Delivery):
         *,
         first: bool,
         health: bool,
-        tell: Callable[[str, str], None],
+        warn: Callable[[str, str], None],
         session: Callable[[], Path | None] = lambda: None,
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._directory, self._host, self._exporters = directory, host, exporters
         self._health = health
-        self._tell = tell
+        self._warn = warn
         self._session = session
         self._log = directory / PLACE / f"{slug(host)}.log"
         self._env = settled(os.environ)  # one that is started again later must not go elsewhere
@@ -139,7 +139,7 @@ class ProcessDelivery(Delivery):
         try:
             self._start_where_free(now)
         except Exception as error:  # a run that can't start a process still has its journal
-            self._tell("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
+            self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
     def wait(self, session: Path, seq: int, timeout: float) -> bool:
         """As the base; starts the deliverer that nobody has started yet."""
@@ -176,7 +176,7 @@ class ProcessDelivery(Delivery):
             worked = any(s.answered > self._began for signals in found.values() for s in signals.values())
             self._pause = 0.0 if worked else min(max(self.check, 2 * self._pause), LONGEST_PAUSE)
             self._again = now + self._pause
-            self._tell("deliverer", f"the deliverer died (exit status {status}): {self._log} says why; {self._later()}")
+            self._warn("deliverer", f"the deliverer died (exit status {status}): {self._log} says why; {self._later()}")
         for target in self.targets:
             state = found.get(target[0], {}).get(target[1])
             if state is None or state.state not in {"retry", "hold"}:
@@ -186,7 +186,7 @@ class ProcessDelivery(Delivery):
             if state.state == "hold" or now - since >= self.patience:
                 if since != float("inf"):
                     shown = f"{target[1]} to {self._shown[target]} (destination {target[0]})"
-                    self._tell("delivery", f"{shown} cannot be delivered: {state.message}; {self._later()}")
+                    self._warn("delivery", f"{shown} cannot be delivered: {state.message}; {self._later()}")
                 self._failing[target] = float("inf")
 
     def _later(self) -> str:

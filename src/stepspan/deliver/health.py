@@ -30,8 +30,8 @@ from stepspan.mapping.records import Attributes, Point, Series, Signal, Sum
 from stepspan.otlp.transport import Verdict
 
 if TYPE_CHECKING:
-    from stepspan.deliver.scheduler import Shipper
-    from stepspan.deliver.task import Lane, Options
+    from stepspan.deliver.scheduler import Scheduler
+    from stepspan.deliver.task import DeliveryTask, Options
     from stepspan.exporters.otlp import OtlpExporter
 
 log = logging.getLogger("stepspan.deliver")
@@ -93,7 +93,7 @@ class Book:
         self._counted: dict[Path, Ledger] = {}
         """What the tallies hold of each session that is not finished."""
 
-    def count(self, lane: Lane, *, moved: bool) -> None:
+    def count(self, lane: DeliveryTask, *, moved: bool) -> None:
         """Bring a session's part up to date, when it is met and whenever its cursor has moved."""
         path, ledger, started = lane.session.path, lane.state.ledger, int(lane.header["started"])
         job = job_of(lane.header)
@@ -123,7 +123,7 @@ class Waiting:
 class Health:
     """Tells `exporter`'s receiver how the delivery to it goes. `host` names this deliverer."""
 
-    def __init__(self, exporter: OtlpExporter, shippers: Sequence[Shipper], host: str, options: Options) -> None:
+    def __init__(self, exporter: OtlpExporter, shippers: Sequence[Scheduler], host: str, options: Options) -> None:
         self.resource: Attributes = {
             "service.name": SERVICE,
             "service.instance.id": f"deliverer-{host}",
@@ -153,15 +153,15 @@ class Health:
     def _run(self) -> None:
         try:
             while not self._stop.wait(EVERY):
-                self.tell()
+                self.warn_once()
             if any(tally.moves for shipper in self._shippers for tally in list(shipper.book.jobs.values())):
-                self.tell()
+                self.warn_once()
         except Exception:  # a defect here is no reason to stop anything else
             log.exception("nothing more is told of the delivery to %s", self._exporter.destination)
         finally:
             self._exporter.close()
 
-    def tell(self) -> bool:
+    def warn_once(self) -> bool:
         """One report, if the receiver is there; whether it took it."""
         if not self._answers():
             return False
@@ -286,7 +286,7 @@ class Sizes:
         return self._known[number]
 
 
-def next_time(lane: Lane, position: Position) -> int:
+def next_time(lane: DeliveryTask, position: Position) -> int:
     """The time of the first whole line after a position, Unix ns; 0 where no line is whole yet."""
     number, offset = position.segment, position.offset
     for here, start in ((number, offset), (None, 0)):

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from stepspan.deliver.health import Book
-from stepspan.deliver.task import Lane, Options
+from stepspan.deliver.task import DeliveryTask, Options
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
 from stepspan.journal.layout import SessionPath
@@ -32,7 +32,7 @@ TRY_AGAIN = 60.0
 """Seconds until a session that could not be read is looked at again: a disk may have been full, an upgrade may come."""
 
 
-class Shipper:
+class Scheduler:
     """Delivers one signal of all sessions that `find` lists."""
 
     def __init__(
@@ -40,7 +40,7 @@ class Shipper:
     ) -> None:
         self.signal: Signal = signal
         self.exporter = exporter
-        self.lanes: dict[Path, Lane] = {}
+        self.lanes: dict[Path, DeliveryTask] = {}
         """The sessions that are not finished."""
         self.unreadable: dict[Path, str] = {}
         """The sessions that could not be read, and why."""
@@ -129,7 +129,7 @@ class Shipper:
             if path in self.lanes or path in self._finished or self._try_again.get(path, now) > now:
                 continue
             try:
-                lane = Lane(session, self.signal, self.exporter, self._options)
+                lane = DeliveryTask(session, self.signal, self.exporter, self._options)
             except Exception as error:
                 self._give_up(path, error)
                 continue
@@ -158,9 +158,9 @@ class Shipper:
         self.over = all(lane.held for lane in lanes) and not self._living
         self.rounds += 1
 
-    def _in_turn(self) -> list[Lane]:
+    def _in_turn(self) -> list[DeliveryTask]:
         """The sessions that may go on, the slowest first; of those that share a series identity only the first."""
-        turn: list[Lane] = []
+        turn: list[DeliveryTask] = []
         taken: set[str] = set()
         for lane in sorted(self.lanes.values(), key=lambda lane: int(lane.header["started"])):
             identity = repr(lane.header["resource"].get("service.instance.id"))  # somebody's journal: may be a list
@@ -170,7 +170,7 @@ class Shipper:
                     taken.add(identity)
         return sorted(turn, key=lambda lane: lane.time)
 
-    def _retire(self, lane: Lane) -> None:
+    def _retire(self, lane: DeliveryTask) -> None:
         lane.close()
         del self.lanes[lane.session.path]
         self._finished.add(lane.session.path)
@@ -191,7 +191,7 @@ class Shipper:
             lane.close()
 
 
-def _horizon(lane: Lane, behind: Sequence[int]) -> int:
+def _horizon(lane: DeliveryTask, behind: Sequence[int]) -> int:
     """The event time up to which a session may go. `behind`: where those are that have more to send, ascending."""
     among_them = not lane.held and not lane.at_end
     others = behind[1:] if among_them and behind[0] == lane.time else behind

@@ -73,7 +73,7 @@ class Parcel:
     counts: Ledger
 
 
-class Lane:
+class DeliveryTask:
     """A session's signal. Raises OSError or `JournalError` where the session can't be read."""
 
     def __init__(self, session: SessionPath, signal: Signal, exporter: Exporter, options: Options) -> None:

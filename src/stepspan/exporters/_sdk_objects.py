@@ -24,7 +24,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from stepspan import __version__
 from stepspan.exporters._sdk_records import log_record, readable_span, scope_metrics
 from stepspan.mapping.columns import Column
-from stepspan.mapping.records import Attributes, Exemplar, Foreign, Histogram, Log, Point, Span, Sum
+from stepspan.mapping.records import Attributes, Exemplar, Histogram, Log, Point, SdkRecord, Span, Sum
 from stepspan.otlp.rules import (
     INT64_MAX,
     INT64_MIN,
@@ -44,7 +44,7 @@ _NO_BUCKETS = export.Buckets(0, [])
 _UNSET = trace.Status(trace.StatusCode.UNSET)
 
 
-def metrics_data(resource: Attributes, points: Sequence[Point | Foreign]) -> export.MetricsData:
+def metrics_data(resource: Attributes, points: Sequence[Point | SdkRecord]) -> export.MetricsData:
     """What `MetricExporter.export` takes. Points without a value are left out, and metrics without a point."""
     ours, foreign = by_metric(points)
     metrics = [_metric(key, columns) for key, columns in ours.items()]
@@ -54,20 +54,21 @@ def metrics_data(resource: Attributes, points: Sequence[Point | Foreign]) -> exp
     return export.MetricsData([export.ResourceMetrics(_resource(resource), scopes, "")])
 
 
-def readable_spans(resource: Attributes, spans: Sequence[Span | Foreign]) -> list[ReadableSpan]:
+def readable_spans(resource: Attributes, spans: Sequence[Span | SdkRecord]) -> list[ReadableSpan]:
     """What `SpanExporter.export` takes."""
     sdk_resource = _resource(resource)
     return [
-        readable_span(sdk_resource, span) if isinstance(span, Foreign) else _span(sdk_resource, span) for span in spans
+        readable_span(sdk_resource, span) if isinstance(span, SdkRecord) else _span(sdk_resource, span)
+        for span in spans
     ]
 
 
-def log_records(resource: Attributes, logs: Sequence[Log | Foreign]) -> list[ReadableLogRecord]:
+def log_records(resource: Attributes, logs: Sequence[Log | SdkRecord]) -> list[ReadableLogRecord]:
     """What `LogRecordExporter.export` takes."""
     sdk_resource = _resource(resource)
     return [
         log_record(sdk_resource, log)
-        if isinstance(log, Foreign)
+        if isinstance(log, SdkRecord)
         else ReadableLogRecord(_log(log), sdk_resource, _SCOPE)
         for log in logs
     ]

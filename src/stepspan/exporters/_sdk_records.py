@@ -18,7 +18,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from stepspan.mapping.records import Foreign, Source
+from stepspan.mapping.records import SdkRecord, SdkScope
 from stepspan.otlp.rules import NAN, POINTS, SAMPLED
 from stepspan.otlp.sdk_records import scopes_of
 
@@ -27,7 +27,7 @@ _Json: TypeAlias = Mapping[str, Any]
 IS_REMOTE = 0x200
 
 
-def readable_span(resource: Resource, foreign: Foreign) -> ReadableSpan:
+def readable_span(resource: Resource, foreign: SdkRecord) -> ReadableSpan:
     """A span."""
     record = foreign.record
     status = record.get("status", {})
@@ -55,7 +55,7 @@ def readable_span(resource: Resource, foreign: Foreign) -> ReadableSpan:
     )
 
 
-def log_record(resource: Resource, foreign: Foreign) -> ReadableLogRecord:
+def log_record(resource: Resource, foreign: SdkRecord) -> ReadableLogRecord:
     """A log record."""
     record = foreign.record
     # Never an empty Context(): it is falsy, and LogRecord takes the calling thread's current span instead.
@@ -77,11 +77,11 @@ def log_record(resource: Resource, foreign: Foreign) -> ReadableLogRecord:
     )
 
 
-def scope_metrics(foreign: Iterable[Foreign]) -> list[export.ScopeMetrics]:
+def scope_metrics(foreign: Iterable[SdkRecord]) -> list[export.ScopeMetrics]:
     """Data points, as metrics in their scopes."""
     return [
         export.ScopeMetrics(
-            _scope(Source(scope["scope"], scope.get("schemaUrl", ""))),
+            _scope(SdkScope(scope["scope"], scope.get("schemaUrl", ""))),
             [_metric(metric) for metric in scope["metrics"] if not metric.keys().isdisjoint(_DATA)],
             scope.get("schemaUrl", ""),
         )
@@ -177,7 +177,7 @@ _DATA: Mapping[str, Callable[[_Json], export.DataT]] = {
 """The data of a metric; the SDK has no summary."""
 
 
-def _scope(source: Source) -> InstrumentationScope:
+def _scope(source: SdkScope) -> InstrumentationScope:
     scope = source.scope
     return InstrumentationScope(
         scope.get("name", ""), scope.get("version"), source.schema_url or None, _attributes(scope)

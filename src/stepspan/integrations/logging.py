@@ -15,10 +15,9 @@ import threading
 from typing import Any
 
 from stepspan.disabled import DISABLED
-from stepspan.events import plain
 from stepspan.run import Run
 from stepspan.start import current_run
-from stepspan.values import describe, text
+from stepspan.values import error_fields, json_value, to_text
 
 OWN = "stepspan"
 """Our own loggers, and the names of our own threads: what they say about delivering must not be delivered."""
@@ -63,27 +62,27 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """A line as the fields of a `log` event. Names of attributes: OpenTelemetry semantic conventions, `code.*`."""
     given = {name: value for name, value in vars(record).items() if name not in STANDARD}
     attributes: dict[str, Any] = {
-        **(plain(given) if given else {}),
-        "code.file.path": text(record.pathname),
-        "code.function.name": text(record.funcName),
+        **(json_value(given) if given else {}),
+        "code.file.path": to_text(record.pathname),
+        "code.function.name": to_text(record.funcName),
         "code.line.number": record.lineno,
     }
     if record.threadName and record.threadName != "MainThread":
-        attributes["thread.name"] = text(record.threadName)
+        attributes["thread.name"] = to_text(record.threadName)
     if record.stack_info:
-        attributes["code.stacktrace"] = text(record.stack_info)
+        attributes["code.stacktrace"] = to_text(record.stack_info)
     error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
     return {
         "severity": next((name for level, name in SEVERITIES if record.levelno >= level), "trace"),
-        "logger": text(record.name),
+        "logger": to_text(record.name),
         "message": _message(record),
         "attributes": attributes,
-        **({} if error is None else {"exception": describe(error)}),
+        **({} if error is None else {"exception": error_fields(error)}),
     }
 
 
 def _message(record: logging.LogRecord) -> str:
     try:
-        return text(record.getMessage())
+        return to_text(record.getMessage())
     except Exception as error:  # arguments that don't fit the format, or a user's __str__
-        return f"{text(record.msg)} <{type(error).__name__}: {text(error)}>"
+        return f"{to_text(record.msg)} <{type(error).__name__}: {to_text(error)}>"

@@ -140,22 +140,22 @@ def hook(method: Method) -> Method:
         except ConfigError:
             raise
         except Exception as error:  # another version of the framework, a model's own attributes
-            loop.run.tell(method.__name__, f"{type(self).__name__}.{method.__name__} failed: {error!r}")
+            loop.run.warn_once(method.__name__, f"{type(self).__name__}.{method.__name__} failed: {error!r}")
         finally:
             loop._moment = time.perf_counter_ns()
 
     return told  # type: ignore[return-value]
 
 
-_JOINED: dict[tuple[type, type], type] = {}
+_FRAMEWORK_BASE: dict[tuple[type, type], type] = {}
 
 
 def joined(ours: type, base: type) -> type:
     """Our class and a framework's in one, made when the framework is there."""
-    if (ours, base) not in _JOINED:
+    if (ours, base) not in _FRAMEWORK_BASE:
         about = {"__module__": ours.__module__, "__doc__": ours.__doc__}
-        _JOINED[ours, base] = type(ours.__name__, (ours, base), about)
-    return _JOINED[ours, base]
+        _FRAMEWORK_BASE[ours, base] = type(ours.__name__, (ours, base), about)
+    return _FRAMEWORK_BASE[ours, base]
 
 
 def samples_of(batch: Any) -> int | None:

@@ -124,6 +124,35 @@ def read_file(path: Path, longest: int = -1) -> bytes | None:
         os.close(directory)
 
 
+def replace_file(directory: int, name: str, content: bytes, *, mode: int = 0o600, sync: bool = False) -> None:
+    """Put a file with this content in the place of whatever has the name: a reader sees the old one or the new one.
+
+    Args:
+        directory: The descriptor of the directory (`open_directory`).
+        name: The file's name in it.
+        content: All of its bytes.
+        mode: Its permissions.
+        sync: Whether the bytes are on the disk before the name is theirs.
+
+    Raises:
+        OSError: The old file is untouched, and nothing is left of the new one.
+
+    """
+    draft = f".{name}.{os.getpid()}"
+    try:
+        fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, dir_fd=directory, mode=mode)
+        with open(fd, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(fd)
+        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(draft, dir_fd=directory)
+        raise
+
+
 def writable_by_us(path: Path) -> bool:
     """Whether a directory is ours to write in: it exists, is no link and has our owner."""
     try:

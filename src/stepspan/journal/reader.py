@@ -29,7 +29,7 @@ USUAL_HEADER = 1 << 16
 
 
 @dataclass(slots=True)
-class Batch:
+class EventBatch:
     """Events, where to read on after them, and what the ledger gains. `at_end`: nothing more can be read now."""
 
     events: list[Event]
@@ -56,7 +56,7 @@ class JournalReader:
             self.close()
             raise
 
-    def read(self, start: Position, *, size: int, until: int | None = None, closed: Closed | None = None) -> Batch:
+    def read(self, start: Position, *, size: int, until: int | None = None, closed: Closed | None = None) -> EventBatch:
         """Events from `start` on: about `size` bytes, none later than `until` (ns), none past the end."""
         number, offset, seq = start.segment or self._successor(0), start.offset, start.seq
         events: list[Event] = []
@@ -114,13 +114,13 @@ class JournalReader:
         while events and events[-1]["ts"] // MILLISECOND == unsettled:
             events.pop()
         if not events:
-            return Batch(events, start, Ledger(), at_end or not number, beyond)
+            return EventBatch(events, start, Ledger(), at_end or not number, beyond)
         last = events[-1]
         counts = Ledger(read=len(events))
         if last["seq"] - start.seq != len(events):
             self._count_holes(start, events, numbers, counts)
         position = Position(numbers[len(events) - 1], ends[len(events) - 1], last["seq"], last["ts"])
-        return Batch(events, position, counts, at_end, beyond)
+        return EventBatch(events, position, counts, at_end, beyond)
 
     def _count_holes(self, start: Position, events: list[Event], numbers: list[int], counts: Ledger) -> None:
         present = set(self.session.segments())

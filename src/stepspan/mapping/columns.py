@@ -10,7 +10,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from stepspan.mapping.records import Foreign, Point, Series
+from stepspan.mapping.records import Point, SdkRecord, Series
 
 Column: TypeAlias = tuple[Series, Sequence[int], Sequence[Any]]
 """Points of one series in time order: their times (Unix ns) and their values."""
@@ -18,10 +18,10 @@ Column: TypeAlias = tuple[Series, Sequence[int], Sequence[Any]]
 TIME = itemgetter(1)
 
 
-class Points(Sequence["Point | Foreign"]):
+class Points(Sequence["Point | SdkRecord"]):
     """Points of one request: `singles` in time order, and `columns` of gauges whose values are floats."""
 
-    def __init__(self, singles: list[Point | Foreign], columns: list[Column]) -> None:
+    def __init__(self, singles: list[Point | SdkRecord], columns: list[Column]) -> None:
         self.singles = singles
         self.columns = columns
         self._length = len(singles) + sum(len(times) for _, times, _ in columns)
@@ -35,11 +35,11 @@ class Points(Sequence["Point | Foreign"]):
             return sorted([*self.singles[-1:], *last], key=TIME)[-1]
         return self._listed[index]
 
-    def __iter__(self) -> Iterator[Point | Foreign]:
+    def __iter__(self) -> Iterator[Point | SdkRecord]:
         return iter(self._listed)
 
     @cached_property
-    def _listed(self) -> list[Point | Foreign]:
+    def _listed(self) -> list[Point | SdkRecord]:
         listed = list(self.singles)
         for series, times, values in self.columns:
             listed += [(series, time, value) for time, value in zip(times, values, strict=True)]

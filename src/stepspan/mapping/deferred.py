@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.mapping.point_buffer import Gathering
+from stepspan.mapping.point_buffer import PointBuffer
 from stepspan.mapping.records import Series
 from stepspan.mapping.values import number
 
@@ -24,7 +24,7 @@ Own = Callable[[str, str], Series]
 class Late:
     """Of one session that began at `started` (Unix ns). `own` gives one of our own series by its name and label."""
 
-    def __init__(self, started: int, points: Gathering, own: Own) -> None:
+    def __init__(self, started: int, points: PointBuffer, own: Own) -> None:
         self._started = started
         self._points = points
         self._own = own
@@ -74,7 +74,7 @@ class Late:
         if entry[2] is not None:
             entry[2] += begin.get("wait", 0.0)
         _bound(self.steps, MOST_STEPS)
-        self._tell(ended)
+        self._warn(ended)
         return True
 
     def device_time(self, event: Event) -> None:
@@ -89,14 +89,14 @@ class Late:
         if entry is not None:
             entry[2] = None if seconds is None or entry[2] is None else entry[2] + seconds
             entry[3] -= 1
-            self._tell(event["ts"])
+            self._warn(event["ts"])
 
     def _not_twice(self, series: Series, now: int) -> None:
         """A series that has a point of this millisecond gets none that is late."""
         if self._points.holds(series):
             self._last[_name(series)] = now // MILLISECOND
 
-    def _tell(self, now: int) -> None:
+    def _warn(self, now: int) -> None:
         while self.steps:
             step = next(iter(self.steps))
             split, ended, wait, missing = self.steps[step]

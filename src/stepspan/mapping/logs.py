@@ -10,9 +10,9 @@ import orjson
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.open_scopes import OpenScopes
-from stepspan.mapping.records import Foreign, Log, Record
-from stepspan.mapping.sdk_records import ForeignRecords
-from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
+from stepspan.mapping.records import Log, Record, SdkRecord
+from stepspan.mapping.sdk_records import SdkRecords
+from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, warn_unmappable
 
 TRACE, DEBUG, INFO, WARN, ERROR, FATAL = 1, 5, 9, 13, 17, 21
 SEVERITIES = {"trace": TRACE, "debug": DEBUG, "info": INFO, "warning": WARN, "error": ERROR, "critical": FATAL}
@@ -25,8 +25,8 @@ class LogMapper:
     def __init__(self, header: Event) -> None:
         self.filtered = 0
         self._scopes = OpenScopes(header)
-        self._logs: list[Log | Foreign] = []
-        self._foreign = ForeignRecords("logs")
+        self._logs: list[Log | SdkRecord] = []
+        self._foreign = SdkRecords("logs")
         self._handlers: dict[str, Callable[[Event], None]] = {
             "hyperparams": self._hyperparams,
             "artifact": self._artifact,
@@ -48,7 +48,7 @@ class LogMapper:
                 try:
                     handler(event)
                 except MALFORMED as error:
-                    tell_unmappable(event["tag"], repr(error))
+                    warn_unmappable(event["tag"], repr(error))
         return list(self._logs)
 
     def finish(self, closed: Closed) -> list[Record]:

@@ -11,12 +11,12 @@ from stepspan.journal.liveness import Closed
 from stepspan.mapping.deferred import Late
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import metric_name
-from stepspan.mapping.point_buffer import Gathering, Table
+from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.progress import Progress
 from stepspan.mapping.records import Attributes, Record, Series, Sum
 from stepspan.mapping.samples import sampled
-from stepspan.mapping.sdk_records import ForeignRecords
-from stepspan.mapping.values import MALFORMED, number, short, tell_unmappable
+from stepspan.mapping.sdk_records import SdkRecords
+from stepspan.mapping.values import MALFORMED, number, short, warn_unmappable
 
 MILLISECOND = 1_000_000
 SECOND = 1_000_000_000
@@ -49,11 +49,11 @@ class MetricMapper:
         self._start: int = header["started"]
         self._series: dict[Any, Series] = {}
         self._ours: dict[tuple[str, str], Series] = {}
-        self._points = Gathering()
+        self._points = PointBuffer()
         self._put = self._points.put
         self._tables: dict[tuple[Any, ...], Table] = {}
         """A call's split, whether it has a step, and keys; or a step's split and which times it has -> their points."""
-        self._foreign = ForeignRecords("metrics")
+        self._foreign = SdkRecords("metrics")
         self._late = Late(self._start, self._points, self._own)
         self._millisecond = 0
         self._open: dict[int, Event] = {}
@@ -102,7 +102,7 @@ class MetricMapper:
                 try:
                     handler(event)
                 except MALFORMED as error:
-                    tell_unmappable(event["tag"], repr(error))
+                    warn_unmappable(event["tag"], repr(error))
         return points.take()
 
     def finish(self, closed: Closed) -> Sequence[Record]:
@@ -282,15 +282,15 @@ class MetricMapper:
         self._put(self._of("training.run.epoch", {}), event["ts"], self._epoch)
 
     def _run_begin(self, event: Event) -> None:
-        self._tell(event["ts"], {"name": event["name"], "group": event["group"]})
+        self._warn(event["ts"], {"name": event["name"], "group": event["group"]})
         self._progress.begin(self._start)
         self._put_progress(event["ts"])
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]
-        self._tell(event["ts"], {key: params[key] for key in CHOSEN if isinstance(params.get(key), (str, int, float))})
+        self._warn(event["ts"], {key: params[key] for key in CHOSEN if isinstance(params.get(key), (str, int, float))})
 
-    def _tell(self, ts: int, labels: dict[str, Any]) -> None:
+    def _warn(self, ts: int, labels: dict[str, Any]) -> None:
         """Change what `training.run.info` says: one series ends, another begins."""
         told = {**self._info, **{key: str(value)[:LONGEST_LABEL] for key, value in labels.items() if value is not None}}
         if told == self._info:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepspan.mapping.columns import Column, Points
-from stepspan.mapping.records import Foreign, Point, Record, Series
+from stepspan.mapping.records import Point, Record, SdkRecord, Series
 from stepspan.mapping.values import number
 
 FLOAT, INT = {float}, {int}
@@ -27,12 +27,12 @@ class Table:
     """Numbers as the journal holds them; what is none is left out."""
 
 
-class Gathering:
+class PointBuffer:
     """The points of one batch. Tables of one `kind` may share series, those of different kinds never do."""
 
     def __init__(self) -> None:
         self.filtered = 0
-        self.singles: list[Point | Foreign] = []
+        self.singles: list[Point | SdkRecord] = []
         self._used: list[Table] = []
         self._now: dict[Series, int] = {}
         """Series -> the index of its single point of this millisecond."""

@@ -120,7 +120,7 @@ class Log:
 
 
 @dataclass(slots=True, eq=False)
-class Source:
+class SdkScope:
     """What records of other instrumentation share, as OTLP JSON. Compared by identity, like a series."""
 
     scope: Mapping[str, Any]
@@ -130,16 +130,16 @@ class Source:
     """Of data points: their Metric, whose data has none."""
 
 
-class Foreign(NamedTuple):
+class SdkRecord(NamedTuple):
     """What an OpenTelemetry SDK handed over: one span, log record or data point, as OTLP JSON. Encoders change nothing.
 
     Begins like a point, so that points and these can be told apart by series and not one by one.
     """
 
-    source: Source
+    source: SdkScope
     time: int
     """Unix ns."""
     record: Mapping[str, Any]
 
 
-Record: TypeAlias = "Point | Span | Log | Foreign"
+Record: TypeAlias = "Point | Span | Log | SdkRecord"

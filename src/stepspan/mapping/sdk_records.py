@@ -11,20 +11,20 @@ from typing import Any
 import orjson
 
 from stepspan.events import Event
-from stepspan.mapping.records import Foreign, Signal, Source
+from stepspan.mapping.records import SdkRecord, SdkScope, Signal
 from stepspan.otlp.rules import POINTS
 
 MOST_SOURCES = 10_000
 
 
-class ForeignRecords:
+class SdkRecords:
     """The records of one signal's `otel` events. Raises one of `values.MALFORMED` for what is no OTLP JSON."""
 
     def __init__(self, signal: Signal) -> None:
         self._signal = signal
-        self._sources: dict[bytes, Source] = {}
+        self._sources: dict[bytes, SdkScope] = {}
 
-    def of(self, event: Event) -> list[Foreign]:
+    def of(self, event: Event) -> list[SdkRecord]:
         """The records of one event; none of another signal's."""
         if event["signal"] != self._signal:
             return []
@@ -35,20 +35,20 @@ class ForeignRecords:
             time = record["endTimeUnixNano"]
         else:
             time = record.get("timeUnixNano") or record["observedTimeUnixNano"]
-        return [Foreign(self._source(event, None), int(time), record)]
+        return [SdkRecord(self._source(event, None), int(time), record)]
 
-    def _points(self, event: Event, metric: Mapping[str, Any]) -> list[Foreign]:
+    def _points(self, event: Event, metric: Mapping[str, Any]) -> list[SdkRecord]:
         (kind,) = metric.keys() & POINTS
         rest = {name: value for name, value in metric[kind].items() if name != "dataPoints"}
         source = self._source(event, {**metric, kind: rest})
-        return [Foreign(source, int(point["timeUnixNano"]), point) for point in metric[kind]["dataPoints"]]
+        return [SdkRecord(source, int(point["timeUnixNano"]), point) for point in metric[kind]["dataPoints"]]
 
-    def _source(self, event: Event, metric: Mapping[str, Any] | None) -> Source:
+    def _source(self, event: Event, metric: Mapping[str, Any] | None) -> SdkScope:
         scope, schema_url = dict(event["scope"]), event.get("schema_url", "")
         key = orjson.dumps([scope, schema_url, metric])
         source = self._sources.get(key)
         if source is None:
             if len(self._sources) >= MOST_SOURCES:
                 self._sources.clear()
-            source = self._sources[key] = Source(scope, schema_url, metric)
+            source = self._sources[key] = SdkScope(scope, schema_url, metric)
         return source

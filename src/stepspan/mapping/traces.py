@@ -8,10 +8,10 @@ from typing import Any
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.open_scopes import OpenScopes
-from stepspan.mapping.records import Attributes, Foreign, Link, Record, Span, SpanEvent
-from stepspan.mapping.sdk_records import ForeignRecords
+from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, SpanEvent
+from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.thinning import Thinning
-from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, tell_unmappable
+from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, warn_unmappable
 
 SECOND = 1_000_000_000
 MOST_EVENTS = 128  # of a span, as the SDK's default
@@ -27,8 +27,8 @@ class TraceMapper:
         self._header = header
         self._scopes = OpenScopes(header)
         self._thinning = Thinning(header)
-        self._foreign = ForeignRecords("traces")
-        self._spans: list[Span | Foreign] = []
+        self._foreign = SdkRecords("traces")
+        self._spans: list[Span | SdkRecord] = []
         self._run: int = 0
         """The run scope's `seq`."""
         self._to_run: list[Link] = []
@@ -57,7 +57,7 @@ class TraceMapper:
                 try:
                     handler(event)
                 except MALFORMED as error:
-                    tell_unmappable(event["tag"], repr(error))
+                    warn_unmappable(event["tag"], repr(error))
         return list(self._spans)
 
     def finish(self, closed: Closed) -> list[Record]:

@@ -20,7 +20,7 @@ MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 
 
 @lru_cache(maxsize=256)
-def tell_unmappable(tag: str, why: str) -> None:
+def warn_unmappable(tag: str, why: str) -> None:
     """Say it once."""
     log.warning("a %s event could not be mapped: %s (told once)", tag, why)
 

@@ -23,12 +23,12 @@ from stepspan.mapping.columns import Column
 from stepspan.mapping.records import (
     Attributes,
     Exemplar,
-    Foreign,
     Histogram,
     Link,
     Log,
     Point,
     Record,
+    SdkRecord,
     Series,
     Signal,
     Span,
@@ -51,7 +51,7 @@ from stepspan.otlp.rules import (
 )
 
 _Json = dict[str, Any]
-_Encoded = tuple[list[_Json], list[Foreign]]
+_Encoded = tuple[list[_Json], list[SdkRecord]]
 """Our own records, and what is another SDK's."""
 
 _CUMULATIVE = 2
@@ -84,7 +84,7 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
 
 
 def _metrics(records: Sequence[Record]) -> _Encoded:
-    metrics, foreign = by_metric(cast("Sequence[Point | Foreign]", records))
+    metrics, foreign = by_metric(cast("Sequence[Point | SdkRecord]", records))
     written: dict[int, list[bytes]] = {}
     return [_metric(key, columns, written) for key, columns in metrics.items()], foreign
 

@@ -22,12 +22,12 @@ from stepspan.mapping.records import (
     Attributes,
     AttributeValue,
     Exemplar,
-    Foreign,
     Histogram,
     Link,
     Log,
     Point,
     Record,
+    SdkRecord,
     Series,
     Signal,
     Span,
@@ -50,7 +50,7 @@ from stepspan.otlp.rules import (
 )
 from stepspan.otlp.wire import double, field, text, varint, zigzag
 
-_Encoded = tuple[list[bytes], list[Foreign]]
+_Encoded = tuple[list[bytes], list[SdkRecord]]
 """Our own records as fields, and what is another SDK's."""
 
 _fixed64 = struct.Struct("<BQ").pack
@@ -114,7 +114,7 @@ def from_json(signal: Signal, request: bytes) -> bytes:
 
 
 def _metrics(records: Sequence[Record]) -> _Encoded:
-    metrics, foreign = by_metric(cast("Sequence[Point | Foreign]", records))
+    metrics, foreign = by_metric(cast("Sequence[Point | SdkRecord]", records))
     return [field(b"\x12", _metric(key, columns)) for key, columns in metrics.items()], foreign
 
 

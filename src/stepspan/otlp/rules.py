@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from stepspan.mapping.columns import Column, Points, merged
-from stepspan.mapping.records import Foreign, Point, Record, Series, Source
+from stepspan.mapping.records import Point, Record, SdkRecord, SdkScope, Series
 
 SCOPE_NAME = "stepspan"
 
@@ -53,19 +53,19 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def by_metric(points: Sequence[Point | Foreign]) -> tuple[dict[MetricKey, list[Column]], list[Foreign]]:
+def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list[Column]], list[SdkRecord]]:
     """Points in time order, mixed over series -> metric by (name, unit, kind) -> its series, each in time order.
 
     And beside them the data points of other instrumentation, by metric.
     """
     singles, columns = (points.singles, points.columns) if isinstance(points, Points) else (points, ())
-    by_series: defaultdict[Series | Source, list[Any]] = defaultdict(list)
+    by_series: defaultdict[Series | SdkScope, list[Any]] = defaultdict(list)
     for point in singles:
         by_series[point[0]].append(point)
     found: dict[Series, Column] = {}
-    foreign: list[Foreign] = []
+    foreign: list[SdkRecord] = []
     for series, its_points in by_series.items():
-        if isinstance(series, Source):
+        if isinstance(series, SdkScope):
             foreign += its_points
         else:
             _, times, values = zip(*its_points, strict=True)
@@ -79,7 +79,7 @@ def by_metric(points: Sequence[Point | Foreign]) -> tuple[dict[MetricKey, list[C
     return metrics, foreign
 
 
-def apart(records: Sequence[Record]) -> tuple[list[Record], list[Foreign]]:
+def apart(records: Sequence[Record]) -> tuple[list[Record], list[SdkRecord]]:
     """Our own spans or logs, and those of other instrumentation."""
-    ours = [record for record in records if type(record) is not Foreign]
-    return ours, [record for record in records if type(record) is Foreign] if len(ours) < len(records) else []
+    ours = [record for record in records if type(record) is not SdkRecord]
+    return ours, [record for record in records if type(record) is SdkRecord] if len(ours) < len(records) else []

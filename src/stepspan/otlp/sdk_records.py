@@ -23,7 +23,7 @@ from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 
-from stepspan.mapping.records import Foreign, Signal, Source
+from stepspan.mapping.records import SdkRecord, SdkScope, Signal
 from stepspan.otlp.rules import NAN, POINTS, utf8
 from stepspan.otlp.wire import field, varint, zigzag
 
@@ -58,9 +58,9 @@ SHAPES: Mapping[Signal, Shape] = {
 }
 
 
-def scopes_of(signal: Signal, records: Iterable[Foreign]) -> list[_Json]:
+def scopes_of(signal: Signal, records: Iterable[SdkRecord]) -> list[_Json]:
     """ScopeSpans, ScopeLogs or ScopeMetrics: each scope once, each metric of it once, its points in order."""
-    by_source: dict[Source, list[Mapping[str, Any]]] = {}
+    by_source: dict[SdkScope, list[Mapping[str, Any]]] = {}
     for source, _, record in records:
         by_source.setdefault(source, []).append(record)
     name = SHAPES[signal].records
@@ -74,7 +74,7 @@ def scopes_of(signal: Signal, records: Iterable[Foreign]) -> list[_Json]:
     return list(found.values())
 
 
-def encode_scopes(signal: Signal, records: Iterable[Foreign]) -> list[bytes]:
+def encode_scopes(signal: Signal, records: Iterable[SdkRecord]) -> list[bytes]:
     """The same in protobuf. Raises ValueError where a record is no OTLP JSON."""
     return [to_wire(SHAPES[signal].scope, scope) for scope in scopes_of(signal, records)]
 

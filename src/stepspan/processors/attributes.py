@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from stepspan.errors import ConfigError
-from stepspan.events import Event, plain
+from stepspan.events import Event
+from stepspan.values import json_value
 
 
 class Attributes:
@@ -18,7 +19,7 @@ class Attributes:
     def __init__(self, values: Mapping[str, Any], *, metrics: bool = False) -> None:
         if not isinstance(values, Mapping):
             raise ConfigError("attributes.values", values, "give a mapping: {name: value}")
-        self.values: dict[str, Any] = plain(values)
+        self.values: dict[str, Any] = json_value(values)
         self.tags = frozenset({"span_begin", "event", "error"} | ({"metrics"} if metrics else set()))
         self.spec = {"attributes": {"values": self.values, "metrics": metrics}}
 

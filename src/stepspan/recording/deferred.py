@@ -24,7 +24,8 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stepspan.events import Event, number_text, plain
+from stepspan.events import Event
+from stepspan.values import json_number, json_value
 
 if TYPE_CHECKING:
     from stepspan.run import Run
@@ -102,7 +103,7 @@ def on_device(value: Any) -> bool:
     return hasattr(value, "is_ready") and not value.is_ready()
 
 
-def number_of(key: Any, value: Any, tell: Callable[[str, str], None]) -> float | str | None:
+def number_of(key: Any, value: Any, warn: Callable[[str, str], None]) -> float | str | None:
     """The number in a number, or in an array or tensor of one element, as JSON can hold it; `LATER` of a device's.
 
     None for what is no one number: `tell` says so.
@@ -123,9 +124,9 @@ def number_of(key: Any, value: Any, tell: Callable[[str, str], None]) -> float |
             if not callable(mask) and mask:  # numpy's; pandas has a method of that name
                 raise ValueError("masked")
             value = item()
-        return number_text(float(value))
+        return json_number(float(value))
     except Exception as error:  # a user's __float__ may raise anything, and so may a device
-        tell("value", f"metric {plain(key)!s:.80}={about(value)}: not a number: {plain(error)!s:.200}")
+        warn("value", f"metric {json_value(key)!s:.80}={about(value)}: not a number: {json_value(error)!s:.200}")
         return None
 
 
@@ -139,7 +140,7 @@ def whole(value: Any) -> Any:
 def about(value: Any) -> str:
     """A value in words, such that nobody waits for a device to say it."""
     if library(value) is None:
-        return f"{plain(value)!s:.80}"
+        return f"{json_value(value)!s:.80}"
     return f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
 
 
@@ -184,10 +185,10 @@ class LateMetrics:
         known: Mapping[str, Any],
         copies: Iterable[tuple[list[str], Copying]],
         series: Collection[Hashable],
-        tell: Callable[[str, str], None],
+        warn: Callable[[str, str], None],
     ) -> None:
         self.series: Collection[Hashable] = series
-        self._tell = tell
+        self._warn = warn
         self._event = event
         self._known = known
         self._copies = list(copies)
@@ -201,7 +202,7 @@ class LateMetrics:
         values = dict(self._known)
         for keys, copy in self._copies:
             for key, number in zip(keys, copy.numbers(), strict=True):
-                if (found := number_of(key, number, self._tell)) is not None:
+                if (found := number_of(key, number, self._warn)) is not None:
                     values[key] = found
         return {**self._event, "metrics": values} if values else None
 
@@ -214,7 +215,7 @@ def resolver_of(run: Run) -> Resolver:
     """The run's own, made when it is first needed."""
     if run._late is None:
         run._late = Resolver(run)
-        run.companions.append(run._late)
+        run.background_tasks.append(run._late)
     return run._late
 
 
@@ -259,13 +260,13 @@ class Resolver:
             if follows:
                 fields: Event = {name: event[name] for name in ("split", "step") if name in event}
                 event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": at}
-                self.add(LateMetrics(event, behind, copies, {names[key] for key in follows}, self._run.tell))
+                self.add(LateMetrics(event, behind, copies, {names[key] for key in follows}, self._run.warn_once))
 
     def add(self, late: Late) -> None:
         """Have an event follow."""
         with self._changed:
             if self._ended or len(self._queue) >= MOST_LATE:
-                self._tell("the run has ended" if self._ended else TOO_MANY)
+                self._warn("the run has ended" if self._ended else TOO_MANY)
                 if not late.series:  # otherwise what is on its way comes before
                     self._write(late.lost())
                 return
@@ -288,18 +289,18 @@ class Resolver:
         with self._changed:
             self._ended = True
             while self._queue:
-                self._tell(f"the device did not get there in {DRAIN:g} s")
+                self._warn(f"the device did not get there in {DRAIN:g} s")
                 self._write(self._queue.popleft().lost())
             self._changed.notify_all()
 
     def _copies(self, late: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
         if late and len(self._queue) >= MOST_LATE:
-            self._tell(TOO_MANY)
+            self._warn(TOO_MANY)
             return []
         try:
             return copying(late) if late else []
         except Exception as error:  # whatever a device raises
-            self._run.tell("value", f"{', '.join(late):.80}: {error!s:.200}")
+            self._run.warn_once("value", f"{', '.join(late):.80}: {error!s:.200}")
             return []
 
     def _work(self) -> None:
@@ -316,7 +317,7 @@ class Resolver:
                 event = head.event()
             except Exception as error:  # as above
                 event = head.lost()
-                self._tell(error)
+                self._warn(error)
             if not self._ended:
                 self._write(event)
             with self._changed:
@@ -327,7 +328,7 @@ class Resolver:
 
     def _write(self, event: Event | None) -> None:
         if event is not None:
-            self._run.emit_beside(event)
+            self._run.emit_background(event)
 
-    def _tell(self, why: object) -> None:
-        self._run.tell("late", f"a value of a device was lost: {why!s:.200}")
+    def _warn(self, why: object) -> None:
+        self._run.warn_once("late", f"a value of a device was lost: {why!s:.200}")

@@ -16,8 +16,9 @@ from threading import get_ident
 from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stepspan.events import Event, plain
+from stepspan.events import Event
 from stepspan.mapping import ids
+from stepspan.values import json_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -88,7 +89,7 @@ class Scopes:
         identity: Identity,
         pipeline: Pipeline,
         *,
-        tell: Callable[[str, str], None],
+        warn: Callable[[str, str], None],
         record_error: Callable[[BaseException], None],
         propagate: bool | None,
     ) -> None:
@@ -97,7 +98,7 @@ class Scopes:
         self._identity = identity
         self._journal = pipeline.journal
         self._emit = pipeline.emit
-        self._tell = tell
+        self._warn = warn
         self._record_error = record_error
         self._propagate = propagate
         self._propagation: ModuleType | None = None
@@ -167,7 +168,7 @@ class Scopes:
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
                 self._attach(scope)
         except Exception as error:
-            self._tell("begin", f"a {scope.tag} could not be begun: {error!r}")
+            self._warn("begin", f"a {scope.tag} could not be begun: {error!r}")
 
     def end(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
         """Close a scope and whatever is still open inside it. `status`: of one that no exception has failed."""
@@ -195,7 +196,7 @@ class Scopes:
             if scope.home is self._journal.home:
                 self._emit(event, scope)
         except Exception as failure:
-            self._tell("end", f"a {scope.tag} could not be ended: {failure!r}")
+            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}")
         finally:
             scope.home = None
             if current.get() is scope:
@@ -271,7 +272,7 @@ class Scopes:
                 return found + (before or 0.0)
             raise ValueError("below 0 or not finite")
         except Exception as error:  # a user's function may raise anything
-            self._tell(field, f"{field}={plain(given)!s:.80}: {plain(error)}; throughput is left out")
+            self._warn(field, f"{field}={json_value(given)!s:.80}: {json_value(error)}; throughput is left out")
             return before
 
     def before_fork_child(self, identity: Identity) -> None:

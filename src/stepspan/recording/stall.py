@@ -90,7 +90,7 @@ class StallWatch:
         try:
             self._look()
         except Exception as error:
-            self._run.tell("stall", f"the stall watch failed: {error!r}")
+            self._run.warn_once("stall", f"the stall watch failed: {error!r}")
         finally:
             self._looking.release()
 
@@ -127,13 +127,13 @@ class StallWatch:
 
     def _went_on(self) -> bool:
         writer = self._run.pipeline.journal.writer
-        before, self._seen = self._seen, (writer, (writer.seq if writer else 0) - self._run.beside)
+        before, self._seen = self._seen, (writer, (writer.seq if writer else 0) - self._run.background_events)
         return before[0] is not writer or before[1] < self._seen[1]
 
     def _say(self, status: str, severity: str, attributes: Event, scopes: list[Scope]) -> None:
         inside: Event = {name: value for scope in scopes for name, value in _about(scope).items()}
         about = {**inside, "spans": [_title(scope) for scope in scopes], "collective": _in_collective(scopes)}
-        self._run.emit_beside(
+        self._run.emit_background(
             {
                 "ts": 0,
                 "seq": 0,

@@ -74,13 +74,13 @@ class _Asking:
             if error.value in self._missing:
                 raise Absent(f"NVML says {error}") from error
             if error.value == self._nvml.NVML_ERROR_GPU_IS_LOST:
-                self.tell("training.gpu.lost", {"message": f"NVML says {error}"})
+                self.warn_once("training.gpu.lost", {"message": f"NVML says {error}"})
                 raise Gone(f"NVML says {error}: {self.about.get('hw.id', 'before it was known')}") from error
             raise
         except AttributeError as error:
             raise Absent(f"this nvidia-ml-py is too old: {error}") from error
 
-    def tell(self, name: str, attributes: Mapping[str, Any]) -> None:
+    def warn_once(self, name: str, attributes: Mapping[str, Any]) -> None:
         """An event about the GPU."""
         about = {**self.about, **attributes}
         self._emit(
@@ -187,7 +187,7 @@ class _Gpu:
                 codes.append(int(nvml.nvmlEventSetWait_v2(self._events, 0).eventData))
         self._xids += len(codes)
         for code in dict.fromkeys(codes):
-            self._asking.tell("training.gpu.xid", {"xid": code})
+            self._asking.warn_once("training.gpu.xid", {"xid": code})
         yield self._value("hw.errors", self._xids, {"error.type": "xid"})
 
     def _io(self, link: str) -> Iterator[Value]:

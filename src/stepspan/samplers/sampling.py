@@ -22,8 +22,9 @@ from importlib import import_module
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from stepspan.events import Event, number_text
+from stepspan.events import Event
 from stepspan.journal.writer import asleep
+from stepspan.values import json_number
 
 if TYPE_CHECKING:
     from stepspan.run import Run
@@ -129,7 +130,7 @@ class Sampling:
         try:
             self._open.close()
         except Exception as error:  # a driver may fail to the last
-            self._tell("close", error)
+            self._warn("close", error)
 
     def _work(self) -> None:
         with asleep():
@@ -144,7 +145,7 @@ class Sampling:
             if self._last is None or self._clock() - self._last > FRESH:
                 self.sample()
         except Exception as error:  # nothing that is sampled is worth a traceback in a training's output
-            self._tell("thread", error)
+            self._warn("thread", error)
         finally:
             self.close()
 
@@ -152,9 +153,9 @@ class Sampling:
         try:
             source = opener(self._emit)
         except (*ABSENT, ImportError) as why:
-            self._tell(name, why, logging.INFO)
+            self._warn(name, why, logging.INFO)
         except Exception as error:  # a driver may raise anything
-            self._tell(name, error)
+            self._warn(name, error)
         else:
             self._open.callback(source.close)
             self._sources.append(source)
@@ -164,25 +165,25 @@ class Sampling:
         for quantity, read in list(source.quantities.items()):
             kind = f"{source.name}.{quantity}"
             try:
-                values += ([name, number_text(float(value)), *more] for name, value, *more in read(self._clock()))
+                values += ([name, json_number(float(value)), *more] for name, value, *more in read(self._clock()))
             except ABSENT as why:
                 del source.quantities[quantity]
-                self._tell(kind, why, logging.INFO)
+                self._warn(kind, why, logging.INFO)
             except Gone as why:
                 self._sources.remove(source)
-                self._tell(source.name, why)
+                self._warn(source.name, why)
                 break
             except Exception as error:  # as above
-                self._tell(kind, error)
+                self._warn(kind, error)
         return values
 
     def _emit(self, event: Event) -> None:
         if not self._abandoned:
-            self._run.emit_beside(event)
+            self._run.emit_background(event)
 
-    def _tell(self, what: str, why: Exception, level: int = logging.WARNING) -> None:
+    def _warn(self, what: str, why: Exception, level: int = logging.WARNING) -> None:
         reason = str(why) if isinstance(why, (Absent, Gone)) else repr(why)
-        self._run.tell(f"samplers.{what}", f"{what} is not sampled: {reason}", level)
+        self._run.warn_once(f"samplers.{what}", f"{what} is not sampled: {reason}", level)
 
 
 def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:
@@ -207,9 +208,9 @@ def start_sampling(run: Run, names: Sequence[str], interval: float) -> None:
     try:
         sampling.start()
     except RuntimeError as error:  # no thread is to be had
-        run.tell("samplers", f"nothing is sampled: {error}")
+        run.warn_once("samplers", f"nothing is sampled: {error}")
     else:
-        run.companions.append(sampling)
+        run.background_tasks.append(sampling)
 
 
 class Share:

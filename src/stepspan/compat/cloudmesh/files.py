@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from stepspan.errors import ConfigError
-from stepspan.events import plain
+from stepspan.values import json_value
 
 SQLITE = b"SQLite format 3\0"
 SETTLE = 0.02  # seconds; more than a write takes
@@ -61,7 +61,7 @@ class JsonlBackend:
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises OSError."""
-        line = orjson.dumps(plain(record)) + b"\n"
+        line = orjson.dumps(json_value(record)) + b"\n"
         if not self._seen:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)

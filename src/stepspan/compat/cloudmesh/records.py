@@ -19,7 +19,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from stepspan.compat.jsonl import nanoseconds, number
-from stepspan.events import number_text, plain
+from stepspan.values import json_number, json_value
 
 Record = dict[str, Any]
 
@@ -67,7 +67,7 @@ def measured(value: Any) -> bool | int | float | str | None:
     if isinstance(value, (str, bytes)) or value is None:
         return None
     try:
-        return number_text(float(value))
+        return json_number(float(value))
     except Exception:  # a user's __float__ may raise anything
         return None
 
@@ -102,7 +102,7 @@ def milestone(record: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any
     if command is not None:
         about["command"] = command
     name = next((str(name) for name in (event, command) if name), "telemetry")
-    return name, None if status is None else str(status), plain(about)
+    return name, None if status is None else str(status), json_value(about)
 
 
 def span_name(record: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ import orjson
 from stepspan.compat.cloudmesh.files import SQLITE, file_path, is_database
 from stepspan.compat.cloudmesh.records import instant, numbers
 from stepspan.errors import ConfigError
-from stepspan.events import plain
+from stepspan.values import json_value
 
 BUSY = 10.0
 RELEASED = ("timestamp", "command", "status", "metrics", "system", "message")
@@ -82,10 +82,10 @@ class SqliteBackend:
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Insert a record and its points. Raises sqlite3.Error, OSError."""
-        texts = {key: orjson.dumps(plain(record[key])).decode() for key in TEXTS if record.get(key) is not None}
-        row = [plain(texts.get(name, record.get(name))) for name in COLUMNS]
+        texts = {key: orjson.dumps(json_value(record[key])).decode() for key in TEXTS if record.get(key) is not None}
+        row = [json_value(texts.get(name, record.get(name))) for name in COLUMNS]
         ts, job, rank = instant(record["timestamp"]), record["job_id"], record["rank"]
-        values = [(job, plain(key), ts, rank, float(value)) for key, value in numbers(record).items()]
+        values = [(job, json_value(key), ts, rank, float(value)) for key, value in numbers(record).items()]
         if self._pid != os.getpid():
             self._after_fork()
         with self._lock:

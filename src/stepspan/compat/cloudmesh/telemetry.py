@@ -33,9 +33,9 @@ from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
 from stepspan.disabled import DISABLED, switched_off
 from stepspan.errors import ConfigError
-from stepspan.events import plain
 from stepspan.identity import HostFacts, Identity, host_facts, resolve
 from stepspan.processors.redact import Redact
+from stepspan.values import json_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -121,7 +121,7 @@ class Telemetry:
         self._open: dict[str, list[str]] = {}
         """What has started -> the spans of that name that have not ended."""
         self._count = 0
-        self._troubles: Counter[str] = Counter()
+        self._warnings: Counter[str] = Counter()
 
     def emit(
         self,
@@ -146,7 +146,7 @@ class Telemetry:
             found = dict(metrics or {})
             if metric is not None or value is not None:
                 if metric is None or value is None:
-                    self._tell("metric", "a metric was lost: `metric` and `value` belong together")
+                    self._warn("metric", "a metric was lost: `metric` and `value` belong together")
                 else:
                     found[metric] = value
             lasts = event is not None or not found
@@ -208,7 +208,7 @@ class Telemetry:
 
     def stats(self) -> dict[str, Any]:
         """How many records were taken, and how often what went wrong; what is first told in the log "stepspan"."""
-        return {"records": self._count, "troubles": dict(self._troubles)}
+        return {"records": self._count, "warnings": dict(self._warnings)}
 
     def __enter__(self) -> Self:
         return self
@@ -253,14 +253,14 @@ class Telemetry:
             return Emitted()
         if self._pid != os.getpid():
             self._after_fork()
-        told: Record = {} if status is None else {"status": plain(status)}
+        told: Record = {} if status is None else {"status": json_value(status)}
         if event is not None:
-            told["event"] = plain(event)
+            told["event"] = json_value(event)
         told["metrics"] = {str(key): _kept(value) for key, value in unfolded(metrics).items()}
         if attributes:
-            told["attributes"] = plain(attributes)
+            told["attributes"] = json_value(attributes)
         if message is not None:
-            told["message"] = plain(message)
+            told["message"] = json_value(message)
         record = {"timestamp": timestamp(self._clock()), "command": self.command_name, **self._redact(told)}
         paired = self._pair(record) if lasts else span
         if paired is not None:
@@ -279,14 +279,14 @@ class Telemetry:
 
     def lost(self, error: Exception) -> Emitted:
         """Count a record that could not be made."""
-        self._tell("record", f"a record was lost: {error!r}")
+        self._warn("record", f"a record was lost: {error!r}")
         return Emitted()
 
     def _hand(self, backend: Backend, record: Record) -> Emitted | None:
         name = type(backend).__name__
         emitted = self._writing.do(lambda: self._guard(name, lambda: backend.emit(_with_context(record))))
         if emitted is None:
-            self._tell(name, "too many records wait to be written: one was lost")
+            self._warn(name, "too many records wait to be written: one was lost")
         return emitted
 
     def _pair(self, record: Record) -> str | None:
@@ -315,17 +315,17 @@ class Telemetry:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self._tell(kind, f"{kind}: {error!r}")
+            self._warn(kind, f"{kind}: {error!r}")
             return False
 
     def _after_fork(self) -> None:
         """In a forked child: what waits is the parent's to write."""
         self._pid, self._lock, self._writing = os.getpid(), threading.RLock(), Writing()
 
-    def _tell(self, kind: str, message: str) -> None:
+    def _warn(self, kind: str, message: str) -> None:
         with self._lock:
-            self._troubles[kind] += 1
-            first = self._troubles[kind] == 1
+            self._warnings[kind] += 1
+            first = self._warnings[kind] == 1
         if first:
             level = logging.WARNING if self._identity.local_rank == 0 else logging.DEBUG
             log.log(level, "telemetry of %s: %s (told once; stats() counts)", self.command_name, message)
@@ -358,11 +358,11 @@ def _with_context(record: Record) -> Record:
 
 def _kept(value: Any) -> Any:
     number = measured(value)
-    return plain(value) if number is None else number
+    return json_value(value) if number is None else number
 
 
 def _print(record: Record) -> None:
-    sys.stdout.write(orjson.dumps(plain(record)).decode() + "\n")
+    sys.stdout.write(orjson.dumps(json_value(record)).decode() + "\n")
 
 
 @lru_cache(maxsize=1)

@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from stepspan.compat.cloudmesh.writing import Emitted
-from stepspan.events import plain
 from stepspan.recording.scopes import is_failure
+from stepspan.values import json_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,21 +76,21 @@ class Tracked:
 
     def _begin(self) -> Emitted:
         self._span, self._began = os.urandom(8).hex(), time.perf_counter()
-        return self._tell("started", self._given[0])
+        return self._warn("started", self._given[0])
 
     def _end(self, error: BaseException | None) -> Emitted:
         took = {"duration_sec": time.perf_counter() - self._began}
         if error is None or not is_failure(error):
-            return self._tell("completed", "Command completed successfully", took)
-        return self._tell("failed", error, took, error)
+            return self._warn("completed", "Command completed successfully", took)
+        return self._warn("failed", error, took, error)
 
-    def _tell(
+    def _warn(
         self, status: str, message: Any, took: Mapping[str, float] | None = None, error: BaseException | None = None
     ) -> Emitted:
         _, metrics, event, attributes = self._given
         try:
             if error is not None:
-                message = plain(error) or type(error).__name__
+                message = json_value(error) or type(error).__name__
             found = {**(metrics or {}), **(took or {})}
             return self._telemetry.record(status, found, message, attributes, event=event, span=self._span, error=error)
         except Exception as failure:

@@ -17,7 +17,8 @@ from stepspan.compat.stormlog.load import load_telemetry_sessions
 from stepspan.compat.stormlog.projection import SEVERITIES
 from stepspan.compat.stormlog.sessions import LoadedTelemetrySession
 from stepspan.compat.stormlog.sink import MANIFEST, SEGMENTS
-from stepspan.events import Event, plain
+from stepspan.events import Event
+from stepspan.values import json_value
 
 COUNTERS = {
     "allocator.allocated": "allocator_allocated_bytes",
@@ -150,7 +151,7 @@ class _Translation:
         if kind == "phase_enter":
             mark = Mark()
             begin: Event = {"ts": 0, "seq": 0, "tag": "span_begin", "parent": self._innermost().seq}
-            yield ts, {**begin, "name": _phase(event), "attributes": plain(event.metadata)}, mark
+            yield ts, {**begin, "name": _phase(event), "attributes": json_value(event.metadata)}, mark
             self._phases.append((_phase(event), mark))
         elif kind == "phase_exit":
             name = _phase(event)
@@ -163,7 +164,7 @@ class _Translation:
                 "name": f"stormlog.{kind}",
                 "severity": SEVERITIES.get(kind, "info"),
             }
-            attributes = {**plain(event.metadata), "collector": event.collector, "device_id": event.device_id}
+            attributes = {**json_value(event.metadata), "collector": event.collector, "device_id": event.device_id}
             if event.context:
                 attributes["message"] = event.context
             yield ts, {"ts": 0, "seq": 0, "tag": "event", **told, "attributes": attributes}, None

@@ -70,7 +70,7 @@ class _Shared:
         finally:
             self.lock.release()
 
-    def tell(self, error: Exception) -> None:
+    def warn_once(self, error: Exception) -> None:
         """Say what goes wrong the first time."""
         if not self._told:
             self._told = True
@@ -109,7 +109,7 @@ class _Jsonl:
             try:
                 return yes if depth < DEEPEST and self._write(resource, events, begins=not depth) else no
             except Exception as error:  # bad settings, or no place for a journal: the SDK's worker goes on
-                self._shared.tell(error)
+                self._shared.warn_once(error)
                 return no
 
     def _write(self, resource: Resource | None, events: Events, *, begins: bool) -> bool:
@@ -122,7 +122,7 @@ class _Jsonl:
             return True
         lost = _lost(run)
         for fields in events():
-            run.emit_beside({"ts": 0, "seq": 0, "tag": "otel", **fields})
+            run.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
         return _lost(run) == lost
 
     def shutdown(self, *args: Any, **options: Any) -> None:

@@ -113,5 +113,5 @@ class JournalMetricExporter(_Journal, MetricExporter):
         if run is None:
             return MetricExportResult.FAILURE
         for fields in encoding.metrics(metrics_data):
-            run.emit_beside({"ts": 0, "seq": 0, "tag": "otel", **fields})
+            run.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
         return MetricExportResult.SUCCESS

@@ -72,7 +72,7 @@ class Configured:
 
     def _refused(self, provider: Any) -> None:
         told = f"{type(provider).__module__}.{type(provider).__qualname__}"
-        self.run.tell(told, f"{told} takes nothing of ours beside what it has: what it gets is not recorded")
+        self.run.warn_once(told, f"{told} takes nothing of ours beside what it has: what it gets is not recorded")
 
     def serves(self, run: Run | None) -> bool:
         """Whether what `configure(run)` would add is there already; then `run` is the one that it asks for."""

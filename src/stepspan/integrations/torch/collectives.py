@@ -105,7 +105,7 @@ def device_timer(run: Run, tensor: Any) -> Timer | None:
 def failed(run: Run | None, error: Exception) -> None:
     """Tell of what must not reach the training."""
     if run is not None:
-        run.tell("collectives", f"the wait for other ranks is not timed: {error!r}")
+        run.warn_once("collectives", f"the wait for other ranks is not timed: {error!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- DDP

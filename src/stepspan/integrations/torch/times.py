@@ -27,7 +27,7 @@ def device_span(run: Run, begin: Event) -> Scope:
     """A span that is timed on the GPU as well; on the host alone, and told once, where CUDA is not at work."""
     cuda = getattr(modules.get("torch"), "cuda", None)
     if cuda is None or not cuda.is_initialized():
-        run.tell("cuda", f"span {begin['name']:.80}: cuda=True, but torch has no CUDA at work: timed on the host")
+        run.warn_once("cuda", f"span {begin['name']:.80}: cuda=True, but torch has no CUDA at work: timed on the host")
         return run._scopes.span(begin)
     span = DeviceSpan(run._scopes, "span", {**NOT_YET, **begin, "cuda": True})
     span.timer = DeviceTimer(run, cuda)
@@ -130,7 +130,7 @@ class DeviceTimer(Timer):
             self._marks.append(event)
         except Exception as error:
             self._whole = False
-            self._run.tell("cuda", f"a span could not be timed on the device: {error!s:.200}")
+            self._run.warn_once("cuda", f"a span could not be timed on the device: {error!s:.200}")
 
     def ready(self) -> bool:
         """Whether the device has got there."""
