@@ -17,7 +17,7 @@ from processes import until
 from rich.console import Console
 
 from stepspan.cli import tail as tails
-from stepspan.cli.describe import ROWS, describe, duration, printable
+from stepspan.cli.describe import ROWS, describe, printable
 from stepspan.cli.report import Page
 from stepspan.cli.summary import quantiles, summarise
 from stepspan.cli.tail import BRIEF, Follow
@@ -25,6 +25,7 @@ from stepspan.events import FIELDS
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.values import format_seconds
 
 
 def stepspan(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -249,7 +250,7 @@ def test_an_event_in_words(event, words):
     ],
 )
 def test_durations(seconds, text):
-    assert duration(seconds) == text
+    assert format_seconds(seconds) == text
 
 
 # ---------------------------------------------------------------- report

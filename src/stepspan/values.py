@@ -1,8 +1,8 @@
 """What users hand over, as JSON values: one function for each contract, named by what it returns.
 
-Nothing here trusts the methods of the objects it is given: `to_text`, `to_float` and `error_fields` never raise, whatever
-an object's own `__str__`, `__float__` or `__iter__` does; `json_value` raises only what iterating over a container raises. Numbers that JSON has no word for are written
-as proto3 JSON does: "NaN", "Infinity", "-Infinity".
+Nothing here trusts the methods of the objects it is given: `to_text`, `to_float` and `error_fields` never raise,
+whatever an object's own `__str__`, `__float__` or `__iter__` does; `json_value` raises only what iterating over a
+container raises. Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity", "-Infinity".
 """
 
 from __future__ import annotations
@@ -72,6 +72,25 @@ def to_text(value: Any) -> str:
 def shorten(text: str, limit: int) -> str:
     """A text of at most about `limit` characters: its beginning and its end, with an ellipsis between them."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for a person: "20 µs", "12.3 ms", "4.56 s", "45.2 s", "3 min 20 s" or "2 h 5 min".
+
+    Args:
+        seconds: The duration in seconds, not negative.
+
+    """
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else "1.00 s"
+    if seconds < 120:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    rounded = int(seconds + 0.5)
+    if rounded < 7200:
+        return f"{rounded // 60} min {rounded % 60} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60} min"
 
 
 def error_fields(error: BaseException) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepspan.events import Event
+from stepspan.values import format_seconds
 
 Describe = Callable[[Event, "Event | None"], str]
 COMMON = frozenset({"ts", "seq", "tag", "crc", "parent", "begin"})
@@ -35,20 +36,6 @@ def short(value: Any) -> str:
     return repr(text) if isinstance(value, str) and (" " in text or not text) else text
 
 
-def duration(seconds: float) -> str:
-    """`12.3 ms`, `4.56 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.0f} µs"
-    if seconds < 1:
-        return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else "1.00 s"
-    if seconds < 120:
-        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
-    whole = int(seconds + 0.5)
-    if whole < 7200:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
 def printable(text: str) -> str:
     """Nothing in it moves a cursor, rings or colours: a journal holds what others wrote."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
@@ -67,7 +54,7 @@ def _title(begin: Event | None, kind: str) -> str:
 def _took(event: Event, begin: Event | None) -> str:
     if begin is None:
         return " ended"
-    return f" took {duration((event.get('ended', event['ts']) - begin['ts']) / 1e9)}"
+    return f" took {format_seconds((event.get('ended', event['ts']) - begin['ts']) / 1e9)}"
 
 
 def _status(event: Event) -> str:
@@ -88,12 +75,12 @@ def _run_end(event: Event, begin: Event | None) -> str:
 
 def _step_end(event: Event, begin: Event | None) -> str:
     extra = "".join(f", {event[item]} {item}" for item in ("samples", "tokens") if item in event)
-    wait = f", waited {duration(event['data_wait'])} for data" if event.get("data_wait") else ""
+    wait = f", waited {format_seconds(event['data_wait'])} for data" if event.get("data_wait") else ""
     return f"{_title(begin, 'step')}{_took(event, begin)}{wait}{extra}{_status(event)}"
 
 
 def _device_time(event: Event, begin: Event | None) -> str:
-    took = "not known" if event["seconds"] is None else duration(event["seconds"])
+    took = "not known" if event["seconds"] is None else format_seconds(event["seconds"])
     return f"{_title(begin, 'a span')} on the device: {took}"
 
 

@@ -12,11 +12,11 @@ import orjson
 from rich.console import Console
 from rich.text import Text
 
-from stepspan.cli.describe import duration, pairs, printable, short
+from stepspan.cli.describe import pairs, printable, short
 from stepspan.cli.summary import summarise
 from stepspan.cli.table import print_table, shortened
 from stepspan.journal.layout import find_sessions
-from stepspan.values import json_value
+from stepspan.values import format_seconds, json_value
 
 MOST_SESSIONS, MOST_METRICS, MOST_LINES = 24, 40, 8
 """Rows of a table; how many errors and checkpoints are shown."""
@@ -84,7 +84,7 @@ class Page:
         for session in sessions:
             statuses[session["status"]] = statuses.get(session["status"], 0) + 1
         ended = ", ".join(f"{count} {status}" for status, count in statuses.items())
-        took = duration(max(0, job["last_event"] - job["started"]) / 1e9)
+        took = format_seconds(max(0, job["last_event"] - job["started"]) / 1e9)
         self.line(
             f"{_count(job['ranks'], 'rank')}, {_count(len(sessions), 'session')} ({ended}); "
             f"began {_moment(job['started'])}, last event {took} later"
@@ -131,8 +131,8 @@ class Page:
         uneven = found["others_wait"] - found["wait"] > UNEVEN * max(steps, default=0.0)
         self.line("")
         self.line(
-            f"least wait in collectives: rank {found['rank']}, {duration(found['wait'])} a step; "
-            f"the others {duration(found['others_wait'])}" + (": it holds them up" if uneven else ""),
+            f"least wait in collectives: rank {found['rank']}, {format_seconds(found['wait'])} a step; "
+            f"the others {format_seconds(found['others_wait'])}" + (": it holds them up" if uneven else ""),
             "yellow" if uneven else "",
         )
 
@@ -198,7 +198,7 @@ class Page:
                     str(row["filtered"] or ""),
                     str(row["rejected"] or ""),
                     f"{row['pending']:,}",
-                    duration(row["lag"]) if row["lag"] else "",
+                    format_seconds(row["lag"]) if row["lag"] else "",
                     f"{row['finished']} of {sessions}",
                     str(row["held"] or ""),
                 )
@@ -219,13 +219,13 @@ def _session(session: Mapping[str, Any], length: int, *, several_hosts: bool) ->
         session["host"] if several_hosts else "",
         ".".join(map(str, attempt)) if any(attempt) else "",
         session["status"],
-        "" if session["seconds"] is None else duration(session["seconds"]),
+        "" if session["seconds"] is None else format_seconds(session["seconds"]),
         f"{session['steps']:,}",
         _step(session["last_step"]),
         _step(session["open_step"]),
-        *(duration(times[name]) if times else "" for name in ("p50", "p99", "max")),
-        duration(session["data_wait"]) if session["data_wait"] else "",
-        "" if session["collective_wait"] is None else duration(session["collective_wait"]),
+        *(format_seconds(times[name]) if times else "" for name in ("p50", "p99", "max")),
+        format_seconds(session["data_wait"]) if session["data_wait"] else "",
+        "" if session["collective_wait"] is None else format_seconds(session["collective_wait"]),
         str(session["errors"] or ""),
         str(session["stalls"] or ""),
     )

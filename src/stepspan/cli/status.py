@@ -15,6 +15,7 @@ from stepspan.cli.describe import printable
 from stepspan.cli.table import print_table, shortened
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.journal.layout import find_sessions
+from stepspan.values import format_seconds
 
 COUNTS = ("delivered", "filtered", "rejected", "pending", "damaged", "pruned", "dropped")
 
@@ -71,12 +72,8 @@ def _job(console: Console, ledgers: Sequence[dict[str, Any]]) -> None:
         for destination, signals in ledger["destinations"].items():
             for signal, state in signals.items():
                 told = [str(state[name]) for name in counts]
-                lag = _seconds(state["lag"]) if state["pending"] else ""
+                lag = format_seconds(state["lag"]) if state["pending"] else ""
                 rows.append([*head, destination, signal, *told, lag, state["state"]])
                 head, destination = [""] * len(head), ""
     columns = [">rank", "session", "status", ">lines", "destination", "signal", *(f">{name}" for name in counts)]
     print_table(console, [*columns, ">lag", "state"], rows, keys=("rank", "destination", "signal"))
-
-
-def _seconds(lag: float) -> str:
-    return f"{lag:.1f} s" if lag < 120 else f"{lag / 60:.0f} min" if lag < 7200 else f"{lag / 3600:.1f} h"

@@ -24,6 +24,7 @@ from stepspan.identity import host_facts
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, find_sessions
 from stepspan.journal.reader import JournalReader
+from stepspan.values import format_seconds
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -140,13 +141,13 @@ class Sync:
                 if not waiting:
                     continue
                 try:
-                    age = now - self._first_pending(session, position) / 1e9
+                    age = max(0.0, now - self._first_pending(session, position) / 1e9)
                 except (OSError, JournalError) as error:
                     print(f"{session.path}  {signal}: cannot be read: {error}")
                     continue
                 oldest = max(age, oldest or 0.0)
-                print(f"{session.path}  {signal}: {waiting} lines wait, the oldest for {age:,.0f} s")
-        print("nothing waits" if oldest is None else f"the oldest pending point is {oldest:,.0f} s old")
+                print(f"{session.path}  {signal}: {waiting} lines wait, the oldest for {format_seconds(age)}")
+        print("nothing waits" if oldest is None else f"the oldest pending point is {format_seconds(oldest)} old")
         return 0
 
     @staticmethod
