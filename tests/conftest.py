@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import stack
 from stack import Collector, Loki, Prometheus, Tempo
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would ignore it as well
@@ -20,8 +21,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jo
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if {"prometheus", "collector", "loki", "tempo"} & set(getattr(item, "fixturenames", ())):
+        if {"prometheus", "collector", "loki", "tempo", "shown"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("stack")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `stack` is skipped before anything of it runs where the servers were not built."""
+    stack.ASKED_BY_UNMARKED = item.get_closest_marker("stack") is None
+    if not stack.ASKED_BY_UNMARKED:
+        stack.binary("prometheus")
+        stack.binary("otelcol")
 
 
 @pytest.fixture(autouse=True)

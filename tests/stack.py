@@ -48,8 +48,14 @@ START_SECONDS = 30.0
 STOP_SECONDS = 10.0
 
 
+ASKED_BY_UNMARKED = False
+"""Set by conftest while a test runs that isn't marked `stack`: it would fail where `make stack` was never run."""
+
+
 def binary(name: str) -> Path:
     """The built binary of that name. Without it the test that asks is skipped, or fails where the stack is required."""
+    if ASKED_BY_UNMARKED:
+        pytest.fail(f"needs {name} of the stack: mark it with `pytest.mark.stack`")
     root = os.environ.get("STEPSPAN_STACK")
     path = (Path(root) if root else Path(__file__).parent.parent / ".stack").resolve() / name
     if not path.exists():

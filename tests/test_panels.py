@@ -26,7 +26,7 @@ import shown as training
 from processes import until
 from shown import JOB, SLOW, SPAN, Shown
 
-pytestmark = [pytest.mark.stack, pytest.mark.timeout(180)]
+pytestmark = pytest.mark.timeout(180)
 shown = training.shown
 
 
