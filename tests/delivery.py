@@ -15,7 +15,7 @@ from stepspan.deliver.task import DeliveryTask, Options
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 OK = Outcome(Verdict.DELIVERED)
 DAY = 86_400.0

@@ -26,7 +26,7 @@ from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 ranks = processes.ranks
 

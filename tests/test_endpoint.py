@@ -274,7 +274,7 @@ def test_no_repr_or_log_shows_credentials(caplog):
     endpoints = resolve_endpoints(env, headers={"X-Other": "hunter2"})
     with pytest.raises(ConfigError):
         resolve_endpoints({**env, f"{E}HEADERS": 'api-key="hunter2"'})
-    shown = f"{endpoints!r} {endpoints} {endpoints['logs'].shown} {caplog.text}"
+    shown = f"{endpoints!r} {endpoints} {endpoints['logs'].display_url} {caplog.text}"
     assert "hunter2" not in shown
     assert basic("me:hunter2") not in shown
     assert "http://c:4318/o/v1/logs" in shown

@@ -28,7 +28,7 @@ from stepspan.exporters.otlp import OtlpExporter
 from stepspan.exporters.sdk import SdkExporter
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
-from stepspan.otlp.transport import Verdict
+from stepspan.otlp.outcome import Verdict
 from stepspan.processors import Drop, SampleSteps
 from stepspan.testing import FixedClock
 

@@ -31,7 +31,7 @@ from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.journal.writer import Limits
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.json import encode
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 ranks = processes.ranks
 AWAY = Outcome(Verdict.RETRY, "connection refused")
@@ -399,8 +399,8 @@ def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
     training.steps(3)
 
     class Hanging(OtlpExporter):
-        def beside(self, timeout):
-            other = super().beside(timeout)
+        def clone(self, timeout):
+            other = super().clone(timeout)
             other.export = lambda *request: asked.append(request) or time.sleep(timeout) or AWAY
             return other
 

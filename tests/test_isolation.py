@@ -6,10 +6,10 @@ import pytest
 from delivery import OK
 
 from stepspan.deliver.isolation import ROW, Isolation
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 REFUSED = Outcome(Verdict.ISOLATE, "400: bad value")
-OPAQUE = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", opaque=True)
+OPAQUE = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", reason_hidden=True)
 LARGE = Outcome(Verdict.HALVE, "larger than the receiver takes")
 
 

@@ -33,7 +33,7 @@ from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import read_closed
 from stepspan.journal.writer import Limits
 from stepspan.mapping.records import SIGNALS
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Drop, SampleSteps
 
 ALL = 1 << 62
@@ -532,7 +532,7 @@ AGES = {
 def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(tmp_path, age, held, opaque):
     session = trained(tmp_path, 10)
     time = Time(read_closed(session.path).ts / SECOND + age)
-    refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", opaque=opaque)
+    refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", reason_hidden=opaque)
     exporter = Scripted(lambda records: refusal if any(r[0].name == "training.lr" for r in records) else OK)
     lane = DeliveryTask(session, "metrics", exporter, options(time))
     lane.advance(ALL)
@@ -554,7 +554,7 @@ def test_only_points_are_judged_by_their_time(tmp_path, signal):
     session = trained(tmp_path, 20)
     time = Time(NOON / SECOND + 10 * 86_400)
     bad = everything(session)[signal][0][1:]
-    opaque = Outcome(Verdict.ISOLATE, "400: opaque", opaque=True)
+    opaque = Outcome(Verdict.ISOLATE, "400: opaque", reason_hidden=True)
     exporter = Scripted(lambda records: opaque if bad in plain(records) else OK)
     lane = deliver(session, exporter, options(time), signal)
     assert lane.state.ledger.rejected == 1

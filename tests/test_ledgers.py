@@ -21,7 +21,7 @@ from stepspan.journal.cursor import CursorState, Ledger, Position, read_cursor
 from stepspan.journal.liveness import read_closed
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 ALL = 1 << 62
 REFUSED = Outcome(Verdict.ISOLATE, "400: no")

@@ -43,9 +43,9 @@ from stepspan.integrations.opentelemetry import (
 )
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import SdkRecord
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.otlp.protobuf import encode
 from stepspan.otlp.sdk_records import SHAPES, to_wire
-from stepspan.otlp.transport import Outcome, Verdict
 from stepspan.run import Run
 
 start = runs.start
@@ -626,7 +626,7 @@ def test_an_old_data_point_is_held_like_one_of_ours(tmp_path: Path) -> None:
 
     def opaque(records: Any) -> Outcome:
         theirs = any(isinstance(record, SdkRecord) for record in records)
-        return Outcome(Verdict.ISOLATE, "no", opaque=True) if theirs else Outcome(Verdict.DELIVERED)
+        return Outcome(Verdict.ISOLATE, "no", reason_hidden=True) if theirs else Outcome(Verdict.DELIVERED)
 
     lane = deliver(session, Scripted(opaque), options())
     assert lane.state.state == "hold"

@@ -16,7 +16,7 @@ from runs import events, outline, path_of, status_of
 import stepspan
 from stepspan import JsonlExporter, MemoryExporter
 from stepspan.mapping.records import Attributes, Log, Record, Signal
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.run import Run
 
 start = runs.start

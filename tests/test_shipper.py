@@ -14,7 +14,7 @@ from stepspan.events import encode
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 HOLD = Outcome(Verdict.HOLD, "too old: widen the window")
 

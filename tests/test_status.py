@@ -12,7 +12,7 @@ from stepspan.cli.status import ledger_table
 from stepspan.cli.table import print_table, shortened
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.mapping.records import SIGNALS
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 
 def narrow() -> Console:

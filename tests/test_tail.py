@@ -24,7 +24,7 @@ from stepspan.cli.tail import BRIEF, Follow
 from stepspan.events import FIELDS
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions, segment_name
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.values import format_seconds
 
 

@@ -24,9 +24,11 @@ from receiver import HANG, OK, RESET, RESET_TAKEN, Answer, ScriptedReceiver
 
 from stepspan import __version__
 from stepspan.mapping.records import SIGNALS
+from stepspan.otlp.answers import GRPC_ANSWERS, HTTP_ANSWERS, MAX_TEXT_CHARS
 from stepspan.otlp.endpoint import PROTOCOLS, resolve_endpoints
 from stepspan.otlp.http import retry_after
-from stepspan.otlp.transport import GRPC_ROWS, HTTP_ROWS, TEXT_LIMIT, Outcome, Verdict, open_transport
+from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.otlp.transport import open_transport
 
 HTTP_PROTOCOLS = ("http/protobuf", "http/json")
 RESOURCE = {
@@ -148,8 +150,8 @@ def test_every_row_of_the_delivery_table(receiver, protocol, verdict, answer):
 
 
 def test_no_row_is_left_out():
-    assert set(HTTP_ROWS) <= {status for row in HTTP_TABLE.values() for status in row}
-    assert set(GRPC_ROWS) <= {code for row in GRPC_TABLE.values() for code in row}
+    assert set(HTTP_ANSWERS) <= {status for row in HTTP_TABLE.values() for status in row}
+    assert set(GRPC_ANSWERS) <= {code for row in GRPC_TABLE.values() for code in row}
 
 
 # What a text says where the status alone says less: status, text, verdict, what the message names. Over all transports.
@@ -356,7 +358,7 @@ def test_a_body_that_drips_is_left_after_the_timeout_and_does_not_change_the_sta
 
 def test_a_long_body_is_not_read_to_its_end(receiver):
     receiver.script("metrics", [Answer(503, body=b"x" * 10_000_000)])
-    assert len(send(receiver, "http/json").message) < TEXT_LIMIT + 100
+    assert len(send(receiver, "http/json").message) < MAX_TEXT_CHARS + 100
 
 
 # Texts
@@ -372,12 +374,12 @@ def test_a_message_is_one_short_line_without_credentials(receiver, protocol):
     message = send(where, protocol, headers={"api-key": "s3cret", "x": "Bearer s3cret-too"}).message
     assert "bad [31mtoken *** and ***, *** \u00e9 xxx" in message or protocol == "grpc"
     assert message.isprintable()
-    assert len(message) < TEXT_LIMIT + 200
+    assert len(message) < MAX_TEXT_CHARS + 200
     assert not any(secret in message for secret in ("s3cret", "me:pass", "pass", "-too"))
 
 
 def test_a_secret_at_the_cut_is_hidden_whole(receiver):
-    receiver.script("metrics", [Answer(401, "x" * (TEXT_LIMIT - 5) + " s3cret-token")])
+    receiver.script("metrics", [Answer(401, "x" * (MAX_TEXT_CHARS - 5) + " s3cret-token")])
     assert "s3c" not in send(receiver, "http/json", headers={"authorization": "Bearer s3cret-token"}).message
 
 
@@ -570,7 +572,7 @@ def test_a_redirect_is_never_followed(receiver):
             receiver.script("metrics", [Answer(status, headers={"Location": place})])
             outcome = send(receiver, "http/json")
             assert outcome.verdict is Verdict.HOLD
-            assert f"set {elsewhere.url}/v1/metrics as endpoint" in outcome.message
+            assert f"set {elsewhere.url}/v1/metrics as the endpoint" in outcome.message
             assert "s3cret" not in outcome.message
         receiver.script("metrics", [Answer(302, headers={"Location": "http://[junk"})])
         assert send(receiver, "http/json").message.startswith("302: ")

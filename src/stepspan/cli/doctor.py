@@ -21,7 +21,8 @@ from stepspan.journal.layout import sessions_of_rank
 from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.otlp.endpoint import Endpoint
-from stepspan.otlp.transport import Verdict, open_transport
+from stepspan.otlp.outcome import Verdict
+from stepspan.otlp.transport import open_transport
 from stepspan.processors import build
 from stepspan.samplers import sampled_by
 from stepspan.samplers.gpu import gpu
@@ -145,7 +146,7 @@ def _probe(report: Report, signal: Signal, endpoint: Endpoint) -> None:
     body = b"{}" if endpoint.protocol == "http/json" else b""
     outcome = transport.send(body)
     transport.close()
-    told = f"{endpoint.shown}  {endpoint.protocol}"
+    told = f"{endpoint.display_url}  {endpoint.protocol}"
     if outcome.verdict is Verdict.DELIVERED:
         report.say(signal, f"{told}  answers")
     elif outcome.verdict is Verdict.RETRY:

@@ -22,7 +22,7 @@ from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.json import encode
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Processor
 
 FORMATS = ("otlp-json",)

@@ -22,7 +22,7 @@ from stepspan.journal.cursor import Cursor, cursor_name
 from stepspan.journal.layout import open_directory, open_file, read_file
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp import json as otlp_json
-from stepspan.otlp.transport import Verdict
+from stepspan.otlp.outcome import Verdict
 
 if TYPE_CHECKING:
     from stepspan.exporters.otlp import OtlpExporter

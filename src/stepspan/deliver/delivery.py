@@ -121,7 +121,7 @@ class ProcessDelivery(Delivery):
         self._log = directory / PLACE / f"{slug(host)}.log"
         self._env = settled(os.environ)  # one that is started again later must not go elsewhere
         self._shown: dict[tuple[str, str], str] = {
-            (e.destination, s): endpoint.shown for e in exporters for s, endpoint in e.endpoints.items()
+            (e.destination, s): endpoint.display_url for e in exporters for s, endpoint in e.endpoints.items()
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._began = 0.0

@@ -27,7 +27,7 @@ from stepspan.events import Event
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.mapping.records import Attributes, Point, Series, Signal, Sum
-from stepspan.otlp.transport import Verdict
+from stepspan.otlp.outcome import Verdict
 
 if TYPE_CHECKING:
     from stepspan.deliver.scheduler import Scheduler
@@ -129,7 +129,7 @@ class Health:
             "service.instance.id": f"deliverer-{host}",
             "host.name": host,
         }
-        self._exporter = exporter.beside(TIMEOUT)
+        self._exporter = exporter.clone(TIMEOUT)
         self._shippers = shippers
         self._options = options
         self._series: dict[tuple[str, ...], Series] = {}

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from stepspan.mapping.records import Record
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 
 ROW = 16
 UNTIMELY = (
@@ -74,7 +74,7 @@ class Isolation:
         if outcome.verdict not in (Verdict.HALVE, Verdict.ISOLATE):
             return outcome
         if len(records) == 1:
-            if outcome.opaque and self.untimely(records[0]):
+            if outcome.reason_hidden and self.untimely(records[0]):
                 return Outcome(Verdict.HOLD, UNTIMELY + outcome.message)
             self.rejected.append((records[0], outcome.message))
             self._row += 1

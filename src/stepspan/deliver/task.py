@@ -31,7 +31,7 @@ from stepspan.journal.liveness import Closed, is_dead, quiet_for, read_closed, w
 from stepspan.journal.reader import JournalReader, last_event
 from stepspan.mapping.mapper import VERSION, Mapper, mapper
 from stepspan.mapping.records import Point, Record, Signal
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import specs
 
 log = logging.getLogger("stepspan.deliver")

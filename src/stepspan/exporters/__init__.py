@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from stepspan.mapping.records import Attributes, Record, Signal
-    from stepspan.otlp.transport import Outcome
+    from stepspan.otlp.outcome import Outcome
     from stepspan.processors import Processor
 
 

@@ -18,8 +18,8 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from stepspan.mapping.records import SdkRecord, SdkScope
-from stepspan.otlp.rules import NAN, POINTS, SAMPLED
+from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope
+from stepspan.otlp.rules import NAN, SAMPLED
 from stepspan.otlp.sdk_records import scopes_of
 
 _Json: TypeAlias = Mapping[str, Any]
@@ -90,7 +90,7 @@ def scope_metrics(foreign: Iterable[SdkRecord]) -> list[export.ScopeMetrics]:
 
 
 def _metric(metric: _Json) -> export.Metric:
-    (kind,) = metric.keys() & POINTS
+    (kind,) = metric.keys() & METRIC_DATA
     data = _DATA[kind](metric[kind])
     return export.Metric(metric["name"], metric.get("description", ""), metric.get("unit", ""), data)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
-from stepspan.otlp.transport import Outcome, Verdict
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Processor
 
 

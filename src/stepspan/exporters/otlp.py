@@ -11,7 +11,8 @@ from typing import Any
 
 from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.endpoint import destination_name, resolve_endpoints
-from stepspan.otlp.transport import Outcome, Transport, Verdict, open_transport
+from stepspan.otlp.outcome import Outcome, Transport, Verdict
+from stepspan.otlp.transport import open_transport
 from stepspan.processors import Processor
 
 SWITCH = re.compile(r"OTEL_(TRACES|METRICS|LOGS)_EXPORTER")
@@ -52,7 +53,7 @@ class OtlpExporter:
         self.destination = destination or destination_name(resolve_endpoints(everything, **self.settings))
         self._transports: dict[Signal, Transport] = {}
 
-    def beside(self, timeout: float) -> OtlpExporter:
+    def clone(self, timeout: float) -> OtlpExporter:
         """The same receiver over connections of its own, for another thread; a request takes at most `timeout` s."""
         other = copy(self)
         other.endpoints = {s: replace(e, timeout=min(e.timeout, timeout)) for s, e in self.endpoints.items()}

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.errors import ConfigError
 from stepspan.mapping.records import Attributes, Record, Signal
-from stepspan.otlp.transport import Outcome, Verdict, uninstrumented
+from stepspan.otlp.answers import uninstrumented
+from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Processor
 
 if TYPE_CHECKING:

@@ -130,6 +130,10 @@ class SdkScope:
     """Of data points: their Metric, whose data has none."""
 
 
+METRIC_DATA = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "summary"})
+"""The fields of an OTLP JSON Metric that hold data points; a Metric has one of them."""
+
+
 class SdkRecord(NamedTuple):
     """What an OpenTelemetry SDK handed over: one span, log record or data point, as OTLP JSON. Encoders change nothing.
 

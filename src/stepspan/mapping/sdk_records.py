@@ -11,8 +11,7 @@ from typing import Any
 import orjson
 
 from stepspan.events import Event
-from stepspan.mapping.records import SdkRecord, SdkScope, Signal
-from stepspan.otlp.rules import POINTS
+from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope, Signal
 
 MOST_SOURCES = 10_000
 
@@ -38,7 +37,7 @@ class SdkRecords:
         return [SdkRecord(self._source(event, None), int(time), record)]
 
     def _points(self, event: Event, metric: Mapping[str, Any]) -> list[SdkRecord]:
-        (kind,) = metric.keys() & POINTS
+        (kind,) = metric.keys() & METRIC_DATA
         rest = {name: value for name, value in metric[kind].items() if name != "dataPoints"}
         source = self._source(event, {**metric, kind: rest})
         return [SdkRecord(source, int(point["timeUnixNano"]), point) for point in metric[kind]["dataPoints"]]

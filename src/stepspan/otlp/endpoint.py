@@ -82,7 +82,7 @@ class Endpoint:
     """No TLS."""
 
     @property
-    def shown(self) -> str:
+    def display_url(self) -> str:
         """The URL as a message may show it."""
         return self.url.partition("?")[0]
 
@@ -98,7 +98,7 @@ class Endpoint:
 
     def __repr__(self) -> str:
         return (
-            f"Endpoint(signal={self.signal!r}, url={self.shown!r}, protocol={self.protocol!r}, "
+            f"Endpoint(signal={self.signal!r}, url={self.display_url!r}, protocol={self.protocol!r}, "
             f"headers=<{', '.join(sorted(self.headers))}>, timeout={self.timeout!r}, compression={self.compression!r}, "
             f"insecure={self.insecure!r})"
         )
@@ -230,8 +230,8 @@ def _address(target: _Setting) -> _Address:
 
 
 def _wrong_endpoint(target: _Setting, fix: str) -> ConfigError:
-    shown = _USER_INFO.sub(r"\1***@", str(target.value)).partition("?")[0]
-    return ConfigError(target.field, shown, fix)
+    harmless = _USER_INFO.sub(r"\1***@", str(target.value)).partition("?")[0]
+    return ConfigError(target.field, harmless, fix)
 
 
 def _http_url(signal: Signal, target: _Setting, address: _Address) -> str:

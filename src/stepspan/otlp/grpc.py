@@ -1,7 +1,7 @@
 """OTLP over gRPC: one unary call a request, with the bytes as they are.
 
 The channel is opened by the first send and dropped when the connection fails, because a channel that has failed answers
-from its own back-off for up to two minutes: when to try again is the deliverer's to say.
+from its own back-off for up to two minutes: when to try again is decided by delivery.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from typing import Any
 
 import grpc
 
-from stepspan.otlp.endpoint import Endpoint
-from stepspan.otlp.transport import (
-    GRPC_OTHER,
-    GRPC_ROWS,
+from stepspan.otlp.answers import (
+    GRPC_ANSWERS,
     NAME_FAULT,
     PHRASES,
     PROTOCOL_FAULT,
     TLS_FAULT,
+    UNKNOWN_ANSWER,
     USER_AGENT,
-    Outcome,
     Phrase,
-    Verdict,
-    delivered,
-    judge,
+    delivered_outcome,
+    failed_outcome,
     partial_success,
     status_details,
     uninstrumented,
 )
+from stepspan.otlp.endpoint import Endpoint
+from stepspan.otlp.outcome import Outcome, Verdict
 
 _METHODS = {
     "metrics": "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
@@ -56,7 +55,12 @@ GRPC_PHRASES: tuple[Phrase, ...] = (
 
 
 class GrpcTransport:
-    """Calls one endpoint's Export, on a channel that is kept."""
+    """Calls one endpoint's Export, on a channel that is kept.
+
+    Args:
+        endpoint: Where and how; of protocol "grpc".
+
+    """
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -71,10 +75,10 @@ class GrpcTransport:
             try:
                 answer = self._export()(body, timeout=self._endpoint.timeout, metadata=self._metadata)
             except OSError as error:  # a certificate file
-                return judge(self._endpoint, "", TLS_FAULT, str(error))
+                return failed_outcome(self._endpoint, "", TLS_FAULT, str(error))
             except grpc.RpcError as error:
-                return self._refused(error)
-        return delivered(*partial_success(self._endpoint, answer), self._endpoint)
+                return self._error_outcome(error)
+        return delivered_outcome(*partial_success(answer), self._endpoint)
 
     def close(self) -> None:
         """Close the channel."""
@@ -88,14 +92,14 @@ class GrpcTransport:
         export: Callable[..., bytes] = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
         return export
 
-    def _refused(self, error: Any) -> Outcome:
+    def _error_outcome(self, error: Any) -> Outcome:
         code = error.code()
         if code in _CONNECTION_FAILED:
             self.close()
-        return judge(
+        return failed_outcome(
             self._endpoint,
             code.name,
-            GRPC_ROWS.get(code.name, GRPC_OTHER),
+            GRPC_ANSWERS.get(code.name, UNKNOWN_ANSWER),
             error.details() or "",
             phrases=GRPC_PHRASES,
             retry_after=_retry_delay(error.trailing_metadata() or ()),
@@ -112,15 +116,15 @@ def _open_channel(endpoint: Endpoint) -> grpc.Channel:
     if endpoint.insecure:
         return grpc.insecure_channel(endpoint.url, options=options, compression=compression)
     credentials = grpc.ssl_channel_credentials(
-        root_certificates=_read(endpoint.certificate),
+        root_certificates=_file_bytes(endpoint.certificate),
         # As with HTTP, one file may hold both.
-        private_key=_read(endpoint.client_key or endpoint.client_certificate),
-        certificate_chain=_read(endpoint.client_certificate),
+        private_key=_file_bytes(endpoint.client_key or endpoint.client_certificate),
+        certificate_chain=_file_bytes(endpoint.client_certificate),
     )
     return grpc.secure_channel(endpoint.url, credentials, options=options, compression=compression)
 
 
-def _read(path: str | None) -> bytes | None:
+def _file_bytes(path: str | None) -> bytes | None:
     return None if path is None else Path(path).read_bytes()
 
 

@@ -22,41 +22,43 @@ import orjson
 import requests
 import urllib3
 
-from stepspan.otlp.endpoint import Endpoint
-from stepspan.otlp.transport import (
-    HTTP_OTHER,
+from stepspan.otlp.answers import (
+    HTTP_ANSWERS,
     HTTP_REDIRECT,
-    HTTP_ROWS,
     NAME_FAULT,
     PROTOCOL_FAULT,
     TLS_FAULT,
+    UNKNOWN_ANSWER,
     USER_AGENT,
-    Outcome,
-    Row,
-    Verdict,
-    delivered,
-    judge,
-    junk,
+    Answer,
+    delivered_outcome,
+    failed_outcome,
+    malformed_note,
     partial_success,
     status_details,
     uninstrumented,
 )
+from stepspan.otlp.endpoint import Endpoint
+from stepspan.otlp.outcome import Outcome, Verdict
 
 _CONTENT_TYPES = {"http/protobuf": "application/x-protobuf", "http/json": "application/json"}
 _REJECTED = {"metrics": "rejectedDataPoints", "traces": "rejectedSpans", "logs": "rejectedLogRecords"}
-_READ_LIMIT = 64 * 1024
+MAX_ANSWER_BYTES = 64 * 1024
 _GZIP_LEVEL = 1  # 5.5 µs a step against 13.7 at level 6, for a few percent of size
 
-FAULTS: tuple[tuple[type[BaseException], Row], ...] = (
+FAULTS: tuple[tuple[type[BaseException], Answer], ...] = (
     (requests.exceptions.SSLError, TLS_FAULT),
     (ssl.SSLError, TLS_FAULT),
     (socket.gaierror, NAME_FAULT),
-    (http.client.RemoteDisconnected, Row(Verdict.RETRY, "{url} closed the connection")),
+    (http.client.RemoteDisconnected, Answer(Verdict.RETRY, "{url} closed the connection")),
     (http.client.BadStatusLine, PROTOCOL_FAULT),
-    (requests.exceptions.Timeout, Row(Verdict.RETRY, "no answer from {url} in time")),
-    (ValueError, Row(Verdict.HOLD, "{url} cannot be asked: check OTEL_EXPORTER_OTLP_ENDPOINT and the proxy's URL")),
-    (requests.exceptions.RequestException, Row(Verdict.RETRY, "no connection to {url}")),
-    (urllib3.exceptions.HTTPError, Row(Verdict.RETRY, "no connection to {url}")),
+    (requests.exceptions.Timeout, Answer(Verdict.RETRY, "no answer from {url} in time")),
+    (
+        ValueError,
+        Answer(Verdict.HOLD, "no request can be sent to {url}: check OTEL_EXPORTER_OTLP_ENDPOINT and the proxy's URL"),
+    ),
+    (requests.exceptions.RequestException, Answer(Verdict.RETRY, "no connection to {url}")),
+    (urllib3.exceptions.HTTPError, Answer(Verdict.RETRY, "no connection to {url}")),
     (OSError, TLS_FAULT),  # requests' error for a certificate file that is not there
 )
 """Why there is no answer, by the first type that stands in the chain of errors."""
@@ -69,13 +71,19 @@ class _Session(requests.Session):
 
 
 class HttpTransport:
-    """Posts to one endpoint, on a connection that is kept."""
+    """Posts to one endpoint, on a connection that is kept.
+
+    Args:
+        endpoint: Where and how; of protocol "http/protobuf" or "http/json".
+        clock: Unix time in seconds, against which a Retry-After date is read.
+
+    """
 
     def __init__(self, endpoint: Endpoint, clock: Callable[[], float] = time.time) -> None:
         self._endpoint = endpoint
         self._clock = clock
         self._session = _Session()
-        # The environment is looked at once: for each request that was a third of the time of sending. And no .netrc.
+        # The environment is read once: for each request that was a third of the time of sending. And no .netrc.
         self._session.trust_env = False
         self._session.proxies = requests.utils.get_environ_proxies(endpoint.url)
         bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
@@ -105,32 +113,37 @@ class HttpTransport:
                     stream=True,
                 )
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-                return _unanswered(endpoint, error)
+                return _fault_outcome(endpoint, error)
             with response:
-                content = _read(response, endpoint.timeout)
-        return self._answered(response, content)
+                content = _content(response, endpoint.timeout)
+        return self._outcome(response, content)
 
     def close(self) -> None:
         """Close the connections."""
         self._session.close()
 
-    def _answered(self, response: requests.Response, content: bytes) -> Outcome:
+    def _outcome(self, response: requests.Response, content: bytes) -> Outcome:
         endpoint, code = self._endpoint, response.status_code
         if 200 <= code < 300:
-            return delivered(*_partial_success(endpoint, content), endpoint)
-        row = HTTP_REDIRECT if 300 <= code < 400 else HTTP_ROWS.get(code, HTTP_OTHER)
-        return judge(
+            return delivered_outcome(*_partial_success(endpoint, content), endpoint)
+        return failed_outcome(
             endpoint,
             str(code),
-            row,
+            HTTP_REDIRECT if 300 <= code < 400 else HTTP_ANSWERS.get(code, UNKNOWN_ANSWER),
             _error_text(response, content),
             retry_after=retry_after(response.headers.get("retry-after"), self._clock()),
-            place=response.headers.get("location", "").partition("?")[0],
+            location=response.headers.get("location", "").partition("?")[0],
         )
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Seconds to wait by a Retry-After header, which holds seconds or a date; None if it holds neither."""
+    """Seconds to wait by a Retry-After header, which holds seconds or a date; None if it holds neither.
+
+    Args:
+        value: The header.
+        now: Unix time in seconds.
+
+    """
     if value is None:
         return None
     try:
@@ -149,16 +162,16 @@ def _client_certificate(endpoint: Endpoint) -> str | tuple[str, str] | None:
     return endpoint.client_certificate
 
 
-def _read(response: requests.Response, timeout: float) -> bytes:
-    """The answer's body, "" if it breaks off or takes over `timeout` s: its status was given, and that is what counts.
+def _content(response: requests.Response, timeout: float) -> bytes:
+    """The answer's body, b"" if it breaks off or takes over `timeout` s: its status was given, and that is what counts.
 
-    The socket's own timeout starts anew with each byte that arrives.
+    The socket's own timeout starts anew with each byte that arrives, so it does not bound the whole.
     """
     content, deadline = b"", time.monotonic() + timeout
     read = getattr(response.raw, "read1", response.raw.read)  # which an older urllib3 lacks
     try:
-        while len(content) < _READ_LIMIT:
-            piece = read(_READ_LIMIT - len(content), decode_content=True)
+        while len(content) < MAX_ANSWER_BYTES:
+            piece = read(MAX_ANSWER_BYTES - len(content), decode_content=True)
             if not piece:
                 break
             if time.monotonic() > deadline:
@@ -173,13 +186,12 @@ def _partial_success(endpoint: Endpoint, content: bytes) -> tuple[int, str]:
     if not content.strip():
         return 0, ""
     if endpoint.protocol == "http/protobuf":
-        return partial_success(endpoint, content)
+        return partial_success(content)
     try:
-        partial = _object(orjson.loads(content)).get("partialSuccess")
-        said = {} if partial is None else _object(partial)
-        return int(said.get(_REJECTED[endpoint.signal]) or 0), str(said.get("errorMessage") or "")
-    except (TypeError, ValueError):
-        return 0, junk(content)
+        partial = _json_object(content).get("partialSuccess") or {}
+        return int(partial.get(_REJECTED[endpoint.signal]) or 0), str(partial.get("errorMessage") or "")
+    except (AttributeError, TypeError, ValueError):
+        return 0, malformed_note(content)
 
 
 def _error_text(response: requests.Response, content: bytes) -> str:
@@ -187,7 +199,7 @@ def _error_text(response: requests.Response, content: bytes) -> str:
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _CONTENT_TYPES["http/json"]:
         try:
-            return str(_object(orjson.loads(content))["message"])
+            return str(_json_object(content)["message"])
         except (KeyError, TypeError, ValueError):
             pass
     if kind == _CONTENT_TYPES["http/protobuf"] and (status := status_details(content)) is not None:
@@ -195,19 +207,21 @@ def _error_text(response: requests.Response, content: bytes) -> str:
     return content.decode("utf-8", "replace")
 
 
-def _object(value: Any) -> dict[str, Any]:
+def _json_object(content: bytes) -> dict[str, Any]:
+    value = orjson.loads(content)
     if not isinstance(value, dict):
         raise TypeError("not a JSON object")
     return value
 
 
-def _unanswered(endpoint: Endpoint, error: BaseException) -> Outcome:
-    chain = list(_chain(error))
-    row = next(row for kind, row in FAULTS if any(isinstance(link, kind) for link in chain))
-    return judge(endpoint, "", row, str(chain[-1]) or type(chain[-1]).__name__, phrases=())
+def _fault_outcome(endpoint: Endpoint, error: BaseException) -> Outcome:
+    """The outcome of a request that got no answer."""
+    chain = list(_error_chain(error))
+    answer = next(answer for kind, answer in FAULTS if any(isinstance(link, kind) for link in chain))
+    return failed_outcome(endpoint, "", answer, str(chain[-1]) or type(chain[-1]).__name__, phrases=())
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _error_chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what it wraps, outermost first: requests wraps urllib3's, which wraps the socket's."""
     link: BaseException | None = error
     while link is not None:

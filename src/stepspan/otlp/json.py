@@ -45,8 +45,8 @@ from stepspan.otlp.rules import (
     SEVERITY_TEXT,
     SPAN_FLAGS,
     MetricKey,
-    apart,
     by_metric,
+    partition,
     utf8,
 )
 
@@ -172,7 +172,7 @@ def _exemplar(exemplar: Exemplar) -> _Json:
 
 
 def _spans(records: Sequence[Record]) -> _Encoded:
-    spans, foreign = apart(records)
+    spans, foreign = partition(records)
     return [_span(span) for span in cast("Sequence[Span]", spans)], foreign
 
 
@@ -212,7 +212,7 @@ def _link(link: Link) -> _Json:
 
 
 def _logs(records: Sequence[Record]) -> _Encoded:
-    logs, foreign = apart(records)
+    logs, foreign = partition(records)
     return [_log(log) for log in cast("Sequence[Log]", logs)], foreign
 
 

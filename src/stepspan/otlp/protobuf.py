@@ -45,8 +45,8 @@ from stepspan.otlp.rules import (
     SEVERITY_TEXT,
     SPAN_FLAGS,
     MetricKey,
-    apart,
     by_metric,
+    partition,
 )
 from stepspan.otlp.wire import double, field, text, varint, zigzag
 
@@ -186,7 +186,7 @@ def _exemplar(exemplar: Exemplar) -> bytes:
 
 
 def _spans(records: Sequence[Record]) -> _Encoded:
-    spans, foreign = apart(records)
+    spans, foreign = partition(records)
     return [field(b"\x12", _span(span)) for span in cast("Sequence[Span]", spans)], foreign
 
 
@@ -230,7 +230,7 @@ def _link(link: Link) -> bytes:
 
 
 def _logs(records: Sequence[Record]) -> _Encoded:
-    logs, foreign = apart(records)
+    logs, foreign = partition(records)
     return [field(b"\x12", _log(log)) for log in cast("Sequence[Log]", logs)], foreign
 
 

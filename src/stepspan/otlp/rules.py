@@ -42,9 +42,6 @@ SEVERITY_TEXT = {
 }
 """Severity number -> the short name of the log data model: 9 INFO, 10 INFO2 … 24 FATAL4."""
 
-POINTS = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "summary"})
-"""The fields of an OTLP JSON Metric that hold data points."""
-
 MetricKey: TypeAlias = tuple[str, str, Literal["gauge", "sum", "histogram"]]
 
 
@@ -79,7 +76,7 @@ def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list
     return metrics, foreign
 
 
-def apart(records: Sequence[Record]) -> tuple[list[Record], list[SdkRecord]]:
+def partition(records: Sequence[Record]) -> tuple[list[Record], list[SdkRecord]]:
     """Our own spans or logs, and those of other instrumentation."""
     ours = [record for record in records if type(record) is not SdkRecord]
     return ours, [record for record in records if type(record) is SdkRecord] if len(ours) < len(records) else []

@@ -23,8 +23,8 @@ from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
 from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 
-from stepspan.mapping.records import SdkRecord, SdkScope, Signal
-from stepspan.otlp.rules import NAN, POINTS, utf8
+from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope, Signal
+from stepspan.otlp.rules import NAN, utf8
 from stepspan.otlp.wire import field, varint, zigzag
 
 _Json: TypeAlias = dict[str, Any]
@@ -88,7 +88,7 @@ def to_wire(message: Descriptor, tree: Mapping[str, Any]) -> bytes:
 
 
 def _with_points(metric: Mapping[str, Any], points: list[Mapping[str, Any]]) -> _Json:
-    return {name: {**value, "dataPoints": points} if name in POINTS else value for name, value in metric.items()}
+    return {name: {**value, "dataPoints": points} if name in METRIC_DATA else value for name, value in metric.items()}
 
 
 def _message(message: Descriptor, tree: Mapping[str, Any]) -> bytes:

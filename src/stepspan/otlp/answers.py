@@ -1,0 +1,254 @@
+"""The delivery table: what an answer of a receiver, or the lack of one, means as an `Outcome`.
+
+The tables are docs/architecture.md's delivery table as data: an `Answer` for each HTTP status and gRPC code, and
+phrases for what a receiver only says in words. To change how a refused request is handled, change its row here.
+
+What both transports share stands here, too. Everything that a send does runs in `uninstrumented()`: an instrumented
+`requests` or gRPC would otherwise make spans about telemetry, which make telemetry, without end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from stepspan import __version__
+from stepspan.otlp.endpoint import Endpoint
+from stepspan.otlp.outcome import Outcome, Verdict
+
+USER_AGENT = f"stepspan/{__version__}"
+MAX_TEXT_CHARS = 300
+"""Characters of a receiver's text that a message shows."""
+
+
+class Answer(NamedTuple):
+    """What one kind of answer means."""
+
+    verdict: Verdict
+    fix: str = ""
+    """For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`."""
+    reason_hidden: bool = False
+    """As `Outcome.reason_hidden`."""
+
+
+_SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
+_NOT_ALLOWED = "the credentials in OTEL_EXPORTER_OTLP_HEADERS may not write {signal} there"
+_BUSY = "the receiver is busy or away"
+_REFUSED = "the receiver refuses something in the request"
+_FAILED = "the receiver failed: look in its log"
+_OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}"
+
+HTTP_ANSWERS: Mapping[int, Answer] = {
+    400: Answer(Verdict.ISOLATE, _REFUSED),
+    401: Answer(Verdict.HOLD, _SET_HEADERS),
+    403: Answer(Verdict.HOLD, _NOT_ALLOWED),
+    404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path"),
+    405: Answer(Verdict.HOLD, "{url} takes no POST: check the path"),
+    407: Answer(Verdict.HOLD, "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"),
+    408: Answer(Verdict.RETRY, _BUSY),
+    413: Answer(Verdict.ISOLATE, "the request is larger than the receiver takes"),
+    415: Answer(Verdict.HOLD, _OTHER_PROTOCOL),
+    422: Answer(Verdict.ISOLATE, _REFUSED),
+    429: Answer(Verdict.RETRY, _BUSY),
+    500: Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
+    502: Answer(Verdict.RETRY, _BUSY),
+    503: Answer(Verdict.RETRY, _BUSY),
+    504: Answer(Verdict.RETRY, _BUSY),
+}
+HTTP_REDIRECT = Answer(
+    Verdict.HOLD, "{url} redirects, and telemetry follows no redirect: set {location} as the endpoint"
+)
+
+GRPC_ANSWERS: Mapping[str, Answer] = {
+    "ABORTED": Answer(Verdict.RETRY, _BUSY),
+    "CANCELLED": Answer(Verdict.RETRY, _BUSY),
+    "DATA_LOSS": Answer(Verdict.RETRY, _BUSY),
+    "DEADLINE_EXCEEDED": Answer(Verdict.RETRY, "no answer from {url} in time"),
+    "INTERNAL": Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
+    "INVALID_ARGUMENT": Answer(Verdict.ISOLATE, _REFUSED),
+    "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED),
+    "RESOURCE_EXHAUSTED": Answer(Verdict.RETRY, _BUSY),
+    "UNAUTHENTICATED": Answer(Verdict.HOLD, _SET_HEADERS),
+    "UNAVAILABLE": Answer(Verdict.RETRY, "no receiver at {url}, or it is busy"),
+    "UNIMPLEMENTED": Answer(
+        Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the port, or try protocol {other}"
+    ),
+    "UNKNOWN": Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
+}
+
+UNKNOWN_ANSWER = Answer(Verdict.HOLD, "not an answer that OTLP knows: is {url} an OTLP receiver?")
+"""Any HTTP status or gRPC code that is not in the tables."""
+TLS_FAULT = Answer(
+    Verdict.HOLD,
+    "no TLS with {url}: check that it speaks TLS (http:// is without), and the files that "
+    "OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_KEY and _CLIENT_CERTIFICATE name",
+)
+NAME_FAULT = Answer(Verdict.HOLD, "the name in {url} has no address: check OTEL_EXPORTER_OTLP_ENDPOINT and DNS")
+PROTOCOL_FAULT = Answer(
+    Verdict.HOLD, "what answers at {url} does not speak {protocol}: check scheme and port, or try {other}"
+)
+
+
+class Phrase(NamedTuple):
+    """Words in a receiver's text that say more than its status does."""
+
+    words: str
+    """In lower case."""
+    answer: Answer
+    instead_of: frozenset[Verdict]
+    """The verdicts, by status, that the phrase replaces."""
+
+
+_REFUSALS = frozenset({Verdict.ISOLATE, Verdict.RETRY_THEN_HOLD})
+_TOO_OLD = Answer(
+    Verdict.HOLD,
+    "the points are older than the receiver takes: widen storage.tsdb.out_of_order_time_window "
+    "(Mimir and others: out_of_order_time_window), then they go out by themselves",
+)
+
+PHRASES: tuple[Phrase, ...] = (
+    Phrase("larger than max", Answer(Verdict.HALVE, "larger than the receiver takes"), _REFUSALS | {Verdict.RETRY}),
+    # Prometheus says "out of bounds: timestamp is too far in the future": the future first.
+    Phrase(
+        "too far in the future",
+        Answer(
+            Verdict.HOLD, "the points are in the receiver's future: set the clocks of this host and of the receiver"
+        ),
+        _REFUSALS,
+    ),
+    Phrase("out of bounds", _TOO_OLD, _REFUSALS),
+    Phrase("too old", _TOO_OLD, _REFUSALS),
+    Phrase("out of order", _TOO_OLD, _REFUSALS),
+    # VictoriaMetrics' 400; no record of the request is to blame.
+    Phrase("json encoding isn't supported", Answer(Verdict.HOLD, _OTHER_PROTOCOL), _REFUSALS),
+    # The Collector's otlp_http exporter passes a 400 on without Prometheus' words: too old looks like any other reason.
+    Phrase(
+        "responded with http status code 400",
+        Answer(
+            Verdict.ISOLATE,
+            "what is behind the collector refuses something in the request: its own log says why",
+            reason_hidden=True,
+        ),
+        frozenset({Verdict.ISOLATE}),
+    ),
+)
+"""The first that fits counts. They apply behind a 500, too: a proxy may have wrapped the 400."""
+
+
+def failed_outcome(
+    endpoint: Endpoint,
+    status: str,
+    answer: Answer,
+    text: str,
+    *,
+    phrases: tuple[Phrase, ...] = PHRASES,
+    retry_after: float | None = None,
+    location: str = "",
+) -> Outcome:
+    """The outcome of a request that did not succeed.
+
+    Args:
+        endpoint: Where it was sent.
+        status: The HTTP status or gRPC code; "" if there was no answer.
+        answer: The status' row in the tables.
+        text: What the receiver, or the error, says.
+        phrases: Those that may replace `answer`, by the words in `text`.
+        retry_after: Seconds that the receiver asked to wait.
+        location: Where a redirect points.
+
+    """
+    lower = text.lower()
+    answer = next((p.answer for p in phrases if answer.verdict in p.instead_of and p.words in lower), answer)
+    fix = answer.fix.format(
+        url=endpoint.display_url,
+        signal=endpoint.signal,
+        protocol=endpoint.protocol,
+        other="http/json" if endpoint.protocol == "http/protobuf" else "http/protobuf",
+        location=redacted_line(endpoint, location) or "the right URL",
+    )
+    message = ": ".join(filter(None, (status, fix))) + _quoted(redacted_line(endpoint, text))
+    return Outcome(answer.verdict, message, retry_after, reason_hidden=answer.reason_hidden)
+
+
+def delivered_outcome(rejected: int, text: str, endpoint: Endpoint) -> Outcome:
+    """The outcome of a success.
+
+    Args:
+        rejected: Number of records that the receiver says it did not accept.
+        text: What the receiver says about them.
+        endpoint: Where the request was sent.
+
+    """
+    line = redacted_line(endpoint, text)
+    if rejected > 0:
+        return Outcome(Verdict.DELIVERED, f"{rejected} rejected by the receiver{_quoted(line)}", rejected=rejected)
+    return Outcome(Verdict.DELIVERED, line)
+
+
+def partial_success(content: bytes) -> tuple[int, str]:
+    """What a protobuf answer to a success says: the number of records not accepted, and why.
+
+    The responses of the three signals have one layout, so one class reads them all. An answer that is none becomes a
+    note, because the request did succeed.
+    """
+    from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
+
+    try:
+        partial = ExportLogsServiceResponse.FromString(content).partial_success
+    except DecodeError:
+        return 0, malformed_note(content)
+    return partial.rejected_log_records, partial.error_message
+
+
+def status_details(content: bytes) -> tuple[str, float | None] | None:
+    """The message of an encoded google.rpc.Status and the seconds to wait by its RetryInfo; None if it is none."""
+    from google.protobuf.message import DecodeError
+    from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped]
+    from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+
+    retry = RetryInfo()
+    try:
+        status = Status.FromString(content)
+        asked = any(detail.Unpack(retry) for detail in status.details)
+    except DecodeError:
+        return None
+    delay = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+    return str(status.message), max(delay, 0.0) if asked else None
+
+
+def malformed_note(content: bytes) -> str:
+    """The note on a success whose body is not what OTLP says."""
+    return f"delivered, with an answer that is not OTLP: {content[:4096].decode('utf-8', 'replace')}"
+
+
+def redacted_line(endpoint: Endpoint, text: str) -> str:
+    """A receiver's text as a message may show it: on one line, without credentials, at most `MAX_TEXT_CHARS` long."""
+    for secret in endpoint.secrets:
+        text = text.replace(secret, "***")
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return line if len(line) <= MAX_TEXT_CHARS else line[: MAX_TEXT_CHARS - 3] + "..."
+
+
+def _quoted(line: str) -> str:
+    return f' ("{line}")' if line else ""
+
+
+@contextmanager
+def uninstrumented() -> Iterator[None]:
+    """A context in which nothing that OpenTelemetry instruments makes spans.
+
+    Only the current context is changed, and it is restored.
+    """
+    from opentelemetry import context
+    from opentelemetry.context import _SUPPRESS_HTTP_INSTRUMENTATION_KEY, _SUPPRESS_INSTRUMENTATION_KEY
+
+    suppressed = context.get_current()
+    for key in (_SUPPRESS_INSTRUMENTATION_KEY, _SUPPRESS_HTTP_INSTRUMENTATION_KEY, "suppress_instrumentation"):
+        suppressed = context.set_value(key, True, suppressed)
+    token = context.attach(suppressed)
+    try:
+        yield
+    finally:
+        context.detach(token)
