@@ -10,7 +10,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from stepspan._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from stepspan.compat.cloudmesh.telemetry import Telemetry as Telemetry
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stepspan.start import current_run as current_run
     from stepspan.start import start_run as start_run
 
-_HOME = {
+_DEFINED_IN = {
     "ConfigError": "stepspan.errors",
     "JsonlExporter": "stepspan.exporters.jsonl",
     "MemoryExporter": "stepspan.exporters.memory",
@@ -38,12 +38,12 @@ _HOME = {
     "current_run": "stepspan.start",
     "start_run": "stepspan.start",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(_DEFINED_IN)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
+    if name in _DEFINED_IN:
+        return getattr(import_module(_DEFINED_IN[name]), name)
     raise AttributeError(f"module 'stepspan' has no attribute {name!r}")
 
 

@@ -46,7 +46,7 @@ Directory = Annotated[
 
 def _version(asked: bool) -> None:
     if asked:
-        from stepspan import __version__
+        from stepspan._version import __version__
 
         print(f"stepspan {__version__}")
         raise typer.Exit

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from stepspan import __version__
+from stepspan._version import __version__
 from stepspan.config import Settings, load
 from stepspan.errors import ConfigError
 from stepspan.events import SCHEMA

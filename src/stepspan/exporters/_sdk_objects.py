@@ -21,7 +21,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from stepspan import __version__
+from stepspan._version import __version__
 from stepspan.exporters._sdk_records import log_record, readable_span, scope_metrics
 from stepspan.mapping.columns import Column
 from stepspan.mapping.records import Attributes, Exemplar, Histogram, Log, Point, SdkRecord, Span, Sum

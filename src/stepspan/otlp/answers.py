@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from stepspan import __version__
+from stepspan._version import __version__
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import orjson
 
-from stepspan import __version__
+from stepspan._version import __version__
 from stepspan.mapping.columns import Column
 from stepspan.mapping.records import (
     Attributes,

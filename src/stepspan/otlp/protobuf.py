@@ -16,7 +16,7 @@ from itertools import repeat
 from operator import eq
 from typing import Any, NamedTuple, cast
 
-from stepspan import __version__
+from stepspan._version import __version__
 from stepspan.mapping.columns import Column
 from stepspan.mapping.records import (
     Attributes,
