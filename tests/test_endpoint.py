@@ -6,11 +6,14 @@ import base64
 import logging
 import re
 import traceback
+from collections import Counter
+from collections.abc import Iterator, Mapping
 
 import pytest
 
 from stepspan.errors import ConfigError
-from stepspan.otlp.endpoint import destination_name, resolve_endpoints
+from stepspan.exporters.otlp import otlp_exporters
+from stepspan.otlp.endpoint import resolve_destination
 
 E = "OTEL_EXPORTER_OTLP_"
 HTTP = {f"{E}ENDPOINT": "http://c:4318"}
@@ -199,7 +202,7 @@ ROWS = {
 
 @pytest.mark.parametrize(("env", "arguments", "signal", "expected"), ROWS.values(), ids=ROWS)
 def test_resolution(env, arguments, signal, expected):
-    endpoint = resolve_endpoints(env, **arguments).get(signal)
+    endpoint = resolve_destination(env, **arguments).endpoints.get(signal)
     if expected is None:
         assert endpoint is None
     else:
@@ -243,7 +246,7 @@ WRONG = {
 @pytest.mark.parametrize(("env", "arguments", "field", "fix"), WRONG.values(), ids=WRONG)
 def test_a_wrong_value_is_told(env, arguments, field, fix):
     with pytest.raises(ConfigError) as raised:
-        resolve_endpoints(env, **arguments)
+        resolve_destination(env, **arguments)
     assert raised.value.field == field
     assert fix in raised.value.fix
     assert "cret" not in str(raised.value)
@@ -261,7 +264,7 @@ def test_a_wrong_value_is_told(env, arguments, field, fix):
 )
 def test_no_error_shows_credentials_of_a_url(url):
     with pytest.raises(ConfigError) as raised:
-        resolve_endpoints({f"{E}ENDPOINT": url})
+        resolve_destination({f"{E}ENDPOINT": url})
     assert not re.search("me:|hun|ter2", "".join(traceback.format_exception(raised.value)).replace(repr(url), ""))
 
 
@@ -271,9 +274,9 @@ def test_no_repr_or_log_shows_credentials(caplog):
         f"{E}ENDPOINT": "http://me:hunter2@c:4318/o?token=hunter2",
         f"{E}HEADERS": "api-key=hunter2",
     }
-    endpoints = resolve_endpoints(env, headers={"X-Other": "hunter2"})
+    endpoints = resolve_destination(env, headers={"X-Other": "hunter2"}).endpoints
     with pytest.raises(ConfigError):
-        resolve_endpoints({**env, f"{E}HEADERS": 'api-key="hunter2"'})
+        resolve_destination({**env, f"{E}HEADERS": 'api-key="hunter2"'})
     shown = f"{endpoints!r} {endpoints} {endpoints['logs'].display_url} {caplog.text}"
     assert "hunter2" not in shown
     assert basic("me:hunter2") not in shown
@@ -284,12 +287,12 @@ def test_no_repr_or_log_shows_credentials(caplog):
 
 
 def test_an_endpoint_can_be_a_key():
-    one, other = resolve_endpoints(HTTP)["logs"], resolve_endpoints(HTTP)["logs"]
+    one, other = resolve_destination(HTTP).endpoints["logs"], resolve_destination(HTTP).endpoints["logs"]
     assert {one: 1}[other] == 1
 
 
 def name(env: dict[str, str]) -> str:
-    return destination_name(resolve_endpoints(env))
+    return resolve_destination(env).name
 
 
 def test_a_destination_name_tells_receivers_and_tenants_apart_and_nothing_else():
@@ -311,3 +314,48 @@ def test_a_rotated_password_is_the_same_destination_and_another_user_is_not():
 
     assert of("123:old@") == of("123:new@") != of("456:old@")
     assert of("token-a@") == of("token-b@") == of("")
+
+
+class CountedLookups(Mapping):
+    """An environment that counts how often each name is looked up."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        self.variables = variables
+        self.lookups: Counter[str] = Counter()
+
+    def __getitem__(self, name: str) -> str:
+        self.lookups[name] += 1
+        return self.variables[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.variables)
+
+    def __len__(self) -> int:
+        return len(self.variables)
+
+
+def test_each_variable_is_read_once_for_all_exporters():
+    env = CountedLookups(HTTP | {"OTEL_LOGS_EXPORTER": "none", f"{E}TRACES_TIMEOUT": "3", f"{E}HEADERS": "a=1"})
+    further = [
+        {"endpoint": "http://d:4318", "processors": []},
+        {"endpoint": "http://d:4318", "processors": [{"drop": {"metrics": ["grad/*"]}}]},
+        {"endpoint": None, "processors": []},
+    ]
+    exporters = otlp_exporters(env, endpoint=None, protocol=None, further=further)
+    assert [(e.signals, e.endpoints["traces"].url, e.endpoints["traces"].timeout) for e in exporters] == [
+        (("metrics", "traces"), "http://c:4318/v1/traces", 3.0),
+        (("metrics", "traces"), "http://d:4318/v1/traces", 3.0),
+        (("metrics", "traces"), "http://d:4318/v1/traces", 3.0),
+    ]
+    assert {"OTEL_SDK_DISABLED", "OTEL_LOGS_EXPORTER", f"{E}ENDPOINT", f"{E}LOGS_HEADERS"} <= env.lookups.keys()
+    assert set(env.lookups.values()) == {1}
+
+
+def test_a_signal_that_is_switched_off_leaves_the_destination_its_name():
+    assert name(HTTP | {"OTEL_LOGS_EXPORTER": "none"}) == name(HTTP)
+    assert name(HTTP | {f"{E}LOGS_ENDPOINT": "http://d:4318/v1/logs"}) != name(HTTP)
+
+
+def test_nothing_is_resolved_where_all_signals_are_switched_off():
+    off = {f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")}
+    assert otlp_exporters({f"{E}ENDPOINT": "ftp://c", **off}, endpoint=None, protocol=None) == []

@@ -25,7 +25,7 @@ from receiver import HANG, OK, RESET, RESET_TAKEN, Answer, ScriptedReceiver
 from stepspan import __version__
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.answers import GRPC_ANSWERS, HTTP_ANSWERS, MAX_TEXT_CHARS
-from stepspan.otlp.endpoint import PROTOCOLS, resolve_endpoints
+from stepspan.otlp.endpoint import PROTOCOLS, resolve_destination
 from stepspan.otlp.http import retry_after
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.otlp.transport import open_transport
@@ -88,8 +88,8 @@ def target(receiver, protocol):
 def transport(receiver, protocol, signal="metrics", *, env=None, **arguments):
     """A transport to the receiver, or to an endpoint given as text."""
     where = receiver if isinstance(receiver, str) else target(receiver, protocol)
-    endpoints = resolve_endpoints(env or {}, endpoint=where, protocol=protocol, **{"timeout": 20, **arguments})
-    opened = open_transport(endpoints[signal])
+    destination = resolve_destination(env or {}, endpoint=where, protocol=protocol, **{"timeout": 20, **arguments})
+    opened = open_transport(destination.endpoints[signal])
     try:
         yield opened
     finally:
@@ -607,10 +607,10 @@ LOADED = {"http/json": ["requests"], "http/protobuf": ["requests"], "grpc": ["go
 def test_only_what_a_protocol_needs_is_imported(receiver, protocol, loaded):
     script = """
 import sys
-from stepspan.otlp.endpoint import resolve_endpoints
+from stepspan.otlp.endpoint import resolve_destination
 from stepspan.otlp.transport import open_transport
 watched = {"grpc", "requests", "google.protobuf", "opentelemetry.sdk", "pydantic"}
-endpoints = resolve_endpoints({}, endpoint=sys.argv[1], protocol=sys.argv[2])
+endpoints = resolve_destination({}, endpoint=sys.argv[1], protocol=sys.argv[2]).endpoints
 print(sorted(watched & set(sys.modules)))
 transport = open_transport(endpoints["logs"])
 print(transport.send(bytes.fromhex(sys.argv[3])).verdict.name)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from stepspan.config import Settings
     from stepspan.deliver.delivery import Delivery
     from stepspan.exporters.jsonl import JsonlExporter
+    from stepspan.exporters.otlp import OtlpExporter
     from stepspan.identity import Identity
     from stepspan.processors import Processor
 
@@ -188,26 +189,12 @@ class _WarningSink:
             log.warning("%s", message)
 
 
-def _exporters_of(settings: Settings) -> list[Any]:
-    """The destinations that settings and standard variables name. None: no network at all, and nothing to load."""
-    from stepspan.otlp.endpoint import resolve_endpoints
+def _exporters_of(settings: Settings) -> list[OtlpExporter]:
+    """The destinations that settings and standard variables name. None: no network at all."""
+    from stepspan.exporters.otlp import otlp_exporters
 
-    if not (
-        settings.exporters or resolve_endpoints(os.environ, endpoint=settings.endpoint, protocol=settings.protocol)
-    ):
-        return []
-    from stepspan.exporters.otlp import OtlpExporter
-    from stepspan.processors import build, specs
-
-    found = [OtlpExporter(settings.endpoint, protocol=settings.protocol)]
-    for further in settings.exporters:
-        given = further.model_dump(exclude={"processors"})
-        exporter = OtlpExporter(**given, processors=build(further.processors))
-        if not any(
-            e.endpoints == exporter.endpoints and specs(e.processors) == specs(exporter.processors) for e in found
-        ):
-            found.append(exporter)  # a file may name what the variables name, too
-    return [exporter for exporter in found if exporter.signals]
+    further = [entry.model_dump() for entry in settings.exporters]
+    return otlp_exporters(os.environ, endpoint=settings.endpoint, protocol=settings.protocol, further=further)
 
 
 def _delivery(

@@ -3,26 +3,44 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 from stepspan.mapping.records import Attributes, Record, Signal
-from stepspan.otlp.endpoint import destination_name, resolve_endpoints
+from stepspan.otlp.endpoint import read_variables, resolve_destination
 from stepspan.otlp.outcome import Outcome, Transport, Verdict
 from stepspan.otlp.transport import open_transport
-from stepspan.processors import Processor
-
-SWITCH = re.compile(r"OTEL_(TRACES|METRICS|LOGS)_EXPORTER")
+from stepspan.processors import Processor, build, specs
 
 
 class OtlpExporter:
-    """Sends to `endpoint`, else to where the OTEL_EXPORTER_OTLP_* variables say.
+    """Sends records over OTLP, from the deliverer process.
 
-    `protocol`: "http/protobuf", "grpc" or "http/json". `timeout`: seconds for a request. `processors`: of this exporter
-    alone. `destination` names its cursors; by default a hash of the endpoints. Raises `ConfigError`.
+    Args:
+        endpoint: A general endpoint, such as `"http://localhost:4318"`; each signal has its path below it. None: where
+            the OTEL_EXPORTER_OTLP_* variables say, and without them nowhere. Over the variables.
+        protocol: "http/protobuf", "grpc" or "http/json". None: gRPC if the port is 4317, otherwise http/protobuf.
+        headers: Further headers of every request. Credentials belong here or in OTEL_EXPORTER_OTLP_HEADERS.
+        compression: "none" or "gzip".
+        timeout: Seconds for one request, 10 by default.
+        processors: Run on the events of this exporter alone, after the journal.
+        destination: Names its cursors and its lock: letters, digits, "-" and "_". None: a hash of the endpoints and of
+            the tenant.
+        env: The environment to read, or what `stepspan.otlp.endpoint.read_variables` made of it; None: `os.environ`.
+
+    Attributes:
+        endpoints: Signal -> the `Endpoint` it goes to. Signals that are switched off or go nowhere are not in it.
+        signals: The signals it takes: those of `endpoints`.
+        settings: The arguments from which a deliverer process makes the same exporter again.
+
+    Raises:
+        ConfigError: An argument or variable is wrong; says which, and what to write.
+
+    Example:
+        `OtlpExporter("https://otlp.example.com", headers={"authorization": "Bearer …"}, processors=[Drop(["grad/*"])])`
+
     """
 
     def __init__(
@@ -44,43 +62,65 @@ class OtlpExporter:
             "compression": compression,
             "timeout": timeout,
         }
-        env = os.environ if env is None else env
-        self.endpoints = resolve_endpoints(env, **self.settings)
+        resolved = resolve_destination(os.environ if env is None else env, **self.settings)
+        self.endpoints = resolved.endpoints
         self.processors = tuple(processors)
         self.signals: tuple[Signal, ...] = tuple(self.endpoints)
-        everything = {name: value for name, value in env.items() if not SWITCH.fullmatch(name)}
-        # Named by all signals, also those switched off: switching one must not start the others anew.
-        self.destination = destination or destination_name(resolve_endpoints(everything, **self.settings))
+        self.destination = destination or resolved.name
         self._transports: dict[Signal, Transport] = {}
 
     def clone(self, timeout: float) -> OtlpExporter:
-        """The same receiver over connections of its own, for another thread; a request takes at most `timeout` s."""
+        """The same receiver over connections of its own, for another thread.
+
+        Args:
+            timeout: Seconds that a request may take at most.
+
+        """
         other = copy(self)
         other.endpoints = {s: replace(e, timeout=min(e.timeout, timeout)) for s, e in self.endpoints.items()}
         other._transports = {}
         return other
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
-        """One request."""
+        """Send one request, once.
+
+        Args:
+            signal: One of `signals`.
+            resource: The attributes of the session's Resource.
+            records: Records of this signal, of one session, in time order.
+
+        Returns:
+            What became of it. ISOLATE where a record of other instrumentation is not OTLP.
+
+        """
         if self.endpoints[signal].protocol == "http/json":
             from stepspan.otlp.json import encode
         else:
             from stepspan.otlp.protobuf import encode
         try:
             body = encode(signal, resource, records)
-        except ValueError as error:  # a record of other instrumentation that is none
-            return Outcome(Verdict.ISOLATE, f"no OTLP: {error}")
+        except ValueError as error:
+            return Outcome(Verdict.ISOLATE, f"not OTLP: {error}")
         return self._send(signal, body)
 
     def send_json(self, signal: Signal, request: bytes) -> Outcome:
-        """One request that is OTLP JSON already, over this exporter's protocol. ISOLATE where it is none."""
+        """Send one request that is OTLP JSON already, over this exporter's protocol.
+
+        Args:
+            signal: One of `signals`.
+            request: The body of an Export*ServiceRequest in OTLP JSON, such as a dead letter.
+
+        Returns:
+            What became of it. ISOLATE where `request` is not OTLP JSON.
+
+        """
         if self.endpoints[signal].protocol != "http/json":
             from stepspan.otlp.protobuf import from_json
 
             try:
                 request = from_json(signal, request)
             except ValueError as error:
-                return Outcome(Verdict.ISOLATE, f"no OTLP JSON: {error}")
+                return Outcome(Verdict.ISOLATE, f"not OTLP JSON: {error}")
         return self._send(signal, request)
 
     def _send(self, signal: Signal, body: bytes) -> Outcome:
@@ -89,7 +129,39 @@ class OtlpExporter:
         return self._transports[signal].send(body)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. A later `export` opens new ones."""
         for transport in self._transports.values():
             transport.close()
         self._transports.clear()
+
+
+def otlp_exporters(
+    env: Mapping[str, str], *, endpoint: str | None, protocol: str | None, further: Sequence[Mapping[str, Any]] = ()
+) -> list[OtlpExporter]:
+    """The OTLP exporters that settings and standard variables name. Each variable is looked up once.
+
+    Args:
+        env: The environment.
+        endpoint: The setting of this name; None: by the variables.
+        protocol: The setting of this name.
+        further: The entries of the setting `exporters`: arguments of `OtlpExporter`, with processors as
+            `stepspan.processors.build` takes them. One that repeats another exporter is left out.
+
+    Returns:
+        Those that send anything. Empty: no network at all.
+
+    Raises:
+        ConfigError: A setting or variable is wrong.
+
+    """
+    variables = read_variables(env)
+    exporters = [OtlpExporter(endpoint, protocol=protocol, env=variables)]
+    for entry in further:
+        exporter = OtlpExporter(**{**entry, "processors": build(entry["processors"])}, env=variables)
+        if not any(_does_the_same(exporter, other) for other in exporters):
+            exporters.append(exporter)
+    return [exporter for exporter in exporters if exporter.signals]
+
+
+def _does_the_same(one: OtlpExporter, other: OtlpExporter) -> bool:
+    return one.endpoints == other.endpoints and specs(one.processors) == specs(other.processors)

@@ -6,11 +6,13 @@ specification (opentelemetry.io/docs/specs/otel/protocol/exporter), except where
 - Without an endpoint there is no network at all: the specification's localhost is not assumed.
 - An unset protocol is http/protobuf, but gRPC where the endpoint's port is 4317.
 - A timeout is seconds, as opentelemetry-python reads it; a variable's value of 1000 or more is the specification's
-  milliseconds, for nobody waits that many seconds.
+  milliseconds, because no one waits that many seconds.
 - gRPC: `http://` is plain text, `https://` is TLS, and without a scheme `OTEL_EXPORTER_OTLP_INSECURE` decides. Where
   that is unset too it is TLS, except to this machine itself (a loopback address or a Unix socket) without a certificate
   set: nothing leaves the host, and no one issues certificates for localhost.
 - A wrong value is a `ConfigError`, not a warning and a default: data that silently goes elsewhere is lost data.
+
+Each variable is read once, by `read_variables`; everything else works on what it returns.
 
 Credentials leave a URL here, as the Basic authorization header they stand for, and no `repr`, error or name that this
 module makes shows a header's value or a URL's query.
@@ -36,13 +38,26 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 Compression: TypeAlias = Literal["none", "gzip"]
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 
-DEFAULT_TIMEOUT = 10.0  # seconds, the specification's
+DEFAULT_TIMEOUT_S = 10.0
+"""The specification's."""
 _GRPC_PORT = 4317
-_FIRST_MILLISECONDS = 1000.0
+_MIN_MILLISECONDS = 1000.0
 
-_OWN_SCHEME = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):", re.IGNORECASE)
+_SETTINGS = (
+    *("ENDPOINT", "PROTOCOL", "HEADERS", "COMPRESSION", "TIMEOUT"),
+    *("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE", "INSECURE"),
+)
+"""The last word of the variables that exist in general and for each signal."""
+_VARIABLES = (
+    "OTEL_SDK_DISABLED",
+    *(f"OTEL_{signal.upper()}_EXPORTER" for signal in SIGNALS),
+    *(f"OTEL_EXPORTER_OTLP_{name}" for name in _SETTINGS),
+    *(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}" for signal in SIGNALS for name in _SETTINGS),
+)
+
+_GRPC_SCHEME = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):", re.IGNORECASE)
 """Targets in gRPC's own naming: handed to it as they are."""
-_LOCAL = re.compile(r"(unix|unix-abstract):|(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$", re.IGNORECASE)
+_THIS_HOST = re.compile(r"(unix|unix-abstract):|(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$", re.IGNORECASE)
 _USER_INFO = re.compile(r"^([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what HTTP and gRPC both take
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
@@ -63,38 +78,47 @@ _TENANT_HEADERS = frozenset(
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Endpoint:
-    """Where and how one signal goes."""
+    """Where and how one signal goes.
+
+    Args:
+        signal: "metrics", "traces" or "logs".
+        url: The whole URL; for gRPC the target (`host:port`, `unix:…`). Holds no user or password, but maybe a query.
+        protocol: "http/protobuf", "grpc" or "http/json".
+        headers: Name in lower case -> value, the authorization included.
+        timeout: Seconds for one request.
+        compression: "none" or "gzip".
+        certificate: Path of the certificate to trust; None for the system's.
+        client_key: Path of the key for mutual TLS.
+        client_certificate: Path of the certificate for mutual TLS; may hold the key, too.
+        insecure: Whether there is no TLS.
+
+    """
 
     signal: Signal
     url: str
-    """The whole URL, or for gRPC the target (`host:port`, `unix:…`). Holds no user or password, but maybe a query."""
     protocol: Protocol
     headers: Mapping[str, str] = field(hash=False)
-    """By lower-case name, authorization included."""
     timeout: float
-    """Seconds for one request."""
     compression: Compression
     certificate: str | None
-    """Path of the certificate to trust, as `client_key` and `client_certificate` are paths."""
     client_key: str | None
     client_certificate: str | None
     insecure: bool
-    """No TLS."""
 
     @property
     def display_url(self) -> str:
-        """The URL as a message may show it."""
+        """The URL as a message may show it: without its query."""
         return self.url.partition("?")[0]
 
     @property
     def secrets(self) -> list[str]:
         """What no message may show, longest first: header values, the token in each, the URL's query."""
         query = urlsplit(self.url).query
-        said = {query, *(value for _, value in parse_qsl(query))}
+        secrets = {query, *(value for _, value in parse_qsl(query))}
         for value in self.headers.values():
-            user, password = _basic(value)
-            said |= {value, value.rpartition(" ")[2], f"{user}:{password}", password or user}
-        return sorted((text for text in said if len(text) >= 4), key=len, reverse=True)
+            user, password = _basic_credentials(value)
+            secrets |= {value, value.rpartition(" ")[2], f"{user}:{password}", password or user}
+        return sorted((text for text in secrets if len(text) >= 4), key=len, reverse=True)
 
     def __repr__(self) -> str:
         return (
@@ -104,7 +128,45 @@ class Endpoint:
         )
 
 
-def resolve_endpoints(
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """One receiver of OTLP, as arguments and variables describe it.
+
+    Args:
+        resolved: The endpoint of each signal that something says where to send, switched off or not.
+        switched_off: The signals that OTEL_<SIGNAL>_EXPORTER=none switches off.
+
+    """
+
+    resolved: Mapping[Signal, Endpoint]
+    switched_off: frozenset[Signal] = frozenset()
+
+    @property
+    def endpoints(self) -> dict[Signal, Endpoint]:
+        """The endpoint of each signal that is sent."""
+        return {signal: endpoint for signal, endpoint in self.resolved.items() if signal not in self.switched_off}
+
+    @property
+    def name(self) -> str:
+        """A name for state files: 12 hex digits of the URLs and the tenants. Neither can be read in it.
+
+        Signals that are switched off count: switching one must not start the others anew. Credentials don't (rotating
+        them must not, either), but the user of a Basic authorization does: hosted receivers put the tenant there. Nor
+        does the protocol: the receiver is the same.
+        """
+        signals = sorted(self.resolved)
+        urls = "\n".join(f"{signal} {self.resolved[signal].url}" for signal in signals).encode()
+        tenants = "\n".join(f"{signal} {_tenants(self.resolved[signal])}" for signal in signals).encode()
+        salt = hashlib.blake2b(urls, digest_size=16).digest()
+        return hashlib.blake2b(urls + hashlib.blake2b(tenants, salt=salt).digest(), digest_size=6).hexdigest()
+
+
+def read_variables(env: Mapping[str, str]) -> dict[str, str]:
+    """The variables that say where OTLP goes, each looked up once, without blank ones and the space around values."""
+    return {name: value for name in _VARIABLES if (value := env.get(name, "").strip())}
+
+
+def resolve_destination(
     env: Mapping[str, str],
     *,
     endpoint: str | None = None,
@@ -112,35 +174,34 @@ def resolve_endpoints(
     headers: Mapping[str, str] | None = None,
     compression: str | None = None,
     timeout: float | None = None,
-) -> dict[Signal, Endpoint]:
-    """The endpoint of each signal that goes anywhere; empty when delivery is off or nothing says where to.
+) -> Destination:
+    """Where each signal goes. Has no endpoints when delivery is off or nothing says where to.
 
-    `endpoint` is a general one, as `OTEL_EXPORTER_OTLP_ENDPOINT` is, and replaces every endpoint variable. `headers`
-    are added to those of the variables. `timeout` is in seconds. `OTEL_<SIGNAL>_EXPORTER=none` takes a signal out,
-    `OTEL_SDK_DISABLED=true` all of them. Raises `ConfigError` with the argument's or the variable's name.
+    Args:
+        env: The environment, or what `read_variables` made of it. `OTEL_<SIGNAL>_EXPORTER=none` switches a signal
+            off, `OTEL_SDK_DISABLED=true` all of them.
+        endpoint: A general endpoint, as `OTEL_EXPORTER_OTLP_ENDPOINT` is. Replaces every endpoint variable.
+        protocol: Over the variables, as `compression` is.
+        headers: Added to those of the variables, over which they win.
+        compression: "none" or "gzip".
+        timeout: Seconds for one request.
+
+    Raises:
+        ConfigError: A value is wrong; names the argument or the variable.
+
     """
-    if _word(env, "OTEL_SDK_DISABLED") == "true":
-        return {}
-    given = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
-    found: dict[Signal, Endpoint] = {}
+    variables = read_variables(env)
+    switched_off = frozenset(s for s in SIGNALS if variables.get(f"OTEL_{s.upper()}_EXPORTER", "").lower() == "none")
+    if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or len(switched_off) == len(SIGNALS):
+        return Destination({})
+    arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
+    resolved: dict[Signal, Endpoint] = {}
     for signal in SIGNALS:
-        settings = _Settings(env, given, signal)
+        settings = _SignalSettings(variables, arguments, signal)
         target = settings.find("ENDPOINT")
-        if target is not None and _word(env, f"OTEL_{signal.upper()}_EXPORTER") != "none":
-            found[signal] = _endpoint(signal, target, settings, headers or {})
-    return found
-
-
-def destination_name(endpoints: Mapping[Signal, Endpoint]) -> str:
-    """A name for state files: 12 hex digits of the URLs and of whose data it is; neither can be read in it.
-
-    Credentials don't count (rotating them must not start delivery anew), but the user of a Basic authorization does:
-    hosted receivers put the tenant there. Nor does the protocol: the receiver is the same.
-    """
-    urls = "\n".join(f"{signal} {endpoints[signal].url}" for signal in sorted(endpoints)).encode()
-    tenants = "\n".join(f"{signal} {_tenant(endpoints[signal])}" for signal in sorted(endpoints)).encode()
-    salt = hashlib.blake2b(urls, digest_size=16).digest()
-    return hashlib.blake2b(urls + hashlib.blake2b(tenants, salt=salt).digest(), digest_size=6).hexdigest()
+        if target is not None:
+            resolved[signal] = _endpoint(signal, target, settings, headers or {})
+    return Destination(resolved, switched_off)
 
 
 class _Setting(NamedTuple):
@@ -152,19 +213,19 @@ class _Setting(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class _Settings:
-    """One signal's settings by their variables' last word."""
+class _SignalSettings:
+    """One signal's settings, by the last word of their variables."""
 
-    env: Mapping[str, str]
+    variables: Mapping[str, str]
     arguments: Mapping[str, Any]
     signal: Signal
 
     def find(self, name: str) -> _Setting | None:
         if (argument := self.arguments.get(name)) not in (None, ""):
             return _Setting(argument, name.lower(), "argument")
-        if value := self.env.get(own := f"OTEL_EXPORTER_OTLP_{self.signal.upper()}_{name}", "").strip():
-            return _Setting(value, own, "signal")
-        if value := self.env.get(general := f"OTEL_EXPORTER_OTLP_{name}", "").strip():
+        if value := self.variables.get(of_signal := f"OTEL_EXPORTER_OTLP_{self.signal.upper()}_{name}"):
+            return _Setting(value, of_signal, "signal")
+        if value := self.variables.get(general := f"OTEL_EXPORTER_OTLP_{name}"):
             return _Setting(value, general, "general")
         return None
 
@@ -178,7 +239,7 @@ class _Address:
     """An endpoint's parts. `scheme` is "" where there is none, and "grpc" for a target in gRPC's own naming."""
 
     scheme: str
-    place: str
+    authority: str
     """Host and port, without user and password."""
     port: int | None = None
     path: str = ""
@@ -187,23 +248,23 @@ class _Address:
     """`user:password`, decoded; "" for none."""
 
 
-def _endpoint(signal: Signal, target: _Setting, settings: _Settings, more: Mapping[str, str]) -> Endpoint:
+def _endpoint(signal: Signal, target: _Setting, settings: _SignalSettings, more: Mapping[str, str]) -> Endpoint:
     address = _address(target)
     protocol = _protocol(settings.find("PROTOCOL"), address)
-    certificate, client_key = settings.path("CERTIFICATE"), settings.path("CLIENT_KEY")
-    client_certificate = settings.path("CLIENT_CERTIFICATE")
+    certificate, client_certificate = settings.path("CERTIFICATE"), settings.path("CLIENT_CERTIFICATE")
+    client_key = settings.find("CLIENT_KEY")
     if client_key and not client_certificate:
-        name = "OTEL_EXPORTER_OTLP_CLIENT_KEY"
-        raise ConfigError(name, client_key, "a key needs its certificate: set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE")
+        fix = "a key needs its certificate: set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"
+        raise ConfigError(client_key.field, client_key.value, fix)
     return Endpoint(
         signal=signal,
-        url=address.place if protocol == "grpc" else _http_url(signal, target, address),
+        url=address.authority if protocol == "grpc" else _http_url(signal, target, address),
         protocol=protocol,
         headers=_headers(settings.find("HEADERS"), address, more),
         timeout=_timeout(settings.find("TIMEOUT")),
-        compression=_one_of(COMPRESSIONS, settings.find("COMPRESSION")) or "none",
+        compression=_choice(COMPRESSIONS, settings.find("COMPRESSION")) or "none",
         certificate=certificate,
-        client_key=client_key,
+        client_key=client_key.value if client_key else None,
         client_certificate=client_certificate,
         insecure=_insecure(settings.find("INSECURE"), address, certificate),
     )
@@ -211,79 +272,79 @@ def _endpoint(signal: Signal, target: _Setting, settings: _Settings, more: Mappi
 
 def _address(target: _Setting) -> _Address:
     text = str(target.value).strip()
-    if _OWN_SCHEME.match(text):
+    if _GRPC_SCHEME.match(text):
         return _Address("grpc", text)
     try:
         if re.search(r"[\s\x00-\x1f\x7f]", text):
             raise ValueError("a space or control character")
         parts = urlsplit(text if "://" in text else f"//{text}")
         port = parts.port
-    except ValueError:  # not told on: it quotes the URL, where a password may stand
-        raise _wrong_endpoint(target, "write http://host:4318, percent-encoding what else stands in it") from None
+    except ValueError:  # not chained: it quotes the URL, where a password may stand
+        raise _endpoint_error(target, "write http://host:4318, percent-encoding what else stands in it") from None
     if parts.scheme not in ("http", "https", ""):
-        raise _wrong_endpoint(target, "the scheme must be http or https")
+        raise _endpoint_error(target, "the scheme must be http or https")
     if not parts.hostname:
-        raise _wrong_endpoint(target, "no host in it: write http://host:4318")
-    user_info, _, place = parts.netloc.rpartition("@")
+        raise _endpoint_error(target, "no host in it: write http://host:4318")
+    user_info, _, authority = parts.netloc.rpartition("@")
     credentials = unquote(user_info if ":" in user_info or not user_info else f"{user_info}:")
-    return _Address(parts.scheme, place, port, parts.path, parts.query, credentials)
+    return _Address(parts.scheme, authority, port, parts.path, parts.query, credentials)
 
 
-def _wrong_endpoint(target: _Setting, fix: str) -> ConfigError:
-    harmless = _USER_INFO.sub(r"\1***@", str(target.value)).partition("?")[0]
-    return ConfigError(target.field, harmless, fix)
+def _endpoint_error(target: _Setting, fix: str) -> ConfigError:
+    without_secrets = _USER_INFO.sub(r"\1***@", str(target.value)).partition("?")[0]
+    return ConfigError(target.field, without_secrets, fix)
 
 
 def _http_url(signal: Signal, target: _Setting, address: _Address) -> str:
     if address.scheme not in ("http", "https"):
         fix = "HTTP needs a URL, as in http://host:4318; for gRPC set OTEL_EXPORTER_OTLP_PROTOCOL=grpc"
-        raise _wrong_endpoint(target, fix)
+        raise _endpoint_error(target, fix)
     path = address.path if target.scope == "signal" else f"{address.path.rstrip('/')}/v1/{signal}"
-    return f"{address.scheme}://{address.place}{path}" + (f"?{address.query}" if address.query else "")
+    return f"{address.scheme}://{address.authority}{path}" + (f"?{address.query}" if address.query else "")
 
 
 def _protocol(found: _Setting | None, address: _Address) -> Protocol:
-    return _one_of(PROTOCOLS, found) or ("grpc" if address.port == _GRPC_PORT else "http/protobuf")
+    return _choice(PROTOCOLS, found) or ("grpc" if address.port == _GRPC_PORT else "http/protobuf")
 
 
 def _insecure(found: _Setting | None, address: _Address, certificate: str | None) -> bool:
     if address.scheme in ("http", "https"):
         return address.scheme == "http"
     if found is not None:
-        return bool(_one_of(("true", "false"), found) == "true")
-    return certificate is None and _LOCAL.match(address.place) is not None
+        return bool(_choice(("true", "false"), found) == "true")
+    return certificate is None and _THIS_HOST.match(address.authority) is not None
 
 
 def _timeout(found: _Setting | None) -> float:
     if found is None:
-        return DEFAULT_TIMEOUT
+        return DEFAULT_TIMEOUT_S
     try:
         seconds = math.nan if isinstance(found.value, bool) else float(found.value)
     except (TypeError, ValueError):
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise ConfigError(found.field, found.value, "must be a number of seconds above 0")
-    return seconds / 1000 if seconds >= _FIRST_MILLISECONDS and found.scope != "argument" else seconds
+    return seconds / 1000 if seconds >= _MIN_MILLISECONDS and found.scope != "argument" else seconds
 
 
 def _headers(found: _Setting | None, address: _Address, more: Mapping[str, str]) -> dict[str, str]:
     """The variable's headers, over them the URL's credentials, over them the argument's headers."""
-    from opentelemetry.util.re import parse_env_headers
-
     headers: dict[str, str] = {}
     if found is not None:
-        for number, entry in enumerate(filter(None, map(str.strip, str(found.value).split(","))), start=1):
+        from opentelemetry.util.re import parse_env_headers
+
+        for number, entry in enumerate(filter(None, map(str.strip, found.value.split(","))), start=1):
             if not _HEADER_ENTRY.fullmatch(entry):
-                fix = f"entry {number} is no key=value pair: percent-encode its value"
+                fix = f"entry {number} is not a key=value pair: percent-encode its value"
                 raise ConfigError(found.field, "<hidden>", fix)
-        headers.update(_checked(found.field, parse_env_headers(found.value, liberal=True)))
+        headers.update(_valid_headers(found.field, parse_env_headers(found.value, liberal=True)))
     if address.credentials:
         headers["authorization"] = "Basic " + base64.b64encode(address.credentials.encode()).decode()
-    headers.update(_checked("headers", more))
+    headers.update(_valid_headers("headers", more))
     return headers
 
 
-def _checked(name: str, headers: Mapping[str, str]) -> dict[str, str]:
+def _valid_headers(name: str, headers: Mapping[str, str]) -> dict[str, str]:
     """The headers by lower-case name, if HTTP and gRPC can both send them."""
     for key, value in headers.items():
         if not isinstance(key, str) or not _HEADER_NAME.fullmatch(key):
@@ -293,7 +354,7 @@ def _checked(name: str, headers: Mapping[str, str]) -> dict[str, str]:
     return {key.lower(): value.strip() for key, value in headers.items()}
 
 
-def _one_of(choices: tuple[Any, ...], found: _Setting | None) -> Any:
+def _choice(choices: tuple[Any, ...], found: _Setting | None) -> Any:
     if found is None:
         return None
     value = str(found.value).strip().lower()
@@ -302,18 +363,14 @@ def _one_of(choices: tuple[Any, ...], found: _Setting | None) -> Any:
     return value
 
 
-def _word(env: Mapping[str, str], name: str) -> str:
-    return env.get(name, "").strip().lower()
-
-
-def _tenant(endpoint: Endpoint) -> list[tuple[str, str]]:
-    user, password = _basic(endpoint.headers.get("authorization", ""))
-    told = sorted((name, value) for name, value in endpoint.headers.items() if name in _TENANT_HEADERS)
+def _tenants(endpoint: Endpoint) -> list[tuple[str, str]]:
+    user, password = _basic_credentials(endpoint.headers.get("authorization", ""))
+    tenants = sorted((name, value) for name, value in endpoint.headers.items() if name in _TENANT_HEADERS)
     # A user without a password is a token.
-    return [*told, ("authorization", user)] if password else told
+    return [*tenants, ("authorization", user)] if password else tenants
 
 
-def _basic(authorization: str) -> tuple[str, str]:
+def _basic_credentials(authorization: str) -> tuple[str, str]:
     """User and password of a Basic authorization, empty for any other."""
     scheme, _, encoded = authorization.partition(" ")
     if scheme.lower() != "basic":
