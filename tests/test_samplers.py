@@ -21,10 +21,10 @@ from scripted_nvml import GPU, ScriptedNvml
 import stepspan
 from stepspan.errors import ConfigError
 from stepspan.mapping.samples import METRICS
-from stepspan.samplers import Absent, Gone, Sampling, Source, sampled_by
+from stepspan.samplers import Absent, Gone, Sampler, Sampling, sampled_by
 from stepspan.samplers.cgroup import Cgroup, Cpu, Memory
 from stepspan.samplers.host import host, process
-from stepspan.samplers.sampling import Growth, Share
+from stepspan.samplers.sampling import CumulativeSum, Utilization
 from stepspan.samplers.torch import torch
 from stepspan.testing import recorded_run
 
@@ -35,14 +35,14 @@ def nothing(event: Any) -> None:
     raise AssertionError("no event was expected")
 
 
-def read(source: Source, quantity: str, now: float = 0.0) -> dict[str, Any]:
+def read(source: Sampler, quantity: str, now: float = 0.0) -> dict[str, Any]:
     """`name`, or `name of the first attribute's value` -> value."""
     values = source.quantities[quantity](now)
     return {" ".join([name, *(str(text) for a in more for text in a.values())]): value for name, value, *more in values}
 
 
-def source_of(*script: Any, name: str = "host") -> Callable[[Any], Source]:
-    """A source whose one quantity does what the script says, reading by reading."""
+def sampler_of(*script: Any, name: str = "host") -> Callable[[Any], Sampler]:
+    """A sampler whose one quantity does what the script says, reading by reading."""
     steps = iter(script)
 
     def step(now: float) -> Iterable[Any]:
@@ -51,7 +51,7 @@ def source_of(*script: Any, name: str = "host") -> Callable[[Any], Source]:
             raise what
         return [("some.value", what)]
 
-    return lambda emit: Source(name, {"quantity": step})
+    return lambda emit: Sampler(name, {"quantity": step})
 
 
 # ------------------------------------------------------------------------------------------------- the schedule
@@ -66,7 +66,7 @@ def test_the_schedule_is_now_soon_every_interval_and_at_the_end():
         return len(delays) == 5
 
     with recorded_run() as recording:
-        opener = source_of(*map(float, range(9)))
+        opener = sampler_of(*map(float, range(9)))
         sampling = Sampling(recording.run, {"host": opener}, 10.0, clock=lambda: now[0], wait=wait)
         sampling.start()
         sampling.stop()
@@ -78,7 +78,7 @@ def test_the_schedule_is_now_soon_every_interval_and_at_the_end():
 def test_a_run_that_ends_just_after_a_sample_takes_no_other():
     with recorded_run() as recording:
         sampling = Sampling(
-            recording.run, {"host": source_of(1.0, 2.0)}, 10.0, clock=lambda: 5.0, wait=lambda delay: delay > 0.4
+            recording.run, {"host": sampler_of(1.0, 2.0)}, 10.0, clock=lambda: 5.0, wait=lambda delay: delay > 0.4
         )
         sampling.start()
         sampling.stop()
@@ -87,7 +87,7 @@ def test_a_run_that_ends_just_after_a_sample_takes_no_other():
 
 def test_a_run_that_ends_at_once_takes_one_sample():
     with recorded_run() as recording:
-        sampling = Sampling(recording.run, {"host": source_of(1.0, 2.0)}, 10.0, wait=lambda _: True)
+        sampling = Sampling(recording.run, {"host": sampler_of(1.0, 2.0)}, 10.0, wait=lambda _: True)
         sampling.start()
         sampling.stop()
         assert len(recording.events("sample")) == 1
@@ -96,7 +96,7 @@ def test_a_run_that_ends_at_once_takes_one_sample():
 def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixture):
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
         script = (1.0, RuntimeError("first"), RuntimeError("second"), float("nan"), float("inf"))
-        sampling = Sampling(recording.run, {"host": source_of(*script)}, 10.0)
+        sampling = Sampling(recording.run, {"host": sampler_of(*script)}, 10.0)
         for _ in script:
             sampling.sample()
         assert [event["values"][0][1] for event in recording.events("sample")] == [1.0, "NaN", "Infinity"]
@@ -115,26 +115,26 @@ def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixtur
 )
 def test_what_is_not_there_is_asked_for_no_more(caplog, error, level):
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
-        sampling = Sampling(recording.run, {"host": source_of(error, 1.0)}, 10.0)
+        sampling = Sampling(recording.run, {"host": sampler_of(error, 1.0)}, 10.0)
         sampling.sample()
         sampling.sample()
         assert recording.events("sample") == []
         assert [record.levelno for record in caplog.records] == [level]
 
 
-def test_a_source_that_cannot_be_opened_costs_itself_alone(caplog):
-    def broken(emit: Any) -> Source:
+def test_a_sampler_that_cannot_be_opened_costs_itself_alone(caplog):
+    def broken(emit: Any) -> Sampler:
         raise OSError(19, "No such device")
 
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
-        sampling = Sampling(recording.run, {"gpu": broken, "host": source_of(1.0, 2.0)}, 10.0)
+        sampling = Sampling(recording.run, {"gpu": broken, "host": sampler_of(1.0, 2.0)}, 10.0)
         sampling.sample()
         sampling.sample()
         assert len(recording.events("sample")) == 2
         assert recording.run.stats()["warnings"] == {"samplers.gpu": 1}
 
 
-def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
+def test_a_driver_that_hangs_delays_the_end_by_a_second_and_records_no_more():
     entered, released, left = threading.Event(), threading.Event(), threading.Event()
 
     def hang(now: float) -> Iterable[Any]:
@@ -142,8 +142,8 @@ def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
         released.wait(30)
         return [("some.value", 1.0)]
 
-    def opener(emit: Any) -> Source:
-        return Source("gpu", {"quantity": hang}, close=left.set)
+    def opener(emit: Any) -> Sampler:
+        return Sampler("gpu", {"quantity": hang}, close=left.set)
 
     with recorded_run() as recording:
         sampling = Sampling(recording.run, {"gpu": opener}, 10.0)
@@ -154,7 +154,7 @@ def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
         recording.run.close()
         assert time.monotonic() - began < 5
         released.set()
-        assert left.wait(10), "the source is let go when the driver answers at last"
+        assert left.wait(10), "the sampler is closed when the driver answers at last"
         assert recording.events("sample") == []
         assert recording.run.stats()["warnings"] == {}
 
@@ -162,21 +162,21 @@ def test_a_driver_that_hangs_holds_the_end_for_a_second_and_says_no_more():
 # --------------------------------------------------------------------------------------------- rates and sums
 
 
-def test_a_share_needs_two_readings_of_one_whole():
-    share = Share()
-    assert share("a", 1.0, 10.0) == []
-    assert share("a", 4.0, 20.0) == [0.3]
-    assert share("b", 5.0, 30.0) == [], "the limit has changed"
-    assert share("b", 5.0, 30.0) == [], "no time has passed"
-    assert share("b", 99.0, 40.0) == [1.0]
-    assert share("b", 0.0, 50.0) == [0.0]
+def test_a_utilization_needs_two_readings_of_one_whole():
+    utilization = Utilization()
+    assert utilization("a", 1.0, 10.0) == []
+    assert utilization("a", 4.0, 20.0) == [0.3]
+    assert utilization("b", 5.0, 30.0) == [], "the limit has changed"
+    assert utilization("b", 5.0, 30.0) == [], "no time has passed"
+    assert utilization("b", 99.0, 40.0) == [1.0]
+    assert utilization("b", 0.0, 50.0) == [0.0]
 
 
-def test_growth_is_from_the_first_reading_and_never_falls():
-    growth = Growth()
-    assert [growth("disk", count, of="sda") for count in (100, 130, 7, 10)] == [0.0, 30.0, 30.0, 33.0]
-    assert growth("disk", 500, of="sdb") == 33.0, "a device that comes later counts from there"
-    assert growth("disk", 502, of="sdb") == 35.0
+def test_a_cumulative_sum_is_from_the_first_reading_and_never_falls():
+    cumulative = CumulativeSum()
+    assert [cumulative("disk", count, of="sda") for count in (100, 130, 7, 10)] == [0.0, 30.0, 30.0, 33.0]
+    assert cumulative("disk", 500, of="sdb") == 33.0, "a device that comes later counts from there"
+    assert cumulative("disk", 502, of="sdb") == 35.0
 
 
 # --------------------------------------------------------------------------------------------- host and process
@@ -299,7 +299,7 @@ def test_the_limits_of_a_cgroup_stand_for_the_host(tmp_path: Path, files: dict[s
     root = tree(tmp_path, files)
     cgroup = Cgroup(root)
     assert cgroup.memory() == Memory(100 * MiB, 50 * MiB, 10 * MiB)
-    assert (found := cgroup.cpu()) == Cpu(0.5, 2.5, found.where if found else root)
+    assert (found := cgroup.cpu()) == Cpu(0.5, 2.5, found.level if found else root)
     assert cgroup.cpus() == {0, 1, 2, 7}
     source = host(0, nothing, root=root)
     assert read(source, "memory") == {

@@ -172,7 +172,7 @@ def _samplers(report: Report, names: Sequence[str], interval: float, local_rank:
             list(read(0.0))
             told.append(quantity)
     source.close()
-    report.say("gpu", f"{source.about}: {', '.join(told)}")
+    report.say("gpu", f"{source.description}: {', '.join(told)}")
 
 
 def _versions(report: Report) -> None:

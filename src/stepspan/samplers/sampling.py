@@ -1,10 +1,17 @@
-"""One thread a run reads its sources every interval, and writes what it read as `sample` events.
+"""The thread that reads a run's samplers and writes what they observe, one `sample` event for each sampler.
 
-The first sample is written as soon as the sources are open, the second half a second later (a rate needs two), the
-last as the run ends. All imports, drivers and files are opened on the thread: `start_run` waits for none of them.
+When, in seconds:
 
-Quantities are read one by one: what fails is counted and told once, the others go on. What a machine does not have
-(a GPU, a counter that a driver does not keep) is counted too, told at INFO and not asked for again.
+    0.02               after `start()`: the first sample. `start_run` has returned before this thread imports anything.
+    + 0.5              the second one, because a utilization needs two readings
+    + interval, …      `Settings.sample_interval`, 10 by default
+    at `stop()`        the last one, unless one was taken within the last second
+
+Samplers are opened on the thread, with the first sample: `start_run` waits for no import, driver or file.
+
+Each quantity is read by itself. One that fails is counted, warned of once and read again next time, and the others go
+on. What a machine does not have (a GPU, a counter that its driver lacks) is counted too, logged at INFO and not read
+again.
 
 A forked child has no such thread. NVML is initialised in this process and used by this thread alone; a child that wants
 NVML initialises its own.
@@ -18,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,58 +37,75 @@ from stepspan.values import json_number
 if TYPE_CHECKING:
     from stepspan.run import Run
 
-Value: TypeAlias = "tuple[str, float] | tuple[str, float, Mapping[str, str | int]]"
-"""A metric's name, its value and its attributes: `stepspan.mapping.samples` holds units and kinds."""
-Quantity: TypeAlias = Callable[[float], Iterable[Value]]
-"""The values at a time of the sampler's clock (s)."""
+Observation: TypeAlias = "tuple[str, float] | tuple[str, float, Mapping[str, str | int]]"
+"""A metric's name, its value and its attributes: `stepspan.mapping.samples` has the units and kinds."""
+Quantity: TypeAlias = Callable[[float], Iterable[Observation]]
+"""Reads the observations at a time of the thread's clock (s)."""
 Emit: TypeAlias = Callable[[Event], None]
 
-FIRST_SAMPLE = 0.02
-"""Seconds after the start: `start_run` has returned before the thread wants the interpreter for its imports."""
-SECOND_SAMPLE = 0.5
-"""Seconds after the first."""
-FRESH = 1.0
-"""A sample of the last so many seconds is the last one."""
-PATIENCE = 1.0
-"""Seconds that the end of a run waits for a source that does not answer."""
+FIRST_SAMPLE_S = 0.02
+"""After the start."""
+SECOND_SAMPLE_S = 0.5
+"""After the first sample."""
+FRESH_S = 1.0
+"""At the end of a run no sample is taken if one is no older than this."""
+STOP_TIMEOUT_S = 1.0
+"""How long the end of a run waits for a driver that does not answer."""
 
-SOURCES: Mapping[str, str] = {
-    "host": "stepspan.samplers.host:host",
-    "process": "stepspan.samplers.host:process",
-    "gpu": "stepspan.samplers.gpu:gpu",
-    "torch": "stepspan.samplers.torch:torch",
+SAMPLERS: Mapping[str, str] = {
+    "host": "stepspan.samplers.host",
+    "process": "stepspan.samplers.host",
+    "gpu": "stepspan.samplers.gpu",
+    "torch": "stepspan.samplers.torch",
 }
-"""Name in the settings -> who opens it, given the local rank and how to emit an event."""
+"""Name in the settings -> the module whose function of that name opens it, given a local rank and an `Emit`."""
 
 
 class Absent(Exception):
-    """There is no such thing here, and nothing is wrong with that."""
+    """What a sampler would read does not exist on this machine, and nothing is wrong with that."""
 
 
 class Gone(Exception):
-    """The source has gone and does not come back."""
+    """What a sampler reads was there and does not come back, such as a GPU that fell off the bus."""
 
 
 ABSENT = (Absent, FileNotFoundError, NotImplementedError)
-"""The latter two: what psutil raises where the kernel does not tell."""
+"""The latter two are what psutil raises where the kernel keeps no such file."""
 
 
 @dataclass
-class Source:
-    """What is read together: its quantities by name, and how it is let go."""
+class Sampler:
+    """Quantities that are read together, of one host, process or device.
+
+    Args:
+        name: Its name in the settings and in the `source` field of its `sample` events.
+        quantities: Name of each quantity, as warnings call it, and what reads it.
+        close: Called once, after the last sample.
+        description: Which device it is, for people: `stepspan doctor` prints it.
+
+    """
 
     name: str
     quantities: dict[str, Quantity]
     close: Callable[[], None] = lambda: None
-    about: str = ""
-    """Which one it is, in words."""
+    description: str = ""
 
 
-Opener: TypeAlias = Callable[[Emit], Source]
+Opener: TypeAlias = Callable[[Emit], Sampler]
+"""Opens a sampler; raises `Absent` where there is nothing to sample."""
 
 
 class Sampling:
-    """A companion of a run. `sample()` reads and writes at once; `start()` has a thread do so until `stop()`."""
+    """A background task that samples a run. `sample()` samples once; `start()` does so on a thread until `stop()`.
+
+    Args:
+        run: Takes the `sample` events, as events that are no sign that training goes on.
+        openers: Name of each sampler and what opens it.
+        interval: Seconds from sample to sample.
+        clock: Seconds, for utilizations.
+        wait: Waits for so many seconds; True ends the sampling. By default it ends at `stop()`.
+
+    """
 
     def __init__(
         self,
@@ -95,148 +120,163 @@ class Sampling:
         self._openers = dict(openers)
         self._interval = interval
         self._clock = clock
-        self._done = threading.Event()
-        self._wait = wait or self._done.wait
-        self._sources: list[Source] = []
-        self._open = ExitStack()
-        self._last: float | None = None
-        self._abandoned = False
+        self._stopping = threading.Event()
+        self._wait = wait or self._stopping.wait
+        self._samplers: list[Sampler] = []
+        self._resources = ExitStack()
+        self._last_sample: float | None = None
+        self._stopped = False
         self._thread = threading.Thread(target=self._work, name="stepspan-samplers", daemon=True)
 
     def start(self) -> None:
-        """Sample until told to stop."""
+        """Sample on a thread until `stop()`.
+
+        Raises:
+            RuntimeError: The system allows no further thread.
+
+        """
         self._thread.start()
 
     def stop(self) -> None:
-        """Take a last sample and end; what hangs in a driver is left behind."""
-        self._done.set()
+        """Take a last sample and end. A thread that hangs in a driver is left behind, and records nothing any more."""
+        self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join(PATIENCE)
-        self._abandoned = True
+            self._thread.join(STOP_TIMEOUT_S)
+        self._stopped = True
 
     def sample(self) -> None:
-        """Read all sources once, and write what they say. Opens those that are not open yet."""
+        """Read every sampler once and write what it observed. Opens those that are not open yet."""
         for name in list(self._openers):
-            self._open_source(name, self._openers.pop(name))
-        for source in list(self._sources):
-            values = self._read(source)
+            self._open(name, self._openers.pop(name))
+        for sampler in list(self._samplers):
+            values = self._read(sampler)
             if values:
-                self._emit({"ts": 0, "seq": 0, "tag": "sample", "source": source.name, "values": values})
-        self._last = self._clock()
+                self._emit({"ts": 0, "seq": 0, "tag": "sample", "source": sampler.name, "values": values})
+        self._last_sample = self._clock()
 
     def close(self) -> None:
-        """Let the sources go."""
-        self._sources.clear()
+        """Close the samplers; nothing is read afterwards."""
+        self._samplers.clear()
         try:
-            self._open.close()
+            self._resources.close()
         except Exception as error:  # a driver may fail to the last
             self._warn("close", error)
 
     def _work(self) -> None:
         with asleep():
-            self._sample_on()
+            try:
+                for delay in chain((FIRST_SAMPLE_S, min(SECOND_SAMPLE_S, self._interval)), repeat(self._interval)):
+                    if self._wait(delay):
+                        break
+                    self.sample()
+                if self._last_sample is None or self._clock() - self._last_sample > FRESH_S:
+                    self.sample()
+            except Exception as error:  # no sample is worth a traceback in a training's output
+                self._warn("thread", error)
+            finally:
+                self.close()
 
-    def _sample_on(self) -> None:
+    def _open(self, name: str, opener: Opener) -> None:
         try:
-            for delay in chain((FIRST_SAMPLE, min(SECOND_SAMPLE, self._interval)), repeat(self._interval)):
-                if self._wait(delay):
-                    break
-                self.sample()
-            if self._last is None or self._clock() - self._last > FRESH:
-                self.sample()
-        except Exception as error:  # nothing that is sampled is worth a traceback in a training's output
-            self._warn("thread", error)
-        finally:
-            self.close()
-
-    def _open_source(self, name: str, opener: Opener) -> None:
-        try:
-            source = opener(self._emit)
-        except (*ABSENT, ImportError) as why:
-            self._warn(name, why, logging.INFO)
+            sampler = opener(self._emit)
+        except (*ABSENT, ImportError) as error:
+            self._warn(name, error, logging.INFO)
         except Exception as error:  # a driver may raise anything
             self._warn(name, error)
         else:
-            self._open.callback(source.close)
-            self._sources.append(source)
+            self._resources.callback(sampler.close)
+            self._samplers.append(sampler)
 
-    def _read(self, source: Source) -> list[list[Any]]:
+    def _read(self, sampler: Sampler) -> list[list[Any]]:
         values: list[list[Any]] = []
-        for quantity, read in list(source.quantities.items()):
-            kind = f"{source.name}.{quantity}"
+        for quantity, read in list(sampler.quantities.items()):
+            kind = f"{sampler.name}.{quantity}"
             try:
                 values += ([name, json_number(float(value)), *more] for name, value, *more in read(self._clock()))
-            except ABSENT as why:
-                del source.quantities[quantity]
-                self._warn(kind, why, logging.INFO)
-            except Gone as why:
-                self._sources.remove(source)
-                self._warn(source.name, why)
+            except ABSENT as error:
+                del sampler.quantities[quantity]
+                self._warn(kind, error, logging.INFO)
+            except Gone as error:
+                self._samplers.remove(sampler)
+                self._warn(sampler.name, error)
                 break
-            except Exception as error:  # as above
+            except Exception as error:  # a driver, again
                 self._warn(kind, error)
         return values
 
     def _emit(self, event: Event) -> None:
-        if not self._abandoned:
+        if not self._stopped:
             self._run.emit_background(event)
 
-    def _warn(self, what: str, why: Exception, level: int = logging.WARNING) -> None:
-        reason = str(why) if isinstance(why, (Absent, Gone)) else repr(why)
-        self._run.warn_once(f"samplers.{what}", f"{what} is not sampled: {reason}", level)
+    def _warn(self, name: str, error: Exception, level: int = logging.WARNING) -> None:
+        reason = str(error) if isinstance(error, (Absent, Gone)) else repr(error)
+        self._run.warn_once(f"samplers.{name}", f"{name} is not sampled: {reason}", level)
 
 
 def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:
-    """Those of the named samplers that a rank runs: one rank a host samples the host."""
-    return [name for name in SOURCES if name in names and (name != "host" or local_rank == 0)]
+    """The samplers of `names` that a rank runs: only local rank 0 samples the host."""
+    return [name for name in SAMPLERS if name in names and (name != "host" or local_rank == 0)]
 
 
 def start_sampling(run: Run, names: Sequence[str], interval: float) -> None:
-    """Sample beside a run until it ends."""
+    """Sample a run until it ends.
+
+    Args:
+        run: The run; a thread that cannot be started is a warning in it.
+        names: The wanted samplers, keys of `SAMPLERS`.
+        interval: Seconds from sample to sample.
+
+    """
     local_rank = run.identity.local_rank
-
-    def opener(name: str) -> Opener:
-        def open_source(emit: Emit) -> Source:
-            module, _, function = SOURCES[name].partition(":")
-            source: Source = getattr(import_module(module), function)(local_rank, emit)
-            return source
-
-        return open_source
-
-    chosen = sampled_by(names, local_rank)
-    sampling = Sampling(run, {name: opener(name) for name in chosen}, interval)
+    openers = {name: partial(_open_by_name, name, local_rank) for name in sampled_by(names, local_rank)}
+    sampling = Sampling(run, openers, interval)
     try:
         sampling.start()
-    except RuntimeError as error:  # no thread is to be had
+    except RuntimeError as error:
         run.warn_once("samplers", f"nothing is sampled: {error}")
     else:
         run.background_tasks.append(sampling)
 
 
-class Share:
-    """What part of a whole was used between two readings; nothing at the first one."""
+def _open_by_name(name: str, local_rank: int, emit: Emit) -> Sampler:
+    sampler: Sampler = getattr(import_module(SAMPLERS[name]), name)(local_rank, emit)
+    return sampler
+
+
+class Utilization:
+    """The part of something that was used between two readings, from 0 to 1."""
 
     def __init__(self) -> None:
         self._before: tuple[object, float, float] | None = None
 
-    def __call__(self, of: object, used: float, whole: float) -> list[float]:
-        """`used` and `whole` have grown since the start of time; readings of another whole (`of`) do not compare."""
-        before, self._before = self._before, (of, used, whole)
-        if before is None or before[0] != of or whole <= before[2]:
+    def __call__(self, of: object, used: float, available: float) -> list[float]:
+        """Take a reading.
+
+        Args:
+            of: What the readings are of. Readings of different things are not compared.
+            used: How much has been used so far, ever growing.
+            available: How much could have been used so far, in the same unit.
+
+        Returns:
+            The utilization since the last reading; none at the first one, and where nothing became available since.
+
+        """
+        before, self._before = self._before, (of, used, available)
+        if before is None or before[0] != of or available <= before[2]:
             return []
-        return [min(1.0, max(0.0, (used - before[1]) / (whole - before[2])))]
+        return [min(1.0, max(0.0, (used - before[1]) / (available - before[2])))]
 
 
-class Growth:
-    """The sum of what counters have grown since they were first read. One that falls was reset, or wrapped."""
+class CumulativeSum:
+    """How much counters have increased since they were first read. One that falls was reset, or wrapped around."""
 
     def __init__(self) -> None:
         self._before: dict[object, float] = {}
         self._sums: dict[object, float] = {}
 
     def __call__(self, key: object, count: float, *, of: object = None) -> float:
-        """The sum of the counters `of` under `key`."""
-        grown = count - self._before.get((key, of), count)
+        """Read one counter, which belongs to device `of`; return the sum over all devices under `key`."""
+        increase = count - self._before.get((key, of), count)
         self._before[key, of] = count
-        self._sums[key] = self._sums.get(key, 0.0) + max(0.0, grown)
+        self._sums[key] = self._sums.get(key, 0.0) + max(0.0, increase)
         return self._sums[key]
