@@ -13,24 +13,23 @@ from runs import events, outline, python
 
 import stepspan
 from stepspan.disabled import DISABLED
-from stepspan.integrations.loop import Loop, finite, hook, samples_of
+from stepspan.integrations.loop import Loop, hooks, known_total, samples_of
 from stepspan.run import Run
 
 start = runs.start
 Start = Callable[..., Run]
 
 
+@hooks
 class Hooks:
     """A callback as the frameworks' are made."""
 
     def __init__(self) -> None:
         self.loop = Loop({"job_id": "job"})
 
-    @hook
     def begins(self) -> None:
         self.loop.begin(dict)
 
-    @hook
     def fails(self) -> None:
         raise AttributeError("another version of the framework")
 
@@ -48,22 +47,22 @@ def test_entering_a_level_closes_what_is_open_at_it_and_inside_it(start: Start) 
         loop.leave("step")
         loop.leave("epoch")
         loop.leave("epoch")
-    told = [line for line in outline(run) if line != "sample"]
-    assert told == [
+    recorded = [line for line in outline(run) if line != "sample"]
+    assert recorded == [
         *("run", "  epoch 0", "    step 0", "      span validation", "      end span", "    end step"),
         *("    span checkpoint", "    end span", "  end epoch", "  epoch 1", "  end epoch", "end run completed"),
     ]
 
 
-def test_a_hook_that_fails_is_told_once_and_training_goes_on(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_that_fails_is_one_warning_and_training_goes_on(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     hooks = Hooks()
     with start() as run:
         hooks.begins()
         hooks.fails()
         hooks.fails()
     assert run.stats()["warnings"] == {"fails": 2}
-    (told,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "Hooks.fails failed: AttributeError('another version of the framework')" in told
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "Hooks.fails failed: AttributeError('another version of the framework')" in message
 
 
 def test_a_run_is_started_only_where_there_is_none_and_ended_only_by_who_started_it(start: Start) -> None:
@@ -74,10 +73,10 @@ def test_a_run_is_started_only_where_there_is_none_and_ended_only_by_who_started
         loop.end()
         assert not run.closed
     loop.begin(lambda: {"job_id": "launcher", "rank": 1, "world_size": 2})
-    ours = loop.run
-    assert (ours.identity.job_id, ours.identity.rank) == ("ours", 1)
+    own = loop.run
+    assert (own.identity.job_id, own.identity.rank) == ("ours", 1)
     loop.end()
-    assert ours.closed
+    assert own.closed
     assert loop.run is DISABLED
     loop.begin(None)
     assert stepspan.current_run() is DISABLED
@@ -96,7 +95,7 @@ def test_a_run_ends_as_its_loop_did(start: Start, error: BaseException | None, s
     assert len(events(run, "error")) == (error is not None)
 
 
-def test_a_loop_that_was_left_without_a_word_was_interrupted(start: Start) -> None:
+def test_a_loop_whose_end_was_not_reported_was_interrupted(start: Start) -> None:
     loop = Loop({})
     loop.begin(dict)
     first = loop.run
@@ -108,7 +107,7 @@ def test_a_loop_that_was_left_without_a_word_was_interrupted(start: Start) -> No
 
 
 class Trains:
-    """As a framework does that tells callbacks nothing of an exception."""
+    """As a framework does that does not report exceptions to callbacks."""
 
     def __init__(self, loop: Loop) -> None:
         self.loop, self.state = loop, object()
@@ -216,8 +215,8 @@ def test_samples_of_a_batch(batch: Any, samples: int | None) -> None:
 @pytest.mark.parametrize(
     ("number", "known"), [(10, 10), (10.0, 10), (-1, None), (0, None), (float("inf"), None), (None, None)]
 )
-def test_steps_that_nobody_knows_are_not_told(number: Any, known: int | None) -> None:
-    assert finite(number) == known
+def test_an_unknown_total_of_steps_is_not_set(number: Any, known: int | None) -> None:
+    assert known_total(number) == known
 
 
 def test_switched_off_everything_does_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,1 +1,1 @@
-"""What joins a run to other people's code. Each module imports what it joins only when it is asked for."""
+"""Integrations with other libraries. Importing one imports its library only where its docstring says so."""

@@ -1,63 +1,57 @@
-"""Hugging Face `Trainer`: `Trainer(..., callbacks=[StepspanCallback()])`."""
+"""Hugging Face `Trainer`: `Trainer(..., callbacks=[StepspanCallback()])`. Importing this module does not import it."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from stepspan.integrations.loop import Loop, finite, hook, joined
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from stepspan.integrations.loop import FrameworkCallback, hooks, known_total
 
 SPLITS = ("eval", "test")
 """What the Trainer puts before the names of an evaluation's metrics, with `_`."""
 
 
-class StepspanCallback:
+@hooks
+class StepspanCallback(FrameworkCallback):
     """Records a training by the `Trainer` in the open run; without one it starts one and ends it.
 
     - An epoch; a step for each optimizer step, numbered by `global_step` as it begins, so that resuming goes on.
-      `data_wait` is the time from the last hook before to the step: loader, collation and transfer of all its batches,
-      and with them other callbacks.
-    - `validation` and `checkpoint` as spans, which begin where the step before ends; a checkpoint as an artifact, too.
+      `data_wait` (s) is the time from the end of the last hook to the step: loader, collation and transfer of all its
+      batches, and with them other callbacks.
+    - `validation` and `checkpoint` as spans, which begin where the step before ends; a checkpoint as an artifact of
+      kind "checkpoint", too.
     - All metrics that the Trainer logs, at its step: `loss` is its mean since the last one. `eval_loss` is `loss` of
-      split `eval`. What is evaluated outside of `train()` is recorded if a run of yours is open.
+      split `eval`. What is evaluated outside of `train()` is recorded if a run is open.
     - Hyperparameters, total steps; samples (batch size times batches: too many in an epoch's last step), and tokens
       where `include_num_input_tokens_seen` is on.
 
-    The Trainer tells callbacks nothing of an exception. One that ends the program is recorded as the run ends; to have
-    any recorded, train within `with stepspan.start_run():`. `arguments`: of `stepspan.start_run`.
+    The Trainer does not report exceptions to its callbacks. One that ends the program is recorded as the run ends; to
+    have any recorded, train within `with stepspan.start_run():`. An instance is a `transformers.TrainerCallback`, and
+    can be copied and pickled. Hooks never raise into the training, except for wrong arguments.
+
+    Args:
+        **arguments: Of `stepspan.start_run`, for the run that is started where none is open.
+
+    Raises:
+        ImportError: `transformers` is not installed.
+        ConfigError: From `on_train_begin`, where `start_run` finds an argument or a setting wrong.
+
     """
 
-    def __new__(cls, **arguments: Any) -> Self:
-        """One that is a `transformers.TrainerCallback`, too."""
-        from transformers import TrainerCallback
-
-        made: Self = object.__new__(joined(cls, TrainerCallback))
-        made._made_by = partial(cls, **arguments)
-        return made
-
     def __init__(self, **arguments: Any) -> None:
-        self.loop = Loop(arguments)
-        self._made_by: partial[Any]
+        super().__init__(**arguments)
         self._epoch = -1
-        self._batches = 0
-        """Of the open step, those that were done before its last."""
+        self._substeps = 0
+        """Batches of the open step that are done, without its last."""
         self._tokens = 0
-        """Seen by all ranks until the last step's end."""
+        """Seen by all ranks until the last step ended."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._made_by, ()
-
-    @hook
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Begin."""
+        """Called as `train()` begins: starts a run where none is open; logs hyperparameters and total steps."""
         self.loop.begin(dict, state)
         self._epoch, self._tokens = -1, state.num_input_tokens_seen
-        chosen = {
+        main = {
             "model": type(model).__name__,
             "optimizer": str(getattr(args.optim, "value", args.optim)),
             "batch_size": _batch_size(args, state),
@@ -67,88 +61,75 @@ class StepspanCallback:
             "seed": args.seed,
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
         }
-        given = {name: value for name, value in args.to_sanitized_dict().items() if value != "None"}
-        self.loop.run.log_hyperparams({**chosen, **given, **chosen})  # the chosen ones first: backends cut long lists
-        total = finite(state.max_steps)
+        others = {name: value for name, value in args.to_sanitized_dict().items() if value != "None"}
+        self.loop.run.log_hyperparams({**main, **others, **main})  # the main ones first: backends cut long lists
+        total = known_total(state.max_steps)
         if total is not None:
             self.loop.run.set_total_steps(total)
 
-    @hook
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The last epoch ends only here, for it is evaluated and saved after `on_epoch_end`."""
+        """Called before an epoch. The last one ends only here, for it is evaluated and saved after `on_epoch_end`."""
         self._epoch = max(int(state.epoch or 0), self._epoch + 1)  # one that was cut short left a fraction
         self.loop.enter("epoch", self.loop.run.epoch(self._epoch))
 
-    @hook
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """All batches of the step have come."""
+        """Called once all batches of a step have been loaded: the step begins."""
         self.loop.leave("phase")
-        self._batches = 0
+        self._substeps = 0
         self.loop.batch(state.global_step)
 
-    @hook
     def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A batch is done, and the step goes on."""
-        self._batches += 1
+        """Called after each batch of a step but the last, where gradients accumulate: counts its samples."""
+        self._substeps += 1
 
-    @hook
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The optimizer has made its step."""
-        scope, tokens = self.loop.at("step"), state.num_input_tokens_seen - self._tokens
+        """Called after the optimizer's step: the step ends, with its samples and this rank's share of the tokens."""
+        scope, tokens = self.loop.scope_at("step"), state.num_input_tokens_seen - self._tokens
         self._tokens = state.num_input_tokens_seen
         if scope is not None:
-            scope.samples = _batch_size(args, state) * (self._batches + 1)
+            scope.samples = _batch_size(args, state) * (self._substeps + 1)
             scope.tokens = tokens / args.world_size if tokens > 0 else None
-        self.loop.leave("step")
-        self._next(control)
+        self._end_step(control)
 
-    @hook
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What follows belongs to the epoch still."""
-        self.loop.leave("step")
-        self._next(control)
+        """Called after an epoch's last step: what the Trainer does next still belongs to the epoch."""
+        self._end_step(control)
 
-    @hook
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Metrics of the training, or of an evaluation that is about to end."""
+        """Called with metrics of the training, or of an evaluation that is about to end: logs them at the last step."""
         self._log(state, logs or {})
 
-    @hook
     def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An evaluation that nothing announced."""
-        if self.loop.follow() and self.loop.at("phase") is None:
+        """Called with each batch of an evaluation: opens the span "validation", where none is open yet."""
+        if self.loop.follow() and self.loop.scope_at("phase") is None:
             self.loop.enter("phase", self.loop.run.span("validation"))
 
-    @hook
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """An evaluation has ended."""
+        """Called after an evaluation: its span ends, and a checkpoint begins if one is due."""
         self.loop.leave("phase")
         if control.should_save:
             self.loop.enter("phase", self.loop.run.span("checkpoint"))
 
-    @hook
     def on_predict(self, args: Any, state: Any, control: Any, metrics: Any = None, **_: Any) -> None:
-        """So has a prediction, whose metrics the Trainer does not log."""
+        """Called after a prediction: its span ends; logs its metrics, which the Trainer does not."""
         self.loop.leave("phase")
         self._log(state, metrics or {})
 
-    @hook
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """A checkpoint is written."""
+        """Called after a checkpoint was written: its span ends, and rank 0 logs it as an artifact."""
         self.loop.leave("phase")
         if state.is_world_process_zero:
             name = f"checkpoint-{state.global_step}"
             path = os.path.abspath(os.path.join(args.output_dir, name))
             self.loop.run.log_artifact(name, path, kind="checkpoint")
 
-    @hook
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """The end."""
+        """Called as `train()` ends: ends what is open, and the run if `on_train_begin` started it."""
         self.loop.end()
 
-    def _next(self, control: Any) -> None:
-        """What comes between two steps: the Trainer's own callback has decided it before ours is called."""
-        if control.should_evaluate:
+    def _end_step(self, control: Any) -> None:
+        self.loop.leave("step")
+        if control.should_evaluate:  # decided by the Trainer's own callback, which is called before
             self.loop.enter("phase", self.loop.run.span("validation"))
         elif control.should_save:
             self.loop.enter("phase", self.loop.run.span("checkpoint"))
@@ -156,13 +137,20 @@ class StepspanCallback:
     def _log(self, state: Any, logs: Mapping[str, Any]) -> None:
         if not self.loop.follow():
             return
-        parts: dict[str, dict[str, Any]] = {}
+        by_split: dict[str, dict[str, Any]] = {}
         for name, value in logs.items():
             head = name.partition("_")[0]
             if not isinstance(value, (str, bytes)):
-                parts.setdefault(head if head in SPLITS else "train", {})[name] = value
-        for split, part in parts.items():
-            self.loop.log(part, max(state.global_step - 1, 0), split)  # the step that was done last
+                by_split.setdefault(head if head in SPLITS else "train", {})[name] = value
+        for split, metrics in by_split.items():
+            self.loop.log(metrics, max(state.global_step - 1, 0), split)  # the step that was done last
+
+    @staticmethod
+    def _framework_base() -> type:
+        from transformers import TrainerCallback
+
+        base: type = TrainerCallback
+        return base
 
 
 def _batch_size(args: Any, state: Any) -> int:

@@ -1,6 +1,7 @@
 """PyTorch Lightning: `Trainer(callbacks=[StepspanCallback()])`.
 
-Works with `lightning.pytorch` and `pytorch_lightning`, whichever is loaded when the callback is made.
+Works with `lightning.pytorch` and `pytorch_lightning`, whichever is loaded when the callback is made. Importing this
+module imports neither.
 """
 
 from __future__ import annotations
@@ -10,246 +11,223 @@ import sys
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepspan.disabled import DISABLED
-from stepspan.integrations.loop import Loop, finite, hook, joined, samples_of
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from stepspan.integrations.loop import FrameworkCallback, hooks, known_total, samples_of
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 STEP, EPOCH = "_step", "_epoch"
 """What Lightning appends to the name of a metric that is logged for both."""
 
 
-class StepspanCallback:
+@hooks
+class StepspanCallback(FrameworkCallback):
     """Records a Lightning training in the open run; without one it starts one and ends it.
 
     - An epoch; a step for each optimizer step, numbered by `trainer.global_step` as it begins, so that resuming goes
-      on. `data_wait` is the time from the last hook before to the batch: loader and transfer to the device, and with
-      them loggers and other callbacks that run in between.
+      on. `data_wait` (s) is the time from the end of the last hook to the batch: loader and transfer to the device, and
+      with them loggers and other callbacks that run in between.
     - `validation`, `test`, `predict` and `sanity_check` as spans, with a step for each batch of `val` and `test`.
     - Every value of `self.log`, at its step, each step (not each `log_every_n_steps`): `loss`, its epoch's mean as
       `loss_epoch`; `val_loss` of a validation is `loss` of split `val`. What is given to a logger itself is not seen.
     - Hyperparameters, total steps, samples (the first dimension of the batch's tensors, where all have the same),
-      checkpoints (span and artifact), exceptions.
+      checkpoints (span and artifact of kind "checkpoint"), exceptions.
 
-    `arguments`: of `stepspan.start_run`. No signal handler is touched: requeueing on SLURM works as without it.
+    No signal handler is touched: requeueing on SLURM works as without it. An instance is a `Callback` of the loaded
+    Lightning, and can be copied and pickled. Hooks never raise into the training, except for wrong arguments.
+
+    Args:
+        **arguments: Of `stepspan.start_run`, for the run that is started where none is open. What Lightning knows of
+            this process (rank, world size) fills in what the environment does not say.
+
+    Raises:
+        ModuleNotFoundError: Lightning is not installed.
+        ConfigError: From `setup`, where `start_run` finds an argument or a setting wrong.
+
     """
 
-    def __new__(cls, **arguments: Any) -> Self:
-        """One that is a `Callback` of the loaded Lightning, too."""
-        made: Self = object.__new__(joined(cls, _callback()))
-        made._made_by = partial(cls, **arguments)
-        return made
-
     def __init__(self, **arguments: Any) -> None:
-        self.loop = Loop(arguments)
-        self._made_by: partial[Any]
+        super().__init__(**arguments)
         self._step = 0
         """The number of the training step that is open, or was last."""
         self._batches = 0
         """How many batches were validated or tested."""
-        self._seen: dict[str, Any] = {}
+        self._logged: dict[str, Any] = {}
         """Metric -> the value that was logged last."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return self._made_by, ()
-
-    @hook
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Begin."""
-        self.loop.begin(partial(_who, trainer) if stage == "fit" else None)
-        self._seen = {}
+        """Called first of all: follows the open run, or starts one where the stage is "fit"."""
+        self.loop.begin(partial(_identity, trainer) if stage == "fit" else None)
+        self._logged = {}
         if stage == "fit":
-            trainer.__dict__.pop("save_checkpoint", None)
+            _restore(trainer)
             trainer.save_checkpoint = partial(self._save, trainer, trainer.save_checkpoint)
 
-    @hook
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Hyperparameters, of trainer, data and model."""
-        found = {"model": type(pl_module).__name__}
+        """Called before a training: logs the hyperparameters of trainer, data module and model."""
+        params = {"model": type(pl_module).__name__}
         for name in ("max_epochs", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "precision"):
             value = getattr(trainer, name, None)
             if value is not None and value != -1:
-                found[name] = value
+                params[name] = value
         for owner in (trainer.datamodule, pl_module):
-            found.update(getattr(owner, "hparams_initial", None) or {})
-        self.loop.run.log_hyperparams(found)
+            params.update(getattr(owner, "hparams_initial", None) or {})
+        self.loop.run.log_hyperparams(params)
 
-    @hook
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """How many steps there will be, if that is known: optimizers that are stepped by hand are not counted on."""
+        """Called as training begins: sets the run's total steps, unless optimizers are stepped by hand."""
         if not pl_module.automatic_optimization:
             return
-        total = finite(trainer.estimated_stepping_batches)
+        total = known_total(trainer.estimated_stepping_batches)
         if total is not None:
             self.loop.run.set_total_steps(total)
 
-    @hook
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """The last epoch ends only here, for checkpoints are kept after `on_train_epoch_end`."""
+        """Called before an epoch, which begins here; the last one ends, for it kept checkpoints until now."""
         self._log(trainer, "train")
         self.loop.enter("epoch", self.loop.run.epoch(trainer.current_epoch))
 
-    @hook
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """A step begins, or goes on where gradients accumulate."""
-        if self.loop.at("epoch") is None:  # resumed within one, which Lightning doesn't begin again
+        """Called with each batch: a step begins, or goes on where gradients accumulate."""
+        if self.loop.scope_at("epoch") is None:  # resumed within one, which Lightning does not begin again
             self.loop.enter("epoch", self.loop.run.epoch(trainer.current_epoch))
-        if self.loop.at("step") is None:
+        if self.loop.scope_at("step") is None:
             self._step = trainer.global_step
         self.loop.batch(self._step, samples=samples_of(batch))
 
-    @hook
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """A step ends where the optimizer has made one."""
-        self._log(trainer, "train", forked=STEP)
+        """Called after each batch: logs its metrics, and ends the step where the optimizer was stepped."""
+        self._log(trainer, "train", dropped=STEP)
         if trainer.global_step > self._step:
             self.loop.leave("step")
 
-    @hook
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """The epoch's metrics."""
+        """Called after an epoch: logs its metrics. The epoch stays open for its checkpoint."""
         self.loop.leave("step")
         self._log(trainer, "train")
 
-    @hook
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """The last epoch ends."""
+        """Called as training ends: so does the last epoch."""
         self._log(trainer, "train")
         self.loop.leave("epoch")
 
-    @hook
     def on_sanity_check_start(self, trainer: Any, pl_module: Any) -> None:
-        """Its metrics are thrown away by Lightning, and not recorded here."""
+        """Called before the sanity check: a span. Lightning throws its metrics away; they are not recorded here."""
         self.loop.enter("phase", self.loop.run.span("sanity_check"))
 
-    @hook
     def on_sanity_check_end(self, trainer: Any, pl_module: Any) -> None:
-        """Over."""
+        """Called after the sanity check, whose span ends."""
         self.loop.leave("phase")
 
-    @hook
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        """Between two steps, or within one whose gradients accumulate."""
-        self._begin(trainer, "validation")
+        """Called before a validation, between two steps or within one whose gradients accumulate: a span."""
+        self._begin_evaluation(trainer, "validation")
 
-    @hook
     def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
-        """A step of split `val`."""
-        self._batch(trainer, batch, "val")
+        """Called with each batch of a validation: a step of split `val`."""
+        self._begin_batch(trainer, batch, "val")
 
-    @hook
     def on_validation_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-        """Over."""
-        self._batch_end()
+        """Called after each batch of an evaluation: its step ends."""
+        if self.loop.scope_at("part") is None:
+            self.loop.leave("step")
 
-    @hook
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Its metrics."""
-        self._end(trainer, "val")
+        """Called after a validation: logs its metrics, split `val`."""
+        self._end_evaluation(trainer, "val")
 
-    @hook
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
-        """As a validation."""
-        self._begin(trainer, "test")
+        """Called before a test: a span."""
+        self._begin_evaluation(trainer, "test")
 
-    @hook
     def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any, **__: Any) -> None:
-        """A step of split `test`."""
-        self._batch(trainer, batch, "test")
+        """Called with each batch of a test: a step of split `test`."""
+        self._begin_batch(trainer, batch, "test")
 
-    @hook
-    def on_test_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
-        """Over."""
-        self._batch_end()
+    on_test_batch_end = on_validation_batch_end
 
-    @hook
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Its metrics."""
-        self._end(trainer, "test")
+        """Called after a test: logs its metrics, split `test`."""
+        self._end_evaluation(trainer, "test")
 
-    @hook
     def on_predict_start(self, trainer: Any, pl_module: Any) -> None:
-        """A span."""
-        self._begin(trainer, "predict")
+        """Called before a prediction: a span."""
+        self._begin_evaluation(trainer, "predict")
 
-    @hook
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Over."""
+        """Called after a prediction, whose span ends."""
         self.loop.leave("phase")
 
-    @hook
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """What is open has failed with it."""
-        trainer.__dict__.pop("save_checkpoint", None)
+        """Called with the exception that ends a training: the open scopes and the run have failed with it."""
+        _restore(trainer)
         self.loop.end(exception)
 
-    @hook
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """The end."""
-        trainer.__dict__.pop("save_checkpoint", None)
+        """Called last of all: ends what is open, and the run if `setup` started it."""
+        _restore(trainer)
         self.loop.end()
 
-    def _begin(self, trainer: Any, name: str) -> None:
+    def _begin_evaluation(self, trainer: Any, name: str) -> None:
         if not trainer.sanity_checking:
-            self.loop.enter("phase" if self.loop.at("step") is None else "part", self.loop.run.span(name))
+            self.loop.enter("phase" if self.loop.scope_at("step") is None else "part", self.loop.run.span(name))
 
-    def _batch(self, trainer: Any, batch: Any, split: str) -> None:
-        if not (trainer.sanity_checking or self.loop.at("part")):
+    def _begin_batch(self, trainer: Any, batch: Any, split: str) -> None:
+        if not (trainer.sanity_checking or self.loop.scope_at("part")):
             self.loop.batch(self._batches, split=split, samples=samples_of(batch))
             self._batches += 1
 
-    def _batch_end(self) -> None:
-        if self.loop.at("part") is None:
-            self.loop.leave("step")
-
-    def _end(self, trainer: Any, split: str) -> None:
+    def _end_evaluation(self, trainer: Any, split: str) -> None:
         if not trainer.sanity_checking:
-            self.loop.leave("phase" if self.loop.at("part") is None else "part")
+            self.loop.leave("phase" if self.loop.scope_at("part") is None else "part")
             self._log(trainer, split)
 
     def _save(self, trainer: Any, save: Any, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """`trainer.save_checkpoint`, while it trains: no hook says when one is written, nor where."""
+        """Stands for `trainer.save_checkpoint` in a training: no hook says when a checkpoint is written, nor where."""
         with self.loop.run.span("checkpoint"):
             save(filepath, *args, **kwargs)
         if trainer.is_global_zero:
             self.loop.run.log_artifact(os.path.basename(str(filepath)), filepath, kind="checkpoint")
 
-    def _log(self, trainer: Any, split: str, *, forked: str = EPOCH) -> None:
+    def _log(self, trainer: Any, split: str, *, dropped: str = EPOCH) -> None:
         """Log what is new among the values of `self.log`: those in memory of their own.
 
-        Of the two names of a value that is logged for the step and for the epoch, a step's is the plain one.
+        A value that is logged for the step and for the epoch has three names. Of the plain one and the one with suffix
+        `dropped` one is redundant: the plain name is the step's.
         """
         found = {name: value for name, value in trainer.callback_metrics.items() if self._is_new(name, value)}
-        self._seen.update(found)
+        self._logged.update(found)
         for name in list(found):
-            if name.endswith(forked) and (plain := name.removesuffix(forked)) in found:
-                del found[name if forked == STEP else plain]
+            if name.endswith(dropped) and (plain := name.removesuffix(dropped)) in found:
+                del found[name if dropped == STEP else plain]
         if found:
             self.loop.log(found, self._step, split)
 
     def _is_new(self, name: str, value: Any) -> bool:
-        before = self._seen.get(name)
+        before = self._logged.get(name)
         return before is None or before.data_ptr() != value.data_ptr()
 
+    @staticmethod
+    def _framework_base() -> type:
+        """The `Callback` of the Lightning that is loaded; if none is, of the first that can be imported."""
+        loaded = [name for name in PACKAGES if name in sys.modules]
+        for name in loaded or PACKAGES:
+            try:
+                found: type = import_module(name).Callback
+            except ModuleNotFoundError as error:
+                missing = error
+            else:
+                return found
+        raise missing
 
-def _callback() -> type:
-    """The `Callback` of the Lightning that is loaded; of the two the first that can be, if none is."""
-    loaded = [name for name in PACKAGES if name in sys.modules]
-    for name in loaded or PACKAGES:
-        try:
-            found: type = import_module(name).Callback
-        except ModuleNotFoundError as error:
-            missing = error
-        else:
-            return found
-    raise missing
+
+def _restore(trainer: Any) -> None:
+    """Give a trainer its own `save_checkpoint` back."""
+    trainer.__dict__.pop("save_checkpoint", None)
 
 
-def _who(trainer: Any) -> Mapping[str, Any]:
+def _identity(trainer: Any) -> Mapping[str, Any]:
     """What Lightning knows of this process, where it is the launcher itself and the environment says nothing."""
     known = DISABLED.identity
     if trainer.world_size == known.world_size:

@@ -1,7 +1,7 @@
-"""What the callbacks of training frameworks share: a loop that somebody else drives, told hook by hook.
+"""What the callbacks of training frameworks share: a training loop that the framework drives, followed hook by hook.
 
-A hook may be missing or come twice: what is entered stands in levels, and entering one closes all that is open at it
-or inside it. Nothing that goes wrong in a hook reaches training; only wrong arguments of `start_run` do, at its start.
+A hook may be missing or come twice: open scopes stand at levels, and entering a level closes what is open at it or
+inside it. Nothing that goes wrong in a hook reaches training; only wrong arguments of `start_run` do, at its start.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import wraps
+from functools import partial, wraps
 from itertools import islice
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.disabled import DISABLED
 from stepspan.errors import ConfigError
@@ -21,96 +21,125 @@ from stepspan.recording.scopes import Scope
 from stepspan.run import Run
 from stepspan.start import current_run, start_run
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 LEVELS = ("epoch", "phase", "step", "part")
 """Outermost first: a `phase` lies between steps, a `part` within one."""
+MAX_ITEMS = 16
+"""How many items of a list are looked at to count the samples of a batch."""
 
-SAMPLED = 16
-"""How many items of a list are looked at for the samples of a batch."""
-
-Method = TypeVar("Method", bound=Callable[..., None])
+Class = TypeVar("Class", bound=type)
 
 
 class Loop:
-    """A run and what is open in it. `arguments`: of `start_run`, where it has to start one."""
+    """The run that a framework's training goes to, and the scopes that are open in it.
+
+    Args:
+        arguments: Of `start_run`, for the run that `begin` starts where none is open.
+
+    """
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         self.run: Run = DISABLED
         self._arguments = arguments
-        self._ours = False
+        self._owns_run = False
         self._state: object = None
-        """The `state` of what trains, where an exception is not told."""
+        """`state` of what trains, where the framework does not report exceptions."""
         self._open: dict[str, Scope] = {}
-        self._moment = time.perf_counter_ns()
-        """When the loop was heard of last."""
+        self._last_hook_ns = time.perf_counter_ns()
+        """When the last hook ended: what passes until the next batch is the wait for it."""
 
-    def begin(self, who: Callable[[], Mapping[str, Any]] | None, state: object = None) -> None:
-        """Follow the open run. Where there is none start one, with what `who()` knows of this process; None: don't.
+    def begin(self, identity: Callable[[], Mapping[str, Any]] | None, state: object = None) -> None:
+        """Follow the open run, or start one.
 
-        `state`: the attribute of that name of what trains. Once no thread is in a method of it any more the training
-        is over, told or not, and the next loop to begin ends its run.
+        Args:
+            identity: Returns further arguments of `start_run`: what the framework knows of this process. None: where
+                no run is open none is started.
+            state: The object that the framework's trainer has as its attribute `state`. Once no thread is in a method
+                of that trainer any more the training is over, reported or not, and the next loop to begin ends its run
+                as "interrupted".
+
+        Raises:
+            ConfigError: As `start_run` does.
+
         """
-        if self.run is not DISABLED:  # the last loop was left by an exception that nobody told us
+        if self.run is not DISABLED:  # an exception ended the last training, and the framework did not report it
             self.end(status="interrupted")
-        if (left := _STARTED.get(id(current_run()))) is not None and left._is_left():
-            left.end(status="interrupted")
+        if (unfinished := _STARTED.get(id(current_run()))) is not None and unfinished._was_interrupted():
+            unfinished.end(status="interrupted")
         self.run = current_run()
-        if self.run is DISABLED and who is not None:
-            self.run, self._ours = start_run(**{**who(), **self._arguments}), True
+        if self.run is DISABLED and identity is not None:
+            self.run, self._owns_run = start_run(**{**identity(), **self._arguments}), True
             if state is not None and self.run is not DISABLED:
                 self._state, _STARTED[id(self.run)] = state, self
 
     def follow(self) -> bool:
-        """Outside of a training: whether there is an open run to tell."""
+        """Outside of a training: follow the open run, and return whether there is one."""
         if self.run is DISABLED or self.run.closed:
             self.begin(None)
         return self.run is not DISABLED
 
     def end(self, error: BaseException | None = None, *, status: str | None = None) -> None:
-        """Leave everything; a run that we started ends too."""
+        """Close all scopes, and the run if `begin` started it.
+
+        Args:
+            error: The exception that ended the training: the open scopes and the run have failed with it.
+            status: Of the run, in place of "completed" or "failed".
+
+        """
         for level in LEVELS:
             self.leave(level, error)
-        run, ours = self.run, self._ours
-        self.run, self._ours, self._state = DISABLED, False, None
+        run, owned = self.run, self._owns_run
+        self.run, self._owns_run, self._state = DISABLED, False, None
         _STARTED.pop(id(run), None)
-        if ours and status is not None:
+        if owned and status is not None:
             run.close(status)
-        elif ours:
-            run.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+        elif owned:
+            _exit(run, error)
 
     def enter(self, level: str, scope: Scope) -> None:
-        """Open a scope at a level."""
+        """Open a scope at a level, after closing what is open at that level and inside it."""
         self.leave(level)
         self._open[level] = scope
         scope.__enter__()
 
     def leave(self, level: str, error: BaseException | None = None) -> None:
-        """Close what is open at a level and inside it."""
+        """Close what is open at a level and inside it; `error`: what it has failed with."""
         for each in reversed(LEVELS[LEVELS.index(level) :]):
             scope = self._open.pop(each, None)
             if scope is not None:
-                scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+                _exit(scope, error)
 
-    def at(self, level: str) -> Scope | None:
-        """What is open at a level."""
+    def scope_at(self, level: str) -> Scope | None:
+        """The open scope of a level."""
         return self._open.get(level)
 
     def batch(self, number: int, *, split: str = "train", samples: float | None = None) -> None:
-        """A batch comes: the first of step `number`, or one more of the open step. Waited for since the last hook."""
+        """Record that a batch has come, for which the loop waited since the last hook ended.
+
+        Args:
+            number: Of the step that begins with it. Within an open step it is one more batch of that step.
+            split: Of the step.
+            samples: How many samples are in the batch.
+
+        """
         if self.run is DISABLED:
             return
-        waited, scope = time.perf_counter_ns() - self._moment, self.at("step")
+        waited_ns, scope = time.perf_counter_ns() - self._last_hook_ns, self.scope_at("step")
         if scope is None:
             scope = self.run.step(number, split=split)
             self.enter("step", scope)
-        scope.waited = (scope.waited or 0) + waited
+        scope.waited = (scope.waited or 0) + waited_ns
         if samples is not None:
             scope.samples = (scope.samples or 0) + samples
 
     def log(self, metrics: Mapping[str, Any], step: int | None, split: str | None = None) -> None:
-        """Log metrics. An evaluation's `val_loss` is its `val/loss`, unless it has a `loss` too."""
+        """Log metrics. An evaluation's `val_loss` becomes `val/loss`, unless it has a `loss` too."""
         self.run.log_metrics({_key(key, metrics, split): value for key, value in metrics.items()}, step, split=split)
 
-    def _is_left(self) -> bool:
+    def _was_interrupted(self) -> bool:
+        """Whether no thread is in a method of the trainer any more."""
         for frame in sys._current_frames().values():
             inner: FrameType | None = frame
             while inner is not None:
@@ -121,41 +150,85 @@ class Loop:
 
 
 _STARTED: dict[int, Loop] = {}
-"""`id` of an open run -> the loop that started it and may be left without a word."""
+"""`id` of an open run -> the loop that started it, whose framework does not report exceptions."""
 
 
-def _key(key: str, among: Mapping[str, Any], split: str | None) -> str:
+def _exit(scope: Scope | Run, error: BaseException | None) -> None:
+    scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
+
+
+def _key(key: str, metrics: Mapping[str, Any], split: str | None) -> str:
     head, _, rest = key.partition("_")
-    return f"{head}/{rest}" if rest and head == split != "train" and rest not in among else key
+    return f"{head}/{rest}" if rest and head == split != "train" and rest not in metrics else key
 
 
-def hook(method: Method) -> Method:
-    """A hook of a callback that has a `loop`: raises nothing, and ends the last thing heard of the loop."""
+class FrameworkCallback:
+    """Base of the callbacks. An instance is also one of the framework's own callback class.
 
+    The framework is imported as the first one is made, not before.
+
+    Args:
+        **arguments: Of `stepspan.start_run`, for the run that is started where none is open.
+
+    """
+
+    loop: Loop
+    _remake: partial[Any]
+
+    def __new__(cls, **arguments: Any) -> Self:
+        """Make one whose class has the framework's as a base."""
+        callback: Self = object.__new__(with_framework_base(cls, cls._framework_base()))
+        callback._remake = partial(cls, **arguments)
+        return callback
+
+    def __init__(self, **arguments: Any) -> None:
+        self.loop = Loop(arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._remake, ()
+
+    @staticmethod
+    def _framework_base() -> type:
+        raise NotImplementedError
+
+
+_WITH_BASE: dict[tuple[type, type], type] = {}
+
+
+def with_framework_base(cls: type, base: type) -> type:
+    """The class that derives from both `cls` and a framework's `base`: one and the same for each pair."""
+    if (cls, base) not in _WITH_BASE:
+        attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+        _WITH_BASE[cls, base] = type(cls.__name__, (cls, base), attributes)
+    return _WITH_BASE[cls, base]
+
+
+def hooks(cls: Class) -> Class:
+    """Make each public method of a class that has a `loop` a hook of that loop.
+
+    A hook raises nothing but `ConfigError`: what fails in it (another version of the framework, a model's own
+    attributes) is a warning of the run. Its end is where the wait for the next batch begins.
+    """
+    for name, method in list(vars(cls).items()):
+        if callable(method) and not name.startswith("_"):
+            setattr(cls, name, _hook(name, method))
+    return cls
+
+
+def _hook(name: str, method: Callable[..., None]) -> Callable[..., None]:
     @wraps(method)
-    def told(self: Any, *args: Any, **kwargs: Any) -> None:
+    def hook(self: Any, *args: Any, **kwargs: Any) -> None:
         loop: Loop = self.loop
         try:
             method(self, *args, **kwargs)
         except ConfigError:
             raise
-        except Exception as error:  # another version of the framework, a model's own attributes
-            loop.run.warn_once(method.__name__, f"{type(self).__name__}.{method.__name__} failed: {error!r}")
+        except Exception as error:
+            loop.run.warn_once(name, f"{type(self).__name__}.{name} failed: {error!r}")
         finally:
-            loop._moment = time.perf_counter_ns()
+            loop._last_hook_ns = time.perf_counter_ns()
 
-    return told  # type: ignore[return-value]
-
-
-_FRAMEWORK_BASE: dict[tuple[type, type], type] = {}
-
-
-def joined(ours: type, base: type) -> type:
-    """Our class and a framework's in one, made when the framework is there."""
-    if (ours, base) not in _FRAMEWORK_BASE:
-        about = {"__module__": ours.__module__, "__doc__": ours.__doc__}
-        _FRAMEWORK_BASE[ours, base] = type(ours.__name__, (ours, base), about)
-    return _FRAMEWORK_BASE[ours, base]
+    return hook
 
 
 def samples_of(batch: Any) -> int | None:
@@ -170,12 +243,12 @@ def _first_dimensions(batch: Any, depth: int) -> Iterator[int]:
         if len(shape):
             yield int(shape[0])
     elif depth and isinstance(batch, (Mapping, list, tuple)):
-        inside = batch.values() if isinstance(batch, Mapping) else batch
-        for each in islice(inside, SAMPLED):
-            yield from _first_dimensions(each, depth - 1)
+        items = batch.values() if isinstance(batch, Mapping) else batch
+        for item in islice(items, MAX_ITEMS):
+            yield from _first_dimensions(item, depth - 1)
 
 
-def finite(number: Any) -> int | None:
-    """A number of steps that is known; None for infinity, -1 and the like."""
-    known = isinstance(number, (int, float)) and math.isfinite(number) and number > 0
-    return int(number) if known else None
+def known_total(steps: Any) -> int | None:
+    """A total number of steps; None where the framework gives infinity, -1 and the like for an unknown one."""
+    known = isinstance(steps, (int, float)) and math.isfinite(steps) and steps > 0
+    return int(steps) if known else None
