@@ -23,7 +23,7 @@ FILES = {
 
 LAYERS = (
     ("errors", "_version"),
-    ("values",),
+    ("values", "identity"),
     ("events",),
     ("journal",),
     ("mapping",),
@@ -32,7 +32,7 @@ LAYERS = (
     ("exporters",),
     ("deliver",),
     ("reading",),
-    ("identity", "config"),
+    ("config",),
     ("recording",),
     ("pipeline",),
     ("run",),
