@@ -19,12 +19,13 @@ from rich.console import Console
 from stepspan.cli import tail as tails
 from stepspan.cli.describe import ROWS, describe, printable
 from stepspan.cli.report import Page
-from stepspan.cli.summary import quantiles, summarise
 from stepspan.cli.tail import BRIEF, Follow
 from stepspan.events import FIELDS
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.reading.runs import summarise
+from stepspan.reading.step_times import quantiles
 from stepspan.values import format_seconds
 
 
@@ -278,7 +279,7 @@ def two_ranks(directory: Path) -> None:
 
 def test_the_report_as_data(tmp_path):
     two_ranks(tmp_path)
-    (job,) = summarise(find_sessions(tmp_path))
+    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     assert (job["job"], job["name"], job["ranks"], job["total_steps"]) == ("job", "demo", 2, 10)
     assert [(s["rank"], s["status"], s["steps"], s["last_step"], s["open_step"]) for s in job["sessions"]] == [
         (0, "completed", 3, 2, None),
@@ -314,7 +315,7 @@ def test_the_wait_of_a_collective_on_a_device_is_what_the_device_says(tmp_path):
         training.emit("step_end", begin=step)
         training.emit("device_time", begin=late, seconds=seconds)
         training.end()
-    (job,) = summarise(find_sessions(tmp_path))
+    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     assert job["straggler"] == {"rank": 1, "wait": 0.25, "others_wait": 0.5}
 
 
@@ -336,7 +337,7 @@ def test_the_report_on_a_page(tmp_path):
 def test_the_report_in_a_terminal_of_80_columns(tmp_path):
     two_ranks(tmp_path)
     console = Console(file=io.StringIO(), width=80, highlight=False)
-    (job,) = summarise(find_sessions(tmp_path))
+    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     Page(console).job(job)
     page = console.file.getvalue()
     assert "…" not in page
@@ -364,7 +365,7 @@ def test_a_key_that_names_its_split_does_so_once(tmp_path):
     )
     training.emit("metrics", step=1, split="probe", metrics={"loss": 0.5, "probe/x": 0.5})
     training.end()
-    (job,) = summarise(find_sessions(tmp_path))
+    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     assert {name: values["points"] for name, values in job["metrics"].items()} == {
         "val/loss": 2,
         "val/val/": 1,
@@ -396,7 +397,7 @@ def test_what_is_lost_and_what_was_delivered(tmp_path):
     file.write_bytes(b"".join(content))
     deliver(session, Scripted(), options())
     deliver(session, Scripted([Outcome(Verdict.HOLD, "404: check the path")]), options(), "traces")
-    (job,) = summarise(find_sessions(tmp_path))
+    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     assert job["sessions"][0]["lines"]["damaged"] == 1
     rows = {row["signal"]: row for row in job["delivery"]}
     assert (rows["metrics"]["finished"], rows["metrics"]["pending"], rows["metrics"]["held"]) == (1, 0, 0)
@@ -410,7 +411,7 @@ def test_what_is_lost_and_what_was_delivered(tmp_path):
 def test_a_session_that_cannot_be_read_is_named(tmp_path):
     session = trained(tmp_path, 1)
     (session.path / segment_name(1)).write_bytes(b"nothing\n")
-    (job,) = summarise([session])
+    (job,) = summarise([session], boot_id="")
     assert job["sessions"][0]["status"] == "unreadable"
     assert "no segment begins with a header" in job["sessions"][0]["trouble"]
     assert "no segment begins with a header" in stepspan("report", tmp_path).stdout

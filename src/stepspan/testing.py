@@ -27,7 +27,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -35,13 +34,10 @@ from unittest.mock import patch
 
 from stepspan.events import Event
 from stepspan.exporters.jsonl import JsonlExporter
-from stepspan.journal.cursor import Position
-from stepspan.journal.layout import SessionPath, find_sessions
-from stepspan.journal.liveness import Closed, read_closed
-from stepspan.journal.reader import JournalReader, last_event
+from stepspan.journal.layout import find_sessions
 from stepspan.journal.writer import Limits
-from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Log, Point, Record, Signal, Span
+from stepspan.reading.sessions import Session, read_session
 from stepspan.run import Run
 from stepspan.start import start_run
 
@@ -70,20 +66,6 @@ class FixedClock:
         self.now += round(seconds * 1e9)
 
 
-@dataclass(frozen=True, slots=True)
-class Session:
-    """One session of a recording; `closed` is None while it is open."""
-
-    header: Event
-    events: list[Event]
-    closed: Closed | None
-
-    def records(self, signal: Signal) -> list[Record]:
-        """The events as records, with those of the session's end once it has ended."""
-        fold = mapper(signal, self.header)
-        return [*fold.map(self.events), *(fold.finish(self.closed) if self.closed else ())]
-
-
 class Recording:
     """A run and what it has recorded, by now or, after its `with` block, in all. Forked children's sessions follow."""
 
@@ -96,7 +78,9 @@ class Recording:
         """The sessions in the order in which they began."""
         if self._sessions is not None:
             return self._sessions
-        return sorted(map(_read, find_sessions(self._directory)), key=lambda session: int(session.header["started"]))
+        return sorted(
+            map(read_session, find_sessions(self._directory)), key=lambda session: int(session.header["started"])
+        )
 
     def events(self, tag: str | None = None) -> list[Event]:
         """The journal's events, `stepspan.events.FIELDS` says of what; only those of `tag`, if given."""
@@ -150,18 +134,3 @@ def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterat
                 yield recording
         finally:
             recording._sessions = recording.sessions()
-
-
-def _read(path: SessionPath) -> Session:
-    reader = JournalReader(path)
-    try:
-        closed = read_closed(path.path)
-        end = closed or Closed(*last_event(path), "")
-        events: list[Event] = []
-        batch = reader.read(Position(), size=1 << 20, closed=end)
-        while batch.events:
-            events += batch.events
-            batch = reader.read(batch.position, size=1 << 20, closed=end)
-        return Session(reader.header, events, closed)
-    finally:
-        reader.close()

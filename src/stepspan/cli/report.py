@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.text import Text
 
 from stepspan.cli.describe import pairs, printable, short
-from stepspan.cli.summary import summarise
 from stepspan.cli.table import print_table, shortened
+from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
+from stepspan.reading.runs import summarise
 from stepspan.values import format_seconds, json_value
 
 MOST_SESSIONS, MOST_METRICS, MOST_LINES = 24, 40, 8
@@ -29,7 +30,7 @@ Row = Sequence[str]
 
 def show_report(path: Path, *, as_json: bool, state_directory: Path | None) -> int:
     """Print a page for each run at or below `path`. The exit code."""
-    jobs = summarise(find_sessions(path), state_directory)
+    jobs = summarise(find_sessions(path), boot_id=host_facts().boot_id, state_directory=state_directory)
     if not jobs:
         print(f"stepspan report: no journal at or below {path}", file=sys.stderr)
         return 2
