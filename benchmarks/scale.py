@@ -305,25 +305,21 @@ def sizes(place: Path) -> None:
 def batches(session: Any, steps: int) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The points of a session, `steps` steps at a time; 0: as many as a deliverer that catches up puts together."""
     from stepspan.deliver.task import BATCH
-    from stepspan.journal.cursor import Position
-    from stepspan.journal.liveness import read_closed
-    from stepspan.journal.reader import JournalReader
     from stepspan.mapping.mapper import mapper
+    from stepspan.reading.sessions import SessionReader
 
-    reader, closed, position = JournalReader(session), read_closed(session.path), Position()
-    fold = mapper("metrics", reader.header)
-    waiting: list[Any] = []
-    while (batch := reader.read(position, size=BATCH, closed=closed)).events:
-        position = batch.position
-        if not steps:
-            yield reader.header["resource"], fold.map(batch.events)
-            continue
-        for event in batch.events:
-            waiting.append(event)
-            if event["tag"] == "step_end" and sum(e["tag"] == "step_end" for e in waiting) == steps:
-                yield reader.header["resource"], fold.map(waiting)
-                waiting = []
-    reader.close()
+    with SessionReader(session) as reader:
+        fold = mapper("metrics", reader.header)
+        waiting: list[Any] = []
+        for batch in reader.batches(size=BATCH):
+            if not steps:
+                yield reader.header["resource"], fold.map(batch.events)
+                continue
+            for event in batch.events:
+                waiting.append(event)
+                if event["tag"] == "step_end" and sum(e["tag"] == "step_end" for e in waiting) == steps:
+                    yield reader.header["resource"], fold.map(waiting)
+                    waiting = []
 
 
 def main() -> None:

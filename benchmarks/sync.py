@@ -196,22 +196,17 @@ def official_exporters(task: dict[str, Any]) -> dict[str, Any]:
 def batches(session: SessionPath, signal: Signal) -> Iterator[tuple[Any, Sequence[Record]]]:
     """The records of a journal as delivery would send them, request by request."""
     from stepspan.deliver.task import BATCH
-    from stepspan.journal.cursor import Position
-    from stepspan.journal.liveness import read_closed
-    from stepspan.journal.reader import JournalReader
     from stepspan.mapping.mapper import mapper
+    from stepspan.reading.sessions import SessionReader
 
-    reader, closed, position = JournalReader(session), read_closed(session.path), Position()
-    fold = mapper(signal, reader.header)
-    while True:
-        batch = reader.read(position, size=BATCH, closed=closed)
-        records = fold.map(batch.events)
-        if batch.at_end:
-            assert closed is not None
-            yield reader.header["resource"], [*records, *fold.finish(closed)]
-            return
-        yield reader.header["resource"], records
-        position = batch.position
+    with SessionReader(session) as reader:
+        assert reader.closed is not None
+        fold = mapper(signal, reader.header)
+        for batch in reader.batches(size=BATCH):
+            records = fold.map(batch.events)
+            if batch.at_end:
+                records = [*records, *fold.finish(reader.closed)]
+            yield reader.header["resource"], records
 
 
 # --- the rounds

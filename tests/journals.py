@@ -21,6 +21,7 @@ from stepspan.journal.layout import SessionPath, segment_name, session_name
 from stepspan.journal.liveness import Closed
 from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.journal.writer import Disk, JournalWriter, Limits
+from stepspan.reading.sessions import read_batches
 
 NOON = 1_795_262_400_000_000_000  # 2026-11-21 12:00:00 UTC
 SECOND, MILLISECOND = 1_000_000_000, 1_000_000
@@ -119,14 +120,9 @@ def logged(events: Iterable[Event]) -> list[int]:
 
 def batches(reader: JournalReader, *, size: int = 1 << 18, closed: Closed | None = None) -> Iterator[EventBatch]:
     """All batches of a session, up to its end."""
-    position = Position()
-    while True:
-        batch = reader.read(position, size=size, closed=closed)
+    for batch in read_batches(reader, Position(), closed=closed, size=size):
         yield batch
-        if batch.at_end:
-            return
-        assert batch.position != position, "no progress"
-        position = batch.position
+    assert batch.at_end, "no progress"
 
 
 class Scope:

@@ -7,19 +7,19 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import pytest
+from journals import assert_ordered, lines, session_of
 
 import stepspan
-from stepspan.events import Event, decode
+from stepspan.events import Event
 from stepspan.identity import LAUNCHERS
-from stepspan.journal.layout import SessionPath, find_sessions, segment_name
+from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
-from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Span
+from stepspan.reading.sessions import read_session
 from stepspan.run import Run
 
 _LAUNCHERS = ("STEPSPAN_", "OTEL_", "SLURM_", "OMPI_", "PMI", "TORCHELASTIC_", "RAY_", *(row.mark for row in LAUNCHERS))
@@ -81,16 +81,8 @@ def path_of(run: Run) -> Path:
 
 def events(where: Run | Path, *tags: str) -> list[Event]:
     """The lines of a session, the header first; with `tags` only those. `seq` has no hole."""
-    path = where if isinstance(where, Path) else path_of(where)
-    session = SessionPath.of(path)
-    assert session is not None
-    found = []
-    for number in session.segments():
-        raw = (path / segment_name(number)).read_bytes()
-        assert raw.endswith(b"\n")
-        found += [decode(line) for line in raw[:-1].split(b"\n")]
-    assert [event["seq"] for event in found] == list(range(1, len(found) + 1))
-    assert all(earlier["ts"] < later["ts"] for earlier, later in pairwise(found))
+    found = lines(where if isinstance(where, Path) else path_of(where))
+    assert_ordered(found)
     return [event for event in found if not tags or event["tag"] in tags]
 
 
@@ -128,12 +120,10 @@ def status_of(path: Path) -> str | None:
 
 def all_spans(path: Path) -> list[Span]:
     """What the mapping makes of a closed session's scopes, in the order of their ends."""
-    closed = read_closed(path)
-    assert closed is not None
-    lines = events(path)
-    traces = mapper("traces", lines[0])
-    found: list[Any] = [*traces.map(lines), *traces.finish(closed)]
-    return found
+    session = read_session(session_of(path))
+    assert session.closed is not None
+    assert session.events == events(path)
+    return cast("list[Span]", session.records("traces"))
 
 
 def spans(where: Run | Path) -> dict[str, Span]:
