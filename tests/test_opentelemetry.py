@@ -745,7 +745,7 @@ def test_what_is_logged_while_the_journal_is_opened_does_not_open_it_again(
 def test_an_exporter_waits_only_so_long_for_a_thread_that_opens_the_journal(
     start: Start, tmp_path: Path, collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporters, "PATIENCE", 0.01)
+    monkeypatch.setattr(exporters, "OPEN_TIMEOUT_S", 0.01)
     exporter = JsonlSpanExporter(tmp_path / "here")
     with exporter._shared.lock:
         assert exporter.export(collected.spans) is SpanExportResult.FAILURE
