@@ -225,7 +225,7 @@ def drain(options: argparse.Namespace, chain: Chain) -> None:
 
 def queries(options: argparse.Namespace, chain: Chain) -> None:
     """Every query of the dashboards, as Grafana asks it for all ranks."""
-    import grafana
+    from harness import grafana
 
     span = min(900, options.history + 120)
     values = {"job": JOB, "rank": ".*", "split": ".*", "slower": "0s", "range": str(span)}
@@ -238,7 +238,7 @@ def queries(options: argparse.Namespace, chain: Chain) -> None:
 
 
 def ask(options: argparse.Namespace, chain: Chain, values: dict[str, str], span: int) -> None:
-    import grafana
+    from harness import grafana
 
     rows: list[tuple[float, float, str]] = []
     for name in grafana.NAMES:
@@ -352,7 +352,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> None:
     import psutil
-    from stack import StackCollector, StackPrometheus
+    from harness.stack import StackCollector, StackPrometheus
 
     prometheus = StackPrometheus(place / "prometheus")
     gateway = StackCollector(

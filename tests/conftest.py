@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import stack
-from stack import Collector, Loki, Prometheus, Tempo
+from harness import stack
+from harness.stack import Collector, Loki, Prometheus, Tempo
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would ignore it as well
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
-import runs
 import yaml
-from processes import Ranks, until
-from stack import CONFIGS, Collector, Prometheus, StackCollector, binary
+from harness import processes, runs
+from harness.processes import Ranks, until
+from harness.stack import CONFIGS, Collector, Prometheus, StackCollector, binary
 
 from stepspan.config import load
 from stepspan.journal.layout import find_sessions

@@ -8,11 +8,11 @@ import threading
 import time
 from contextlib import closing
 
-import processes
 import pytest
-from delivery import OK, Scripted, Training, assert_true, copy, everything, trained
-from processes import until
-from receiver import Answer, ScriptedReceiver
+from harness import processes
+from harness.delivery import OK, Scripted, Training, assert_true, copy, everything, trained
+from harness.processes import until
+from harness.receiver import Answer, ScriptedReceiver
 
 from stepspan.deliver import deliverer as deliverers
 from stepspan.deliver import process

@@ -6,13 +6,13 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-import processes
 import pytest
 import requests
-from delivery import DAY, Training, assert_true
-from journals import NOON, SECOND
-from processes import until
-from stack import Collector
+from harness import processes
+from harness.delivery import DAY, Training, assert_true
+from harness.journals import NOON, SECOND
+from harness.processes import until
+from harness.stack import Collector
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import cursors

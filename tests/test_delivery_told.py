@@ -8,11 +8,11 @@ import site
 from pathlib import Path
 from types import SimpleNamespace
 
-import processes
 import pytest
-from processes import until
-from receiver import CERTIFICATE, Answer, ScriptedReceiver
-from runs import python, start
+from harness import processes
+from harness.processes import until
+from harness.receiver import CERTIFICATE, Answer, ScriptedReceiver
+from harness.runs import python, start
 
 import stepspan
 from stepspan.deliver import delivery, process

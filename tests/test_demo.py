@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from receiver import ScriptedReceiver
+from harness.receiver import ScriptedReceiver
 
 
 def demo(*arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:

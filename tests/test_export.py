@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from delivery import Training
-from processes import until
-from runs import command, is_ours
-from stack import Collector
+from harness.delivery import Training
+from harness.processes import until
+from harness.runs import command, is_ours
+from harness.stack import Collector
 from test_opentelemetry import user_span
 
 LONGEST = 1 << 20

@@ -7,7 +7,9 @@ import math
 import time
 
 import pytest
-from delivery import Training, deliver, everything, options, trained
+from harness.delivery import Training, deliver, everything, options, trained
+from harness.receiver import Answer, ScriptedReceiver
+from harness.runs import start
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -16,8 +18,6 @@ from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from receiver import Answer, ScriptedReceiver
-from runs import start
 
 import stepspan
 from stepspan.deliver.delivery import ThreadDelivery

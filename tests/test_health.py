@@ -11,14 +11,14 @@ import time
 from contextlib import closing
 from itertools import pairwise
 
-import processes
 import pytest
-from delivery import NOON, OK, SECOND, Scripted, Time, Training, options, ship, trained
-from journals import metrics, open_writer
-from processes import until
-from received import attributes, points
-from receiver import ScriptedReceiver
-from runs import is_ours
+from harness import processes
+from harness.delivery import NOON, OK, SECOND, Scripted, Time, Training, options, ship, trained
+from harness.journals import metrics, open_writer
+from harness.processes import until
+from harness.received import attributes, points
+from harness.receiver import ScriptedReceiver
+from harness.runs import is_ours
 
 from stepspan.deliver import health as healths
 from stepspan.deliver.deliverer import Deliverer, caught_up

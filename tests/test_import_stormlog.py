@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import until
-from receiver import ScriptedReceiver
-from stack import Collector, Prometheus
+from harness.processes import until
+from harness.receiver import ScriptedReceiver
+from harness.stack import Collector, Prometheus
 
 from stepspan.compat.importing import write_session
 from stepspan.compat.stormlog.reader import detect, read

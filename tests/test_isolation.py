@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from delivery import OK
+from harness.delivery import OK
 
 from stepspan.deliver.isolation import ROW, Isolation
 from stepspan.otlp.outcome import Outcome, Verdict

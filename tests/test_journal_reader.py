@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from journals import (
+from harness.journals import (
     MILLISECOND,
     NOON,
     ROOMY,
@@ -32,6 +30,8 @@ from journals import (
     open_writer,
     session_of,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from stepspan.errors import Damaged, NewerSchema
 from stepspan.events import Event, encode
@@ -436,7 +436,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from journals import ROOMY, header, metrics
+from harness.journals import ROOMY, header, metrics
 from dataclasses import replace
 from itertools import count, cycle
 from stepspan.journal.writer import JournalWriter

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from journals import (
+from harness.journals import (
     NOON,
     ROOMY,
     SECOND,

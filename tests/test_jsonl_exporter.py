@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from journals import (
+from harness.journals import (
     NOON,
     ROOMY,
     FaultyDisk,

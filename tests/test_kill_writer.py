@@ -21,7 +21,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from journals import SECOND, batches, logged
+from harness.journals import SECOND, batches, logged
 
 import stepspan
 from stepspan.journal.layout import SessionPath, find_sessions

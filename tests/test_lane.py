@@ -9,7 +9,7 @@ from pathlib import Path
 
 import orjson
 import pytest
-from delivery import (
+from harness.delivery import (
     OK,
     Scripted,
     Time,
@@ -22,7 +22,7 @@ from delivery import (
     plain,
     trained,
 )
-from journals import NOON, SECOND, header, lay_down, metrics
+from harness.journals import NOON, SECOND, header, lay_down, metrics
 
 from stepspan.deliver import task as tasks
 from stepspan.deliver.task import HOLD_LONGEST, PATIENCE, DeliveryTask

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import orjson
 import pytest
-from delivery import OK, Scripted, Training, assert_true, deliver, options, plain, trained
-from receiver import HANG, Answer, ScriptedReceiver
+from harness.delivery import OK, Scripted, Training, assert_true, deliver, options, plain, trained
+from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver import dead_letters
 from stepspan.deliver.dead_letters import append, resend

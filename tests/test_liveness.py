@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from journals import ROOMY, header, metrics, open_writer
+from harness.journals import ROOMY, header, metrics, open_writer
 
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal import liveness

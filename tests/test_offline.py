@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 from contextlib import closing
 
-import processes
 import pytest
-from processes import until
-from receiver import HANG, Answer, ScriptedReceiver
+from harness import processes
+from harness.processes import until
+from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import session_ledger

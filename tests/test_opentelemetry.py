@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from delivery import Scripted, Training, deliver, options
-from events_of import SessionEvents
+from harness import runs
+from harness.delivery import Scripted, Training, deliver, options
+from harness.events_of import SessionEvents
+from harness.receiver import Answer, ScriptedReceiver
+from harness.runs import command, events, python, sessions
+from harness.stack import Prometheus
 from opentelemetry import trace
 from opentelemetry._logs import SeverityNumber
 from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
@@ -26,9 +29,6 @@ from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
-from receiver import Answer, ScriptedReceiver
-from runs import command, events, python, sessions
-from stack import Prometheus
 
 from stepspan.exporters._sdk_objects import log_records, metrics_data, readable_spans
 from stepspan.integrations.opentelemetry import (

@@ -15,8 +15,8 @@ from typing import Any
 
 import psutil
 import pytest
-import runs
-from scripted_nvml import GPU, ScriptedNvml
+from harness import runs
+from harness.scripted_nvml import GPU, ScriptedNvml
 
 import stepspan
 from stepspan.errors import ConfigError

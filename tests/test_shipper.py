@@ -6,8 +6,8 @@ import shutil
 from collections import defaultdict
 
 import pytest
-from delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, ship, trained
-from journals import NOON, SECOND, header, lay_down, metrics
+from harness.delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, ship, trained
+from harness.journals import NOON, SECOND, header, lay_down, metrics
 
 from stepspan.deliver.scheduler import AHEAD, LONGEST_REST, RESCAN, REST, TRY_AGAIN, Scheduler
 from stepspan.events import encode

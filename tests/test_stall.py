@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from runs import events, is_ours, python, sessions, spans
+from harness import runs
+from harness.runs import events, is_ours, python, sessions, spans
 
 from stepspan.events import Event
 from stepspan.mapping.mapper import mapper

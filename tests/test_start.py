@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-from receiver import ScriptedReceiver
-from runs import events, outline, path_of, python, sessions, status_of
+from harness import runs
+from harness.receiver import ScriptedReceiver
+from harness.runs import events, outline, path_of, python, sessions, status_of
 
 import stepspan
 from stepspan.journal.layout import find_sessions

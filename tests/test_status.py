@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from delivery import Scripted, deliver, options, trained
+from harness.delivery import Scripted, deliver, options, trained
 from rich.console import Console
 
 from stepspan.cli.status import ledger_table

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from delivery import SECOND, Scripted, Training, deliver, options, trained
-from journals import header, lay_down
-from processes import until
+from harness.delivery import SECOND, Scripted, Training, deliver, options, trained
+from harness.journals import header, lay_down
+from harness.processes import until
 from rich.console import Console
 
 from stepspan.cli import tail as tails

@@ -13,7 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from runs import is_ours
+
+from harness.runs import is_ours
 
 RANK = """
 import os, sys, time

@@ -35,14 +35,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-import remote_read
 import requests
 import yaml
+
+from harness import remote_read
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CONFIGS = Path(__file__).parent.parent / "collector-config"
+CONFIGS = Path(__file__).parents[2] / "collector-config"
 
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
@@ -57,7 +58,7 @@ def binary(name: str) -> Path:
     if ASKED_BY_UNMARKED:
         pytest.fail(f"needs {name} of the stack: mark it with `pytest.mark.stack`")
     root = os.environ.get("STEPSPAN_STACK")
-    path = (Path(root) if root else Path(__file__).parent.parent / ".stack").resolve() / name
+    path = (Path(root) if root else Path(__file__).parents[2] / ".stack").resolve() / name
     if not path.exists():
         reason = f"needs `make stack`: {path} is missing"
         required = os.environ.get("STEPSPAN_REQUIRE_STACK") == "1" and name != "loki"  # .ci/run may lack its time

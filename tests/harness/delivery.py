@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from journals import NOON, ROOMY, SECOND, header, session_of
-
+from harness.journals import NOON, ROOMY, SECOND, header, session_of
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import DeliveryTask, Options
 from stepspan.journal.layout import SessionPath
