@@ -17,11 +17,9 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanContext
 
 from stepspan.events import Event
-from stepspan.otlp.json import attributes_json, value_json
+from stepspan.otlp.json import any_value, key_values
+from stepspan.otlp.rules import HAS_IS_REMOTE, IS_REMOTE
 from stepspan.values import json_number
-
-HAS_IS_REMOTE, IS_REMOTE = 0x100, 0x200
-"""SpanFlags, as the official encoder writes them."""
 
 
 def span(one: ReadableSpan) -> Event:
@@ -39,13 +37,13 @@ def span(one: ReadableSpan) -> Event:
     if parent is not None:
         record["parentSpanId"] = f"{parent.span_id:016x}"
     if one.attributes:
-        record["attributes"] = attributes_json(one.attributes)
+        record["attributes"] = key_values(one.attributes)
     if one.events:
         record["events"] = [
             {
                 "timeUnixNano": str(event.timestamp),
                 "name": event.name,
-                "attributes": attributes_json(event.attributes or {}),
+                "attributes": key_values(event.attributes or {}),
                 **_dropped(event.dropped_attributes),
             }
             for event in one.events
@@ -54,7 +52,7 @@ def span(one: ReadableSpan) -> Event:
         record["links"] = [
             {
                 **_ids(link.context),
-                "attributes": attributes_json(link.attributes or {}),
+                "attributes": key_values(link.attributes or {}),
                 "flags": _remote(link.context),
                 **_dropped(link.dropped_attributes),
             }
@@ -85,9 +83,9 @@ def log(one: ReadWriteLogRecord | ReadableLogRecord) -> Event:
     if given.severity_text:
         record["severityText"] = given.severity_text
     if given.body is not None:
-        record["body"] = value_json(given.body)
+        record["body"] = any_value(given.body)
     if given.attributes:
-        record["attributes"] = attributes_json(given.attributes)
+        record["attributes"] = key_values(given.attributes)
     if given.event_name:
         record["eventName"] = given.event_name
     if given.trace_id:
@@ -165,7 +163,7 @@ def _point(point: Any) -> dict[str, Any]:
     if point.start_time_unix_nano:
         record["startTimeUnixNano"] = str(point.start_time_unix_nano)
     if point.attributes:
-        record["attributes"] = attributes_json(point.attributes)
+        record["attributes"] = key_values(point.attributes)
     if point.exemplars:
         record["exemplars"] = [_exemplar(exemplar) for exemplar in point.exemplars]
     return record
@@ -183,7 +181,7 @@ def _exemplar(exemplar: Any) -> dict[str, Any]:
     record = {"timeUnixNano": str(exemplar.time_unix_nano), **_number(exemplar.value)}
     if exemplar.trace_id:
         record.update(traceId=f"{exemplar.trace_id:032x}", spanId=f"{exemplar.span_id:016x}")
-    record["filteredAttributes"] = attributes_json(exemplar.filtered_attributes or {})
+    record["filteredAttributes"] = key_values(exemplar.filtered_attributes or {})
     return record
 
 
@@ -198,7 +196,7 @@ def _scope(scope: InstrumentationScope | None, schema_url: str | None = None) ->
     if scope.version:
         encoded["version"] = scope.version
     if scope.attributes:
-        encoded["attributes"] = attributes_json(scope.attributes)
+        encoded["attributes"] = key_values(scope.attributes)
     schema_url = schema_url or scope.schema_url
     return {"scope": encoded, "schema_url": schema_url} if schema_url else {"scope": encoded}
 
