@@ -16,7 +16,7 @@ from harness.stack import Collector, Prometheus
 from stepspan.compat.importing import write_session
 from stepspan.compat.stormlog.reader import detect, read
 from stepspan.deliver.deliverer import Deliverer, caught_up
-from stepspan.deliver.task import Options
+from stepspan.deliver.options import Options
 from stepspan.exporters.memory import MemoryExporter
 from stepspan.journal.layout import find_sessions
 

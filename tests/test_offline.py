@@ -12,7 +12,7 @@ from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import session_ledger
-from stepspan.deliver.task import Options
+from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions

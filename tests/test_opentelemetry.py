@@ -624,13 +624,13 @@ def test_an_old_data_point_is_held_like_one_of_ours(tmp_path: Path) -> None:
     training.emit("otel", signal="metrics", scope={}, record={"name": "m", "gauge": {"dataPoints": [point]}})
     session = training.die()
 
-    def opaque(records: Any) -> Outcome:
+    def reason_hidden(records: Any) -> Outcome:
         theirs = any(isinstance(record, SdkRecord) for record in records)
         return Outcome(Verdict.ISOLATE, "no", reason_hidden=True) if theirs else Outcome(Verdict.DELIVERED)
 
-    lane = deliver(session, Scripted(opaque), options())
-    assert lane.state.state == "hold"
-    assert lane.state.ledger.rejected == 0
+    task = deliver(session, Scripted(reason_hidden), options())
+    assert task.state.state == "hold"
+    assert task.state.ledger.rejected == 0
 
 
 @pytest.mark.stack

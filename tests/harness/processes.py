@@ -23,7 +23,7 @@ import stepspan
 from stepspan.deliver.delivery import ProcessDelivery
 
 directory, rank, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-ProcessDelivery.check = 0.05
+ProcessDelivery.check_interval_s = 0.05
 run = stepspan.start_run(directory=directory, job_id="job", rank=rank, local_rank=rank, world_size=2)
 step, closing = 0, time.monotonic()
 try:
