@@ -11,7 +11,7 @@ from contextlib import closing
 import pytest
 from harness import processes
 from harness.delivery import OK, Scripted, Training, assert_true, copy, everything, trained
-from harness.processes import until
+from harness.processes import under_load, until
 from harness.receiver import Answer, ScriptedReceiver
 
 from stepspan.deliver import deliverer as deliverers
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_the_run_and_not_the_delivery(ranks):
         rank = ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         (one,) = until(ranks.at_work)
         os.killpg(rank.pid, signal.SIGINT)
-        _, err = rank.communicate(timeout=20)
+        _, err = rank.communicate(timeout=under_load(20))
         assert rank.returncode == -signal.SIGINT
         assert "KeyboardInterrupt" in err
         assert ranks.at_work() == [one]

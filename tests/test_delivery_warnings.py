@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from harness import processes
-from harness.processes import until
+from harness.processes import under_load, until
 from harness.receiver import CERTIFICATE, Answer, ScriptedReceiver
 from harness.runs import python, start
 
@@ -123,7 +123,7 @@ def test_a_training_process_says_that_its_receiver_refuses_it(ranks: processes.R
 
         until(held)
         (ranks.directory / "stop").touch()
-        _, err = rank.communicate(timeout=30)
+        _, err = rank.communicate(timeout=under_load(30))
     assert "no token" in err
     assert err.count("cannot be delivered") == 1
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from harness.delivery import Training, deliver, everything, options, trained
+from harness.processes import until
 from harness.receiver import Answer, ScriptedReceiver
 from harness.runs import start
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
@@ -74,13 +75,6 @@ class Raising(SpanExporter):
 def journal():
     """A millisecond for each event: of several points in one only the last goes out."""
     return JsonlExporter("runs", clock=FixedClock(time.time_ns()))
-
-
-def until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
 
 
 # ---------------------------------------------------------------- memory

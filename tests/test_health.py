@@ -15,7 +15,7 @@ import pytest
 from harness import processes
 from harness.delivery import NOON, OK, SECOND, Scripted, Time, Training, options, run_to_end, trained
 from harness.journals import metrics, open_writer
-from harness.processes import until
+from harness.processes import under_load, until
 from harness.received import attributes, points
 from harness.receiver import ScriptedReceiver
 from harness.runs import is_ours
@@ -468,7 +468,7 @@ def sync(directory, receiver, *flags, **env):
 def test_sync_tells_nothing(tmp_path):
     trained(tmp_path, 3)
     with ScriptedReceiver() as receiver, sync(tmp_path, receiver) as process:
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=under_load(30)) == 0
         assert receiver.points("training.loss")
         assert receiver.health == []
 
@@ -479,7 +479,7 @@ def test_sync_follow_tells_when_it_ends(tmp_path, setting, told):
     with ScriptedReceiver() as receiver, sync(tmp_path, receiver, "--follow", STEPSPAN_HEALTH=setting) as process:
         until(lambda: list(tmp_path.rglob("*.logs")) and all_delivered(tmp_path))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=under_load(30)) == 0
         assert len(receiver.health) == told
 
 

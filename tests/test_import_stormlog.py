@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.processes import until
+from harness.processes import under_load, until
 from harness.receiver import ScriptedReceiver
 from harness.stack import Collector, Prometheus
 
@@ -213,7 +213,7 @@ def test_a_growing_sink_is_followed(tmp_path: Path):
             until(lambda: {p.time // SECOND - START // SECOND for p in receiver.points(allocated)} == set(range(6)), 30)
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=under_load(30))
         assert process.returncode == 0
 
 

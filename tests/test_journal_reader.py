@@ -30,6 +30,7 @@ from harness.journals import (
     open_writer,
     session_of,
 )
+from harness.processes import under_load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -456,7 +457,7 @@ def test_a_reader_beside_a_writer_at_full_speed_sees_every_line_once(tmp_path: P
     command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + under_load(20)
         while not (found := list(find_sessions(tmp_path))):
             assert time.monotonic() < deadline
         reader = JournalReader(found[0])

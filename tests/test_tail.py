@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from harness.delivery import SECOND, Scripted, Training, deliver, options, trained
 from harness.journals import header, lay_down
-from harness.processes import until
+from harness.processes import under_load, until
 from rich.console import Console
 
 from stepspan.cli import tail as tails
@@ -146,7 +146,7 @@ def test_following_ends_when_interrupted(tmp_path):
         training.end()
         assert process.stdout.readline().endswith("loss=2\n")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=under_load(20)) == 0
 
 
 def test_following_rests_between_two_looks(tmp_path, monkeypatch, capsys):

@@ -39,6 +39,7 @@ import requests
 import yaml
 
 from harness import remote_read
+from harness.processes import under_load
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -115,7 +116,7 @@ class Server:
                 env={**os.environ, **self._environment()},
             )
         try:
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + under_load(START_SECONDS)
             while not self._answers():
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{self.name} did not start:\n{self._log.read_text()[-4000:]}")
@@ -143,7 +144,7 @@ class Server:
             return
         self._process.send_signal(how)
         try:
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(under_load(STOP_SECONDS))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
