@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from stepspan.compat.importing import write_session
-from stepspan.compat.stormlog.reader import read
+from stepspan.compat.stormlog.reader import read_sessions
 from stepspan.stormlog import TelemetryEvent, load_telemetry_events, telemetry_event_to_dict
 
 MIB = 1 << 20
@@ -53,7 +53,7 @@ def main() -> None:
         lines = [json.dumps(telemetry_event_to_dict(sample(number, kind))) for number, kind in enumerate(kinds)]
         (sink / "segment-000001.jsonl").write_text("\n".join(lines) + "\n")
         print(f"{len(load_telemetry_events(sink))} events in the sink")
-        for session in read(sink):
+        for session in read_sessions(sink):
             journal, events = write_session(Path("stepspan-runs"), session)
             print(f"{events} events in {journal}")
     print("send it: stepspan sync stepspan-runs --endpoint http://localhost:4318")

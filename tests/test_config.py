@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import runs
-from harness.runs import events
+import runs
+from runs import events
 
 from stepspan import ConfigError
 from stepspan.config import Settings, load

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness.processes import under_load
-from harness.receiver import ScriptedReceiver
+from receiver import ScriptedReceiver
 
 
 def demo(*arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -20,7 +19,7 @@ def demo(*arguments: str, before: str = "", **variables: str) -> subprocess.Comp
         env={**env, "STEPSPAN_SAMPLERS": "none", **variables},
         capture_output=True,
         text=True,
-        timeout=under_load(120),
+        timeout=120,
         check=False,
     )
 

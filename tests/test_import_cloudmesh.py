@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import runs
-from harness.runs import events, is_ours, outline
-from harness.stack import Collector
+import runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import events, is_ours, outline
+from stack import Collector
 
 from stepspan import Telemetry
-from stepspan.compat.cloudmesh.reader import detect, read
+from stepspan.compat.cloudmesh.reader import detect, read_sessions
 from stepspan.compat.cloudmesh.records import instant, timestamp
-from stepspan.compat.importing import Imported, write_session
+from stepspan.compat.importing import ImportedSession, write_session
 from stepspan.journal.liveness import read_closed
 from stepspan.mapping.mapper import mapper
 from stepspan.testing import FixedClock
@@ -76,12 +76,12 @@ def database_of(*records: dict[str, Any], name: str = "telemetry.db") -> Path:
     return Path(name)
 
 
-def only(path: Path, **arguments: Any) -> Imported:
-    (imported,) = read(path, **arguments)
+def only(path: Path, **arguments: Any) -> ImportedSession:
+    (imported,) = read_sessions(path, **arguments)
     return imported
 
 
-def journal(imported: Imported, directory: str = "runs") -> Path:
+def journal(imported: ImportedSession, directory: str = "runs") -> Path:
     path, written = write_session(Path(directory), imported)
     assert written == len(events(path)) - 1
     return path
@@ -254,7 +254,7 @@ def test_ours_become_one_session_per_job_and_rank(backend: str, monkeypatch: pyt
             t.complete({"seconds": 1}, event="load")
             with suppress(ValueError), t.track():
                 raise ValueError("bad")
-    second, first = sessions = list(read(Path("shared")))
+    second, first = sessions = list(read_sessions(Path("shared")))
     about = [(s.job_id, s.rank, s.local_rank, s.world_size, s.status) for s in sessions]
     assert about == [("job", 1, 1, 2, "failed"), ("job", 0, 0, 2, "failed")]
     assert second.started < first.started
@@ -363,23 +363,25 @@ def test_a_torn_last_line_is_passed_over() -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        pytest.param({**RELEASED[0], "timestamp": "yesterday"}, "timestamp 'yesterday'", id="no time"),
+        pytest.param({**RELEASED[0], "timestamp": "yesterday"}, "timestamp='yesterday'", id="no time"),
         pytest.param({**RELEASED[0], "timestamp": "1960-01-01T00:00:00"}, "timestamp", id="before 1970"),
         pytest.param({**RELEASED[0], "timestamp": "0001-01-01T00:00:00"}, "timestamp", id="the year 1"),
         pytest.param({**RELEASED[0], "timestamp": [1]}, "timestamp", id="a list for a time"),
-        pytest.param({**RELEASED[0], "metrics": [1]}, "metrics is no object", id="metrics that are a list"),
-        pytest.param({**RELEASED[0], "system": "linux"}, "system is no object", id="a system that is a text"),
-        pytest.param({**RELEASED[0], "rank": -1}, "rank -1", id="a rank below 0"),
-        pytest.param({**RELEASED[0], "rank": "a"}, "rank 'a'", id="a rank that is a text"),
-        pytest.param({**RELEASED[0], "job_id": 3}, "job_id 3", id="a job that is a number"),
-        pytest.param("text", "not a JSON object", id="no object"),
-        pytest.param({"ts": 1.0, "step": 1, "metrics": {"loss": 1}}, "no record of cloudmesh's", id="another's row"),
+        pytest.param({**RELEASED[0], "metrics": [1]}, r"metrics=\[1\] is not an object", id="metrics that are a list"),
+        pytest.param(
+            {**RELEASED[0], "system": "linux"}, "system='linux' is not an object", id="a system that is a text"
+        ),
+        pytest.param({**RELEASED[0], "rank": -1}, "rank=-1", id="a rank below 0"),
+        pytest.param({**RELEASED[0], "rank": "a"}, "rank='a'", id="a rank that is a text"),
+        pytest.param({**RELEASED[0], "job_id": 3}, "job_id=3", id="a job that is a number"),
+        pytest.param("text", "must be an object", id="no object"),
+        pytest.param({"ts": 1.0, "step": 1, "metrics": {"loss": 1}}, "not a record of cloudmesh", id="another's row"),
     ],
 )
 def test_a_bad_line_is_named(bad: Any, said: str) -> None:
     path = log_of(RELEASED[0], bad, RELEASED[1])
     with pytest.raises(ValueError, match=f"telemetry.jsonl, line 2: .*{said}|line 2: {said}"):
-        list(read(path))
+        list(read_sessions(path))
 
 
 def test_a_bad_row_is_named() -> None:
@@ -387,14 +389,14 @@ def test_a_bad_row_is_named() -> None:
     with closing(sqlite3.connect(path)) as database, database:
         database.execute("UPDATE telemetry SET metrics = '{' WHERE id = 4")
     with pytest.raises(ValueError, match=r"telemetry\.db, row 4: metrics is not JSON"):
-        list(read(path))
+        list(read_sessions(path))
 
 
 def test_a_database_of_something_else_is_refused() -> None:
     with closing(sqlite3.connect("other.db")) as database:
         database.execute("CREATE TABLE points (x)")
     with pytest.raises(ValueError, match=r"other\.db: a database without cloudmesh's table telemetry"):
-        list(read(Path("other.db")))
+        list(read_sessions(Path("other.db")))
 
 
 JSON: st.SearchStrategy[Any] = st.recursive(
@@ -417,7 +419,7 @@ def test_any_file_is_read_or_refused(records: list[tuple[bool, dict[str, Any]]],
         assert told is None or told.startswith("a cloudmesh")
         sessions = []
         with suppress(ValueError):
-            sessions = list(read(path))
+            sessions = list(read_sessions(path))
         for session in sessions:
             written, _ = write_session(Path(directory, "runs"), session)
             lines = events(written)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from harness import runs
+import runs
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,7 +34,7 @@ def lay(path: Path, *rows: object, mtime: float | None = None) -> Path:
 
 def imported(path: Path, directory: Path, **arguments: object) -> list[dict]:
     """The one session's events without its header, written and read back."""
-    (session,) = reader.read(path, **arguments)
+    (session,) = reader.read_sessions(path, **arguments)
     written, _ = write_session(directory, session)
     return runs.events(written)[1:]
 
@@ -50,7 +50,7 @@ def metrics(events: list[dict]) -> list[tuple]:
 
 def refusal(path: Path) -> str:
     with pytest.raises(ValueError) as refused:  # noqa: PT011 # the text is what the test compares
-        list(reader.read(path))
+        list(reader.read_sessions(path))
     return str(refused.value)
 
 
@@ -108,7 +108,7 @@ def test_later_rows_stand_by_split_and_have_no_time(tmp_path):
 
 def test_every_row_without_a_time_becomes_a_point_of_its_own(tmp_path):
     path = lay(tmp_path / "metrics.jsonl", *({"step": n, "metrics": {"loss": float(n)}} for n in range(2000)))
-    (session,) = reader.read(path)
+    (session,) = reader.read_sessions(path)
     written, _ = write_session(tmp_path / "runs", session)
     header, *events = runs.events(written)
     mapped = mapper("metrics", header)
@@ -154,7 +154,7 @@ def test_the_conclusion_says_how_the_run_ended(tmp_path, conclusion, status):
     lay(tmp_path / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
     if conclusion is not None:
         (tmp_path / "conclusion.md").write_text(conclusion)
-    (session,) = reader.read(tmp_path)
+    (session,) = reader.read_sessions(tmp_path)
     written, _ = write_session(tmp_path / "runs", session)
     assert runs.events(written, "run_end")[0]["status"] == status
     closed = read_closed(written)
@@ -183,7 +183,7 @@ def test_values_that_are_no_numbers_are_left_out_and_told(tmp_path, caplog):
         (1.0, None, "train", {"a": 1.0}),
     ]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/metrics.jsonl: 2 values are no numbers, and were left out"
+        f"{tmp_path}/metrics.jsonl: 2 values are not numbers, and were left out"
     ]
 
 
@@ -196,7 +196,7 @@ def test_a_torn_last_line_is_dropped(tmp_path):
     ("line", "why"),
     [
         ('{"ts": 17{"ts": 5}\n', "not JSON"),
-        ("[1, 2]\n", "not a JSON object"),
+        ("[1, 2]\n", "must be an object, not [1, 2]"),
         ('{"ts": 5, "step": 1}\n', "not a row of evsys"),
         ('{"ts": 5, "metrics": {}}\n', "not a row of evsys"),
         ('{"ts": "yesterday", "step": 1, "metrics": {}}\n', "not a row of evsys"),
@@ -242,7 +242,7 @@ def test_any_content_ends_in_a_journal_or_a_value_error(tmp_path_factory, rows, 
     lay(place / "hyperparams.json", hyperparams)
     reader.detect(place)
     try:
-        sessions = list(reader.read(place))
+        sessions = list(reader.read_sessions(place))
     except ValueError:
         return
     for session in sessions:
@@ -257,18 +257,18 @@ def test_any_content_ends_in_a_journal_or_a_value_error(tmp_path_factory, rows, 
 
 def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path):
     lay(tmp_path / "arm0" / "logs" / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
-    first, second = (next(reader.read(tmp_path / "arm0")) for _ in range(2))
+    first, second = (next(reader.read_sessions(tmp_path / "arm0")) for _ in range(2))
     assert first.header() == second.header()
     assert first.job_id.startswith("arm0-")
     assert write_session(tmp_path / "runs", first)[1] == 3
     assert write_session(tmp_path / "runs", second)[1] == 0
-    assert next(reader.read(tmp_path / "arm0", job_id="mine")).job_id == "mine"
+    assert next(reader.read_sessions(tmp_path / "arm0", job_id="mine")).job_id == "mine"
 
 
 def test_runs_of_one_name_are_different_jobs(tmp_path):
     for experiment in "ab":
         lay(tmp_path / experiment / "arm0" / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
-    jobs = {next(reader.read(tmp_path / experiment / "arm0")).job_id for experiment in "ab"}
+    jobs = {next(reader.read_sessions(tmp_path / experiment / "arm0")).job_id for experiment in "ab"}
     assert len(jobs) == 2
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from harness.journals import (
+from journals import (
     ROOMY,
     FaultyDisk,
     HandClock,

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.journals import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from journals import (
     MILLISECOND,
     NOON,
     ROOMY,
@@ -30,9 +32,6 @@ from harness.journals import (
     open_writer,
     session_of,
 )
-from harness.processes import under_load
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from stepspan.errors import Damaged, NewerSchema
 from stepspan.events import Event, encode
@@ -437,7 +436,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from harness.journals import ROOMY, header, metrics
+from journals import ROOMY, header, metrics
 from dataclasses import replace
 from itertools import count, cycle
 from stepspan.journal.writer import JournalWriter
@@ -457,7 +456,7 @@ def test_a_reader_beside_a_writer_at_full_speed_sees_every_line_once(tmp_path: P
     command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + under_load(20)
+        deadline = time.monotonic() + 20
         while not (found := list(find_sessions(tmp_path))):
             assert time.monotonic() < deadline
         reader = JournalReader(found[0])

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import requests
-from harness.stack import Collector, Prometheus
+from stack import Collector, Prometheus
 
 pytestmark = pytest.mark.stack
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from harness.runs import is_ours, python
-from harness.stack import Collector
+from runs import is_ours, python
+from stack import Collector
 
 import stepspan
 from stepspan import ConfigError, Telemetry
@@ -526,7 +526,7 @@ def test_a_backend_that_fails_does_not_take_the_others_down(caplog: pytest.LogCa
     assert [record["status"] for record in kept.records] == ["a", "b"]
     assert t.stats() == {"records": 2, "warnings": {"Broken": 2}}
     assert [r.getMessage() for r in caplog.records] == [
-        f"telemetry of {t.command_name}: Broken: OSError('no room') (told once; stats() counts)"
+        f"telemetry of {t.command_name}: Broken: OSError('no room') (logged once; stats() counts)"
     ]
 
 
@@ -608,7 +608,7 @@ def test_a_task_that_is_cancelled_does_not_take_its_record_with_it() -> None:
 def test_too_much_for_a_slow_place_is_counted() -> None:
     slow = Slow()
     t = Telemetry(backend=slow)
-    t._writing._most = 3
+    t._writing._limit = 3
 
     async def main() -> None:
         for n in range(5):

@@ -1,7 +1,7 @@
-"""qmlhc callbacks: `RunCallback(run)` beside or instead of `TelemetryLogger("telemetry.jsonl")`."""
+"""qmlhc callbacks: `RunCallback(run)` next to, or instead of, `TelemetryLogger("telemetry.jsonl")`."""
 
 from __future__ import annotations
 
-from stepspan.compat.qmlhc import Callback, CallbackList, MemoryLogger, RunCallback, TelemetryLogger
+from stepspan.compat.qmlhc.callbacks import Callback, CallbackList, MemoryLogger, RunCallback, TelemetryLogger
 
 __all__ = ["Callback", "CallbackList", "MemoryLogger", "RunCallback", "TelemetryLogger"]

@@ -10,6 +10,8 @@ StepspanError
 
 from __future__ import annotations
 
+MAX_REPR_CHARS = 120
+
 
 class StepspanError(Exception):
     """The root of the tree."""
@@ -22,8 +24,7 @@ class ConfigError(StepspanError, ValueError):
         self.field = field
         self.value = value
         self.fix = fix
-        shown = repr(value)
-        super().__init__(f"{field}={shown if len(shown) <= 120 else shown[:117] + '...'}: {fix}")
+        super().__init__(f"{field}={short_repr(value)}: {fix}")
 
 
 class JournalError(StepspanError):
@@ -55,3 +56,12 @@ class RecordError(StepspanError, ValueError):
     def at(self, where: str) -> RecordError:
         """The same error, found at `where`."""
         return RecordError(self.problem, *self.fields, where=where)
+
+
+def short_repr(value: object) -> str:
+    """A value as an error message shows it: its `repr`, cut at 120 characters. Never raises."""
+    try:
+        shown = repr(value)
+    except Exception as error:  # a user's object may fail in any way, and the error about it must not
+        shown = f"<{type(value).__name__}: {type(error).__name__} in __repr__>"
+    return shown if len(shown) <= MAX_REPR_CHARS else f"{shown[: MAX_REPR_CHARS - 3]}..."

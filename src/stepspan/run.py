@@ -28,7 +28,7 @@ from stepspan.values import error_fields, fields_of, json_value, to_text
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from stepspan.compat.evsys.runs import RunLogStore
+    from stepspan.compat.evsys.run_store import RunLogStore
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
 
@@ -222,7 +222,7 @@ class Run:
 
     def as_log_store(self) -> RunLogStore:
         """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""
-        from stepspan.compat.evsys.runs import RunLogStore
+        from stepspan.compat.evsys.run_store import RunLogStore
 
         return RunLogStore(self)
 
@@ -262,7 +262,7 @@ class Run:
             writer = self._journal.writer
             self.pipeline.close(to_text(status))
             self._tell_trouble()
-            self.delivery.close(writer.path if writer else None, CLOSE_WAIT)
+            self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)
         except Exception as error:
             self.warn_once("close", f"the run was not closed well: {error!r}")
 

@@ -18,7 +18,6 @@ from stepspan.compat.stormlog.fields import (
     SCHEMA_VERSION_V2,
     SCHEMA_VERSION_V3,
     SCHEMA_VERSION_V4,
-    RecordError,
 )
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
 from stepspan.compat.stormlog.load import load_telemetry_events, load_telemetry_sessions
@@ -29,6 +28,7 @@ from stepspan.compat.stormlog.projection import (
 )
 from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, SessionSummary
 from stepspan.compat.stormlog.validate import validate_telemetry_record
+from stepspan.errors import RecordError
 
 __all__ = [
     "SCHEMA_VERSION_LATEST",

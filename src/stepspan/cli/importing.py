@@ -14,10 +14,10 @@ from stepspan.errors import ConfigError, StepspanError
 READERS: Mapping[str, str] = {
     "stormlog": "stepspan.compat.stormlog.reader",
     "evsys": "stepspan.compat.evsys.reader",
-    "qmlhc": "stepspan.compat.qmlhc",
+    "qmlhc": "stepspan.compat.qmlhc.reader",
     "cloudmesh": "stepspan.compat.cloudmesh.reader",
 }
-"""System -> the module with its `detect` and `read`."""
+"""System -> the module with its `detect` and `read_sessions`."""
 
 
 def import_paths(paths: Sequence[Path], system: str, job_id: str | None, directory: Path) -> int:
@@ -28,7 +28,7 @@ def import_paths(paths: Sequence[Path], system: str, job_id: str | None, directo
     for path in paths:
         try:
             reader = _reader(path, system)
-            for imported in reader.read(path, job_id=job_id):
+            for imported in reader.read_sessions(path, job_id=job_id):
                 journal, events = write_session(directory, imported)
                 done = f"{events} events" if events else "imported before"
                 print(f"{imported.job_id} rank {imported.rank}: {done}: {journal}")

@@ -1,8 +1,10 @@
-"""Foreign files become journals: what every reader gives, and how it is written.
+"""Files of other systems become journals: what every reader gives, and how it is written.
 
-A reader turns a file into sessions of events with their original times. The journal's own writer writes them, so the
-result is delivered, shown and repeated like any other journal. A session's id is a hash of where it comes from, so
-importing twice gives the same lines and ids; what was imported whole is passed over.
+A reader turns a file into `ImportedSession`s, whose lines are events with their original times. The journal's own
+writer writes them, so the result is delivered, shown and repeated like any other journal. A session's id is a hash of
+where it comes from, so importing twice gives the same lines and ids, and what was imported to its end is skipped.
+
+An import that was cut short is written again from its beginning. The lines come out as before, so its cursors are kept.
 """
 
 from __future__ import annotations
@@ -19,73 +21,85 @@ from stepspan.journal.liveness import CLOSED, LOCK, read_closed
 from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.processors import Redact
 
+NS_PER_US = 1_000
+
 
 @dataclass(slots=True)
-class Mark:
-    """What a begin line leaves behind: an event inside it names `seq` as its `parent`, its end event passes it on."""
+class BeginLine:
+    """Where a begin event was written: events inside its scope have `seq` as their `parent`, its end as `begin`."""
 
     seq: int = 0
     ts: int = 0
 
 
-Line: TypeAlias = "tuple[int, Event, Mark | None]"
-"""Time (Unix ns), event, and the mark of a begin or end event."""
+Line: TypeAlias = "tuple[int, Event, BeginLine | None]"
+"""Time (Unix ns), event, and the begin line of a begin or end event, which the writer fills in and reads."""
+
+
+def event(tag: str, **fields: Any) -> Event:
+    """An event that is yet to be written: the writer fills in `ts`, `seq` and the `begin` of an end event."""
+    return {"ts": 0, "seq": 0, "tag": tag, **fields}
+
+
+def default_job_id(path: Path, name: str) -> str:
+    """The job id of a file that names none: `name` and 6 hex digits of the file's path."""
+    return f"{name}-{_digest(str(path.resolve()), size=3)}"
 
 
 @dataclass(slots=True)
-class Imported:
-    """One session of a foreign source.
-
-    `lines()` makes its events in the order of their times. It is a generator that is written as it goes, so a mark's
-    `seq` is known once the line after it is made.
-    """
+class ImportedSession:
+    """One session of another system's files: one process's part in one run."""
 
     system: str
     source: Path
     job_id: str
+    name: str
+    """Of the run's span."""
     started: int
-    """Unix ns."""
-    lines: Callable[[], Iterable[Line]]
+    """Unix ns, before the first line."""
+    ended: int | None
+    """Unix ns of the run's end, not before the last line; None where the run's end is not known."""
+    lines: Callable[[BeginLine], Iterable[Line]]
+    """Makes the events between the run's begin and end, by time, given the run's begin line. They are written while
+    this generator runs, so a begin line's `seq` is known once the next line is asked for."""
     key: str = ""
     """Tells this session from others of the same source."""
+    tags: tuple[str, ...] = ()
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
     host: str = "imported"
     pid: int = -1
     boot_id: str = ""
-    """Of the host where it goes on being imported; "" for a session that is imported whole."""
+    """Of the host where the import goes on; "" for a session that is imported in one go."""
     status: str = "completed"
-    """How it ended: completed, failed, or interrupted."""
+    """How the session ended: completed, failed, or interrupted."""
     resource: dict[str, Any] = field(default_factory=dict)
 
     @property
     def session(self) -> str:
         """Its id: 16 hex digits."""
-        parts = (self.system, str(self.source.resolve()), self.key, self.job_id, str(self.rank))
-        return _digest(*parts, size=8)
+        return _digest(self.system, str(self.source.resolve()), self.key, self.job_id, str(self.rank), size=8)
 
     def header(self) -> Event:
         """The header of its journal."""
-        return {
-            "ts": 0,
-            "seq": 0,
-            "tag": "header",
-            "schema": SCHEMA,
-            "session": self.session,
-            "run_key": _digest(self.system, self.job_id, size=16),
-            "job_id": self.job_id,
-            "rank": self.rank,
-            "local_rank": self.local_rank,
-            "world_size": self.world_size,
-            "role": "",
-            "attempt": [0, 0],
-            "launcher": f"import from {self.system}",
-            "started": self.started,
-            "pid": self.pid,
-            "host": self.host,
-            "boot_id": self.boot_id,
-            "resource": {
+        return event(
+            "header",
+            schema=SCHEMA,
+            session=self.session,
+            run_key=_digest(self.system, self.job_id, size=16),
+            job_id=self.job_id,
+            rank=self.rank,
+            local_rank=self.local_rank,
+            world_size=self.world_size,
+            role="",
+            attempt=[0, 0],
+            launcher=f"import from {self.system}",
+            started=self.started,
+            pid=self.pid,
+            host=self.host,
+            boot_id=self.boot_id,
+            resource={
                 "service.name": "training",
                 **self.resource,
                 "service.instance.id": f"{self.job_id}-{self.rank}",
@@ -97,44 +111,54 @@ class Imported:
                 "import.system": self.system,
                 "import.source": str(self.source),
             },
-        }
+        )
 
 
 class SessionImport:
-    """The journal of one imported session, while it is written. OSError where it can't be."""
+    """The journal of one imported session while it is written, the run's begin first. Raises OSError.
 
-    def __init__(self, directory: Path, imported: Imported) -> None:
-        place = directory / slug(imported.job_id) / slug(imported.host)
-        self.path = place / session_name(imported.rank, "", imported.session)
-        self.whole = read_closed(self.path) is not None
+    Call `write` with the lines as they become known, then `close`; neither where `complete` is true.
+    """
+
+    def __init__(self, directory: Path, imported: ImportedSession) -> None:
+        parent = directory / slug(imported.job_id) / slug(imported.host)
+        self.path = parent / session_name(imported.rank, "", imported.session)
+        self.complete = read_closed(self.path) is not None
         """It was imported before, to its end."""
-        if self.whole:
+        self.run = BeginLine()
+        self.written = 0
+        """How many events, without the header."""
+        if self.complete:
             return
         self._now = imported.started
         self._redact = Redact()
-        kept = self._clear()
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cursors = self._remove_partial()
+        parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         limits = Limits(session_bytes=1 << 62, free_bytes=0, free_ratio=0.0)
         header = self._redact(imported.header())
-        self._writer = JournalWriter(place, header, limits=limits, clock=lambda: self._now)
-        if kept is not None:
-            kept.rename(self.path / "cursors")
+        self._writer = JournalWriter(parent, header, limits=limits, clock=lambda: self._now)
+        if cursors is not None:
+            cursors.rename(self.path / "cursors")
+        about = {"name": imported.name, "group": None, "tags": list(imported.tags), "attempt": [0, 0]}
+        self.write([(imported.started, event("run_begin", parent=0, **about), self.run)])
 
-    def write(self, lines: Iterable[Line]) -> int:
-        """Write some; how many."""
+    def write(self, lines: Iterable[Line]) -> None:
+        """Write some lines."""
         before = self._writer.seq
-        for self._now, event, mark in lines:
-            self._writer.append(self._redact(event) if event["tag"] in self._redact.tags else event, mark)
+        for self._now, each, begin in lines:
+            self._writer.append(self._redact(each) if each["tag"] in self._redact.tags else each, begin)
         if self._writer.lost or self._writer.trouble is not None:
             raise self._writer.trouble or OSError(f"{self.path}: {self._writer.lost} events could not be written")
-        return self._writer.seq - before
+        self.written += self._writer.seq - before
 
-    def close(self, status: str) -> None:
-        """The end of the session."""
+    def close(self, status: str, ended: int | None) -> None:
+        """End the session, and the run at `ended` (Unix ns), if that is known."""
+        if ended is not None:
+            self.write([(ended, event("run_end", begin=0, status=status), self.run)])
         self._writer.close(status)
 
-    def _clear(self) -> Path | None:
-        """Make room for an import that was cut short. The lines come out as before, so its cursors still hold."""
+    def _remove_partial(self) -> Path | None:
+        """Make room for an import that was cut short; where its cursors were moved to, if it has any."""
         session = SessionPath.of(self.path)
         if session is None or not self.path.exists():
             return None
@@ -147,14 +171,26 @@ class SessionImport:
         return kept if kept.exists() else None
 
 
-def write_session(directory: Path, imported: Imported) -> tuple[Path, int]:
-    """Write one session below `directory`, whole; its path, and how many events were written. OSError."""
+def write_session(directory: Path, imported: ImportedSession) -> tuple[Path, int]:
+    """Write one session below a directory of journals.
+
+    Args:
+        directory: Where journals lie, as `start_run` takes it.
+        imported: What a reader's `read_sessions` gave.
+
+    Returns:
+        The path of the session's journal, and how many events were written: 0 where it was imported before.
+
+    Raises:
+        RecordError: The source is not as its system writes it.
+        OSError: The source cannot be read, or the journal not written.
+
+    """
     session = SessionImport(directory, imported)
-    if session.whole:
-        return session.path, 0
-    written = session.write(imported.lines())
-    session.close(imported.status)
-    return session.path, written
+    if not session.complete:
+        session.write(imported.lines(session.run))
+        session.close(imported.status, imported.ended)
+    return session.path, session.written
 
 
 def _digest(*parts: str, size: int) -> str:

@@ -1,4 +1,4 @@
-"""The environment as `resolve` reads it: blank is unset, and a launcher's nonsense is ignored with a warning."""
+"""The environment as `resolve` reads it: blank is unset, and a launcher's nonsense is told and passed over."""
 
 from __future__ import annotations
 
@@ -9,22 +9,17 @@ from typing import NamedTuple
 from stepspan.errors import ConfigError
 
 DIGITS = re.compile(r"[0-9]{1,10}")  # `int` would take `1_000` and the digits of every script
-MAX_COUNT = 2**31 - 1
-"""The largest rank, size or number of restarts."""
+LARGEST = 2**31 - 1  # of any rank or count
 
 
-class FoundCount(NamedTuple):
+class Number(NamedTuple):
     """A count, and where it came from."""
 
     value: int
     source: str
 
-    def error(self, field: str, fix: str) -> ConfigError:
-        """The error that this count is wrong for `field`, by the name it was given by."""
-        return ConfigError(field if self.source == "argument" else self.source, self.value, fix)
 
-
-class FoundText(NamedTuple):
+class Text(NamedTuple):
     """A text, and where it came from."""
 
     value: str
@@ -32,10 +27,7 @@ class FoundText(NamedTuple):
 
 
 class Variables:
-    """The environment. `warnings` collects what was ignored in it.
-
-    `names` below are one or more variables, separated by spaces; the first that is set counts.
-    """
+    """The environment. `names` is a list with spaces, of which the first that is set counts."""
 
     def __init__(self, env: Mapping[str, str]) -> None:
         self._env = env
@@ -46,22 +38,22 @@ class Variables:
         # Bytes that are not UTF-8 become `?`: neither JSON nor protobuf could carry them.
         return self._env.get(name, "").strip().encode("utf-8", "replace").decode()
 
-    def first_text(self, names: str) -> FoundText | None:
-        """The first of these variables that is set."""
-        return next((FoundText(value, name) for name in names.split() if (value := self.get(name))), None)
+    def text(self, names: str) -> Text | None:
+        """The first of some variables that is set."""
+        return next((Text(value, name) for name in names.split() if (value := self.get(name))), None)
 
-    def first_count(self, names: str) -> FoundCount | None:
-        """The first of these variables that is set; None, with a warning, if it is not a whole number."""
-        found = self.first_text(names)
-        if found and DIGITS.fullmatch(found.value) and int(found.value) <= MAX_COUNT:
-            return FoundCount(int(found.value), found.source)
+    def number(self, names: str) -> Number | None:
+        """The first of some variables that is set, if it is a whole number."""
+        found = self.text(names)
+        if found and DIGITS.fullmatch(found.value) and int(found.value) <= LARGEST:
+            return Number(int(found.value), found.source)
         if found:
             self.warnings.append(f"{found.source}={found.value!r} is not a whole number: ignored")
         return None
 
 
-def valid_text(field: str, value: object) -> str:
-    """The text that the user gave for this field. Raises `ConfigError` if it is none, blank, or not UTF-8."""
+def text_of(field: str, value: object) -> str:
+    """A text that somebody gave. Raises `ConfigError`."""
     if not isinstance(value, str) or not value.strip() or value != value.encode("utf-8", "replace").decode():
         raise ConfigError(field, value, "give a string that is not blank and can be written as UTF-8")
     return value

@@ -1,4 +1,4 @@
-"""The machine and the user: read once in a process, attached to each record. What cannot be read is None."""
+"""The machine and the user: read once per process, attached to each record. What cannot be read is None."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ CPU_MODEL = re.compile(r"^(?:model name|Hardware)\s*:\s*(.+)$", re.MULTILINE)
 def system() -> Mapping[str, Any]:
     """CPU model and count, total memory in bytes, GPU presence, model and count, host, platform, Python's version.
 
-    cloudmesh's own four keys are among them: cpu, gpu_present, gpu_model, memory_total. Never raises. Where GPUs sleep,
-    the driver may take seconds to answer, the first time.
+    cloudmesh's own four keys are among them: cpu, gpu_present, gpu_model, memory_total. Never raises. Where GPUs are
+    powered down, the driver may take seconds to answer, the first time.
     """
     gpus = gpu_models()
     return MappingProxyType(
@@ -51,7 +51,7 @@ def user() -> Mapping[str, Any]:
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
-    """The processor's name as the system tells it."""
+    """The processor's name as the system reports it; None where it does not."""
     try:
         found = CPU_MODEL.search(cpuinfo.read_text(errors="replace"))
     except OSError:
@@ -60,7 +60,7 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
 
 
 def memory_total() -> int | None:
-    """Bytes."""
+    """The machine's memory in bytes; None where it cannot be read."""
     try:
         import psutil
 
@@ -96,7 +96,7 @@ RESOURCE: Mapping[str, tuple[str, str]] = {
     "host.gpu.count": ("system", "gpu_count"),
     "user.name": ("user", "name"),
 }
-"""Resource attribute -> where a record has it."""
+"""Resource attribute -> the record's part and key."""
 
 
 def resource(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,15 +13,18 @@ from typing import Any
 
 import orjson
 
+from stepspan.compat.row_writer import open_append
 from stepspan.errors import ConfigError
 from stepspan.values import json_value
 
-SQLITE = b"SQLite format 3\0"
-SETTLE = 0.02  # seconds; more than a write takes
+SQLITE_MAGIC = b"SQLite format 3\0"
+SETTLE_S = 0.02
+"""More than a write takes."""
+FILE_MODE = 0o600
 
 
 def file_path(path: object, default: str) -> Path:
-    """Where a file is or will be. Raises `ConfigError` for what can't be one."""
+    """Where a file is or will be. Raises `ConfigError` for a path that cannot be a file."""
     mode = stat.S_IFREG
     try:
         found = Path(default if path is None else path).expanduser()  # type: ignore[arg-type]
@@ -30,10 +33,10 @@ def file_path(path: object, default: str) -> Path:
     except (TypeError, ValueError, RuntimeError, OSError) as error:
         raise ConfigError("path", path, f"name a file: {error}") from None
     if not stat.S_ISREG(mode):
-        raise ConfigError("path", str(path), "this is no file: name one, or one that does not exist yet")
-    above = next((parent for parent in found.absolute().parents if parent.exists()), None)
-    if above is not None and not above.is_dir():
-        raise ConfigError("path", str(path), f"{above} is a file: name a directory that files can go to")
+        raise ConfigError("path", str(path), "this is not a file: name one, or one that does not exist yet")
+    parent = next((parent for parent in found.absolute().parents if parent.exists()), None)
+    if parent is not None and not parent.is_dir():
+        raise ConfigError("path", str(path), f"{parent} is a file: name a directory that files can go to")
     return found
 
 
@@ -41,7 +44,7 @@ def is_database(path: Path) -> bool:
     """Whether a file is SQLite's."""
     try:
         with open(path, "rb") as file:
-            return file.read(len(SQLITE)) == SQLITE
+            return file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
     except OSError:
         return False
 
@@ -50,35 +53,26 @@ class JsonlBackend:
     """A line per record, appended with one `write(2)`: any number of threads and processes may write one file.
 
     The file is opened for each record, so it may be rotated. A line that a full disk, or a writer that died, cut in the
-    middle is ended before the next one. Needs no lock, so a signal handler may tell, too.
+    middle is ended before the next one. No lock is needed, so a signal handler may emit a record, too.
     """
 
     def __init__(self, path: object = None) -> None:
         self.path = file_path(path, "telemetry.jsonl")
         if is_database(self.path):
             raise ConfigError("path", str(path), 'this is a SQLite database: give backend="sqlite", or another path')
-        self._seen = False
+        self._ends_with_line = False
+        """Whether our own last line is known to be complete."""
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Append a record. Raises OSError."""
         line = orjson.dumps(json_value(record)) + b"\n"
-        if not self._seen:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-        fd = os.open(self.path, flags, 0o600)
-        try:
-            if not self._seen and _is_torn(fd):
+        with open_append(self.path, mode=FILE_MODE, flags=os.O_RDWR | getattr(os, "O_NONBLOCK", 0)) as fd:
+            if not self._ends_with_line and _is_torn(fd):
                 line = b"\n" + line
-            self._seen = False
-            rest = line[os.write(fd, line) :]
-            while rest:
-                rest = rest[os.write(fd, rest) :]
-            self._seen = True
-        finally:
-            os.close(fd)
-
-    def close(self) -> None:
-        """Nothing is open."""
+            self._ends_with_line = False
+            while line:
+                line = line[os.write(fd, line) :]
+            self._ends_with_line = True
 
 
 class TextBackend:
@@ -97,22 +91,16 @@ class TextBackend:
         if self.path is None:
             sys.stdout.write(text)
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8", errors="backslashreplace", opener=_private) as file:
-            file.write(text)
-
-    def close(self) -> None:
-        """Nothing is open."""
+        with open_append(self.path, mode=FILE_MODE) as fd:
+            data = text.encode(errors="backslashreplace")
+            while data:
+                data = data[os.write(fd, data) :]
 
 
 def _is_torn(fd: int) -> bool:
-    """Whether a file ends within a line, and nobody is just writing it: to others a write shows itself in parts."""
+    """Whether a file ends within a line, and nobody is just writing it: others see a write in parts."""
     size = os.fstat(fd).st_size
     if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
         return False
-    time.sleep(SETTLE)
+    time.sleep(SETTLE_S)
     return os.fstat(fd).st_size == size and os.pread(fd, 1, size - 1) != b"\n"
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

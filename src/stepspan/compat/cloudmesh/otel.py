@@ -23,11 +23,21 @@ if TYPE_CHECKING:
     from stepspan.run import Run
 
 PARAMETERS = frozenset({"self", "name", "status", "collective"})
-"""Names that a run's methods have for something else: as attributes they are called `telemetry.<name>`."""
+"""Names of arguments of a run's methods: as attributes they become `telemetry.<name>`."""
 
 
 class OtelBackend:
-    """Records as events of a run. `path` is the journal's directory, `endpoint` where a run of our own is sent."""
+    """Records as events of a run.
+
+    Args:
+        path: The directory of the journal of a run of its own.
+        endpoint: The OTLP endpoint of a run of its own.
+        job_id: The job id of a run of its own.
+
+    Raises:
+        ConfigError: `path` cannot be a directory.
+
+    """
 
     def __init__(self, path: object = None, *, endpoint: str | None = None, job_id: str | None = None) -> None:
         try:
@@ -39,56 +49,65 @@ class OtelBackend:
         self._endpoint = endpoint
         self._job_id = job_id
         self._own: Run | None = None
-        self._others: Run | None = None
-        """The last run that somebody else opened."""
+        self._shared: Run | None = None
+        """The last run that the program itself opened."""
         self._spans: dict[str, tuple[Scope, contextvars.Context | None]] = {}
 
     def emit(self, record: Mapping[str, Any], *, error: BaseException | None = None, inside: bool = False) -> None:
-        """Log a record. `inside`: its span is to hold what happens until its end. Raises `ConfigError`."""
+        """Log a record.
+
+        Args:
+            record: The record.
+            error: The exception that it is about.
+            inside: Whether its span holds what happens until the record of its end.
+
+        Raises:
+            ConfigError: A run of its own cannot be started.
+
+        """
         run = self._run(record)
-        told, values, span = milestone(record), numbers(record), record.get("span")
-        name, status, attributes = told or (span_name(record), None, {})
+        reported, values, span = milestone(record), numbers(record), record.get("span")
+        name, status, attributes = reported or (span_name(record), None, {})
         attributes = {f"telemetry.{key}" if key in PARAMETERS else key: value for key, value in attributes.items()}
         if values:
             run.log_metrics({key: float(value) for key, value in values.items()})
         if span is None:
             if error is not None:
                 run.log_error(error)
-            if told:
+            if reported:
                 run.log_event(name, status=status, **attributes)
             return
         if span in self._spans:
             scope, context = self._spans.pop(span)
-            _within(context, run.log_event, name, status=status, **attributes)
-            _within(context, scope.owner.end, scope, error, "failed" if has_failed(record) else None)
+            _call_in(context, run.log_event, name, status=status, **attributes)
+            _call_in(context, scope.owner.end, scope, error, "failed" if has_failed(record) else None)
             return
         scope = run.span(span_name(record), **attributes)
         if run is DISABLED:
             return
         context = None if inside else contextvars.copy_context()
         self._spans[span] = scope, context
-        _within(context, scope.__enter__)
-        _within(context, run.log_event, name, status=status, **attributes)
+        _call_in(context, scope.__enter__)
+        _call_in(context, run.log_event, name, status=status, **attributes)
 
     def close(self) -> None:
-        """Close the run, if it is our own."""
+        """Close the run, if it is its own."""
         if self._own is not None:
             self._own.close()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until the run is delivered."""
+        """Wait until the open run is delivered; False after `timeout` seconds."""
         return current_run().flush(timeout)
 
     def _run(self, record: Mapping[str, Any]) -> Run:
         run = current_run()
         if run is not DISABLED:
-            if run is not self._own and run is not self._others:
-                self._others = run
-                known: dict[str, Any] = {part: record.get(part) for part in ("system", "user")}
-                run.log_event("telemetry.context", **known)
+            if run is not self._own and run is not self._shared:
+                self._shared = run
+                run.log_event("telemetry.context", system=record.get("system"), user=record.get("user"))
             return run
-        if self._others is not None:
-            return self._others  # it has ended, and counts what comes late
+        if self._shared is not None:
+            return self._shared  # it has ended, and counts records that come after that
         if self._own is None:
             self._own = start_run(
                 name=str(record.get("command")),
@@ -100,8 +119,8 @@ class OtelBackend:
         return self._own
 
 
-def _within(context: contextvars.Context | None, function: Any, *args: Any, **kwargs: Any) -> None:
-    """Call in a context of its own, or here."""
+def _call_in(context: contextvars.Context | None, function: Any, *args: Any, **kwargs: Any) -> None:
+    """Call a function in a context, or in the caller's."""
     if context is None:
         function(*args, **kwargs)
     else:

@@ -1,4 +1,4 @@
-"""A record, in words: cloudmesh's own fields, and those that stepspan adds.
+"""A record: cloudmesh's own fields, and those that stepspan adds.
 
     {"timestamp": "2025-10-09T08:53:20.123456+00:00", "command": "train", "status": "completed",
      "metrics": {"accuracy": 0.92}, "message": "…",
@@ -18,8 +18,9 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from stepspan.compat.jsonl import nanoseconds, number
-from stepspan.values import json_number, json_value
+from stepspan.compat.rows import row_number, row_numbers, unix_ns
+from stepspan.errors import RecordError, short_repr
+from stepspan.values import json_number, json_value, to_float
 
 Record = dict[str, Any]
 
@@ -27,53 +28,53 @@ STARTED = frozenset({"started"})
 FAILED = frozenset({"failed", "failure", "error"})
 ENDED = FAILED | {"completed"}
 EDGE = re.compile(r"[_\-. :](?:start(?:ed)?|begin|end(?:ed)?|stop(?:ped)?|completed?|finish(?:ed)?|done|fail(?:ed)?)\Z")
+"""The end of an event's name that says which end of a span it is."""
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 MICROSECOND = timedelta(microseconds=1)
-LATEST = 1 << 63
+NS_PER_US = 1_000
+INT64_LIMIT = 1 << 63
 
 
 def timestamp(ns: int) -> str:
     """Unix ns as ISO 8601 in UTC, to the microsecond; texts sort as times do."""
-    return (EPOCH + ns // 1000 * MICROSECOND).isoformat(timespec="microseconds")
+    return (EPOCH + ns // NS_PER_US * MICROSECOND).isoformat(timespec="microseconds")
 
 
 def instant(value: Any) -> int | None:
-    """A timestamp as Unix ns: ISO 8601 (local time where it names no zone), or Unix seconds. None for none.
+    """A timestamp as Unix ns: ISO 8601 (local time where it names no zone), or Unix seconds; None for None.
 
-    Raises ValueError for what is no time, or one that Unix ns cannot tell.
+    Raises RecordError for what is not a time, or not one that 63 bits of nanoseconds can hold.
     """
     if value is None:
         return None
     if isinstance(value, str):
         try:
-            told = datetime.fromisoformat(f"{value[:-1]}+00:00" if value.endswith(("Z", "z")) else value)
-            ns = (told.astimezone(timezone.utc) - EPOCH) // MICROSECOND * 1000
+            time = datetime.fromisoformat(f"{value[:-1]}+00:00" if value.endswith(("Z", "z")) else value)
+            ns = (time.astimezone(timezone.utc) - EPOCH) // MICROSECOND * NS_PER_US
         except (ValueError, OverflowError, OSError) as error:
-            raise ValueError(f"timestamp {value!r:.80} is no time: {error}") from None
+            raise RecordError(f"timestamp={short_repr(value)} is not a time: {error}", "timestamp") from None
     else:
-        found = nanoseconds(value)
-        ns = -1 if found is None else found
-    if not 0 <= ns < LATEST:
-        raise ValueError(f"timestamp {value!r:.80} is no time")
+        seconds = unix_ns(value)
+        ns = -1 if seconds is None else seconds
+    if not 0 <= ns < INT64_LIMIT:
+        raise RecordError(f"timestamp={short_repr(value)} is not a time: give ISO 8601 or Unix seconds", "timestamp")
     return ns
 
 
 def measured(value: Any) -> bool | int | float | str | None:
-    """A number as JSON can hold it; None for what is none. Takes what has `__float__`: numpy's scalars, 0-d tensors."""
+    """A number as JSON can hold it, from whatever has `__float__` (numpy scalars, tensors); None for other values."""
     if isinstance(value, bool):
         return value
-    if type(value) is int and -LATEST <= value < LATEST:
+    if type(value) is int and -INT64_LIMIT <= value < INT64_LIMIT:
         return value
     if isinstance(value, (str, bytes)) or value is None:
         return None
-    try:
-        return json_number(float(value))
-    except Exception:  # a user's __float__ may raise anything
-        return None
+    number = to_float(value)
+    return None if number is None else json_number(number)
 
 
 def unfolded(metrics: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Metrics, of which `{"metric": name, "value": number}` is one."""
+    """Metrics by name: cloudmesh also writes a single one as `{"metric": name, "value": number}`."""
     found = dict(metrics)
     if "value" in found and isinstance(found.get("metric"), str):
         name = found.pop("metric")
@@ -83,40 +84,39 @@ def unfolded(metrics: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float | str]:
     """The points of a record: metric -> number as a journal's event holds it."""
-    values = {key: number(value) for key, value in unfolded(record.get("metrics") or {}).items()}
-    return {key: value for key, value in values.items() if value is not None}
+    return row_numbers(unfolded(record.get("metrics") or {}))
 
 
 def milestone(record: Mapping[str, Any]) -> tuple[str, str | None, dict[str, Any]] | None:
-    """What a record tells beside its numbers: name, status, attributes. None where it tells nothing.
+    """The event that a record reports in addition to its numbers: name, status, attributes; None where there is none.
 
-    The name is that of the event, or else the command's. Texts among the metrics are attributes.
+    The name is the event's, or else the command's. Texts among the metrics are attributes.
     """
-    texts = {key: value for key, value in unfolded(record.get("metrics") or {}).items() if number(value) is None}
-    about = {**texts, **(record.get("attributes") or {})}
+    texts = {key: value for key, value in unfolded(record.get("metrics") or {}).items() if row_number(value) is None}
+    attributes = {**texts, **(record.get("attributes") or {})}
     if record.get("message") is not None:
-        about["message"] = record["message"]
+        attributes["message"] = record["message"]
     event, status, command = record.get("event"), record.get("status"), record.get("command")
-    if event is None and status is None and not about:
+    if event is None and status is None and not attributes:
         return None
     if command is not None:
-        about["command"] = command
-    name = next((str(name) for name in (event, command) if name), "telemetry")
-    return name, None if status is None else str(status), json_value(about)
+        attributes["command"] = command
+    name = str(event or command or "telemetry")
+    return name, None if status is None else str(status), json_value(attributes)
 
 
 def span_name(record: Mapping[str, Any]) -> str:
-    """What begins and ends: "model_load" of "model_load_start" and "model_load_end", or else the command."""
+    """The span that a record begins or ends: "model_load" of "model_load_start", or else the command."""
     event = record.get("event")
     return (EDGE.sub("", str(event)) or str(event)) if event else str(record.get("command") or "telemetry")
 
 
 def edge(record: Mapping[str, Any]) -> str | None:
-    """Whether a record's status is that of a "begin" or of an "end"."""
+    """Whether a record's status is that of a span's "begin" or "end"; None for neither."""
     status = str(record.get("status")).lower()
     return "begin" if status in STARTED else "end" if status in ENDED else None
 
 
 def has_failed(record: Mapping[str, Any]) -> bool:
-    """Whether a record says so."""
+    """Whether a record's status is that of a failure."""
     return str(record.get("status")).lower() in FAILED

@@ -1,4 +1,4 @@
-"""The SQLite backend: cloudmesh's own table, with our columns at its end, and beside it every number by itself.
+"""The SQLite backend: cloudmesh's own table, with our columns at its end, and next to it every number by itself.
 
     telemetry (id, timestamp, command, status, metrics, system, message,
                event, attributes, span, user, job_id, rank, local_rank, world_size)
@@ -16,8 +16,8 @@ Metric X over time for run Y is one range of the primary key of `points`, and it
     SELECT DISTINCT metric FROM points WHERE job_id = 'Y';
     SELECT timestamp, event, status, message FROM telemetry WHERE job_id = 'Y' ORDER BY timestamp;
 
-WAL: readers never wait for a writer, and writers wait up to `BUSY` seconds for each other. A record is one transaction;
-it survives the process, not the power.
+WAL: readers never wait for a writer, and writers wait up to `BUSY_TIMEOUT_S` for each other. A record is one
+transaction; it survives the death of the process, but not a power failure.
 """
 
 from __future__ import annotations
@@ -34,25 +34,23 @@ from typing import Any
 
 import orjson
 
-from stepspan.compat.cloudmesh.files import SQLITE, file_path, is_database
+from stepspan.compat.cloudmesh.files import file_path, is_database
 from stepspan.compat.cloudmesh.records import instant, numbers
 from stepspan.errors import ConfigError
 from stepspan.values import json_value
 
-BUSY = 10.0
-RELEASED = ("timestamp", "command", "status", "metrics", "system", "message")
-OURS = {
-    "event": "TEXT", "attributes": "TEXT", "span": "TEXT", "user": "TEXT",
-    "job_id": "TEXT", "rank": "INTEGER", "local_rank": "INTEGER", "world_size": "INTEGER",
-}  # fmt: skip
-TEXTS = ("metrics", "system", "attributes", "user")
-"""Columns that hold JSON."""
-COLUMNS = (*RELEASED, *OURS)
+BUSY_TIMEOUT_S = 10.0
+COLUMNS = {
+    **dict.fromkeys(("timestamp", "command", "status", "metrics", "system", "message"), "TEXT"),
+    **dict.fromkeys(("event", "attributes", "span", "user", "job_id"), "TEXT"),
+    **dict.fromkeys(("rank", "local_rank", "world_size"), "INTEGER"),
+}
+"""Column -> its type: a release's six first, then those that stepspan adds."""
+JSON_COLUMNS = ("metrics", "system", "attributes", "user")
 INSERT = f"INSERT INTO telemetry ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+DEFINITIONS = ", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())
 SCHEMA = (
-    "CREATE TABLE IF NOT EXISTS telemetry (id INTEGER PRIMARY KEY AUTOINCREMENT, "
-    + ", ".join([*(f"{name} TEXT" for name in RELEASED), *(f"{name} {kind}" for name, kind in OURS.items())])
-    + ")",
+    f"CREATE TABLE IF NOT EXISTS telemetry (id INTEGER PRIMARY KEY AUTOINCREMENT, {DEFINITIONS})",
     """CREATE TABLE IF NOT EXISTS points (
         job_id TEXT NOT NULL, metric TEXT NOT NULL, ts INTEGER NOT NULL, rank INTEGER NOT NULL, value REAL,
         record INTEGER NOT NULL REFERENCES telemetry (id), PRIMARY KEY (job_id, metric, ts, rank, record)
@@ -62,8 +60,8 @@ INDEXES = (
     "CREATE INDEX IF NOT EXISTS telemetry_by_job ON telemetry (job_id, timestamp)",
     "CREATE INDEX IF NOT EXISTS telemetry_by_time ON telemetry (timestamp)",
 )
-_abandoned: list[sqlite3.Connection] = []
-"""A forked child may not even close its parent's connections."""
+_of_parents: list[sqlite3.Connection] = []
+"""Connections of a forked child's parent, which the child may not even close."""
 
 
 class SqliteBackend:
@@ -72,7 +70,7 @@ class SqliteBackend:
     def __init__(self, path: object = None) -> None:
         self.path = file_path(path, "telemetry.db")
         if self.path.exists() and self.path.stat().st_size and not is_database(self.path):
-            raise ConfigError("path", str(path), f"this is no SQLite database: it begins with no {SQLITE[:15]!r}")
+            raise ConfigError("path", str(path), "this is not a SQLite database: name another path, or a new file")
         self._lock = threading.RLock()
         self._pid = os.getpid()
         self._busy = False
@@ -82,7 +80,9 @@ class SqliteBackend:
 
     def emit(self, record: Mapping[str, Any]) -> None:
         """Insert a record and its points. Raises sqlite3.Error, OSError."""
-        texts = {key: orjson.dumps(json_value(record[key])).decode() for key in TEXTS if record.get(key) is not None}
+        texts = {
+            key: orjson.dumps(json_value(record[key])).decode() for key in JSON_COLUMNS if record.get(key) is not None
+        }
         row = [json_value(texts.get(name, record.get(name))) for name in COLUMNS]
         ts, job, rank = instant(record["timestamp"]), record["job_id"], record["rank"]
         values = [(job, json_value(key), ts, rank, float(value)) for key, value in numbers(record).items()]
@@ -90,7 +90,7 @@ class SqliteBackend:
             self._after_fork()
         with self._lock:
             self._pending.append((row, values))
-            if self._busy:  # this thread is in here already: a signal handler tells
+            if self._busy:  # this thread is in here already: a signal handler emits
                 return
             self._busy = True
             try:
@@ -109,7 +109,7 @@ class SqliteBackend:
     def _after_fork(self) -> None:
         if self._connection is not None:
             self._finalizer.detach()
-            _abandoned.append(self._connection)
+            _of_parents.append(self._connection)
         self._lock, self._pid, self._busy, self._connection = threading.RLock(), os.getpid(), False, None
         self._pending.clear()
 
@@ -128,7 +128,9 @@ class SqliteBackend:
         if self._connection is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))
-            connection = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            connection = sqlite3.connect(
+                self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
             try:
                 _prepare(connection)
             except BaseException:
@@ -141,7 +143,7 @@ class SqliteBackend:
 
 def _prepare(connection: sqlite3.Connection) -> None:
     """WAL, and whatever is missing of the schema. Several processes may be here at once."""
-    deadline = time.monotonic() + BUSY
+    deadline = time.monotonic() + BUSY_TIMEOUT_S
     while connection.execute("PRAGMA journal_mode").fetchone()[0] != "wal":
         try:
             if connection.execute("PRAGMA journal_mode = WAL").fetchone()[0] != "wal":
@@ -156,7 +158,7 @@ def _prepare(connection: sqlite3.Connection) -> None:
         for statement in SCHEMA:
             connection.execute(statement)
         known = {row[1] for row in connection.execute("PRAGMA table_info(telemetry)")}
-        for name, kind in {**dict.fromkeys(RELEASED, "TEXT"), **OURS}.items():
+        for name, kind in COLUMNS.items():
             if name not in known:
                 connection.execute(f"ALTER TABLE telemetry ADD COLUMN {name} {kind}")
         for statement in INDEXES:

@@ -7,9 +7,9 @@
     t.emit(metrics={"tokens_per_sec": 45.2, "gpu_util": 88}, status="completed")
     t.emit(event="model_load_start", status="started")
 
-`stepspan.compat.cloudmesh.records` says what a record holds, `.sqlite` how a database is asked. Nothing here raises
-into the caller but the constructor, on wrong arguments. CLOUDMESH_AI_TELEMETRY_DISABLED (1, true, yes) and
-STEPSPAN_DISABLED turn all of it off.
+`stepspan.compat.cloudmesh.records` says what a record holds, `.sqlite` how to query a database. Nothing here raises but
+the constructor, on wrong arguments. CLOUDMESH_AI_TELEMETRY_DISABLED (1, true, yes) and STEPSPAN_DISABLED turn all of it
+off.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from stepspan.disabled import DISABLED, switched_off
 from stepspan.errors import ConfigError
 from stepspan.identity import HostFacts, Identity, host_facts, resolve
 from stepspan.processors.redact import Redact
-from stepspan.values import json_value
+from stepspan.values import json_value, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,36 +45,52 @@ if TYPE_CHECKING:
 log = logging.getLogger("stepspan")
 
 VARIABLE = "CLOUDMESH_AI_TELEMETRY_DISABLED"
-MOST_OPEN = 1_000
-NAMED = ("jsonl", "otel", "sqlite", "text")
+MAX_OPEN_SPANS = 1_000
+BACKENDS = ("jsonl", "otel", "sqlite", "text")
 
 
 class Backend(Protocol):
-    """A place that records go to. One of your own is called on a thread where an event loop would have to wait."""
+    """Where records go. One of your own is called on a thread where an event loop would have to wait."""
 
     def emit(self, record: dict[str, Any]) -> None:
-        """Take a record; it is not to be changed."""
+        """Take a record, which must not be changed. What this raises is counted, and logged once."""
         ...
 
 
-FILES: Mapping[str, Callable[[Any], Backend]] = {"jsonl": JsonlBackend, "text": TextBackend}
+FILE_BACKENDS: Mapping[str, Callable[[Any], Backend]] = {"jsonl": JsonlBackend, "text": TextBackend}
 
 
 class Telemetry:
     """Emits metrics, events and statuses of a command, with the machine, the user, the job and the rank.
 
-    `command_name`: who tells; the script's name by default. `backend`: "jsonl" (the default; `path` "telemetry.jsonl"),
-    "sqlite" ("telemetry.db"), "otel" (a run of stepspan: the open one, or one of its own whose journal goes to the
-    directory `path` and which is sent to `endpoint` or to the OTEL_EXPORTER_OTLP_* variables'), "text" (standard
-    output), or an object with `emit(record)`. `telemetry_file` is a JSONL file, `backends` a list of such names and
-    objects; what is given adds up. `job_id`: the run that records belong to, by default the open one or the launcher's.
-    `clock` tells Unix ns.
+    The calls are those of cloudmesh-ai's Telemetry, as its manual prints them and as its releases take them. Unlike
+    there, only the constructor raises, calls may be awaited, names, texts and stack traces are redacted, and any number
+    of threads and processes may share a file.
 
-    `emit` and its kin may be awaited. In an event loop files and databases are written by a thread, in order, so that
-    the loop never waits; elsewhere a record is written when the call returns. The exception is "otel", whose journal
-    takes a microsecond: it is written at once, only the first record may start a run, so start one before the loop.
+    `emit` and the other calls may be awaited. In an event loop, files and databases are written by a thread, in order,
+    so that the loop never waits; elsewhere a record is written when the call returns. The exception is "otel", whose
+    journal takes a microsecond: it is written at once. Only its first record may start a run, so start one before the
+    loop.
 
-    Raises `ConfigError` for wrong arguments and STEPSPAN_* variables.
+    With "otel", numbers become gauges `training.<metric>`, an event or status a log record, and what is "started" and
+    then "completed" or "failed" a span.
+
+    Args:
+        command_name: What the records are about; the script's name by default.
+        telemetry_file: A JSONL file to append to, in addition to the backends.
+        backends: Names of backends, and objects with `emit(record)`.
+        backend: "jsonl" (the default), "sqlite", "otel", "text" (for people, on standard output), or an object with
+            `emit(record)`; in addition to `backends`.
+        path: The file of `backend`: by default "telemetry.jsonl" for "jsonl", "telemetry.db" for "sqlite". With "otel",
+            the directory of the journal of a run of its own.
+        endpoint: With "otel", the OTLP endpoint of a run of its own; by default the OTEL_EXPORTER_OTLP_* variables'.
+            A run that is open already is used instead, and keeps its own directory and endpoint.
+        job_id: The run that records belong to; by default the open one's, or the launcher's.
+        clock: Gives the Unix time in nanoseconds.
+
+    Raises:
+        ConfigError: An argument or a STEPSPAN_* variable is wrong.
+
     """
 
     def __init__(
@@ -96,25 +112,26 @@ class Telemetry:
         if endpoint is not None and backend != "otel":
             raise ConfigError("endpoint", endpoint, 'only backend="otel" sends anything')
         if isinstance(backends, (str, bytes, Mapping)) or not isinstance(backends, (Iterable, type(None))):
-            raise ConfigError("backends", backends, f"give a list of {', '.join(NAMED)} or objects with emit(record)")
+            known = ", ".join(BACKENDS)
+            raise ConfigError("backends", backends, f"give a list of {known} or objects with emit(record)")
         given = list(backends or ())
         if backend is not None or (backends is None and telemetry_file is None):
             given.insert(0, "jsonl" if backend is None else backend)
         elif path is not None:
-            raise ConfigError("path", path, "whose path? say backend=")
+            raise ConfigError("path", path, "this is the path of `backend`, which is not given")
         self._identity = resolve({"job_id": job_id}, os.environ, _facts(), earlier_sessions=lambda job, rank: 0)
         self.backends: list[Backend] = []
         self._runs: list[OtelBackend] = []
-        for i, one in enumerate(given):
-            place = path if i == 0 else None
-            if isinstance(one, str) and one == "otel":
+        for index, each in enumerate(given):
+            of_backend = path if index == 0 else None
+            if isinstance(each, str) and each == "otel":
                 from stepspan.compat.cloudmesh.otel import OtelBackend
 
-                self._runs.append(OtelBackend(place, endpoint=endpoint, job_id=job_id))
+                self._runs.append(OtelBackend(of_backend, endpoint=endpoint, job_id=job_id))
             else:
-                self.backends.append(_backend(one, place))
+                self.backends.append(_backend(each, of_backend))
         if telemetry_file is not None:
-            self.backends.append(_backend("jsonl", telemetry_file))
+            self.backends.append(JsonlBackend(telemetry_file))
         self._clock = clock
         self._redact = Redact()
         self._pid, self._lock, self._writing = os.getpid(), threading.RLock(), Writing()
@@ -135,28 +152,50 @@ class Telemetry:
         event: str | None = None,
         **attributes: Any,
     ) -> Emitted:
-        """Tell what was measured (`metric` and `value`, or several `metrics`), what happened (`event`), how it stands
-        (`status`: "started", "completed", "failed" or your own), or any of them together.
+        """Emit what was measured, what happened, what state it is in, or any of them together.
 
-        Values are numbers, or whatever has `__float__`; other ones are kept and make no point. An `event`, or a record
-        without metrics, that is "started" lasts until it is "completed" or "failed": `model_load_start` and
-        `model_load_end` are the ends of `model_load`. `stdout`: print the record, too.
+        An `event`, or a record without metrics, that is "started" lasts until it is "completed" or "failed":
+        `model_load_start` and `model_load_end` are the ends of the span `model_load`.
+
+        Args:
+            status: "started", "completed", "failed", or your own. "failed" is a log record of severity ERROR.
+            metrics: Names and values. Values are numbers, or whatever has `__float__`: points of the gauges
+                `training.<name>`. Other values are kept as attributes.
+            message: A text for people; the body of the log record.
+            stdout: Whether to print the record, too, as JSON.
+            metric: The name of one more metric, with `value`.
+            value: The value of `metric`.
+            event: What happened; the name of the log record.
+            attributes: Attributes of the event.
+
+        Returns:
+            An object that may be awaited until the record is written.
+
         """
         try:
             found = dict(metrics or {})
-            if metric is not None or value is not None:
-                if metric is None or value is None:
-                    self._warn("metric", "a metric was lost: `metric` and `value` belong together")
-                else:
-                    found[metric] = value
-            lasts = event is not None or not found
-            return self.record(status, found, message, attributes, event=event, stdout=stdout, lasts=lasts)
+            if metric is not None and value is not None:
+                found[metric] = value
+            elif metric is not None or value is not None:
+                self._warn("metric", "a metric was lost: `metric` and `value` belong together")
+            paired = event is not None or not found
+            return self._record(status, found, message, attributes, event=event, stdout=stdout, paired=paired)
         except Exception as error:
-            return self.lost(error)
+            return self._lost(error)
 
     def start(self, message: str | None = None, *, event: str | None = None, **fields: Any) -> Emitted:
-        """That the command, or `event`, has started. Numbers in `fields` are metrics, the rest is attributes."""
-        return self._tell_status("started", None, message, event, fields)
+        """Emit that the command has started: the begin of a span.
+
+        Args:
+            message: A text for people.
+            event: What has started, where it is not the command.
+            fields: Numbers are metrics, everything else is an attribute.
+
+        Returns:
+            An object that may be awaited until the record is written.
+
+        """
+        return self._emit_status("started", None, message, event, fields)
 
     def complete(
         self,
@@ -166,8 +205,19 @@ class Telemetry:
         event: str | None = None,
         **fields: Any,
     ) -> Emitted:
-        """That it has completed, with its last metrics."""
-        return self._tell_status("completed", metrics, message, event, fields)
+        """Emit that the command has completed: the end of the span that `start` began.
+
+        Args:
+            metrics: The last metrics.
+            message: A text for people.
+            event: What has completed, where it is not the command.
+            fields: Numbers are metrics, everything else is an attribute.
+
+        Returns:
+            An object that may be awaited until the record is written.
+
+        """
+        return self._emit_status("completed", metrics, message, event, fields)
 
     def fail(
         self,
@@ -177,8 +227,19 @@ class Telemetry:
         event: str | None = None,
         **fields: Any,
     ) -> Emitted:
-        """That it has failed: an error, which as an exception keeps its stack trace in "otel"."""
-        return self._tell_status("failed", metrics, error, event, fields)
+        """Emit that the command has failed: the end, with status ERROR, of the span that `start` began.
+
+        Args:
+            error: What went wrong. With "otel", an exception keeps its stack trace.
+            metrics: The last metrics.
+            event: What has failed, where it is not the command.
+            fields: Numbers are metrics, everything else is an attribute.
+
+        Returns:
+            An object that may be awaited until the record is written.
+
+        """
+        return self._emit_status("failed", metrics, error, event, fields)
 
     def track(
         self,
@@ -188,18 +249,51 @@ class Telemetry:
         event: str | None = None,
         **attributes: Any,
     ) -> Tracked:
-        """A `with` or `async with` block, or a decorator of a function or coroutine function: it starts, and then
-        completes with metric `duration_sec`, or fails with the exception, which goes on.
+        """Track a `with` or `async with` block, or, as a decorator, each call of a function or coroutine function.
+
+        It emits "started", and then "completed", or "failed" with the exception, which goes on. Both ends have the
+        metric `duration_sec` (s). With "otel" it is a span that holds what happens inside it.
+
+        Args:
+            message: A text for people, of the start.
+            metrics: Metrics of all its records.
+            event: What is tracked, where it is not the command.
+            attributes: Attributes of its records.
+
+        Returns:
+            A context manager that is a decorator, too.
+
         """
-        return Tracked(self, message, metrics, event, attributes)
+
+        def emit(status: str, text: Any, own: Mapping[str, Any], span: str, error: BaseException | None) -> Emitted:
+            try:
+                if error is not None:
+                    text = to_text(error) or type(error).__name__
+                values = {**(metrics or {}), **own}
+                return self._record(status, values, text, attributes, event=event, span=span, error=error)
+            except Exception as failure:
+                return self._lost(failure)
+
+        return Tracked(emit, message)
 
     def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until all is written and, in "otel", delivered; False where `timeout` seconds did not suffice."""
+        """Wait until all records are written and, with "otel", delivered.
+
+        Args:
+            timeout: Seconds.
+
+        Returns:
+            False where that took longer than `timeout`.
+
+        """
         done = self._writing.wait(timeout)
         return all([done, *(self._guard("otel", run.flush, timeout) for run in self._runs)])
 
     def close(self) -> None:
-        """Write what waits, and close databases and a run of our own. In an event loop, call it in a thread."""
+        """Write what waits, and close databases and a run of its own, which waits for delivery.
+
+        It blocks: in an event loop, call it in a thread (`await asyncio.to_thread(t.close)`).
+        """
         self._writing.close()
         for backend in (*self.backends, *self._runs):
             close = getattr(backend, "close", None)
@@ -207,7 +301,13 @@ class Telemetry:
                 self._guard("close", close)
 
     def stats(self) -> dict[str, Any]:
-        """How many records were taken, and how often what went wrong; what is first told in the log "stepspan"."""
+        """Counts since the constructor.
+
+        Returns:
+            `records`: how many were emitted; `warnings`: what went wrong -> how often. The first warning of each kind
+            is logged to "stepspan".
+
+        """
         return {"records": self._count, "warnings": dict(self._warnings)}
 
     def __enter__(self) -> Self:
@@ -216,7 +316,7 @@ class Telemetry:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _tell_status(
+    def _emit_status(
         self,
         status: str,
         metrics: Mapping[str, Any] | None,
@@ -225,15 +325,15 @@ class Telemetry:
         fields: Mapping[str, Any],
     ) -> Emitted:
         try:
-            further = {key: value for key, value in fields.items() if measured(value) is not None}
-            attributes = {key: value for key, value in fields.items() if key not in further}
+            measurements = {key: value for key, value in fields.items() if measured(value) is not None}
+            attributes = {key: value for key, value in fields.items() if key not in measurements}
             error = message if isinstance(message, BaseException) else None
-            found = {**(metrics or {}), **further}
-            return self.record(status, found, message, attributes, event=event, lasts=True, error=error)
+            values = {**(metrics or {}), **measurements}
+            return self._record(status, values, message, attributes, event=event, paired=True, error=error)
         except Exception as failure:
-            return self.lost(failure)
+            return self._lost(failure)
 
-    def record(
+    def _record(
         self,
         status: str | None,
         metrics: Mapping[Any, Any],
@@ -242,29 +342,30 @@ class Telemetry:
         *,
         event: str | None = None,
         stdout: bool = False,
-        lasts: bool = False,
+        paired: bool = False,
         span: str | None = None,
         error: BaseException | None = None,
     ) -> Emitted:
-        """Make a record, and give it to the backends. `lasts`: pair what starts with what ends; `span`: `track` has
-        done so. What it is given may raise.
+        """Make a record, and give it to the backends. May raise what the objects it is given raise.
+
+        `paired`: what starts is paired here with what ends; `span`: `track` has paired them.
         """
         if is_off(os.environ):
             return Emitted()
         if self._pid != os.getpid():
             self._after_fork()
-        told: Record = {} if status is None else {"status": json_value(status)}
+        fields: Record = {} if status is None else {"status": json_value(status)}
         if event is not None:
-            told["event"] = json_value(event)
-        told["metrics"] = {str(key): _kept(value) for key, value in unfolded(metrics).items()}
+            fields["event"] = json_value(event)
+        fields["metrics"] = {str(key): _metric_value(value) for key, value in unfolded(metrics).items()}
         if attributes:
-            told["attributes"] = json_value(attributes)
+            fields["attributes"] = json_value(attributes)
         if message is not None:
-            told["message"] = json_value(message)
-        record = {"timestamp": timestamp(self._clock()), "command": self.command_name, **self._redact(told)}
-        paired = self._pair(record) if lasts else span
-        if paired is not None:
-            record["span"] = paired
+            fields["message"] = json_value(message)
+        record = {"timestamp": timestamp(self._clock()), "command": self.command_name, **self._redact(fields)}
+        record_span = self._pair(record) if paired else span
+        if record_span is not None:
+            record["span"] = record_span
         for run in self._runs:
             self._guard("otel", run.emit, _with_context(record), error=error, inside=span is not None)
         who = self._who()
@@ -274,15 +375,15 @@ class Telemetry:
             self._guard("stdout", _print, _with_context(record))
         emitted = Emitted()
         for backend in self.backends:  # one thread writes in order: what is last is written last
-            emitted = self._hand(backend, record) or emitted
+            emitted = self._write(backend, record) or emitted
         return emitted
 
-    def lost(self, error: Exception) -> Emitted:
+    def _lost(self, error: Exception) -> Emitted:
         """Count a record that could not be made."""
         self._warn("record", f"a record was lost: {error!r}")
         return Emitted()
 
-    def _hand(self, backend: Backend, record: Record) -> Emitted | None:
+    def _write(self, backend: Backend, record: Record) -> Emitted | None:
         name = type(backend).__name__
         emitted = self._writing.do(lambda: self._guard(name, lambda: backend.emit(_with_context(record))))
         if emitted is None:
@@ -293,7 +394,7 @@ class Telemetry:
         """The span that a record begins or ends, if it does."""
         end, name = edge(record), span_name(record)
         with self._lock:
-            if end == "begin" and sum(map(len, self._open.values())) < MOST_OPEN:
+            if end == "begin" and sum(map(len, self._open.values())) < MAX_OPEN_SPANS:
                 span = os.urandom(8).hex()
                 self._open.setdefault(name, []).append(span)
                 return span
@@ -328,7 +429,7 @@ class Telemetry:
             first = self._warnings[kind] == 1
         if first:
             level = logging.WARNING if self._identity.local_rank == 0 else logging.DEBUG
-            log.log(level, "telemetry of %s: %s (told once; stats() counts)", self.command_name, message)
+            log.log(level, "telemetry of %s: %s (logged once; stats() counts)", self.command_name, message)
 
 
 def is_off(env: Mapping[str, str]) -> bool:
@@ -337,26 +438,26 @@ def is_off(env: Mapping[str, str]) -> bool:
 
 
 def _backend(given: str | Backend, path: Any) -> Backend:
-    """The backend of that name, or one that is somebody's own."""
+    """The backend of that name, or the object that is one. Raises ConfigError."""
     if isinstance(given, str) and given == "sqlite":
         from stepspan.compat.cloudmesh.sqlite import SqliteBackend
 
         return SqliteBackend(path)
-    if isinstance(given, str) and given in FILES:
-        return FILES[given](path)
+    if isinstance(given, str) and given in FILE_BACKENDS:
+        return FILE_BACKENDS[given](path)
     if isinstance(given, (str, type)) or not callable(getattr(given, "emit", None)):
-        raise ConfigError("backend", given, f"known are {', '.join(NAMED)}; or give an object with emit(record)")
+        raise ConfigError("backend", given, f"known are {', '.join(BACKENDS)}; or give an object with emit(record)")
     if path is not None:
-        raise ConfigError("path", path, f"{type(given).__name__} has its own place: leave the path out")
+        raise ConfigError("path", path, f"{type(given).__name__} has no path: leave it out")
     return given
 
 
 def _with_context(record: Record) -> Record:
-    """With the machine and the user: where it is written, because the first look at the GPUs may take seconds."""
+    """A record with the machine and the user. Called where it is written: the first look at GPUs may take seconds."""
     return {**record, "system": dict(context.system()), "user": dict(context.user())}
 
 
-def _kept(value: Any) -> Any:
+def _metric_value(value: Any) -> Any:
     number = measured(value)
     return json_value(value) if number is None else number
 
@@ -367,5 +468,5 @@ def _print(record: Record) -> None:
 
 @lru_cache(maxsize=1)
 def _facts() -> HostFacts:
-    """Of this process: where no launcher names the job, all its Telemetries have one made-up name in common."""
+    """Of this process, read once: where no launcher names the job, all its Telemetries share one generated id."""
     return host_facts()

@@ -1,4 +1,4 @@
-"""`Telemetry.track()`: what begins, and completes or fails."""
+"""`Telemetry.track()`: a block or function that starts, and completes or fails."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ import time
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from stepspan.compat.cloudmesh.writing import Emitted
 from stepspan.recording.scopes import is_failure
-from stepspan.values import json_value
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from stepspan.compat.cloudmesh.telemetry import Telemetry
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Tracked:
-    """What `Telemetry.track` returns. It may be entered again once it is left; a decorated function has one a call."""
+class EmitStatus(Protocol):
+    """Emits a record of something that is tracked; never raises."""
 
-    def __init__(
-        self,
-        telemetry: Telemetry,
-        message: str | None,
-        metrics: Mapping[str, Any] | None,
-        event: str | None,
-        attributes: Mapping[str, Any],
-    ) -> None:
-        self._telemetry = telemetry
-        self._given = message, metrics, event, attributes
+    def __call__(
+        self, status: str, message: Any, metrics: Mapping[str, Any], span: str, error: BaseException | None, /
+    ) -> Emitted:
+        """Emit one record; `span` is what the record of a start and that of its end have in common."""
+        ...
+
+
+class Tracked:
+    """What `Telemetry.track` returns: a context manager, also an asynchronous one, and a decorator.
+
+    It may be entered again once it is left; a decorated function has one of its own for each call.
+    """
+
+    def __init__(self, emit: EmitStatus, message: str | None) -> None:
+        self._emit = emit
+        self._message = message
         self._span = ""
-        self._began = 0.0
+        self._began_s = 0.0
 
     def __enter__(self) -> Self:
         self._begin()
@@ -62,36 +65,24 @@ class Tracked:
 
             @wraps(function)
             async def awaiting(*args: Any, **kwargs: Any) -> Any:
-                async with Tracked(self._telemetry, *self._given):
+                async with Tracked(self._emit, self._message):
                     return await function(*args, **kwargs)
 
             return cast("F", awaiting)
 
         @wraps(function)
         def calling(*args: Any, **kwargs: Any) -> Any:
-            with Tracked(self._telemetry, *self._given):
+            with Tracked(self._emit, self._message):
                 return function(*args, **kwargs)
 
         return cast("F", calling)
 
     def _begin(self) -> Emitted:
-        self._span, self._began = os.urandom(8).hex(), time.perf_counter()
-        return self._warn("started", self._given[0])
+        self._span, self._began_s = os.urandom(8).hex(), time.perf_counter()
+        return self._emit("started", self._message, {}, self._span, None)
 
     def _end(self, error: BaseException | None) -> Emitted:
-        took = {"duration_sec": time.perf_counter() - self._began}
+        metrics = {"duration_sec": time.perf_counter() - self._began_s}
         if error is None or not is_failure(error):
-            return self._warn("completed", "Command completed successfully", took)
-        return self._warn("failed", error, took, error)
-
-    def _warn(
-        self, status: str, message: Any, took: Mapping[str, float] | None = None, error: BaseException | None = None
-    ) -> Emitted:
-        _, metrics, event, attributes = self._given
-        try:
-            if error is not None:
-                message = json_value(error) or type(error).__name__
-            found = {**(metrics or {}), **(took or {})}
-            return self._telemetry.record(status, found, message, attributes, event=event, span=self._span, error=error)
-        except Exception as failure:
-            return self._telemetry.lost(failure)
+            return self._emit("completed", "Command completed successfully", metrics, self._span, None)
+        return self._emit("failed", error, metrics, self._span, error)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-MOST_WAITING = 10_000
+MAX_WAITING = 10_000
+"""Records."""
 
 
 class Emitted:
-    """What `emit` returns. Awaiting it waits until the record is written; nobody has to."""
+    """What `Telemetry.emit` and the like return. Awaiting it, which is optional, waits until the record is written."""
 
     __slots__ = ("_future",)
 
@@ -25,22 +26,27 @@ class Emitted:
 
 
 class Writing:
-    """Calls jobs that do not raise. What is called in an event loop waits for a thread, and nothing overtakes it."""
+    """Runs jobs, which must not raise, in order: at once, or on a thread where an event loop would have to wait.
 
-    def __init__(self, most: int = MOST_WAITING) -> None:
-        self._most = most
+    Args:
+        limit: How many jobs may wait for the thread.
+
+    """
+
+    def __init__(self, limit: int = MAX_WAITING) -> None:
+        self._limit = limit
         self._lock = threading.RLock()
         self._executor: ThreadPoolExecutor | None = None
         self._waiting = 0
         self._worker = 0
 
     def do(self, job: Callable[[], None]) -> Emitted | None:
-        """Have a job done; None where too many wait already."""
+        """Run a job; None where too many wait already."""
         loop = in_event_loop()
         if (not loop and not self._waiting) or threading.get_ident() == self._worker:
             job()
             return Emitted()
-        if self._waiting >= self._most:
+        if self._waiting >= self._limit:
             return None
         with self._lock:
             self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="stepspan-telemetry")
@@ -57,7 +63,7 @@ class Writing:
         return Emitted(future)
 
     def wait(self, timeout: float) -> bool:
-        """Until all that waits now is done; False where `timeout` seconds did not suffice."""
+        """Wait until the jobs that wait now are done; False after `timeout` seconds."""
         executor = self._executor
         if executor is None or not self._waiting:
             return True
@@ -66,7 +72,7 @@ class Writing:
         return done.wait(timeout)
 
     def close(self) -> None:
-        """Do what waits. Jobs that come later are done all the same."""
+        """Run the jobs that wait, and end the thread; a later job starts it again."""
         with self._lock:
             executor, self._executor = self._executor, None
         if executor is not None:

@@ -8,27 +8,30 @@ from typing import Any, ClassVar, Protocol, runtime_checkable
 
 @runtime_checkable
 class LogStore(Protocol):
-    """Where a training loop's metrics, hyperparameters and artifacts go."""
+    """Where a training loop's metrics, hyperparameters and artifacts go.
+
+    As in evsys, any class with these methods is a log store.
+    """
 
     name: ClassVar[str]
-    """The `kind` in YAML."""
+    """The store's `kind` in YAML."""
 
     def log_scalar(self, key: str, value: float, step: int) -> None:
-        """One named number at a step."""
+        """Log one named number at a step."""
         ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
-        """Named numbers at a step."""
+        """Log named numbers at a step; `split` is "train", "val" or "test"."""
         ...
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Hyperparameters, merged with those logged before."""
+        """Log hyperparameters, merged with those logged before."""
         ...
 
     def log_artifact(self, name: str, path: str, *, kind: str = "file") -> None:
-        """That an artifact lies at `path`."""
+        """Log that there is an artifact at `path`; `kind` is "file", "checkpoint" or your own."""
         ...
 
     def close(self) -> None:
-        """Write out what waits, and let go."""
+        """Write out what waits, and release what the store holds."""
         ...

@@ -1,16 +1,16 @@
 """The `jsonl` store: three files in a directory, as evsys writes them.
 
-- `metrics.jsonl`: a row `{ts, step, split, metrics}` per call; `ts` in Unix seconds. Appended, never rewritten; what a
-  full disk refuses is written once it takes more, at the latest by `close` or at exit.
+- `metrics.jsonl`: a row `{ts, step, split, metrics}` per call; `ts` in Unix seconds. Only ever appended to; what a full
+  disk refuses is written once it takes more, at the latest by `close` or at exit.
 - `hyperparams.json`: one object, merged (its own level only) with each call.
 - `artifacts.json`: a list of `{name, path, kind, ts}`.
 
-The latter two are replaced as a whole, so a crash leaves the old or the new one; a corrupt one counts as empty.
+The latter two are replaced as a whole, so a crash leaves the old or the new one; a corrupt one counts as empty. Writers
+of several processes may append to `metrics.jsonl`, but of two that replace a file at once the last one wins.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from stepspan.compat.evsys.registry import StoreConfig, register_log_store
-from stepspan.compat.jsonl import content, dumps
-from stepspan.compat.lines import Lines
+from stepspan.compat.row_writer import RowWriter, to_json
+from stepspan.compat.rows import read_json
+from stepspan.journal.layout import open_directory, replace_file
 
 log = logging.getLogger("stepspan")
 
 
 class JSONLLogStoreConfig(StoreConfig):
-    """Where the files go, and what they are called."""
+    """The parameters of the `jsonl` store in YAML: where the files are, and what they are called."""
 
     log_dir: str
     metrics_file: str = "metrics.jsonl"
@@ -38,10 +39,22 @@ class JSONLLogStoreConfig(StoreConfig):
 
 @register_log_store("jsonl")
 class JSONLLogStore:
-    """Metrics, hyperparameters and artifacts as JSON files in `log_dir`, which is made if need be.
+    """Metrics, hyperparameters and artifacts as JSON files, which `stepspan import` makes a journal of.
 
-    After `close` each write raises RuntimeError. A file that cannot be written is logged once and costs the call, not
-    the training. The constructor raises OSError where the directory cannot be made.
+    The files are those of evsys's own `jsonl` store. Unlike that one, this one does not raise where a file cannot be
+    written, but logs it once and goes on, and takes values that JSON cannot hold: as numbers where they are numbers
+    (numpy scalars, 0-d tensors), and as text otherwise. After `close` each write raises RuntimeError.
+
+    Args:
+        log_dir: The directory, which is created if need be.
+        metrics_file: The name of the file of metrics.
+        hyperparams_file: The name of the file of hyperparameters.
+        artifacts_file: The name of the file of artifacts.
+        clock: Gives the Unix time in seconds.
+
+    Raises:
+        OSError: The directory cannot be created.
+
     """
 
     name: ClassVar[str] = "jsonl"
@@ -58,55 +71,54 @@ class JSONLLogStore:
     ) -> None:
         self.log_dir = Path(log_dir).expanduser().absolute()
         self.log_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = Lines(self.log_dir / metrics_file)
+        self._metrics = RowWriter(self.log_dir / metrics_file)
         self._hyperparams = self.log_dir / hyperparams_file
         self._artifacts = self.log_dir / artifacts_file
         self._clock = clock
         self._lock = threading.RLock()
-        self._told = False
+        self._warned = False
         self._closed = False
         weakref.finalize(self, self._metrics.flush)
 
     def log_scalar(self, key: str, value: float, step: int) -> None:
-        """A row of one metric."""
+        """Append a row of one metric, with split "train"."""
         self.log_metrics({key: value}, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
-        """A row."""
-        self._refuse_late()
-        row = {"ts": self._clock(), "step": step, "split": split, "metrics": dict(metrics)}
-        self._metrics.add(f"{dumps(row)}\n".encode())
+        """Append a row `{"ts": …, "step": step, "split": split, "metrics": metrics}`."""
+        self._check_open()
+        self._metrics.add({"ts": self._clock(), "step": step, "split": split, "metrics": dict(metrics)})
         self._metrics.flush()
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Merge into the file."""
-        self._refuse_late()
-        self._rewrite(self._hyperparams, lambda: {**content(self._hyperparams, dict), **params})
+        """Merge `params` into the file of hyperparameters; a key that is there already gets the new value."""
+        self._check_open()
+        self._replace(self._hyperparams, lambda: {**read_json(self._hyperparams, dict), **params})
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
-        """Add to the list."""
-        self._refuse_late()
+        """Add `{"name": name, "path": path, "kind": kind, "ts": …}` to the list of artifacts."""
+        self._check_open()
         entry = {"name": name, "path": os.fspath(path), "kind": kind, "ts": self._clock()}
-        self._rewrite(self._artifacts, lambda: [*content(self._artifacts, list), entry])
+        self._replace(self._artifacts, lambda: [*read_json(self._artifacts, list), entry])
 
     def close(self) -> None:
-        """Take no more."""
+        """Write the rows that wait, and refuse later calls."""
         self._closed = True
         self._metrics.flush()
 
-    def _refuse_late(self) -> None:
+    def _check_open(self) -> None:
         if self._closed:
             raise RuntimeError(f"the log store in {self.log_dir} is closed")
 
-    def _rewrite(self, path: Path, value: Callable[[], Any]) -> None:
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
+    def _replace(self, path: Path, value: Callable[[], Any]) -> None:
         with self._lock:
             try:
-                draft.write_text(dumps(value(), indent=2), encoding="utf-8")
-                draft.replace(path)
+                directory = open_directory(path.parent.resolve())
+                try:
+                    replace_file(directory, path.name, to_json(value(), indent=2).encode(), mode=0o666)
+                finally:
+                    os.close(directory)
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    draft.unlink()
-                if not self._told:
-                    self._told = True
-                    log.warning("%s cannot be written: %s (told once)", path, error)
+                if not self._warned:
+                    self._warned = True
+                    log.warning("%s cannot be written: %s (logged once)", path, error)

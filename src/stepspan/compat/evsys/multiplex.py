@@ -16,17 +16,24 @@ log = logging.getLogger("stepspan")
 
 
 class MultiplexLogStoreConfig(StoreConfig):
-    """The stores, each as `{kind, params}`."""
+    """The parameters of the `multiplex` store in YAML: the stores, each as `{kind, params}`."""
 
     children: list[StoreSpec] = Field(default_factory=list)
 
 
 @register_log_store("multiplex")
 class MultiplexLogStore:
-    """Passes every call on to each child, in order.
+    """Passes every call on to several stores, its children, in order.
 
-    What a child raises is counted in `failures` (kind and place in the list -> calls) and logged once per child. The
-    constructor raises what a child's constructor raises, with the children before it closed again.
+    Unlike evsys's, what a child raises does not reach the training loop and does not keep the call from the other
+    children: it is counted in `failures` (`kind[position]` -> failed calls) and logged once for each child.
+
+    Args:
+        children: The stores, as `make_log_store` takes them.
+
+    Raises:
+        Exception: What a child's constructor raises; the children before it are closed again.
+
     """
 
     name: ClassVar[str] = "multiplex"
@@ -36,38 +43,37 @@ class MultiplexLogStore:
         self.failures: Counter[str] = Counter()
         self._children: dict[str, LogStore] = {}
         try:
-            for place, spec in enumerate(children):
-                child = make_log_store(spec)
-                self._children[f"{spec['kind']}[{place}]"] = child
+            for position, spec in enumerate(children):
+                self._children[f"{spec['kind']}[{position}]"] = make_log_store(spec)
         except BaseException:
             self.close()
             raise
 
     def log_scalar(self, key: str, value: float, step: int) -> None:
-        """To each child."""
-        self._each("log_scalar", key, value, step)
+        """Call `log_scalar` of each child."""
+        self._call_each("log_scalar", key, value, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
-        """To each child."""
-        self._each("log_metrics", metrics, step, split=split)
+        """Call `log_metrics` of each child."""
+        self._call_each("log_metrics", metrics, step, split=split)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """To each child."""
-        self._each("log_hyperparams", params)
+        """Call `log_hyperparams` of each child."""
+        self._call_each("log_hyperparams", params)
 
     def log_artifact(self, name: str, path: str, *, kind: str = "file") -> None:
-        """To each child."""
-        self._each("log_artifact", name, path, kind=kind)
+        """Call `log_artifact` of each child."""
+        self._call_each("log_artifact", name, path, kind=kind)
 
     def close(self) -> None:
         """Close each child, whatever the others do."""
-        self._each("close")
+        self._call_each("close")
 
-    def _each(self, method: str, *arguments: Any, **named: Any) -> None:
+    def _call_each(self, method: str, *arguments: Any, **named: Any) -> None:
         for child, store in self._children.items():
             try:
                 getattr(store, method)(*arguments, **named)
             except Exception as error:  # a user's store may raise anything
                 self.failures[child] += 1
                 if self.failures[child] == 1:
-                    log.warning("log store %s: %s failed: %r (told once; `failures` counts)", child, method, error)
+                    log.warning("log store %s: %s failed: %r (logged once; `failures` counts)", child, method, error)

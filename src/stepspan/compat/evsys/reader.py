@@ -1,9 +1,9 @@
 """The reader of an evsys run directory, of all its generations.
 
-Metrics stand in `metrics.jsonl`, or by split in `training/`, `validation/` and `test/metrics.jsonl`; beside them
-`hyperparams.json`, `artifacts.json` and `conclusion.md`; all of it in the directory itself or in its `logs/`. A row is
-`{ts, step, split, metrics}`; older ones lack `split`, later ones `ts` and may have the `name` of a benchmark, which
-becomes the attribute `benchmark`.
+Metrics are in `metrics.jsonl`, or by split in `training/`, `validation/` and `test/metrics.jsonl`, with
+`hyperparams.json`, `artifacts.json` and `conclusion.md` next to them; all of it in the directory itself or in its
+`logs/`. A row is `{ts, step, split, metrics}`; older ones lack `split`, later ones `ts` and may have the `name` of a
+benchmark, which becomes the attribute `benchmark`.
 
 A file whose rows have no time was last written at its mtime: its last row gets that time, each row before it one
 millisecond less (of several points of a series in one millisecond a backend keeps one). A row without a time among
@@ -16,16 +16,15 @@ import heapq
 import logging
 import re
 from array import array
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from hashlib import blake2b
+from collections.abc import Iterator
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from stepspan.compat.importing import Imported, Line, Mark
-from stepspan.compat.jsonl import content, first_row, harmless, nanoseconds, number, rows, whole
-from stepspan.events import Event
+from stepspan.compat.importing import NS_PER_US, BeginLine, ImportedSession, Line, default_job_id, event
+from stepspan.compat.rows import first_row, read_json, read_rows, row_index, row_numbers, unix_ns
+from stepspan.errors import RecordError, short_repr
+from stepspan.values import to_text
 
 log = logging.getLogger("stepspan")
 
@@ -34,99 +33,109 @@ FOLDERS = {"training": "train", "validation": "val", "test": "test"}
 """Folder -> the split of rows in it that name none."""
 FIELDS = {"ts", "step", "split", "metrics", "name"}
 STATUSES = {"failed": "failed", "error": "failed", "interrupted": "interrupted", "cancelled": "interrupted"}
-MILLISECOND, MICROSECOND = 1_000_000, 1_000
-
-Timed = tuple[int, Event]
+"""What a conclusion says -> how the run ended."""
+MAX_CONCLUSION_CHARS = 1 << 16
+NS_PER_MS = 1_000_000
 
 
 def detect(path: Path) -> str | None:
-    """What a path is taken for, in words; None where it is no run of evsys. Never raises."""
+    """What a path is taken for, in words; None where it is not a run of evsys. Never raises."""
     try:
-        root, files = _files(path)
+        root, files = _metrics_files(path)
         if not files or not all(_is_row(first_row(file)) for file, _ in files):
             return None
-        beside = [root / name for name in (HYPERPARAMS, ARTIFACTS) if (root / name).is_file()]
-        names = [str(file.relative_to(path)) for file in (*(file for file, _ in files), *beside)]
-        return f"an evsys run directory: {', '.join(names)}" if path.is_dir() else f"evsys metrics: {path.name}"
+        if path.is_file():
+            return f"evsys metrics: {path.name}"
+        others = [root / name for name in (HYPERPARAMS, ARTIFACTS) if (root / name).is_file()]
+        names = [str(file.relative_to(path)) for file in (*(file for file, _ in files), *others)]
+        return f"an evsys run directory: {', '.join(names)}"
     except (OSError, ValueError):
         return None
 
 
-def read(path: Path, *, job_id: str | None = None) -> Iterator[Imported]:
-    """The one session of a run directory, or of a metrics file and what lies beside it.
+def read_sessions(path: Path, *, job_id: str | None = None) -> Iterator[ImportedSession]:
+    """The one session of a run directory, or of a metrics file and what is next to it.
 
-    Its job id is, unless given, the directory's name and a hash of its whole path. Raises ValueError naming file and
-    line for a row that is none of evsys's, or where there is nothing of evsys's; OSError.
+    Args:
+        path: The directory or file.
+        job_id: The run's id; the directory's name and a hash of its path where None.
+
+    Yields:
+        The session; it ended as its conclusion says, and completed where there is none.
+
+    Raises:
+        RecordError: A row is not one of evsys (it names file and line), or there is nothing of evsys at all.
+        OSError: A file cannot be read.
+
     """
-    root, files = _files(path)
-    hyperparams = content(root / HYPERPARAMS, dict)
-    sources = [_Source(file, split) for file, split in files]
+    root, files = _metrics_files(path)
+    hyperparams = read_json(root / HYPERPARAMS, dict)
+    sources = [_MetricsFile(file, split) for file, split in files]
     artifacts = list(_artifacts(root / ARTIFACTS))
-    times = [time for source in sources for time in (source.times[:1], source.times[-1:]) if time]
-    known = [*(time[0] for time in times), *(ts for ts, _ in artifacts)]
-    if not known:
+    times = [time for source in sources for time in (*source.times[:1], *source.times[-1:])]
+    times += [ts for ts, *_ in artifacts]
+    if not times:
         if not hyperparams:
-            raise ValueError(f"{path}: no {METRICS}, {HYPERPARAMS} or {ARTIFACTS} of evsys with anything in it")
-        known = [(root / HYPERPARAMS).stat().st_mtime_ns]
-    started, last = min(known) - MICROSECOND, max(known)
-    place = path if path.is_dir() else path.parent
-    name = (place.resolve().parent if place.resolve().name == "logs" else place.resolve()).name
-    digest = blake2b(str(path.resolve()).encode("utf-8", "replace"), digest_size=3).hexdigest()
-    status = _status(root / CONCLUSION)
+            raise RecordError(
+                f"no {METRICS}, {HYPERPARAMS} or {ARTIFACTS} of evsys with anything in it", where=str(path)
+            )
+        times = [(root / HYPERPARAMS).stat().st_mtime_ns]
+    started, ended = min(times) - NS_PER_US, max(times)
+    directory = (path if path.is_dir() else path.parent).resolve()
+    name = (directory.parent if directory.name == "logs" else directory).name
 
-    def lines() -> Iterator[Line]:
-        run = Mark()
-        yield started, _event("run_begin", parent=0, name=name, group=None, tags=[], attempt=[0, 0]), run
+    def lines(run: BeginLine) -> Iterator[Line]:
         if hyperparams:
-            yield started, _event("hyperparams", params=hyperparams), None
-        for ts, event in heapq.merge(*sources, artifacts, key=itemgetter(0)):
-            yield ts, event, None
-        yield last, _event("run_end", begin=0, status=status), run
+            yield started, event("hyperparams", params=hyperparams), None
+        yield from heapq.merge(*sources, artifacts, key=itemgetter(0))
 
-    yield Imported("evsys", path, job_id or f"{name}-{digest}", started, lines, status=status)
+    status = _status(root / CONCLUSION)
+    yield ImportedSession(
+        "evsys", path, job_id or default_job_id(path, name), name, started, ended, lines, status=status
+    )
 
 
-@dataclass
-class _Source:
-    """The rows of one metrics file, as often as they are asked for. Raises ValueError for one that is none."""
+class _MetricsFile:
+    """The rows of one metrics file, read again each time they are iterated over. Raises RecordError, OSError."""
 
-    path: Path
-    split: str
-
-    def __post_init__(self) -> None:
-        given = array("q", (self._time(line, row) for line, row in rows(self.path)))
-        self._as_written = _filled(given, self.path.stat().st_mtime_ns)
+    def __init__(self, path: Path, split: str) -> None:
+        self._path = path
+        self._split = split
+        given = array("q", (self._time(number, row) for number, row in read_rows(path)))
+        self._as_written = _with_all_times(given, path.stat().st_mtime_ns)
         self.times = array("q", sorted(self._as_written))
+        """Unix ns."""
 
-    def __iter__(self) -> Iterator[Timed]:
+    def __iter__(self) -> Iterator[Line]:
         pairs = zip(self._events(), self._as_written, strict=False)  # the file may have grown
-        timed: Iterable[Timed] = ((ts, event) for event, ts in pairs if event["metrics"])
-        return iter(timed if self.times == self._as_written else sorted(timed, key=itemgetter(0)))
+        lines = ((ts, each, None) for each, ts in pairs if each["metrics"])
+        return iter(lines if self.times == self._as_written else sorted(lines, key=itemgetter(0)))
 
-    def _time(self, line: int, row: dict[str, Any]) -> int:
-        ts = nanoseconds(row["ts"]) if "ts" in row else 0
+    def _time(self, number: int, row: dict[str, Any]) -> int:
+        """The time of a row in Unix ns; 0 for one that has none."""
+        ts = unix_ns(row["ts"]) if "ts" in row else 0
         if ts is None or "step" not in row or not isinstance(row.get("metrics"), dict):
-            raise ValueError(f"{self.path}, line {line}: not a row of evsys: {row!s:.80}")
+            problem = f"not a row of evsys, which has step, metrics and a time: {short_repr(row)}"
+            raise RecordError(problem, where=f"{self._path}, line {number}")
         return ts
 
-    def _events(self) -> Iterator[Event]:
-        refused = 0
-        for _, row in rows(self.path):
-            values = {key: number(value) for key, value in row["metrics"].items()}
-            numbers = {key: value for key, value in values.items() if value is not None}
-            refused += len(values) - len(numbers)
-            step, benchmark, split = whole(row["step"]), row.get("name"), row.get("split")
-            event = _event("metrics", split=split if isinstance(split, str) and split else self.split)
+    def _events(self) -> Iterator[dict[str, Any]]:
+        left_out = 0
+        for _, row in read_rows(self._path):
+            metrics = row_numbers(row["metrics"])
+            left_out += len(row["metrics"]) - len(metrics)
+            step, benchmark, split = row_index(row["step"]), row.get("name"), row.get("split")
+            fields: dict[str, Any] = {"split": split if isinstance(split, str) and split else self._split}
             if step is not None:
-                event["step"] = step
+                fields["step"] = step
             if benchmark is not None:
-                event["attributes"] = {"benchmark": str(benchmark)}
-            yield {**event, "metrics": numbers}
-        if refused:
-            log.warning("%s: %d values are no numbers, and were left out", self.path, refused)
+                fields["attributes"] = {"benchmark": str(benchmark)}
+            yield event("metrics", **fields, metrics=metrics)
+        if left_out:
+            log.warning("%s: %d values are not numbers, and were left out", self._path, left_out)
 
 
-def _files(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
+def _metrics_files(path: Path) -> tuple[Path, list[tuple[Path, str]]]:
     """The directory of a run's files, and its metrics files with the split of rows that name none."""
     if path.is_file():
         return path.parent, [(path, FOLDERS.get(path.parent.name, "train"))]
@@ -142,35 +151,33 @@ def _is_row(row: dict[str, Any]) -> bool:
     return isinstance(row.get("metrics"), dict) and "step" in row and row.keys() <= FIELDS
 
 
-def _filled(times: array[int], mtime: int) -> array[int]:
+def _with_all_times(times: array[int], mtime: int) -> array[int]:
+    """The times of a file's rows, 0 replaced; `mtime` is the last row's where no row has one."""
     if not any(times):
-        return array("q", (mtime - after * MILLISECOND for after in range(len(times) - 1, -1, -1)))
+        return array("q", (mtime - after * NS_PER_MS for after in range(len(times) - 1, -1, -1)))
     before = next(filter(None, times))
     for index, ts in enumerate(times):
         times[index] = before = ts or before
     return times
 
 
-def _artifacts(path: Path) -> Iterator[Timed]:
-    found = [entry for entry in content(path, list) if isinstance(entry, dict) and "name" in entry and "path" in entry]
-    if not found:
+def _artifacts(path: Path) -> Iterator[Line]:
+    """The artifacts by their times; those without one have the file's mtime."""
+    entries = [each for each in read_json(path, list) if isinstance(each, dict) and "name" in each and "path" in each]
+    if not entries:
         return
     mtime = path.stat().st_mtime_ns
-    timed = [(nanoseconds(entry.get("ts")) or mtime, entry) for entry in found]
+    timed = [(unix_ns(entry.get("ts")) or mtime, entry) for entry in entries]
     for ts, entry in sorted(timed, key=itemgetter(0)):
-        told = {key: str(harmless(entry.get(key, "file"))) for key in ("name", "path", "kind")}
-        yield ts, _event("artifact", **told)
+        fields = {key: to_text(entry.get(key, "file")) for key in ("name", "path", "kind")}
+        yield ts, event("artifact", **fields), None
 
 
 def _status(path: Path) -> str:
     """How the run ended, where its conclusion says so."""
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")[: 1 << 16]
+        text = path.read_text(encoding="utf-8", errors="replace")[:MAX_CONCLUSION_CHARS]
     except OSError:
         return "completed"
     found = re.search(r"^- status: (\w+)", text, re.MULTILINE)
     return STATUSES.get(found[1], "completed") if found else "completed"
-
-
-def _event(tag: str, **fields: Any) -> Event:
-    return {"ts": 0, "seq": 0, "tag": tag, **fields}

@@ -22,40 +22,48 @@ log = logging.getLogger("stepspan")
 
 GROUPS = ("stepspan.log_stores", "evsys_sdk.log_stores")
 
-C = TypeVar("C", bound=type)
+Store = TypeVar("Store", bound=type)
 _stores: dict[str, type] = {}
 _loaded = False
 _lock = threading.RLock()
 
 
 class StoreConfig(BaseModel):
-    """What a store's own `Config` may derive from: unknown parameters are refused."""
+    """A base for a store's own `Config`: unknown parameters are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class StoreSpec(StoreConfig):
-    """A store in YAML: `{kind: jsonl, params: {log_dir: ./logs}}`."""
+    """A store in YAML, such as `{kind: jsonl, params: {log_dir: ./logs}}`."""
 
     kind: str
     params: dict[str, Any] = {}
 
 
-def register_log_store(kind: str | None = None) -> Callable[[C], C]:
-    """A class decorator: the class is the store of that kind, its own `name` where none is given.
+def register_log_store(kind: str | None = None) -> Callable[[Store], Store]:
+    """A class decorator that makes a class the log store of a kind, as evsys's does.
 
-    The class may carry a pydantic model `Config` of its parameters. Raises ValueError where another class has the kind.
+    Args:
+        kind: What YAML calls the store; the class's own attribute `name` where None. The class gets it as its `name`.
+            A pydantic model in the class's attribute `Config` checks the store's parameters.
+
+    Returns:
+        The decorator, which returns the class.
+
+    Raises:
+        ValueError: Another class has the kind, or there is no kind.
+
     """
 
-    def register(store: C) -> C:
+    def register(store: Store) -> Store:
         name = kind or getattr(store, "name", None)
         if not isinstance(name, str) or not name:
             raise ValueError(f"{store.__qualname__}: give @register_log_store a kind, or the class a name")
         with _lock:
             known = _stores.setdefault(name, store)
         if known is not store:
-            place = f"{known.__module__}.{known.__qualname__}"
-            raise ValueError(f"log store {name!r} is {place} already; {store.__module__}.{store.__qualname__} is not")
+            raise ValueError(f"log store {name!r} is {_path_of(known)} already; {_path_of(store)} is not registered")
         store.name = name  # type: ignore[attr-defined]
         return store
 
@@ -63,7 +71,12 @@ def register_log_store(kind: str | None = None) -> Callable[[C], C]:
 
 
 def get_log_store(kind: str) -> type:
-    """The class of a kind. Raises KeyError listing the known ones."""
+    """The class of a kind of log store.
+
+    Raises:
+        KeyError: The kind is not known; the message lists those that are.
+
+    """
     load_entry_points()
     try:
         return _stores[kind]
@@ -72,16 +85,25 @@ def get_log_store(kind: str) -> type:
 
 
 def list_log_stores() -> list[str]:
-    """The known kinds, sorted."""
+    """The known kinds of log stores, sorted."""
     load_entry_points()
     return sorted(_stores)
 
 
 def make_log_store(spec: Mapping[str, Any]) -> LogStore:
-    """The store that `{"kind": …, "params": {…}}` describes.
+    """Make a log store from its description, an evsys configuration's `log_store`.
 
-    Raises KeyError for an unknown kind, `ConfigError` for a parameter that the store's `Config` refuses, and what the
-    store's constructor raises.
+    Args:
+        spec: `{"kind": …, "params": {…}}`; `params` may be left out.
+
+    Returns:
+        The store.
+
+    Raises:
+        KeyError: The kind is not known.
+        ConfigError: `spec` has another form, or the store's `Config` refuses a parameter.
+        Exception: What the store's constructor raises.
+
     """
     checked: StoreSpec = _checked(StoreSpec, spec, "log_store")
     store = get_log_store(checked.kind)
@@ -94,7 +116,7 @@ def make_log_store(spec: Mapping[str, Any]) -> LogStore:
 
 
 def load_entry_points() -> None:
-    """Load what installed packages publish, once."""
+    """Load what installed packages publish, the first time."""
     global _loaded
     with _lock:
         if _loaded:
@@ -112,16 +134,21 @@ def _load(point: EntryPoint) -> None:
         if isinstance(found, type):
             register_log_store(getattr(found, "name", None) or point.name)(found)
         elif len(_stores) == before:
-            raise TypeError(f"{point.value} is no class, and registered none: write it as module:Class")
+            raise TypeError(f"{point.value} is not a class, and did not register one: write it as module:Class")
     except (Exception, SystemExit) as error:  # somebody else's package may do anything
         log.warning("log store %s of %s cannot be used: %r", point.name, point.group, error)
 
 
+def _path_of(store: type) -> str:
+    return f"{store.__module__}.{store.__qualname__}"
+
+
 def _checked(model: type[BaseModel], values: Any, where: str) -> Any:
+    """The model of the values. Raises ConfigError that names the first wrong one below `where`."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
         found = error.errors()[0]
-        place = ".".join((where, *map(str, found["loc"])))
+        field = ".".join((where, *map(str, found["loc"])))
         known = f"; known are {', '.join(model.model_fields)}" if found["type"] == "extra_forbidden" else ""
-        raise ConfigError(place, found["input"], f"{found['msg'].removeprefix('Value error, ')}{known}") from None
+        raise ConfigError(field, found["input"], f"{found['msg'].removeprefix('Value error, ')}{known}") from None

@@ -1,4 +1,4 @@
-"""The `tensorboard` store, for which `stepspan[tensorboard]` brings a writer of event files without torch."""
+"""The `tensorboard` store. `pip install 'stepspan[tensorboard]'` brings a writer of event files that needs no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stepspan.compat.evsys.registry import StoreConfig, register_log_store
 
 
 class TensorBoardLogStoreConfig(StoreConfig):
-    """Where the event file goes, and how often it is written out (seconds)."""
+    """The parameters of the `tensorboard` store in YAML."""
 
     log_dir: str
     flush_secs: int = Field(default=30, gt=0)
@@ -21,11 +21,18 @@ class TensorBoardLogStoreConfig(StoreConfig):
 
 @register_log_store("tensorboard")
 class TensorBoardLogStore:
-    """Metrics as scalars, hyperparameters (`hparams`) and artifacts (`artifact/<name>`) as text.
+    """An event file for TensorBoard: metrics as scalars, hyperparameters and artifacts as texts.
 
-    The split is not written: evsys has it in the key, as in `val/loss`. What was logged is in the file after `close`,
-    or at the interpreter's exit. After `close` each write raises RuntimeError. The constructor raises ImportError
-    without the extra.
+    As in evsys, the split is not written: it is in the key, as in `val/loss`. What was logged is in the file after
+    `close`, or at the interpreter's exit. After `close` each write raises RuntimeError.
+
+    Args:
+        log_dir: The directory of the event file.
+        flush_secs: Seconds between two flushes of the file.
+
+    Raises:
+        ImportError: tensorboardX is not installed.
+
     """
 
     name: ClassVar[str] = "tensorboard"
@@ -41,25 +48,25 @@ class TensorBoardLogStore:
         self._close = weakref.finalize(self, self._writer.close)
 
     def log_scalar(self, key: str, value: float, step: int) -> None:
-        """A scalar."""
+        """Add a scalar."""
         self._open().add_scalar(key, value, global_step=step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
-        """A scalar per key."""
+        """Add a scalar for each key; `split` is not written."""
         writer = self._open()
         for key, value in metrics.items():
             writer.add_scalar(key, value, global_step=step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """A text."""
+        """Add the text `hparams`."""
         self._open().add_text("hparams", str(params))
 
     def log_artifact(self, name: str, path: str, *, kind: str = "file") -> None:
-        """A text."""
+        """Add the text `artifact/<name>`: the artifact's kind and path."""
         self._open().add_text(f"artifact/{name}", f"[{kind}] {path}")
 
     def close(self) -> None:
-        """Write the file out. Later calls do nothing."""
+        """Write out what waits, and refuse later calls; calling it again does nothing."""
         self._close()
 
     def _open(self) -> Any:

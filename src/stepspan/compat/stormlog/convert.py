@@ -7,14 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepspan.compat.stormlog.events import TelemetryEventLike, event_of
-from stepspan.compat.stormlog.fields import (
-    IDENTITY,
-    SCHEMA_VERSION_V2,
-    SCHEMA_VERSION_V3,
-    RecordError,
-    shown,
-    text,
-)
+from stepspan.compat.stormlog.fields import IDENTITY, SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, require_text
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
 from stepspan.compat.stormlog.legacy import (
     UNKNOWN_HOST,
@@ -24,6 +17,7 @@ from stepspan.compat.stormlog.legacy import (
     record_of_legacy,
 )
 from stepspan.compat.stormlog.validate import LAYOUTS, accepted, layout_of
+from stepspan.errors import RecordError, short_repr
 
 
 def telemetry_event_from_record(
@@ -33,11 +27,22 @@ def telemetry_event_from_record(
     default_sampling_interval_ms: int = 0,
     default_session_id: str | None = None,
 ) -> TelemetryEventLike:
-    """The event of a record of schema 2, 3 or 4, or of a legacy one unless `permissive_legacy` is False.
+    """The event of a record, as stormlog's function of that name gives it; records of schema 4 are taken, too.
 
-    Schema 2 and legacy records become V3. One that names no session gets `default_session_id`, and where that is None
-    `legacy-` and a hash of its time, host and pid. The other defaults are for legacy records. The event's metadata is a
-    copy, one level deep. Raises `RecordError`, a ValueError that names the fields, for what is not as the schema says.
+    Args:
+        record: A record of schema 2, 3 or 4, or a legacy one, which has no `schema_version`.
+        permissive_legacy: Whether legacy records are converted, not refused.
+        default_collector: The collector of a legacy record that names none.
+        default_sampling_interval_ms: The sampling interval of a legacy record that names none.
+        default_session_id: The session of a record that names none; `legacy-` and a hash of its time, host and pid
+            where None.
+
+    Returns:
+        A V4 event for a record of schema 4, a V3 event for all others. Its metadata is a copy, one level deep.
+
+    Raises:
+        RecordError: The record is not as its schema says: the first fault in stormlog's order, with the `fields`.
+
     """
     known = accepted(record) if type(record) is dict else None
     if known is not None:
@@ -47,7 +52,7 @@ def telemetry_event_from_record(
         session = _session(record, record["metadata"], default_session_id)
         return event_of(SCHEMA_VERSION_V3, (SCHEMA_VERSION_V3, session, *values[1:]))
     if not isinstance(record, Mapping):
-        raise RecordError(f"record must be a mapping, not {shown(record)}")
+        raise RecordError(f"record must be a mapping, not {short_repr(record)}")
     if "schema_version" in record:
         return _upgraded(record, default_session_id)
     if not permissive_legacy:
@@ -74,7 +79,7 @@ def _session(record: Mapping[str, Any], metadata: Mapping[str, Any], default: st
     if isinstance(name, str) and name.strip():
         return name
     if default is not None:
-        return text("session_id", default)
+        return require_text("session_id", default)
     time = record.get("timestamp_ns", record.get("timestamp"))
     return legacy_session_id(time, record.get("host", UNKNOWN_HOST), record.get("pid", UNKNOWN_PID))
 
@@ -82,7 +87,7 @@ def _session(record: Mapping[str, Any], metadata: Mapping[str, Any], default: st
 def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> TelemetryEventLike:
     version = layout_of(record).version
     if "metadata" in record and not isinstance(record["metadata"], dict):
-        raise RecordError(f"metadata must be an object, not {shown(record['metadata'])}", "metadata")
+        raise RecordError(f"metadata must be an object, not {short_repr(record['metadata'])}", "metadata")
     identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY})
     session = _session(record, record.get("metadata", {}), default_session_id)
     version = max(version, SCHEMA_VERSION_V3)

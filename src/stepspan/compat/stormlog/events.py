@@ -1,89 +1,33 @@
-"""The event types: a record of one version of the schema each, checked when it is made."""
+"""The event types: one per version of the schema, checked when they are made.
+
+Their fields are stormlog's, in stormlog's order, so positional arguments, `repr`, `==` and `dataclasses.asdict` agree
+with its own classes. The order comes from that of the base classes: version, then session, then the rest.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stepspan.compat.stormlog.fields import VERSIONS, RecordError, shown
+from stepspan.compat.stormlog.fields import VERSIONS
 from stepspan.compat.stormlog.validate import LAYOUTS, Values, validate_telemetry_record
+from stepspan.errors import RecordError, short_repr
 
 
 @dataclass
-class TelemetryEventV2:
-    """An event of schema 2, which had no session. Raises `RecordError` on values that the schema refuses."""
-
-    schema_version: Literal[2]
-    timestamp_ns: int
-    event_type: str
-    collector: str
-    sampling_interval_ms: int
-    pid: int
-    host: str
-    device_id: int
-    allocator_allocated_bytes: int
-    allocator_reserved_bytes: int
-    allocator_active_bytes: int | None
-    allocator_inactive_bytes: int | None
-    allocator_change_bytes: int
-    device_used_bytes: int
-    device_free_bytes: int | None
-    device_total_bytes: int | None
-    context: str | None
-    job_id: str | None = None
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        validate_telemetry_record(vars(self))
+class _Version:
+    schema_version: int
 
 
 @dataclass
-class TelemetryEventV3:
-    """An event of schema 3: what is written. Raises `RecordError` on values that the schema refuses.
-
-    Times are Unix nanoseconds, counters bytes; pid -1 is unknown, device_id -1 is no device.
-    """
-
-    schema_version: Literal[3]
+class _Session(_Version):
     session_id: str
-    timestamp_ns: int
-    event_type: str
-    collector: str
-    sampling_interval_ms: int
-    pid: int
-    host: str
-    device_id: int
-    allocator_allocated_bytes: int
-    allocator_reserved_bytes: int
-    allocator_active_bytes: int | None
-    allocator_inactive_bytes: int | None
-    allocator_change_bytes: int
-    device_used_bytes: int
-    device_free_bytes: int | None
-    device_total_bytes: int | None
-    context: str | None
-    job_id: str | None = None
-    rank: int = 0
-    local_rank: int = 0
-    world_size: int = 1
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        validate_telemetry_record(vars(self))
 
 
 @dataclass
-class TelemetryEventV4:
-    """An event of schema 4, in which every counter may be null, as `metadata["memory_capabilities"]` explains.
+class _Measurement:
+    """The fields that all versions have. Times are Unix nanoseconds, counters bytes."""
 
-    Raises `RecordError` on values that the schema refuses.
-    """
-
-    schema_version: Literal[4]
-    session_id: str
     timestamp_ns: int
     event_type: str
     collector: str
@@ -110,9 +54,57 @@ class TelemetryEventV4:
         validate_telemetry_record(vars(self))
 
 
+@dataclass
+class _Measured(_Measurement):
+    """Before schema 4 these counters are never null."""
+
+    allocator_allocated_bytes: int
+    allocator_reserved_bytes: int
+    allocator_change_bytes: int
+    device_used_bytes: int
+
+
+@dataclass
+class TelemetryEventV2(_Measured, _Version):
+    """An event of schema 2, which had no session.
+
+    Raises:
+        RecordError: A value is not as the schema says.
+
+    """
+
+    schema_version: Literal[2]
+
+
+@dataclass
+class TelemetryEventV3(_Measured, _Session):
+    """An event of schema 3, which is the one that is written.
+
+    Times are Unix nanoseconds, counters bytes; pid -1 is unknown, device_id -1 is no device.
+
+    Raises:
+        RecordError: A value is not as the schema says.
+
+    """
+
+    schema_version: Literal[3]
+
+
+@dataclass
+class TelemetryEventV4(_Measurement, _Session):
+    """An event of schema 4, in which every counter may be null, as `metadata["memory_capabilities"]` explains.
+
+    Raises:
+        RecordError: A value is not as the schema says.
+
+    """
+
+    schema_version: Literal[4]
+
+
 TelemetryEvent = TelemetryEventV3
 TelemetryEventLike = TelemetryEventV3 | TelemetryEventV4
-"""What records are converted to: V4 stays V4, because V3 has no place for its nulls; all else becomes V3."""
+"""What records are converted to: V4 stays V4, because V3 has no room for its nulls; all else becomes V3."""
 
 _TYPES: dict[int, type[Any]] = {2: TelemetryEventV2, 3: TelemetryEventV3, 4: TelemetryEventV4}
 _LAYOUTS = {_TYPES[version]: LAYOUTS[version] for version in VERSIONS}
@@ -128,10 +120,21 @@ def event_of(version: int, values: Values) -> TelemetryEventLike:
 
 
 def telemetry_event_to_dict(event: TelemetryEventLike | TelemetryEventV2) -> dict[str, Any]:
-    """The record of an event, in the schema's order. Its metadata is a copy, one level deep."""
+    """The record of an event, as stormlog's function of that name gives it.
+
+    Args:
+        event: An event of any version.
+
+    Returns:
+        Its fields in the schema's order; `metadata` is a copy, one level deep.
+
+    Raises:
+        RecordError: `event` is not an event.
+
+    """
     layout = _LAYOUTS.get(type(event)) or next((_LAYOUTS[kind] for kind in _LAYOUTS if isinstance(event, kind)), None)
     if layout is None:
-        raise RecordError(f"event must be a TelemetryEvent, not {shown(event)}")
+        raise RecordError(f"event must be a TelemetryEvent, not {short_repr(event)}")
     record = dict(zip(layout.names, layout.pick(vars(event)), strict=True))
     record["metadata"] = dict(record["metadata"])
     return record

@@ -9,67 +9,70 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from stepspan.errors import RecordError as RecordError
+from stepspan.errors import RecordError, short_repr
 
 SCHEMA_VERSION_V2: Final = 2
 SCHEMA_VERSION_V3: Final = 3
 SCHEMA_VERSION_V4: Final = 4
-SCHEMA_VERSION_LATEST: Final = 3  # what is written; V4 is read
+SCHEMA_VERSION_LATEST: Final = 3
+"""What is written; V4 is only read."""
 VERSIONS = (SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, SCHEMA_VERSION_V4)
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it, cut short."""
-    try:
-        text = repr(value)
-    except Exception as error:  # a foreign object may fail in any way, and the error about it must not
-        text = f"something whose repr fails with {type(error).__name__}"
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A row of the table."""
+    """A row of the table.
+
+    Args:
+        name: The field's name.
+        kind: int, str or dict.
+        minimum: The least value of an integer; None: any.
+        null: The first version of the schema in which the field may be null; None: never.
+        since: The first version of the schema that has the field.
+        optional: Whether a record may lack it.
+        blank: Whether a text may be empty or all spaces.
+
+    """
 
     name: str
-    kind: type  # int, str or dict
-    minimum: int | None = None  # of an integer
-    null: int | None = None  # the first version of the schema in which it may be null
+    kind: type
+    minimum: int | None = None
+    null: int | None = None
     since: int = SCHEMA_VERSION_V2
     optional: bool = False
-    blank: bool = False  # may a text be empty or all spaces?
+    blank: bool = False
 
     def check_type(self, value: object, version: int) -> None:
         """Raise `RecordError` for a value of the wrong type, or a text that is blank and may not be."""
         if value is None and self.null is not None and self.null <= version:
             return
         if self.kind is int:
-            integer(self.name, value)
+            require_int(self.name, value)
         elif self.kind is str:
-            text(self.name, value, blank=self.blank)
+            require_text(self.name, value, blank=self.blank)
         elif not isinstance(value, dict):
-            raise RecordError(f"{self.name} must be an object, not {shown(value)}", self.name)
+            raise RecordError(f"{self.name} must be an object, not {short_repr(value)}", self.name)
 
     def check_range(self, value: object, version: int) -> None:
         """Raise `RecordError` for an integer that is too small."""
         if isinstance(value, int) and self.minimum is not None and value < self.minimum:
             provided = " when provided" if self.null is not None and self.null <= version else ""
-            raise RecordError(f"{self.name} must be >= {self.minimum}{provided}, not {shown(value)}", self.name)
+            raise RecordError(f"{self.name} must be >= {self.minimum}{provided}, not {short_repr(value)}", self.name)
 
 
-def integer(name: str, value: object) -> int:
-    """The value, if it is an integer: neither a bool nor 1.0 is one."""
+def require_int(name: str, value: object) -> int:
+    """The value, if it is an integer: neither a bool nor 1.0 is one. Raises `RecordError` that names the field."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise RecordError(f"{name} must be an integer, not {shown(value)}", name)
+    raise RecordError(f"{name} must be an integer, not {short_repr(value)}", name)
 
 
-def text(name: str, value: object, *, blank: bool = False) -> str:
-    """The value, if it is a string, and says something unless it may be blank."""
+def require_text(name: str, value: object, *, blank: bool = False) -> str:
+    """The value, if it is a string, and not blank unless it may be. Raises `RecordError` that names the field."""
     if isinstance(value, str) and (blank or value.strip()):
         return value
     must = "a string" if blank or not (value is None or isinstance(value, str)) else "a non-empty string"
-    raise RecordError(f"{name} must be {must}, not {shown(value)}", name)
+    raise RecordError(f"{name} must be {must}, not {short_repr(value)}", name)
 
 
 # fmt: off

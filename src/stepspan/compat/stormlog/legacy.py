@@ -10,10 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, RecordError, integer, shown
+from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, require_int
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
+from stepspan.errors import RecordError, short_repr
 
-MEBIBYTE = 1024 * 1024
+BYTES_PER_MIB = 1024 * 1024
 NO_DEVICE = -1
 UNKNOWN_PID = -1
 UNKNOWN_HOST = "unknown"
@@ -23,14 +24,15 @@ _CHECKED_FIRST = (
     *(field for field in FIELDS if field.kind is int and field.name not in IDENTITY),
     *(field for field in FIELDS if field.name in ("event_type", "host")),
 )
-_TAKEN = (*IDENTITY, "session_id")  # out of metadata
+_FIELDS_IN_METADATA = (*IDENTITY, "session_id")
+"""They become fields of their own."""
 _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
 def record_of_legacy(
     record: Mapping[str, Any], metadata: dict[str, Any], session_id: str, collector: str, sampling_interval_ms: int
 ) -> dict[str, Any]:
-    """A record of schema 3, yet to be checked; the last two arguments are for what a legacy record does not tell.
+    """A record of schema 3, yet to be checked; the last two arguments are for a legacy record that does not say.
 
     Takes out of its `metadata` what becomes a field. Raises `RecordError` for a time that is none, a counter that is no
     integer, and a rank outside its world.
@@ -38,8 +40,10 @@ def record_of_legacy(
     time = _timestamp_ns(record)
     device_id = _device_id(record)
     backend = _backend(record, metadata)
-    used_by_default = integer("device_used_bytes", record.get("device_used_bytes", 0))
-    allocated = _counter(record, ("allocator_allocated_bytes", "memory_allocated"), _mebibytes(record, used_by_default))
+    used_by_default = require_int("device_used_bytes", record.get("device_used_bytes", 0))
+    allocated = _counter(
+        record, ("allocator_allocated_bytes", "memory_allocated"), _used_bytes(record, used_by_default)
+    )
     used = record.get("device_used_bytes", allocated)
     total = _total(record, metadata)
     converted = {
@@ -69,7 +73,7 @@ def record_of_legacy(
         except RecordError:
             check_legacy(converted)
             raise
-    for name in _TAKEN:
+    for name in _FIELDS_IN_METADATA:
         metadata.pop(name, None)
     return {**converted, **identity, "metadata": metadata}
 
@@ -90,7 +94,7 @@ def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> A
 def _counter(record: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
     for name in names:
         if name in record:
-            return integer(name, record[name])
+            return require_int(name, record[name])
     return default
 
 
@@ -102,14 +106,14 @@ def _scaled(name: str, value: float, scale: float) -> int:
     try:
         return int(float(value) * scale)
     except (OverflowError, ValueError):
-        raise RecordError(f"{name} must be a finite number, not {shown(value)}", name) from None
+        raise RecordError(f"{name} must be a finite number, not {short_repr(value)}", name) from None
 
 
 def metadata_of_legacy(record: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of a record's metadata, with what stands in `metadata_*` keys. Raises `RecordError` if it is no object."""
     metadata = record.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
-        raise RecordError(f"metadata must be an object when provided, not {shown(metadata)}", "metadata")
+        raise RecordError(f"metadata must be an object when provided, not {short_repr(metadata)}", "metadata")
     prefix = "metadata_"
     flat = {
         key[len(prefix) :]: value for key, value in record.items() if isinstance(key, str) and key.startswith(prefix)
@@ -119,12 +123,12 @@ def metadata_of_legacy(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timestamp_ns(record: Mapping[str, Any]) -> int:
     if "timestamp_ns" in record:
-        return integer("timestamp_ns", record["timestamp_ns"])
+        return require_int("timestamp_ns", record["timestamp_ns"])
     seconds = record.get("timestamp")
     if not _is_number(seconds):
         raise RecordError(
             f"Legacy record is missing a valid timestamp: give `timestamp` in seconds or `timestamp_ns`,"
-            f" not timestamp={shown(seconds)}",
+            f" not timestamp={short_repr(seconds)}",
             "timestamp",
         )
     return _scaled("timestamp", seconds, 1e9)  # type: ignore[arg-type]  # a number it is
@@ -133,7 +137,7 @@ def _timestamp_ns(record: Mapping[str, Any]) -> int:
 def _device_id(record: Mapping[str, Any]) -> int:
     """The number at the end of a device's name, such as `/GPU:1`; a CPU is no device, whatever its number."""
     if "device_id" in record:
-        return integer("device_id", record["device_id"])
+        return require_int("device_id", record["device_id"])
     device = record.get("device")
     if isinstance(device, str):
         if "cpu" in device.lower():
@@ -165,16 +169,16 @@ def _collector(record: Mapping[str, Any], backend: str, device_id: int, default:
     return default
 
 
-def _mebibytes(record: Mapping[str, Any], default: int) -> int:
+def _used_bytes(record: Mapping[str, Any], default: int) -> int:
     size = record.get("memory_mb")
-    return _scaled("memory_mb", size, MEBIBYTE) if _is_number(size) else default  # type: ignore[arg-type]
+    return _scaled("memory_mb", size, BYTES_PER_MIB) if _is_number(size) else default  # type: ignore[arg-type]
 
 
 def _total(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> int | None:
     """The device's memory; a null that is given stays null."""
-    places = ((record, ("device_total_bytes", *TOTALS)), (metadata, TOTALS))
-    for place, names in places:
+    sources = ((record, ("device_total_bytes", *TOTALS)), (metadata, TOTALS))
+    for source, names in sources:
         for name in names:
-            if name in place:
-                return None if place[name] is None else integer(name, place[name])
+            if name in source:
+                return None if source[name] is None else require_int(name, source[name])
     return None

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from stepspan.compat.rows import parse_row
 from stepspan.compat.stormlog.convert import legacy_session_id, telemetry_event_from_record
 from stepspan.compat.stormlog.events import TelemetryEventLike
-from stepspan.compat.stormlog.fields import RecordError, shown
-from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, chosen, in_order, summary_of
+from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, select_events, sort_sessions, summary_of
 from stepspan.compat.stormlog.sink import MANIFEST, Manifest, read_manifest, segments_of
+from stepspan.errors import RecordError, short_repr
 
-EVENTS = ("events", "telemetry_events")  # where a JSON document keeps its events
-_RECORD = ("schema_version", "timestamp", "timestamp_ns", "event_type", "type", "memory_mb")  # a document that is one
+EVENTS = ("events", "telemetry_events")
+"""Where a JSON document keeps its events."""
+RECORD_FIELDS = ("schema_version", "timestamp", "timestamp_ns", "event_type", "type", "memory_mb")
+"""A JSON document with one of these is an event itself."""
 
 Found = tuple[TelemetryEventLike, str]  # an event and the file it is from
+Positioned = Iterable[tuple[str, dict[str, Any]]]  # where a record is, for errors, and the record
 
 
 def load_telemetry_sessions(
@@ -24,26 +28,38 @@ def load_telemetry_sessions(
     permissive_legacy: bool = True,
     events_key: str | None = None,
 ) -> list[LoadedTelemetrySession]:
-    """The sessions in a file or sink directory: by status, then the newest end, the newest start, and the id.
+    """The sessions in a file or sink directory, as stormlog's function of that name gives them.
 
-    `events_key` names the list of events in a JSON document. The last line of a `.jsonl` file is left out if it is torn
-    and has no newline: its writer may be about to finish it. Raises `RecordError` for anything else that is wrong,
-    naming file and line; OSError for a file that cannot be read; UnicodeDecodeError for one that is not UTF-8.
+    Args:
+        path: A `.jsonl` file, a sink directory or its manifest, or any other file, which is one JSON document. The last
+            line of a `.jsonl` file is left out if it is torn and has no newline: its writer may be about to finish it.
+        permissive_legacy: Whether records without `schema_version` are converted, not refused.
+        events_key: The name of the list of events in a JSON document; the usual names are tried where None.
+
+    Returns:
+        The sessions by status, then the newest end, the newest start, and the id.
+
+    Raises:
+        RecordError: A record, or the file, is not as its schema says; it names file and line.
+        UnicodeDecodeError: The file is not UTF-8.
+        OSError: The file cannot be read.
+
     """
     path = Path(path)
     manifest, segments = _sink(path)
     if segments:
-        found = list(_of_lines(path, segments, manifest, permissive_legacy))
+        found = list(_events_of_segments(path, segments, manifest, permissive_legacy))
     elif path.is_dir() or manifest.sessions or manifest.segments:
         raise RecordError(f"Telemetry sink {path} retained no segments (it should have segment-*.jsonl files)")
     else:
         manifest = Manifest()
-        found = list(_of_document(path, permissive_legacy, events_key))
+        fallback = legacy_session_id(path.resolve(), events_key or "json")
+        found = list(_convert(path, _records_of_document(path, events_key), permissive_legacy, fallback))
 
     events: dict[str, list[Found]] = {session_id: [] for session_id in manifest.sessions}
     for event, source in found:
         events.setdefault(event.session_id, []).append((event, source))
-    return in_order(_session(path, manifest, *each) for each in events.items())
+    return sort_sessions(_session(path, manifest, *each) for each in events.items())
 
 
 def load_telemetry_events(
@@ -52,15 +68,28 @@ def load_telemetry_events(
     events_key: str | None = None,
     session_id: str | None = None,
 ) -> list[TelemetryEventLike]:
-    """The events of one session, by time: `session_id`, or else the first with events in `load_telemetry_sessions`.
+    """The events of one session, by time, as stormlog's function of that name gives them.
 
-    Raises as that does, and `RecordError` for a session that is not there.
+    Args:
+        path: As in `load_telemetry_sessions`.
+        permissive_legacy: As in `load_telemetry_sessions`.
+        events_key: As in `load_telemetry_sessions`.
+        session_id: The session; None is the first of `load_telemetry_sessions` that has events.
+
+    Returns:
+        Its events; an empty list for a file without any.
+
+    Raises:
+        RecordError: There is no such session; and as `load_telemetry_sessions`.
+        UnicodeDecodeError: As `load_telemetry_sessions`.
+        OSError: As `load_telemetry_sessions`.
+
     """
-    return chosen(load_telemetry_sessions(path, permissive_legacy, events_key), session_id)
+    return select_events(load_telemetry_sessions(path, permissive_legacy, events_key), session_id)
 
 
 def _sink(path: Path) -> tuple[Manifest, list[Path]]:
-    """The segments to read, with the manifest beside them; none of `path` is a JSON document."""
+    """The segments to read, with the manifest next to them; no segments where `path` is a JSON document."""
     directory = path if path.is_dir() else path.parent
     if path.is_dir() or path.name == MANIFEST:
         manifest = read_manifest(directory)
@@ -82,71 +111,68 @@ def _session(path: Path, manifest: Manifest, session_id: str, found: list[Found]
     )
 
 
-def _of_lines(path: Path, segments: list[Path], manifest: Manifest, permissive: bool) -> Iterator[Found]:
+def _events_of_segments(path: Path, segments: list[Path], manifest: Manifest, permissive: bool) -> Iterator[Found]:
     fallback = legacy_session_id(path.resolve(), "sink")
     for segment in segments:
         session_id = manifest.segments.get(segment.name) or fallback
-        for number, record in _lines(segment):
-            yield _event(record, permissive, session_id, f"{segment} at line {number}"), str(segment)
+        yield from _convert(segment, _records_of_lines(segment), permissive, session_id)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers and records. A line ends where Python says so: also at a raw U+2028, which JSON need not escape."""
-    content = _text(path)
+def _convert(path: Path, records: Positioned, permissive: bool, session_id: str) -> Iterator[Found]:
+    source = str(path)
+    for where, record in records:
+        try:
+            yield telemetry_event_from_record(record, permissive, default_session_id=session_id), source
+        except RecordError as error:
+            raise error.at(where) from None
+
+
+def _records_of_lines(path: Path) -> Positioned:
+    """The records of a file. As in stormlog, a line also ends at a raw U+2028, which JSON need not escape."""
+    content = _read_text(path)
     lines = content.splitlines()
     ended = content.endswith(("\n", "\r"))
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) and not ended and isinstance(error, json.JSONDecodeError):
-                return
-            raise RecordError(f"Malformed telemetry JSONL record in {path} at line {number}: {error}") from None
-        if not isinstance(record, dict):
-            raise RecordError(f"Telemetry record in {path} at line {number} must be an object, not {shown(record)}")
-        yield number, record
+        where = f"{path} at line {number}"
+        may_be_torn = number == len(lines) and not ended
+        record = parse_row(line, f"Malformed telemetry JSONL record in {where}", may_be_torn=may_be_torn)
+        if record is not None:
+            yield where, record
 
 
-def _of_document(path: Path, permissive: bool, events_key: str | None) -> Iterator[Found]:
-    fallback = legacy_session_id(path.resolve(), events_key or "json")
-    content = _text(path)
+def _records_of_document(path: Path, events_key: str | None) -> Positioned:
+    content = _read_text(path)
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path} is not JSON: {error}") from None
-    for number, record in enumerate(_events(path, document, events_key)):
-        if not isinstance(record, dict):
-            raise RecordError(f"Event at index {number} must be an object, not {shown(record)}", where=str(path))
-        yield _event(record, permissive, fallback, f"{path} at index {number}"), str(path)
+    try:
+        records = _event_list(document, events_key)
+        for number, record in enumerate(records):
+            if not isinstance(record, dict):
+                raise RecordError(f"Event at index {number} must be an object, not {short_repr(record)}")
+            yield f"{path} at index {number}", record
+    except RecordError as error:
+        raise error.at(str(path)) from None
 
 
-def _events(path: Path, document: Any, events_key: str | None) -> list[Any]:
+def _event_list(document: Any, events_key: str | None) -> list[Any]:
     if isinstance(document, list):
         return document
     if not isinstance(document, dict):
-        raise RecordError(f"Telemetry payload must be a JSON object or array, not {shown(document)}", where=str(path))
+        raise RecordError(f"Telemetry payload must be a JSON object or array, not {short_repr(document)}")
+    for name in EVENTS if events_key is None else (events_key,):
+        events = document.get(name)
+        if isinstance(events, list):
+            return events
     if events_key is not None:
-        if isinstance(document.get(events_key), list):
-            return document[events_key]  # type: ignore[no-any-return]  # the check says it
-        raise RecordError(f"Top-level key {shown(events_key)} must contain a list of events", where=str(path))
-    for name in EVENTS:
-        if isinstance(document.get(name), list):
-            return document[name]  # type: ignore[no-any-return]
-    if any(name in document for name in _RECORD):
+        raise RecordError(f"Top-level key {short_repr(events_key)} must contain a list of events")
+    if any(name in document for name in RECORD_FIELDS):
         return [document]
-    raise RecordError("JSON payload does not contain telemetry events (name their list by events_key)", where=str(path))
+    raise RecordError("JSON payload does not contain telemetry events (name their list by events_key)")
 
 
-def _event(record: dict[str, Any], permissive: bool, session_id: str, where: str) -> TelemetryEventLike:
-    try:
-        return telemetry_event_from_record(record, permissive, default_session_id=session_id)
-    except RecordError as error:
-        raise error.at(where) from None
-
-
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     content = path.read_bytes()
     try:
         return content.decode()

@@ -19,7 +19,8 @@ from stepspan.compat.stormlog.events import (
     TelemetryEventV4,
     telemetry_event_to_dict,
 )
-from stepspan.compat.stormlog.fields import IDENTITY, NAMES, RecordError
+from stepspan.compat.stormlog.fields import IDENTITY, NAMES
+from stepspan.errors import RecordError
 
 SOURCE_KINDS = ("cuda", "rocm", "mps", "cpu", "tensorflow")
 SEVERITIES = {
@@ -34,6 +35,7 @@ SEVERITIES = {
     "phase_exit": "info",
     "sample": "info",
 }
+"""Event type -> severity, where metadata names none."""
 COUNTERS = {
     "memory.allocator.allocated_bytes": "allocator_allocated_bytes",
     "memory.allocator.reserved_bytes": "allocator_reserved_bytes",
@@ -44,34 +46,56 @@ COUNTERS = {
     "memory.device.free_bytes": "device_free_bytes",
     "memory.device.total_bytes": "device_total_bytes",
 }
-_COUNTED = itemgetter(*COUNTERS.values())
-SCOPE = ("scope_id", "parent_scope_id", "sequence")  # of metadata's `phase_scope`: they go into the correlation
+"""Attribute -> the record's field, in bytes."""
+_COUNTER_VALUES = itemgetter(*COUNTERS.values())
+PHASE_IDS = ("scope_id", "parent_scope_id", "sequence")
+"""Of metadata's `phase_scope`: they go into the correlation."""
 
 
 @dataclass(frozen=True)
 class ProjectedTelemetryRecord:
-    """An event, neutrally. A projection's mappings are read-only, all the way down; its times are Unix nanoseconds."""
+    """An event as a neutral record: the fields of stormlog's class of that name.
+
+    Times are Unix nanoseconds; the mappings that a projection gives are read-only, all the way down.
+    """
 
     schema_version: Literal[1]
-    record_id: str  # `telemetry-` and a hash of the whole event
+    record_id: str
+    """`telemetry-` and a hash of the entire event."""
     timestamp_ns: int
     observed_timestamp_ns: int
     session_id: str
-    source_kind: str  # one of SOURCE_KINDS, else `gpu` for a device and `other` for none
+    source_kind: str
+    """One of SOURCE_KINDS, else `gpu` for a device and `other` for none."""
     event_type: str
-    stage: str | None  # the phase it happened in
+    stage: str | None
+    """The phase it happened in."""
     severity: str | None
     severity_text: str | None
     body: str | None
     resource: Mapping[str, Any] = field(default_factory=dict)
-    attributes: Mapping[str, Any] = field(default_factory=dict)  # metadata, counters (By) and the sampling interval
+    """Source, collector, host, process, device, job and rank."""
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    """Metadata, counters (bytes) and the sampling interval (ms)."""
     correlation: Mapping[str, Any] = field(default_factory=dict)
+    """Session, job, rank and phase."""
 
 
 def project_telemetry_event(
     event: TelemetryEventLike | TelemetryEventV2 | Mapping[str, Any],
 ) -> ProjectedTelemetryRecord:
-    """The neutral record of an event, or of a record that is one. Raises `RecordError` for what is not."""
+    """The neutral record of an event, as stormlog's function of that name gives it.
+
+    Args:
+        event: An event of any version, or a record, which `telemetry_event_from_record` converts first.
+
+    Returns:
+        The record.
+
+    Raises:
+        RecordError: A record is not as its schema says, or metadata nests too deeply.
+
+    """
     if isinstance(event, TelemetryEventV2):
         event = telemetry_event_to_dict(event)
     if not isinstance(event, (TelemetryEventV3, TelemetryEventV4)):
@@ -92,13 +116,12 @@ def project_telemetry_event(
         "device_id": event.device_id,
     }
     attributes = {**metadata, "sampling.interval_ms": event.sampling_interval_ms}
-    attributes.update(zip(COUNTERS, _COUNTED(record), strict=True))
+    attributes.update(zip(COUNTERS, _COUNTER_VALUES(record), strict=True))
     identity = {name: record[name] for name in IDENTITY}
     correlation = {"session_id": event.session_id, **identity}
-    stage, scope = None, metadata.get("phase_scope")
+    scope = metadata.get("phase_scope")
     if isinstance(scope, MappingProxyType):
-        stage = _stage(scope)
-        correlation |= {f"phase.{name}": scope[name] for name in SCOPE if scope.get(name) is not None}
+        correlation |= {f"phase.{name}": scope[name] for name in PHASE_IDS if scope.get(name) is not None}
     projected = object.__new__(ProjectedTelemetryRecord)
     projected.__dict__.update(  # its __init__, being frozen, takes three times as long
         schema_version=1,
@@ -108,7 +131,7 @@ def project_telemetry_event(
         session_id=event.session_id,
         source_kind=kind,
         event_type=event.event_type,
-        stage=stage,
+        stage=phase_name(scope),
         severity=_severity(event.event_type, metadata),
         severity_text=None if severity_text is None else str(severity_text),
         body=event.context,
@@ -122,7 +145,7 @@ def project_telemetry_event(
 def project_telemetry_events(
     events: Iterable[TelemetryEventLike | TelemetryEventV2 | Mapping[str, Any]],
 ) -> list[ProjectedTelemetryRecord]:
-    """`project_telemetry_event` of each."""
+    """The neutral records of several events, in their order; raises as `project_telemetry_event` does."""
     return [project_telemetry_event(event) for event in events]
 
 
@@ -157,11 +180,11 @@ def _json_value(value: object) -> object:
     return "null" if value is None else _ENCODE(value)
 
 
-def _plain(value: object) -> object:
+def _json_default(value: object) -> object:
     return dict(value) if isinstance(value, MappingProxyType) else str(value)
 
 
-_ENCODE = json.JSONEncoder(sort_keys=True, default=_plain).encode
+_ENCODE = json.JSONEncoder(sort_keys=True, default=_json_default).encode
 _SORTED = itemgetter(*sorted(NAMES))
 _TEMPLATE = "{" + ", ".join(f'"{name}": %s' for name in sorted(NAMES)) + "}"
 
@@ -177,9 +200,12 @@ def _source_kind(event: TelemetryEventLike, metadata: Mapping[str, Any]) -> str:
     return "gpu" if event.device_id >= 0 else "other"
 
 
-def _stage(scope: Mapping[str, Any]) -> str | None:
+def phase_name(scope: Any) -> str | None:
+    """The phase that metadata's `phase_scope` names: by itself, or as the last part of its path."""
+    if not isinstance(scope, Mapping):
+        return None
     path = scope.get("path")
-    last = path[-1] if isinstance(path, tuple) and path else None
+    last = path[-1] if isinstance(path, (list, tuple)) and path else None
     return next((name for name in (scope.get("name"), last) if isinstance(name, str) and name.strip()), None)
 
 

@@ -7,18 +7,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from stepspan.compat.stormlog.events import TelemetryEventLike
-from stepspan.compat.stormlog.fields import RecordError, shown
+from stepspan.compat.stormlog.fields import IDENTITY
 from stepspan.compat.stormlog.projection import ProjectedTelemetryRecord, project_telemetry_events
+from stepspan.errors import RecordError, short_repr
 
-STATUSES = ("completed", "interrupted", "incomplete", "running")  # the one to choose first comes first
+STATUSES = ("completed", "interrupted", "incomplete", "running")
+"""The one to choose first comes first."""
 
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """What is known of a session as a whole. Times are Unix nanoseconds."""
+    """What is known of a session: the fields of stormlog's class of that name.
+
+    Times are Unix nanoseconds; `status` is one of `STATUSES`. `source` is where the summary is from: a sink's manifest,
+    or `artifact:` and the name of the events' file.
+    """
 
     session_id: str
-    status: str  # one of STATUSES
+    status: str
     started_at_ns: int
     ended_at_ns: int | None
     host: str
@@ -27,12 +33,12 @@ class SessionSummary:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    source: str = "stormlog.session"  # who says so: a sink's manifest, or `artifact:` and the name of the events' file
+    source: str = "stormlog.session"
 
 
 @dataclass
 class LoadedTelemetrySession:
-    """A session with its events, by time, and where they are from."""
+    """A session with its events, by time, the files they are from, and what was wrong with the sink's manifest."""
 
     summary: SessionSummary
     events: list[TelemetryEventLike]
@@ -40,15 +46,15 @@ class LoadedTelemetrySession:
     warnings: list[str] = field(default_factory=list)
 
     def telemetry_records(self) -> list[ProjectedTelemetryRecord]:
-        """The events as neutral records."""
+        """The events as neutral records. Raises RecordError where metadata nests too deeply."""
         return project_telemetry_events(self.events)
 
     def resources(self) -> list[dict[str, Any]]:
-        """Each thing that the events are about, once, in the order of its first event."""
+        """Each thing that the events are about (host, process, device), once, in the order of its first event."""
         return _distinct(dict(record.resource) for record in self.telemetry_records())
 
     def correlations(self) -> list[dict[str, Any]]:
-        """Each set of ids that the events belong to, once, in the order of its first event."""
+        """Each set of ids that the events belong to (session, job, phase), once, in the order of its first event."""
         return _distinct(dict(record.correlation) for record in self.telemetry_records())
 
 
@@ -57,7 +63,7 @@ def _distinct(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def summary_of(session_id: str, events: Sequence[TelemetryEventLike], source: str) -> SessionSummary:
-    """The summary of a session that no manifest knows: completed if its tracker said `stop`, else incomplete."""
+    """The summary of a session that no manifest has: completed if its tracker logged `stop`, else incomplete."""
     first = events[0]
     stops = [event.timestamp_ns for event in events if event.event_type == "stop"]
     return SessionSummary(
@@ -67,31 +73,28 @@ def summary_of(session_id: str, events: Sequence[TelemetryEventLike], source: st
         ended_at_ns=max(stops, default=None),
         host=first.host,
         pid=first.pid,
-        job_id=first.job_id,
-        rank=first.rank,
-        local_rank=first.local_rank,
-        world_size=first.world_size,
         source=source,
+        **{name: getattr(first, name) for name in IDENTITY},
     )
 
 
-def in_order(sessions: Iterable[LoadedTelemetrySession]) -> list[LoadedTelemetrySession]:
+def sort_sessions(sessions: Iterable[LoadedTelemetrySession]) -> list[LoadedTelemetrySession]:
     """By status, then the newest end, the newest start, and the id."""
 
-    def place(session: LoadedTelemetrySession) -> tuple[int, int, int, str]:
+    def key(session: LoadedTelemetrySession) -> tuple[int, int, int, str]:
         summary = session.summary
         end = summary.started_at_ns if summary.ended_at_ns is None else summary.ended_at_ns
         return STATUSES.index(summary.status), -end, -summary.started_at_ns, summary.session_id
 
-    return sorted(sessions, key=place)
+    return sorted(sessions, key=key)
 
 
-def chosen(sessions: Sequence[LoadedTelemetrySession], session_id: str | None) -> list[TelemetryEventLike]:
-    """The events of the session that is asked for, else of the first in order that has any."""
-    if session_id is not None and sessions:
-        for session in sessions:
-            if session.summary.session_id == session_id:
-                return session.events
-        known = ", ".join(session.summary.session_id for session in sessions)
-        raise RecordError(f"Requested session_id not found: {shown(session_id)} (there are: {known})", "session_id")
-    return next((session.events for session in sessions if session.events), [])
+def select_events(sessions: Sequence[LoadedTelemetrySession], session_id: str | None) -> list[TelemetryEventLike]:
+    """The events of the session that is asked for, else of the first that has any."""
+    if session_id is None or not sessions:
+        return next((session.events for session in sessions if session.events), [])
+    for session in sessions:
+        if session.summary.session_id == session_id:
+            return session.events
+    known = ", ".join(session.summary.session_id for session in sessions)
+    raise RecordError(f"Requested session_id not found: {short_repr(session_id)} (there are: {known})", "session_id")

@@ -15,20 +15,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepspan.compat.stormlog.fields import RecordError, integer, shown, text
+from stepspan.compat.stormlog.fields import require_int, require_text
 from stepspan.compat.stormlog.sessions import STATUSES, SessionSummary
+from stepspan.errors import RecordError, short_repr
 
 MANIFEST = "manifest.json"
 SEGMENTS = "segment-*.jsonl"
-WITH_SESSIONS = 2  # the first schema of a manifest that has them
+FIRST_SCHEMA_WITH_SESSIONS = 2
 
 
 @dataclass
 class Manifest:
-    """What a manifest tells, as far as it could be understood."""
+    """What a manifest says, as far as it could be understood."""
 
     sessions: dict[str, SessionSummary] = field(default_factory=dict)
-    segments: dict[str, str | None] = field(default_factory=dict)  # name -> the session of its records
+    segments: dict[str, str | None] = field(default_factory=dict)
+    """File name -> the session of its records."""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -37,63 +39,62 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     manifest = Manifest()
     try:
-        content = json.loads(path.read_bytes().decode())
-        if not isinstance(content, dict):
-            raise RecordError(f"a manifest must be an object, not {shown(content)}")
-        version = integer("schema_version", content.get("schema_version"))
+        content = _require_object(json.loads(path.read_bytes().decode()))
+        version = require_int("schema_version", content.get("schema_version"))
     except FileNotFoundError:
         return manifest
     except (OSError, ValueError, RecursionError) as error:
         manifest.warnings.append(f"{path}: ignored: {error}")
         return manifest
     kinds = {"segments": _add_segment, "sessions": _add_session}
-    for kind in kinds if version >= WITH_SESSIONS else ("segments",):
+    for kind in kinds if version >= FIRST_SCHEMA_WITH_SESSIONS else ("segments",):
         entries = content.get(kind)
         for number, entry in enumerate(entries if isinstance(entries, list) else []):
             try:
-                kinds[kind](manifest, entry)
+                kinds[kind](manifest, _require_object(entry))
             except RecordError as error:
                 manifest.warnings.append(f"{path}: {kind}[{number}] ignored: {error}")
     return manifest
 
 
 def segments_of(directory: Path, manifest: Manifest) -> list[Path]:
-    """The segments that are there, listed or not, in the order of their names."""
+    """The segments that exist, listed or not, in the order of their names."""
     listed = (directory / name for name in manifest.segments)
-    found = {
-        path for path in (*listed, *directory.glob(SEGMENTS)) if os.path.isfile(path)
-    }  # takes any name, never raises
+    found = {path for path in (*listed, *directory.glob(SEGMENTS)) if os.path.isfile(path)}  # Path.is_file may raise
     return sorted(found, key=lambda path: path.name)
 
 
-def _add_session(manifest: Manifest, entry: Any) -> None:
-    if not isinstance(entry, dict):
-        raise RecordError(f"must be an object, not {shown(entry)}")
-    status = text("status", entry.get("status")).strip().lower()
+def _require_object(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return value
+    raise RecordError(f"must be an object, not {short_repr(value)}")
+
+
+def _add_session(manifest: Manifest, entry: dict[str, Any]) -> None:
+    status = require_text("status", entry.get("status")).strip().lower()
     if status not in STATUSES:
-        raise RecordError(f"status must be one of {', '.join(STATUSES)}, not {shown(entry['status'])}", "status")
+        known = ", ".join(STATUSES)
+        raise RecordError(f"status must be one of {known}, not {short_repr(entry['status'])}", "status")
     ended, job_id = entry.get("ended_at_ns"), entry.get("job_id")
     summary = SessionSummary(
-        session_id=text("session_id", entry.get("session_id")),
+        session_id=require_text("session_id", entry.get("session_id")),
         status=status,
-        started_at_ns=integer("started_at_ns", entry.get("started_at_ns")),
-        ended_at_ns=None if ended is None else integer("ended_at_ns", ended),
-        host=text("host", entry.get("host")),
-        pid=integer("pid", entry.get("pid", -1)),
-        job_id=None if job_id is None else text("job_id", job_id),
-        rank=integer("rank", entry.get("rank", 0)),
-        local_rank=integer("local_rank", entry.get("local_rank", 0)),
-        world_size=integer("world_size", entry.get("world_size", 1)),
-        source=text("source", entry.get("source", "stormlog.telemetry_sink")),
+        started_at_ns=require_int("started_at_ns", entry.get("started_at_ns")),
+        ended_at_ns=None if ended is None else require_int("ended_at_ns", ended),
+        host=require_text("host", entry.get("host")),
+        pid=require_int("pid", entry.get("pid", -1)),
+        job_id=None if job_id is None else require_text("job_id", job_id),
+        rank=require_int("rank", entry.get("rank", 0)),
+        local_rank=require_int("local_rank", entry.get("local_rank", 0)),
+        world_size=require_int("world_size", entry.get("world_size", 1)),
+        source=require_text("source", entry.get("source", "stormlog.telemetry_sink")),
     )
     manifest.sessions[summary.session_id] = summary
 
 
-def _add_segment(manifest: Manifest, entry: Any) -> None:
-    if not isinstance(entry, dict):
-        raise RecordError(f"must be an object, not {shown(entry)}")
-    name = text("filename", entry.get("filename"))
+def _add_segment(manifest: Manifest, entry: dict[str, Any]) -> None:
+    name = require_text("filename", entry.get("filename"))
     if name != Path(name).name:
-        raise RecordError(f"filename must be a name in the sink's directory, not {shown(name)}", "filename")
+        raise RecordError(f"filename must be a name in the sink's directory, not {short_repr(name)}", "filename")
     session = entry.get("session_id")
     manifest.segments[name] = session if isinstance(session, str) and session.strip() else None

@@ -19,13 +19,13 @@ from stepspan.compat.stormlog.fields import (
     IDENTITY,
     SCHEMA_VERSION_V4,
     VERSIONS,
-    RecordError,
-    integer,
-    shown,
-    text,
+    require_int,
+    require_text,
 )
+from stepspan.errors import RecordError, short_repr
 
-Values = tuple[Any, ...]  # of a record, in the order of its layout's names
+Values = tuple[Any, ...]
+"""Of a record, in the order of its layout's names."""
 Picker = Callable[[Values], Values]
 
 # fmt: off
@@ -35,7 +35,7 @@ _LIMITS = ("pid", "rank", "local_rank", "world_size",
 
 
 class Layout:
-    """What a version of the schema has."""
+    """The fields of one version of the schema, and whether a record has them as it should."""
 
     def __init__(self, version: int) -> None:
         self.version = version
@@ -47,9 +47,9 @@ class Layout:
         self.required = tuple(field.name for field in self.fields if not field.optional)
         self.pick: Callable[[Mapping[str, Any]], Values] = itemgetter(*self.names)
         self._limits = itemgetter(*map(self.names.index, _LIMITS))
-        # Types found right, in the order of the names -> picks the integers that may not be negative, and the texts
-        # that may not be blank.
         self._shapes: dict[tuple[type, ...], tuple[Picker, Picker]] = {}
+        """Types found right, in the order of the names -> pick the integers that may not be negative, and the texts
+        that may not be blank."""
 
     def fits(self, values: Values) -> bool:
         """Quickly: True only if `check` has nothing to say about them but, in V4, about capabilities."""
@@ -85,20 +85,20 @@ class Layout:
         unknown = sorted(str(name) for name in record if name not in self.known)
         if unknown:
             raise RecordError(
-                f"Unknown telemetry fields: {', '.join(unknown)} (what is your own belongs into `metadata`)", *unknown
+                f"Unknown telemetry fields: {', '.join(unknown)} (your own fields belong in `metadata`)", *unknown
             )
-        whole = {**IDENTITY, **record}
+        full = {**IDENTITY, **record}
         for group in self.groups:
             for field in group:
-                field.check_type(whole[field.name], self.version)
+                field.check_type(full[field.name], self.version)
             for field in group:
-                field.check_range(whole[field.name], self.version)
+                field.check_range(full[field.name], self.version)
             if group[0].name == "device_used_bytes":
-                _check_totals(whole)
+                _check_totals(full)
         if self.version >= SCHEMA_VERSION_V4:
-            check_capabilities(whole)
-        check_ranks(whole["rank"], whole["local_rank"], whole["world_size"])
-        values = self.pick(whole)
+            check_capabilities(full)
+        check_ranks(full["rank"], full["local_rank"], full["world_size"])
+        values = self.pick(full)
         self.learn(values)
         return values
 
@@ -107,9 +107,14 @@ LAYOUTS = {version: Layout(version) for version in VERSIONS}
 
 
 def validate_telemetry_record(record: Mapping[str, Any]) -> None:
-    """Raise `RecordError`, a ValueError that names the fields, unless `record` is one of schema 2, 3 or 4.
+    """Check a record, as stormlog's function of that name does; schema 4 is taken, too.
 
-    A record without `schema_version` is refused: `telemetry_event_from_record` converts those.
+    Args:
+        record: The record; one without `schema_version` is refused: `telemetry_event_from_record` converts those.
+
+    Raises:
+        RecordError: The record is not as its schema says: the first fault in stormlog's order, with the `fields`.
+
     """
     if type(record) is not dict or accepted(record) is None:
         layout_of(record).check(record)
@@ -132,20 +137,22 @@ def accepted(record: dict[str, Any]) -> tuple[Layout, Values] | None:
 def layout_of(record: Mapping[str, Any]) -> Layout:
     """The layout that a record names. Raises `RecordError` where it names none, or one that is not known."""
     if not isinstance(record, Mapping):
-        raise RecordError(f"record must be a mapping, not {shown(record)}")
-    version = integer("schema_version", record.get("schema_version"))
+        raise RecordError(f"record must be a mapping, not {short_repr(record)}")
+    version = require_int("schema_version", record.get("schema_version"))
     layout = LAYOUTS.get(version)
     if layout is None:
-        raise RecordError(f"Unsupported schema_version: {shown(version)} (2, 3 and 4 are known)", "schema_version")
+        raise RecordError(f"Unsupported schema_version: {short_repr(version)} (2, 3 and 4 are known)", "schema_version")
     return layout
 
 
 def check_ranks(rank: int, local_rank: int, world_size: int) -> None:
-    """Raise `RecordError` for a rank outside its world."""
+    """Raise `RecordError` for a rank or local rank that is not below the world size."""
     for name, value in (("rank", rank), ("local_rank", local_rank)):
         if value >= world_size:
             raise RecordError(
-                f"{name} must be < world_size: it is {shown(value)} of {shown(world_size)}", name, "world_size"
+                f"{name} must be < world_size: it is {short_repr(value)} of {short_repr(world_size)}",
+                name,
+                "world_size",
             )
 
 
@@ -155,7 +162,9 @@ def _check_totals(record: Mapping[str, Any]) -> None:
         value = record[name]
         if total is not None and value is not None and value > total:
             raise RecordError(
-                f"{name} cannot exceed device_total_bytes: {shown(value)} > {shown(total)}", name, "device_total_bytes"
+                f"{name} cannot exceed device_total_bytes: {short_repr(value)} > {short_repr(total)}",
+                name,
+                "device_total_bytes",
             )
 
 
@@ -164,10 +173,10 @@ def check_capabilities(record: Mapping[str, Any]) -> None:
 
     A counter that could not be measured is null, and where allocated memory could not, its change is null as well.
     """
-    place = "metadata.memory_capabilities"
+    path = "metadata.memory_capabilities"
     found = record["metadata"].get("memory_capabilities")
     if not isinstance(found, dict):
-        raise RecordError(f"{place} must be an object in schema 4, not {shown(found)}", "metadata")
+        raise RecordError(f"{path} must be an object in schema 4, not {short_repr(found)}", "metadata")
     missing = [name for name in CAPABILITIES if name not in found]
     if missing:
         raise RecordError(f"Missing memory capability fields: {', '.join(missing)}", "metadata", *missing)
@@ -175,14 +184,16 @@ def check_capabilities(record: Mapping[str, Any]) -> None:
     if unknown:
         raise RecordError(f"Unknown memory capability fields: {', '.join(unknown)}", "metadata", *unknown)
     for name in CAPABILITY_TEXTS:
-        text(f"{place}.{name}", found[name])
+        require_text(f"{path}.{name}", found[name])
     for name in CAPABILITIES[len(CAPABILITY_TEXTS) :]:
         if not isinstance(found[name], bool):
-            raise RecordError(f"{place}.{name} must be a boolean, not {shown(found[name])}", f"{place}.{name}")
+            raise RecordError(f"{path}.{name} must be a boolean, not {short_repr(found[name])}", f"{path}.{name}")
     for name, flag in _MEASURED.items():
         if not found[flag] and record[name] is not None:
             raise RecordError(
-                f"{name} must be null when {place}.{flag} is false, not {shown(record[name])}", name, f"{place}.{flag}"
+                f"{name} must be null when {path}.{flag} is false, not {short_repr(record[name])}",
+                name,
+                f"{path}.{flag}",
             )
 
 
