@@ -1,4 +1,4 @@
-"""Keeps what it is given: for tests, and for looking at what a journal maps to."""
+"""An exporter that keeps what it is given: for tests, and for looking at what a journal maps to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from stepspan.processors import Processor
 
 
 class MemoryExporter:
-    """`records[signal]`: (resource, record) in the order of arrival."""
+    """Keeps records in memory.
+
+    Args:
+        processors: Run on the events of this exporter alone, after the journal.
+        destination: Names its cursors: letters, digits, "-" and "_".
+
+    Attributes:
+        records: Signal -> (resource, record) in the order of arrival. The records are those of
+            `stepspan.mapping.records`.
+
+    """
 
     def __init__(self, *, processors: Sequence[Processor] = (), destination: str = "memory") -> None:
         self.destination = destination
@@ -19,9 +29,9 @@ class MemoryExporter:
         self.records: dict[Signal, list[tuple[Attributes, Record]]] = {signal: [] for signal in SIGNALS}
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
-        """Keep them."""
+        """Keep the records. Always DELIVERED."""
         self.records[signal].extend((resource, record) for record in records)
         return Outcome(Verdict.DELIVERED)
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing: there is nothing to release."""

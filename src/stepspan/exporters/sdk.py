@@ -1,8 +1,8 @@
 """Any exporter of the OpenTelemetry SDK as an exporter of stepspan.
 
-Runs on a thread of the training process, because an object can't be handed to another one. What it can tell of a
-failure is what the SDK's exporters tell: success or not. So a failure is retried and then held, never isolated; one bad
-record stops its signal. `OtlpExporter` has no such ceiling.
+Runs on a thread of the training process, because an object can't be handed to another one. The SDK's exporters say of a
+request that it succeeded or not, and no more. So a failure is retried and then held, never isolated: one bad record
+stops its signal. `OtlpExporter` has no such limit.
 """
 
 from __future__ import annotations
@@ -23,9 +23,21 @@ if TYPE_CHECKING:
 
 
 class SdkExporter:
-    """Exports through SDK exporters, one for each signal that is wanted.
+    """Exports through exporters of the OpenTelemetry SDK, one for each signal that is wanted.
 
-    `SdkExporter(span=OTLPSpanExporter(), metric=OTLPMetricExporter())`. Raises `ConfigError` without any.
+    Args:
+        span: Takes the traces.
+        metric: Takes the metrics. Points that say "no recorded value" do not reach it: the SDK has no room for them.
+        log: Takes the logs.
+        processors: Run on the events of this exporter alone, after the journal.
+        destination: Names its cursors: letters, digits, "-" and "_". Two exporters need two names.
+
+    Raises:
+        ConfigError: None of `span`, `metric` and `log` is given.
+
+    Example:
+        `start_run(exporters=[SdkExporter(span=OTLPSpanExporter(), metric=OTLPMetricExporter())])`
+
     """
 
     def __init__(
@@ -46,7 +58,12 @@ class SdkExporter:
         self.processors = tuple(processors)
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
-        """One call of the SDK exporter."""
+        """Call the signal's SDK exporter once.
+
+        Returns:
+            DELIVERED if it answers success; RETRY_THEN_HOLD if it answers anything else, or raises.
+
+        """
         from stepspan.exporters import _sdk_objects as objects
 
         convert: dict[Signal, Any] = {
@@ -54,14 +71,15 @@ class SdkExporter:
             "traces": objects.readable_spans,
             "logs": objects.log_records,
         }
+        exporter = self._exporters[signal]
         with uninstrumented():
             try:
-                result = self._exporters[signal].export(convert[signal](resource, records))
-            except Exception as error:  # an exporter of somebody else's may raise anything
-                return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(self._exporters[signal]).__name__}: {error!r}")
+                result = exporter.export(convert[signal](resource, records))
+            except Exception as error:  # an exporter that is not ours may raise anything
+                return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(exporter).__name__}: {error!r}")
         if getattr(result, "name", "") == "SUCCESS":
             return Outcome(Verdict.DELIVERED)
-        return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(self._exporters[signal]).__name__} answered {result!s}")
+        return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(exporter).__name__} answered {result!s}")
 
     def close(self) -> None:
         """Shut the SDK exporters down."""

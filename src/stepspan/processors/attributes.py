@@ -11,9 +11,23 @@ from stepspan.values import json_value
 
 
 class Attributes:
-    """Adds `values` to spans, events and errors, and with `metrics=True` to metrics, as attributes.
+    """Adds attributes to spans, events and errors, and if asked to, to metrics.
 
-    What the event already says stays. On metrics an attribute with many values makes many series.
+    An attribute that the event has already stays as it is.
+
+    Args:
+        values: Name -> value.
+        metrics: Whether metrics get them, too. There an attribute with many values makes many series.
+
+    Raises:
+        ConfigError: `values` is not a mapping.
+
+    Example:
+        In Python, `Attributes({"team": "vision"}, metrics=True)`; in a settings file::
+
+            processors:
+              - attributes: {values: {team: vision}, metrics: true}
+
     """
 
     def __init__(self, values: Mapping[str, Any], *, metrics: bool = False) -> None:
@@ -24,6 +38,6 @@ class Attributes:
         self.spec = {"attributes": {"values": self.values, "metrics": metrics}}
 
     def __call__(self, event: Event) -> Event:
-        """The event with the attributes."""
+        """The event with the attributes, changed in place."""
         event["attributes"] = {**self.values, **event.get("attributes", {})}
         return event

@@ -1,4 +1,4 @@
-"""What one exporter need not send."""
+"""Leaving out events and metrics that one exporter need not send."""
 
 from __future__ import annotations
 
@@ -10,7 +10,25 @@ from stepspan.events import FIELDS, Event
 
 
 class Drop:
-    """Drops metrics whose key matches a pattern (`"grad/*"`), and whole events by `tag` or by `name`."""
+    """Leaves out metrics by their key, and whole events by their tag or name.
+
+    Args:
+        metrics: Patterns of metric keys, such as `"grad/*"`: `*`, `?` and `[…]` as in file names, case matters.
+        tags: Tags of events that go nowhere, as `stepspan.events` lists them: `"sample"`, `"log"`.
+        events: Patterns of the names of `log_event`.
+
+    Raises:
+        ConfigError: An argument is a string instead of a list, or a tag is unknown.
+
+    Example:
+        In Python, `OtlpExporter(processors=[Drop(["grad/*"], tags=["sample"])])`; in a settings file::
+
+            exporters:
+              - endpoint: https://otlp.example.com
+                processors:
+                  - drop: {metrics: ["grad/*"], tags: [sample]}
+
+    """
 
     def __init__(self, metrics: Sequence[str] = (), *, tags: Sequence[str] = (), events: Sequence[str] = ()) -> None:
         for field, given in (("metrics", metrics), ("tags", tags), ("events", events)):
@@ -22,10 +40,9 @@ class Drop:
         self.patterns = tuple(metrics)
         self.dropped_tags = frozenset(tags)
         self.names = tuple(events)
-        wanted = {"metrics"} if metrics else set()
-        self.tags = frozenset(wanted | ({"event"} if events else set()) | self.dropped_tags)
+        self.tags = self.dropped_tags | ({"metrics"} if metrics else set()) | ({"event"} if events else set())
         self.spec = {"drop": {"metrics": list(metrics), "tags": list(tags), "events": list(events)}}
-        self._known: dict[str, bool] = {}
+        self._dropped: dict[str, bool] = {}  # metric key -> whether a pattern matches
 
     def __call__(self, event: Event) -> Event | None:
         """The event without what is dropped; None where nothing is left."""
@@ -34,11 +51,11 @@ class Drop:
             return None
         if tag == "event":
             return None if any(fnmatchcase(event["name"], name) for name in self.names) else event
-        kept = {key: value for key, value in event["metrics"].items() if not self._matches(key)}
+        kept = {key: value for key, value in event["metrics"].items() if not self._is_dropped(key)}
         return {**event, "metrics": kept} if kept else None
 
-    def _matches(self, key: str) -> bool:
-        found = self._known.get(key)
-        if found is None:
-            found = self._known[key] = any(fnmatchcase(key, pattern) for pattern in self.patterns)
-        return found
+    def _is_dropped(self, key: str) -> bool:
+        dropped = self._dropped.get(key)
+        if dropped is None:
+            dropped = self._dropped[key] = any(fnmatchcase(key, pattern) for pattern in self.patterns)
+        return dropped

@@ -15,8 +15,8 @@ from stepspan.errors import ConfigError
 from stepspan.events import FIELDS, Event
 
 REDACTED = "[redacted]"
-REPEATED = 100
-"""Characters up to which a text is likely to come again: the name of a span."""
+MAX_CACHED_CHARS = 100
+"""A text of at most so many characters, such as the name of a span, is likely to come again: its result is cached."""
 
 _NAME = (
     r"(?:passwords?|passwd|passphrase|secrets?|credentials?|authorization|secret[_-]?key|api[_-]?keys?"
@@ -37,12 +37,12 @@ IN_TEXT: Sequence[tuple[re.Pattern[str], str]] = (
 )
 
 
-NUMBERS = {"metrics", "memory", "step_begin", "step_end", "epoch_begin", "epoch_end", "span_end", "gap"}
 HINT = re.compile(r"pass|secret|cred|auth|key|token|bearer|basic|sig|://|hf_|sk-|gh|glpat|xox|AKIA", re.IGNORECASE)
 """What a text must hold for any of the patterns to match: most texts hold none of it, and are passed over quickly."""
-
-
+NUMERIC_TAGS = {"metrics", "memory", "step_begin", "step_end", "epoch_begin", "epoch_end", "span_end", "gap"}
+"""Tags of events that hold numbers only."""
 KEY_VALUE = {"key", "value"}
+"""The fields of a KeyValue in OTLP JSON."""
 OTLP_PLAIN = frozenset(
     ("traceId", "spanId", "parentSpanId", "startTimeUnixNano", "endTimeUnixNano", "timeUnixNano", "intValue",
      "observedTimeUnixNano", "doubleValue", "boolValue", "asInt", "asDouble", "bucketCounts", "explicitBounds")
@@ -51,12 +51,25 @@ OTLP_PLAIN = frozenset(
 
 
 class Redact:
-    """Replaces secrets by "[redacted]", in names, values, messages, stack traces, and the header's resource.
+    """Replaces secrets by "[redacted]": in names, values, messages, stack traces, and the header's resource.
 
-    `names`: further field names (whole, case does not matter) whose string values are secret.
+    Every run begins with one, unless the setting `redact` is false.
+
+    Args:
+        names: Further field names whose string values are secret. Whole names; case does not matter.
+
+    Raises:
+        ConfigError: `names` is a string instead of a list.
+
+    Example:
+        In Python, `Redact(["account"])`; in a settings file, `redact_names: [account]`, or::
+
+            processors:
+              - redact: {names: [account]}
+
     """
 
-    tags = frozenset(FIELDS) - NUMBERS
+    tags = frozenset(FIELDS) - NUMERIC_TAGS
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         if isinstance(names, str):
@@ -65,42 +78,42 @@ class Redact:
         self.spec = {"redact": {"names": list(names)}}
 
     def __call__(self, event: Event) -> Event:
-        """The event without secrets."""
+        """A copy of the event without secrets."""
         if event.get("tag") == "otel":
-            return {key: self._otlp(value) for key, value in event.items()}
-        return {key: self._clean(key, value) for key, value in event.items()}
-
-    def text(self, value: str) -> str:
-        """A text without the credentials it may hold."""
-        return known_text(value) if len(value) <= REPEATED else clean_text(value)
+            return {key: self._redacted_otlp(value) for key, value in event.items()}
+        return {key: self._redacted_value(key, value) for key, value in event.items()}
 
     def _is_secret(self, name: str) -> bool:
         return is_secret_name(name) or name.lower() in self._names
 
-    def _otlp(self, value: Any) -> Any:
-        """OTLP JSON, in which the name of an attribute stands beside its value, and no other field is a secret."""
-        if type(value) is str:
-            return self.text(value)
-        if type(value) is list:
-            return [self._otlp(item) for item in value]
-        if type(value) is not dict:
-            return self._clean("", value)
-        if value.keys() != KEY_VALUE:
-            return {name: item if name in OTLP_PLAIN else self._otlp(item) for name, item in value.items()}
-        name, found = value["key"], value["value"]
-        if self._is_secret(str(name)) and not (type(found) is dict and found.keys() <= OTLP_PLAIN):
-            return {"key": name, "value": {"stringValue": REDACTED}}
-        return {"key": name, "value": self._otlp(found)}
-
-    def _clean(self, name: str, value: Any) -> Any:
+    def _redacted_value(self, name: str, value: Any) -> Any:
+        """The value of a field of this name, without secrets."""
         if isinstance(value, str):
-            return REDACTED if value and self._is_secret(name) else self.text(value)
+            return REDACTED if value and self._is_secret(name) else redacted_text(value)
         if isinstance(value, Mapping):
             secret = self._is_secret(name)  # then so is all that is in it
-            return {self.text(str(key)): self._clean(name if secret else str(key), item) for key, item in value.items()}
+            return {
+                redacted_text(str(key)): self._redacted_value(name if secret else str(key), item)
+                for key, item in value.items()
+            }
         if isinstance(value, (list, tuple)):
-            return [self._clean(name, item) for item in value]
+            return [self._redacted_value(name, item) for item in value]
         return value
+
+    def _redacted_otlp(self, value: Any) -> Any:
+        """OTLP JSON, in which the name of an attribute is a value, too, and no other field is a secret."""
+        if type(value) is str:
+            return redacted_text(value)
+        if type(value) is list:
+            return [self._redacted_otlp(item) for item in value]
+        if type(value) is not dict:
+            return self._redacted_value("", value)
+        if value.keys() != KEY_VALUE:
+            return {name: item if name in OTLP_PLAIN else self._redacted_otlp(item) for name, item in value.items()}
+        name, content = value["key"], value["value"]
+        if self._is_secret(str(name)) and not (type(content) is dict and content.keys() <= OTLP_PLAIN):
+            return {"key": name, "value": {"stringValue": REDACTED}}
+        return {"key": name, "value": self._redacted_otlp(content)}
 
 
 @lru_cache(maxsize=4096)
@@ -109,8 +122,12 @@ def is_secret_name(name: str) -> bool:
     return SECRET_NAME.search(CAMEL.sub("_", name)) is not None
 
 
-def clean_text(text: str) -> str:
+def redacted_text(text: str) -> str:
     """A text without the credentials it may hold."""
+    return _cached_replace(text) if len(text) <= MAX_CACHED_CHARS else _replace_credentials(text)
+
+
+def _replace_credentials(text: str) -> str:
     if HINT.search(text) is None:
         return text
     for pattern, replacement in IN_TEXT:
@@ -118,4 +135,4 @@ def clean_text(text: str) -> str:
     return text
 
 
-known_text = lru_cache(maxsize=4096)(clean_text)
+_cached_replace = lru_cache(maxsize=4096)(_replace_credentials)

@@ -9,7 +9,21 @@ from stepspan.events import Event
 
 
 class Rename:
-    """Renames metric keys: `{"train_loss": "train/loss"}`. Two keys that become one: the later in the call wins."""
+    """Renames metric keys.
+
+    Args:
+        metrics: Old key -> new key. Where two keys of one call become the same, the later one wins.
+
+    Raises:
+        ConfigError: `metrics` is not a mapping to strings.
+
+    Example:
+        In Python, `Rename({"train_loss": "train/loss"})`; in a settings file::
+
+            processors:
+              - rename: {metrics: {train_loss: train/loss}}
+
+    """
 
     tags = frozenset({"metrics"})
 
@@ -20,7 +34,7 @@ class Rename:
         self.spec = {"rename": {"metrics": self.metrics}}
 
     def __call__(self, event: Event) -> Event:
-        """The event under its new names."""
+        """The event with the new keys, changed in place."""
         names = self.metrics
         event["metrics"] = {names.get(key, key): value for key, value in event["metrics"].items()}
         return event

@@ -7,7 +7,23 @@ from stepspan.events import Event
 
 
 class SampleSteps:
-    """Sends the metrics and the trace of every n-th step only. Step time and its histogram still count every step."""
+    """Keeps the metrics and the trace of every n-th step only. Step time and its histogram still count every step.
+
+    Args:
+        every: n, at least 1. Steps whose number it divides are kept.
+
+    Raises:
+        ConfigError: `every` is not a whole number of at least 1.
+
+    Example:
+        In Python, `OtlpExporter(processors=[SampleSteps(every=10)])`; in a settings file::
+
+            exporters:
+              - endpoint: https://otlp.example.com
+                processors:
+                  - sample_steps: {every: 10}
+
+    """
 
     tags = frozenset({"metrics", "step_begin"})
 
