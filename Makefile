@@ -36,7 +36,7 @@ dashboards: $(VENV)/.dev  ## Write Grafana's dashboards and Prometheus' recordin
 	cd collector-config && ../$(VENV)/bin/python -m dashboards
 
 pictures: $(VENV)/.pictures  ## Draw the README's pictures of the dashboards, from a training (5 min; `make stack` before)
-	$(VENV)/bin/python tests/pictures.py
+	PYTHONPATH=tests $(VENV)/bin/python tools/pictures
 
 clean:  ## Remove what was made, but for the stack
 	rm -rf $(VENV) .venv-frameworks .mypy_cache .ruff_cache .pytest_cache .hypothesis

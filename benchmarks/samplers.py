@@ -42,7 +42,7 @@ def sources() -> dict[str, Any]:
         found["gpu"] = lambda emit: gpu(0, emit)
     except Exception:  # none here
         sys.path.insert(0, TESTS)
-        from scripted_nvml import GPU, ScriptedNvml
+        from harness.scripted_nvml import GPU, ScriptedNvml
 
         found["gpu, scripted: without the driver's own time"] = lambda emit: gpu(
             0, emit, nvml=ScriptedNvml(GPU()), env={}

@@ -170,7 +170,7 @@ def deliverers(options: argparse.Namespace, chain: Chain, place: Path) -> None:
     """The process that a run starts on its host, once for each host."""
     import psutil
 
-    from stepspan.deliver import process
+    from stepspan.deliver.spawn import spawn
     from stepspan.exporters.otlp import OtlpExporter
 
     (place / "live").mkdir(exist_ok=True)
@@ -178,7 +178,7 @@ def deliverers(options: argparse.Namespace, chain: Chain, place: Path) -> None:
         time.sleep(0.05)
     for number in range(options.hosts):
         exporter = OtlpExporter(chain.agent.http_endpoint)
-        started = process.start(place / "live", f"host-{number}", [exporter], health=True, env=os.environ)
+        started = spawn(place / "live", f"host-{number}", [exporter], health=True, env=os.environ)
         chain.processes["deliverers"].append(psutil.Process(started.pid))
 
 
@@ -225,7 +225,7 @@ def drain(options: argparse.Namespace, chain: Chain) -> None:
 
 def queries(options: argparse.Namespace, chain: Chain) -> None:
     """Every query of the dashboards, as Grafana asks it for all ranks."""
-    import grafana
+    from harness import grafana
 
     span = min(900, options.history + 120)
     values = {"job": JOB, "rank": ".*", "split": ".*", "slower": "0s", "range": str(span)}
@@ -238,7 +238,7 @@ def queries(options: argparse.Namespace, chain: Chain) -> None:
 
 
 def ask(options: argparse.Namespace, chain: Chain, values: dict[str, str], span: int) -> None:
-    import grafana
+    from harness import grafana
 
     rows: list[tuple[float, float, str]] = []
     for name in grafana.NAMES:
@@ -304,14 +304,14 @@ def sizes(place: Path) -> None:
 
 def batches(session: Any, steps: int) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The points of a session, `steps` steps at a time; 0: as many as a deliverer that catches up puts together."""
-    from stepspan.deliver.task import BATCH
+    from stepspan.deliver.options import BATCH_BYTES
     from stepspan.mapping.mapper import mapper
     from stepspan.reading.sessions import SessionReader
 
     with SessionReader(session) as reader:
         fold = mapper("metrics", reader.header)
         waiting: list[Any] = []
-        for batch in reader.batches(size=BATCH):
+        for batch in reader.batches(size=BATCH_BYTES):
             if not steps:
                 yield reader.header["resource"], fold.map(batch.events)
                 continue
@@ -352,7 +352,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> None:
     import psutil
-    from stack import StackCollector, StackPrometheus
+    from harness.stack import StackCollector, StackPrometheus
 
     prometheus = StackPrometheus(place / "prometheus")
     gateway = StackCollector(

@@ -112,7 +112,7 @@ def work(task: dict[str, Any]) -> None:
 def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[], int]:
     from stepspan.deliver.deliverer import Deliverer, prepare_process
     from stepspan.deliver.ledgers import cursors
-    from stepspan.deliver.task import Options
+    from stepspan.deliver.options import Options
     from stepspan.exporters.otlp import OtlpExporter
 
     for signal in set(ALL) - set(task["signals"]):
@@ -125,7 +125,7 @@ def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[]
     def deliver() -> int:
         prepare_process()
         deliverer.start()
-        while not all(shipper.rounds or shipper.broken for shipper in deliverer.shippers):
+        while not all(scheduler.idle_runs or scheduler.broken for scheduler in deliverer.schedulers):
             time.sleep(0.005)
         deliverer.stop()
         states = cursors(Path(task["state"], session.path.name))[exporter.destination].values()
@@ -195,14 +195,14 @@ def official_exporters(task: dict[str, Any]) -> dict[str, Any]:
 
 def batches(session: SessionPath, signal: Signal) -> Iterator[tuple[Any, Sequence[Record]]]:
     """The records of a journal as delivery would send them, request by request."""
-    from stepspan.deliver.task import BATCH
+    from stepspan.deliver.options import BATCH_BYTES
     from stepspan.mapping.mapper import mapper
     from stepspan.reading.sessions import SessionReader
 
     with SessionReader(session) as reader:
         assert reader.closed is not None
         fold = mapper(signal, reader.header)
-        for batch in reader.batches(size=BATCH):
+        for batch in reader.batches(size=BATCH_BYTES):
             records = fold.map(batch.events)
             if batch.at_end:
                 records = [*records, *fold.finish(reader.closed)]

@@ -78,7 +78,7 @@ class Rank:
 
 def samples() -> list[dict[str, Any]]:
     """What the real samplers write for this host, this process and a scripted GPU."""
-    from scripted_nvml import GPU, ScriptedNvml
+    from harness.scripted_nvml import GPU, ScriptedNvml
 
     from stepspan.samplers import Sampling
     from stepspan.samplers.gpu import gpu

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import stack
-from stack import Collector, Loki, Prometheus, Tempo
+import pytest_timeout
+from harness import stack
+from harness.processes import under_load
+from harness.stack import Collector, Loki, Prometheus, Tempo
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would ignore it as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,6 +33,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if not stack.ASKED_BY_UNMARKED:
         stack.binary("prometheus")
         stack.binary("otelcol")
+
+
+def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Settings) -> bool:
+    """A test may take `timeout` seconds (pyproject.toml, or its mark), and more where the machine is busy."""
+    found: bool = pytest_timeout.pytest_timeout_set_timer(item, settings._replace(timeout=under_load(settings.timeout)))
+    return found
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-from runs import events, outline, path_of
+from harness import runs
+from harness.runs import events, outline, path_of
 
 from stepspan import ConfigError, JsonlExporter, MemoryExporter
 from stepspan.journal.layout import find_sessions

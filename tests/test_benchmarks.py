@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness.processes import under_load
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -52,7 +53,7 @@ def test_benchmark_measures_every_contender(tmp_path: Path, script: str, tables:
         [sys.executable, str(BENCHMARKS / script), "--quick", "--directory", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=under_load(120),
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

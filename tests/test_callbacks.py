@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
-from journals import handled
+from harness import runs
+from harness.journals import handled
 
 import stepspan
 from stepspan import callbacks

@@ -20,12 +20,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import processes
 import pytest
-import runs
 import yaml
-from processes import Ranks, until
-from stack import CONFIGS, Collector, Prometheus, StackCollector, binary
+from harness import processes, runs
+from harness.processes import Ranks, under_load, until
+from harness.stack import CONFIGS, Collector, Prometheus, StackCollector, binary
 
 from stepspan.config import load
 from stepspan.journal.layout import find_sessions
@@ -131,7 +130,7 @@ def test_the_benchmark_of_scale_measures_every_part(tmp_path: Path):
         [sys.executable, str(SCALE), "--quick", "--directory", str(tmp_path)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=under_load(60),
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr

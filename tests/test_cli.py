@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from receiver import Answer, ScriptedReceiver
+from harness.receiver import Answer, ScriptedReceiver
 
 import stepspan
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from runs import events
+from harness import runs
+from harness.runs import events
 
 from stepspan import ConfigError
 from stepspan.config import Settings, load

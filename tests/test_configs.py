@@ -11,10 +11,10 @@ from typing import Any
 
 import orjson
 import pytest
-import runs
 import yaml
-from processes import until
-from stack import CONFIGS, Loki, StackCollector, StackPrometheus, Tempo, binary, tempo_binary
+from harness import runs
+from harness.processes import until
+from harness.stack import CONFIGS, Loki, StackCollector, StackPrometheus, Tempo, binary, tempo_binary
 
 start = runs.start
 ROOT = CONFIGS.parent

@@ -11,9 +11,9 @@ from zlib import crc32
 
 import orjson
 import pytest
+from harness.journals import fill, small_file_system
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from journals import fill, small_file_system
 
 from stepspan.journal.cursor import SLOT, Cursor, CursorState, Ledger, Position, read_cursor
 

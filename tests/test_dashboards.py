@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grafana
 import orjson
 import pytest
 import requests
 import yaml
-from stack import Prometheus, binary
+from harness import grafana
+from harness.stack import Prometheus, binary
 
 from stepspan.events import FIELDS
 from stepspan.mapping import samples

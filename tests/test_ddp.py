@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from runs import is_ours
-from stack import Collector, Prometheus
+from harness.runs import is_ours
+from harness.stack import Collector, Prometheus
 
 pytest.importorskip("torch", reason="needs torch")
 pytest.importorskip("sklearn", reason="needs scikit-learn")

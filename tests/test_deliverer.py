@@ -8,18 +8,18 @@ import threading
 import time
 from contextlib import closing
 
-import processes
 import pytest
-from delivery import OK, Scripted, Training, assert_true, copy, everything, trained
-from processes import until
-from receiver import Answer, ScriptedReceiver
+from harness import processes
+from harness.delivery import OK, Scripted, Training, assert_true, copy, everything, trained
+from harness.processes import under_load, until
+from harness.receiver import Answer, ScriptedReceiver
 
 from stepspan.deliver import deliverer as deliverers
 from stepspan.deliver import process
 from stepspan.deliver.deliverer import Deliverer, caught_up, run_is_over
 from stepspan.deliver.ledgers import cursors
-from stepspan.deliver.process import PLACE, Lock
-from stepspan.deliver.task import Options
+from stepspan.deliver.lock import DELIVERERS_DIRECTORY, DeliveryLock
+from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
@@ -37,7 +37,7 @@ def sync(directory, exporter, **fields):
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()
-    assert not any(shipper.broken for shipper in deliverer.shippers)
+    assert not any(scheduler.broken for scheduler in deliverer.schedulers)
 
 
 def exporter_to(receiver, protocol="http/protobuf", **fields):
@@ -63,7 +63,7 @@ def test_all_signals_of_all_sessions_reach_all_destinations(tmp_path):
     deliverer.wait(caught_up)
     deliverer.stop()
     assert all(exporter.closed for exporter in exporters)
-    assert [shipper.signal for shipper in deliverer.shippers] == [*SIGNALS, "traces"]
+    assert [scheduler.signal for scheduler in deliverer.schedulers] == [*SIGNALS, "traces"]
     for session in sessions:
         whole = [record for records in everything(session).values() for record in records]
         taken = [record for record in exporters[0].taken if record[0] == session.rank]
@@ -90,17 +90,17 @@ def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path, caplog):
     trained(tmp_path, 5)
     broken, other = Scripted(signals=["traces"]), Scripted(destination="other")
     deliverer = Deliverer([broken, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
-    deliverer.shippers[0].round = lambda: 1 / 0
+    deliverer.schedulers[0].run_once = lambda: 1 / 0
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()
     assert other.taken
-    assert [shipper.broken for shipper in deliverer.shippers] == [True, False]
+    assert [scheduler.broken for scheduler in deliverer.schedulers] == [True, False]
     assert "delivery of traces to there has stopped" in caplog.text
 
 
 def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(deliverers, "SILENCE", 0.5)
+    monkeypatch.setattr(deliverers, "SILENCE_LIMIT_S", 0.5)
     living = Training(tmp_path)
     living.steps(3)
     exporter = Scripted(lambda _: Outcome(Verdict.RETRY, "no connection"))
@@ -125,13 +125,13 @@ def test_pace_is_told_the_cpu_time_of_each_round(tmp_path):
 
 
 def test_one_lock_a_host_and_destination(tmp_path):
-    first, second = Lock(tmp_path, "node", "a"), Lock(tmp_path, "node", "a")
-    assert first.take()
-    assert not second.take()
-    assert Lock(tmp_path, "node", "b").take()
-    assert Lock(tmp_path, "other", "a").take()
+    first, second = DeliveryLock(tmp_path, "node", "a"), DeliveryLock(tmp_path, "node", "a")
+    assert first.acquire()
+    assert not second.acquire()
+    assert DeliveryLock(tmp_path, "node", "b").acquire()
+    assert DeliveryLock(tmp_path, "other", "a").acquire()
     first.release()
-    assert second.take()
+    assert second.acquire()
     second.release()
 
 
@@ -175,7 +175,7 @@ def test_ctrl_c_ends_the_run_and_not_the_delivery(ranks):
         rank = ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         (one,) = until(ranks.at_work)
         os.killpg(rank.pid, signal.SIGINT)
-        _, err = rank.communicate(timeout=20)
+        _, err = rank.communicate(timeout=under_load(20))
         assert rank.returncode == -signal.SIGINT
         assert "KeyboardInterrupt" in err
         assert ranks.at_work() == [one]
@@ -210,7 +210,7 @@ def test_headers_are_seen_in_no_argument_and_no_file(ranks):
         shown = " ".join(one.cmdline())
         ranks.stop()
         files = [path for path in ranks.directory.rglob("*") if path.is_file()]
-        assert any(path.parent.name == PLACE for path in files)
+        assert any(path.parent.name == DELIVERERS_DIRECTORY for path in files)
         for path in files:
             content = path.read_bytes()
             assert b"s3cr3t" not in content, path
@@ -277,7 +277,7 @@ def journal(tmp_path_factory):
     """A journal that was delivered while it was written, and what arrived."""
     directory = tmp_path_factory.mktemp("live")
     with ScriptedReceiver() as receiver, closing(exporter_to(receiver)) as exporter:
-        deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", batch=5000))
+        deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", batch_bytes=5000))
         deliverer.start()
 
         def a_request_later():
@@ -311,7 +311,7 @@ def test_live_delivery_has_everything(journal):
 def test_sync_in_one_go_over_each_protocol_gives_the_same_set(journal, tmp_path, protocol):
     directory, expected = journal
     with ScriptedReceiver() as receiver, closing(exporter_to(receiver, protocol)) as exporter:
-        sync(fresh(directory, tmp_path), exporter, batch=1 << 22)
+        sync(fresh(directory, tmp_path), exporter, batch_bytes=1 << 22)
         assert found_at(receiver) == expected
     assert_ledgers(tmp_path)
 
@@ -324,7 +324,9 @@ def test_sync_in_many_interrupted_pieces_gives_the_same_set(journal, tmp_path, b
         for _ in range(12):
             sent = len(receiver.seen)
             with closing(exporter_to(receiver)) as exporter:
-                deliverer = Deliverer([exporter], lambda: find_sessions(tmp_path), Options(boot_id="boot", batch=batch))
+                deliverer = Deliverer(
+                    [exporter], lambda: find_sessions(tmp_path), Options(boot_id="boot", batch_bytes=batch)
+                )
                 deliverer.start()
                 deliverer.wait(lambda d: caught_up(d) or len(receiver.seen) > sent + 7)  # noqa: B023
                 deliverer.stop()

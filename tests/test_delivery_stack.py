@@ -6,17 +6,17 @@ from __future__ import annotations
 import time
 from contextlib import closing
 
-import processes
 import pytest
 import requests
-from delivery import DAY, Training, assert_true
-from journals import NOON, SECOND
-from processes import until
-from stack import Collector
+from harness import processes
+from harness.delivery import DAY, Training, assert_true
+from harness.journals import NOON, SECOND
+from harness.processes import until
+from harness.stack import Collector
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import cursors
-from stepspan.deliver.task import Options
+from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
@@ -43,7 +43,7 @@ def sync(directory, where, protocol=None, **fields):
         deliverer.start()
         deliverer.wait(caught_up)
         deliverer.stop()
-        assert not any(shipper.broken or shipper.unreadable for shipper in deliverer.shippers)
+        assert not any(scheduler.broken or scheduler.unreadable for scheduler in deliverer.schedulers)
     home = lambda session: fields["state_directory"] / session.path.name if fields else session.path  # noqa: E731
     return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}
 
@@ -135,7 +135,7 @@ def test_repeated_delivery_from_zero_changes_nothing(tmp_path, prometheus, colle
     assert len(dump) > 1000
     sync(tmp_path / "runs", where, state_directory=tmp_path / "second")
     assert prometheus.dump("job") == dump
-    sync(tmp_path / "runs", where, state_directory=tmp_path / "third", batch=3000)
+    sync(tmp_path / "runs", where, state_directory=tmp_path / "third", batch_bytes=3000)
     # Prometheus writes target_info of its own, by the times of each request, so other batches give it more samples.
     ours = lambda entries: [entry for entry in entries if "target_info" not in entry[0]]  # noqa: E731
     assert ours(prometheus.dump("job")) == ours(dump)

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from receiver import ScriptedReceiver
+from harness.processes import under_load
+from harness.receiver import ScriptedReceiver
 
 
 def demo(*arguments: str, before: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
@@ -19,7 +20,7 @@ def demo(*arguments: str, before: str = "", **variables: str) -> subprocess.Comp
         env={**env, "STEPSPAN_SAMPLERS": "none", **variables},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=under_load(120),
         check=False,
     )
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from receiver import Answer, ScriptedReceiver
+from harness.receiver import Answer, ScriptedReceiver
 
 
 def doctor(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:

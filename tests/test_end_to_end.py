@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from stack import Collector, Prometheus
+from harness.stack import Collector, Prometheus
 
 import stepspan
 from stepspan.events import decode

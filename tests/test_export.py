@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from delivery import Training
-from processes import until
-from runs import command, is_ours
-from stack import Collector
+from harness.delivery import Training
+from harness.processes import under_load, until
+from harness.runs import command, is_ours
+from harness.stack import Collector
 from test_opentelemetry import user_span
 
 LONGEST = 1 << 20
@@ -222,12 +222,16 @@ with trace.get_tracer("app").start_as_current_span("request"):
 @pytest.mark.timeout(180)
 def test_opentelemetry_instrument_in_a_fresh_environment(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not is_ours(name) and name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=60)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True, timeout=under_load(60))
     programs = tmp_path / "venv" / "bin"
     project = Path(__file__).parent.parent
     packages = [project, "opentelemetry-distro", "opentelemetry-instrumentation-sqlite3"]
     installed = subprocess.run(
-        [programs / "pip", "install", "-q", *packages], env=environment, capture_output=True, text=True, timeout=150
+        [programs / "pip", "install", "-q", *packages],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=under_load(150),
     )
     if installed.returncode:
         pytest.skip(f"pip cannot install into a fresh environment: {installed.stderr[-300:]}")

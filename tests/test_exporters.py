@@ -7,7 +7,10 @@ import math
 import time
 
 import pytest
-from delivery import Training, deliver, everything, options, trained
+from harness.delivery import Training, deliver, everything, options, trained
+from harness.processes import until
+from harness.receiver import Answer, ScriptedReceiver
+from harness.runs import start
 from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter as GrpcMetricExporter
 from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -16,8 +19,6 @@ from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult
 from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from receiver import Answer, ScriptedReceiver
-from runs import start
 
 import stepspan
 from stepspan.deliver.delivery import ThreadDelivery
@@ -76,13 +77,6 @@ def journal():
     return JsonlExporter("runs", clock=FixedClock(time.time_ns()))
 
 
-def until(condition, seconds=10.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.01)
-
-
 # ---------------------------------------------------------------- memory
 
 
@@ -90,8 +84,8 @@ def test_the_memory_exporter_keeps_what_it_is_given(tmp_path):
     session = trained(tmp_path, 5)
     memory = MemoryExporter()
     for signal in SIGNALS:
-        lane = deliver(session, memory, options(), signal)
-        assert len(memory.records[signal]) == lane.state.ledger.delivered == len(everything(session)[signal])
+        task = deliver(session, memory, options(), signal)
+        assert len(memory.records[signal]) == task.state.ledger.delivered == len(everything(session)[signal])
     assert {resource["rank"] for resource, _ in memory.records["metrics"]} == {0}
     assert [r[2] for _, r in memory.records["metrics"] if r[0].name == "training.lr" and r[2] is not None] == [0.5] * 5
 
@@ -181,8 +175,8 @@ def test_sdk_exporters_in_memory_get_spans_points_and_logs(tmp_path):
     exporter = SdkExporter(span=spans, metric=points, log=logs)
     assert set(exporter.signals) == set(SIGNALS)
     for signal in exporter.signals:
-        lane = deliver(session, exporter, options(), signal)
-        assert lane.state.ledger.delivered == len(everything(session)[signal])
+        task = deliver(session, exporter, options(), signal)
+        assert task.state.ledger.delivered == len(everything(session)[signal])
     steps = [span for span in spans.get_finished_spans() if span.name == "training.step"]
     assert [span.attributes["step"] for span in steps] == [*range(8)]
     assert steps[0].resource.attributes["rank"] == 0
@@ -239,12 +233,12 @@ def test_a_failure_of_an_sdk_exporter_is_retried_then_held_and_never_rejected(tm
     assert "KeepingMetrics answered" in outcome.message
     from stepspan.deliver.task import DeliveryTask
 
-    lane = DeliveryTask(session, "metrics", exporter, options())
+    task = DeliveryTask(session, "metrics", exporter, options())
     for _ in range(5):
-        lane.advance(1 << 62)
-    assert lane.held
-    assert lane.state.ledger.rejected == 0
-    lane.close()
+        task.advance(1 << 62)
+    assert task.held
+    assert task.state.ledger.rejected == 0
+    task.close()
 
 
 def test_an_sdk_exporter_that_raises_stops_its_signal_only(start):

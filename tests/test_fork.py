@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-from runs import events, is_ours, outline, python, sessions, spans, status_of
+from harness import runs
+from harness.runs import events, is_ours, outline, python, sessions, spans, status_of
 
 from stepspan.journal.liveness import is_alive_here
 from stepspan.run import Run

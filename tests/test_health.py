@@ -11,21 +11,22 @@ import time
 from contextlib import closing
 from itertools import pairwise
 
-import processes
 import pytest
-from delivery import NOON, OK, SECOND, Scripted, Time, Training, options, ship, trained
-from journals import metrics, open_writer
-from processes import until
-from received import attributes, points
-from receiver import ScriptedReceiver
-from runs import is_ours
+from harness import processes
+from harness.delivery import NOON, OK, SECOND, Scripted, Time, Training, options, run_to_end, trained
+from harness.journals import metrics, open_writer
+from harness.processes import under_load, until
+from harness.received import attributes, points
+from harness.receiver import ScriptedReceiver
+from harness.runs import is_ours
 
 from stepspan.deliver import health as healths
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.health import Health
 from stepspan.deliver.ledgers import cursors
+from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
-from stepspan.deliver.task import DeliveryTask, Options
+from stepspan.deliver.task import DeliveryTask
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.journal.writer import Limits
@@ -40,26 +41,26 @@ NOWHERE = "http://127.0.0.1:1"
 
 
 class Telling:
-    """A deliverer's shippers to a scripted exporter, moved by hand, and the health of it, which goes to `receiver`."""
+    """A deliverer's schedulers to a scripted exporter, moved by hand, and its health, which goes to `receiver`."""
 
     def __init__(self, directory, receiver=None, *, answers=(), signals=("metrics",), **fields):
         self.time = Time()
         self.options = options(self.time, **fields)
         self.there = Scripted(answers, signals=signals)
         find = lambda: find_sessions(directory)  # noqa: E731
-        self.shippers = [Scheduler(signal, self.there, find, self.options) for signal in signals]
+        self.schedulers = [Scheduler(signal, self.there, find, self.options) for signal in signals]
         exporter = OtlpExporter(receiver.url if receiver else NOWHERE, destination="there", env={})
-        self.health = Health(exporter, self.shippers, "node-1", self.options)
+        self.health = Health(exporter, self.schedulers, "node-1", self.options)
 
-    def ship(self, rounds=None):
-        for shipper in self.shippers:
+    def run_to_end(self, rounds=None):
+        for scheduler in self.schedulers:
             if rounds is None:
-                ship(shipper)
+                run_to_end(scheduler)
                 self.time.skip(1)  # the newest millisecond settles
-                ship(shipper)
+                run_to_end(scheduler)
             else:
                 for _ in range(rounds):
-                    shipper.round()
+                    scheduler.run_once()
 
     def says(self):
         """What it would tell now: name -> the attribute that tells points apart, joined to the signal's -> value."""
@@ -74,13 +75,13 @@ class Telling:
 
     def after_a_look(self):
         """What it says having only met the sessions."""
-        for shipper in self.shippers:
-            shipper._scan(0.0)
+        for scheduler in self.schedulers:
+            scheduler._scan(0.0)
         return self.says()
 
     def otlp(self):
         now = int(self.time() * SECOND)
-        records = list(self.health.points(self.health._jobs(), now))
+        records = list(self.health.points(self.health.jobs(), now))
         return encode("metrics", self.health.resource, records)
 
 
@@ -98,10 +99,10 @@ def lines(session):
 def test_the_report_as_otlp(tmp_path):
     training = Training(tmp_path)
     training.steps(3)
-    telling = Telling(tmp_path, answers=[OK, AWAY], batch=1000)
-    telling.ship(rounds=1)
-    (lane,) = telling.shippers[0].lanes.values()
-    ledger, read = lane.state.ledger, lane.state.ledger.read
+    telling = Telling(tmp_path, answers=[OK, AWAY], batch_bytes=1000)
+    telling.run_to_end(rounds=1)
+    (task,) = telling.schedulers[0].tasks.values()
+    ledger, read = task.state.ledger, task.state.ledger.read
     rest = lines(training.path)[read:]
     assert ledger.delivered > 0
     assert len(rest) > 3, "the second batch waits"
@@ -151,17 +152,17 @@ def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_afte
     trained(tmp_path, 20, rank=0, session="00000000000000a0")
     living = Training(tmp_path, rank=1, session="00000000000000a1")
     living.steps(20)
-    telling = Telling(tmp_path, batch=1000)
+    telling = Telling(tmp_path, batch_bytes=1000)
     delivered, read = [], []
     for _ in range(60):
-        telling.ship(rounds=1)
+        telling.run_to_end(rounds=1)
         says = telling.says()
         delivered.append(says["delivery.records"]["job", "metrics", "delivered"])
         read.append(says["journal.lines"]["job", "read"])
     assert all(a <= b for a, b in pairwise(delivered))
     assert all(a <= b for a, b in pairwise(read))
     assert len(set(delivered)) > 5
-    assert len(telling.shippers[0].lanes) == 1, "the other one is finished"
+    assert len(telling.schedulers[0].tasks) == 1, "the other one is finished"
     assert delivered[-1] == len(telling.there.taken)
     assert says == Telling(tmp_path).after_a_look()
 
@@ -175,7 +176,7 @@ def test_lines_are_told_by_what_became_of_them(tmp_path):
     content[5] = b"garbage\n"
     (training.path.path / segment_name(1)).write_bytes(b"".join(content))
     telling = Telling(tmp_path, signals=SIGNALS)
-    telling.ship()
+    telling.run_to_end()
     found = telling.says()["journal.lines"]
     assert found == {
         ("job", "read"): len(content) - 1,
@@ -194,7 +195,7 @@ def test_jobs_are_told_apart(tmp_path):
         for number in range(count):
             writer.append(metrics(number))
     telling = Telling(tmp_path)
-    telling.ship()
+    telling.run_to_end()
     assert telling.says()["journal.lines"]["first", "read"] == 6
     assert telling.says()["journal.lines"]["second", "read"] == 10
 
@@ -203,7 +204,7 @@ def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path):
     training = Training(tmp_path)
     training.steps(5)
     telling = Telling(tmp_path)
-    telling.ship()
+    telling.run_to_end()
     assert telling.says()["delivery.lag"] == {("job", "metrics"): 0.0}
     training.now += 600 * SECOND
     training.emit("event", parent=1, name="checkpoint")
@@ -225,7 +226,7 @@ def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path):
 def test_lag_with_damage_at_the_cursor(tmp_path, tail, waits):
     training = Training(tmp_path)
     telling = Telling(tmp_path)
-    telling.ship()
+    telling.run_to_end()
     with open(training.path.path / segment_name(1), "ab") as file:
         file.write(tail)
     telling.time.now = NOON / SECOND + 100
@@ -240,7 +241,7 @@ def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path)
     sizes = {n: (session.path / segment_name(n)).stat().st_size for n in session.segments()}
     assert len(sizes) > 3
     telling = Telling(tmp_path, answers=[AWAY] * 9)
-    telling.ship(rounds=1)
+    telling.run_to_end(rounds=1)
     assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values())
     (session.path / segment_name(1)).unlink()
     assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values()) - sizes[1]
@@ -252,12 +253,12 @@ def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_p
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver)
         telling.there.export = lambda signal, resource, records: HOLD if resource["rank"] == 1 else OK
-        telling.ship(rounds=5)
+        telling.run_to_end(rounds=5)
         telling.time.now = NOON / SECOND + 3600
         says = telling.says()
         assert says["delivery.held"] == {("job", "metrics"): 1.0}
         assert says["delivery.lag"]["job", "metrics"] == pytest.approx(3600, abs=1)
-        assert telling.health.warn_once()
+        assert telling.health.report()
         (request,) = receiver.health
     assert {p.name for p in points(request)} == {f"stepspan.{name}" for name in says}
 
@@ -266,13 +267,13 @@ def test_a_session_that_cannot_be_read_any_more_takes_nothing_from_the_sums(tmp_
     training = Training(tmp_path)
     training.steps(10)
     telling = Telling(tmp_path)
-    telling.ship()
+    telling.run_to_end()
     before = telling.says()
-    (lane,) = telling.shippers[0].lanes.values()
-    telling.shippers[0]._give_up(lane.session.path, OSError("gone"))
-    assert telling.shippers[0].book.jobs["job"].ledger == lane.state.ledger
+    (task,) = telling.schedulers[0].tasks.values()
+    telling.schedulers[0]._give_up(task.session.path, OSError("gone"))
+    assert telling.schedulers[0].progress[task.session.path].ledger == task.state.ledger
     telling.time.skip(120)
-    telling.ship()
+    telling.run_to_end()
     assert telling.says()["journal.lines"] == before["journal.lines"]
 
 
@@ -284,13 +285,13 @@ def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path):
     training.steps(3)
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver)
-        telling.ship()
-        assert [telling.health.warn_once() for _ in range(3)] == [True, True, True]
+        telling.run_to_end()
+        assert [telling.health.report() for _ in range(3)] == [True, True, True]
         training.end()
         telling.time.skip(1)
-        telling.ship()
-        assert not telling.shippers[0].lanes
-        assert [telling.health.warn_once() for _ in range(3)] == [True, False, False]
+        telling.run_to_end()
+        assert not telling.schedulers[0].tasks
+        assert [telling.health.report() for _ in range(3)] == [True, False, False]
         assert len(receiver.health) == 4
         last = {p.attributes: p.number for p in points(receiver.health[-1]) if p.name.endswith("records")}
         assert sum(last.values()) == len(telling.there.taken)
@@ -298,11 +299,11 @@ def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path):
 
 def test_a_job_that_was_finished_before_is_passed_over(tmp_path):
     trained(tmp_path, 3)
-    Telling(tmp_path).ship()
+    Telling(tmp_path).run_to_end()
     with ScriptedReceiver() as receiver:
         later = Telling(tmp_path, receiver)
-        later.ship()
-        assert not later.health.warn_once()
+        later.run_to_end()
+        assert not later.health.report()
         assert receiver.health == []
 
 
@@ -310,52 +311,52 @@ def test_nothing_is_told_before_all_sessions_are_counted(tmp_path):
     Training(tmp_path)
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver)
-        assert not telling.health.warn_once(), "a sum that began too small would look like a reset"
-        telling.ship()
-        assert telling.health.warn_once()
+        assert not telling.health.report(), "a sum that began too small would look like a reset"
+        telling.run_to_end()
+        assert telling.health.report()
 
 
 def test_a_receiver_that_is_away_is_not_asked(tmp_path):
     Training(tmp_path).steps(3)
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver, answers=[AWAY] * 2)
-        telling.ship(rounds=1)
-        assert not telling.health.warn_once()
+        telling.run_to_end(rounds=1)
+        assert not telling.health.report()
         assert receiver.connections == 0
         telling.time.skip(100)
-        telling.ship(rounds=1)
+        telling.run_to_end(rounds=1)
         telling.time.skip(100)
-        telling.ship()
-        assert telling.health.warn_once()
+        telling.run_to_end()
+        assert telling.health.report()
 
 
 def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path):
     Training(tmp_path).steps(3)
     telling = Telling(tmp_path, signals=["traces"])
-    telling.ship()
+    telling.run_to_end()
     sent = []
     telling.health._exporter.export = lambda *request: sent.append(request) or AWAY
     for _ in range(12):
-        assert not telling.health.warn_once()
-        telling.time.skip(healths.EVERY)
+        assert not telling.health.report()
+        telling.time.skip(healths.REPORT_INTERVAL_S)
     assert len(sent) == 2
 
 
 def test_it_tells_every_so_often_while_it_runs_and_once_when_it_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(healths, "EVERY", 0.05)
+    monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.05)
     training = Training(tmp_path)
     training.steps(3)
     with ScriptedReceiver() as receiver:
         deliverer = live(tmp_path, OtlpExporter(receiver.url, env={}))
         until(lambda: len(receiver.health) >= 3)
-        monkeypatch.setattr(healths, "EVERY", 1000.0)
+        monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 1000.0)
         training.end()
         deliverer.wait(caught_up)
-        until(lambda: not any(shipper.lanes for shipper in deliverer.shippers))
+        until(lambda: not any(scheduler.tasks for scheduler in deliverer.schedulers))
         deliverer.stop()
         last = {p.attributes: p.number for p in points(receiver.health[-1])}
         taken = {signal: len(points_of(receiver, signal)) for signal in SIGNALS}
-        destination = deliverer.shippers[0].exporter.destination
+        destination = deliverer.schedulers[0].exporter.destination
         assert {
             signal: last[("destination", destination), ("job_id", "job"), ("outcome", "delivered"), ("signal", signal)]
             for signal in SIGNALS
@@ -394,7 +395,7 @@ def test_a_destination_without_metrics_is_told_nothing(tmp_path):
 
 
 def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(healths, "EVERY", 0.01)
+    monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.01)
     training = Training(tmp_path)
     training.steps(3)
 
@@ -415,16 +416,16 @@ def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
         deliverer.wait(caught_up)
         before = time.monotonic()
         deliverer.stop()
-        assert time.monotonic() - before < healths.TIMEOUT + 1
+        assert time.monotonic() - before < healths.REQUEST_TIMEOUT_S + 1
 
 
 def test_a_dead_endpoint_costs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(healths, "EVERY", 0.05)
+    monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.05)
     Training(tmp_path).steps(3)
     deliverer = live(tmp_path, OtlpExporter(NOWHERE, env={}))
     asked: list = []
     deliverer._health[0]._exporter.export = lambda *request: asked.append(request) or AWAY
-    until(lambda: all(shipper.silent_for() > 0.5 for shipper in deliverer.shippers))
+    until(lambda: all(scheduler.silent_for() > 0.5 for scheduler in deliverer.schedulers))
     before = time.monotonic()
     deliverer.stop()
     assert time.monotonic() - before < 1
@@ -467,7 +468,7 @@ def sync(directory, receiver, *flags, **env):
 def test_sync_tells_nothing(tmp_path):
     trained(tmp_path, 3)
     with ScriptedReceiver() as receiver, sync(tmp_path, receiver) as process:
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=under_load(30)) == 0
         assert receiver.points("training.loss")
         assert receiver.health == []
 
@@ -478,7 +479,7 @@ def test_sync_follow_tells_when_it_ends(tmp_path, setting, told):
     with ScriptedReceiver() as receiver, sync(tmp_path, receiver, "--follow", STEPSPAN_HEALTH=setting) as process:
         until(lambda: list(tmp_path.rglob("*.logs")) and all_delivered(tmp_path))
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == 0
+        assert process.wait(timeout=under_load(30)) == 0
         assert len(receiver.health) == told
 
 
@@ -524,15 +525,15 @@ def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path):
     telling = Telling(tmp_path)
     session = Training(tmp_path)
     session.steps(3)
-    lane = DeliveryTask(session.path, "metrics", telling.there, telling.options)
-    lane.advance(1 << 62)
+    task = DeliveryTask(session.path, "metrics", telling.there, telling.options)
+    task.advance(1 << 62)
     session.steps(3)
-    shipper = telling.shippers[0]
-    shipper.book.count(lane, moved=True)
+    scheduler = telling.schedulers[0]
+    scheduler._record(task, moved=True)
     for number in range(10_000):
-        shipper.lanes[tmp_path / str(number)] = lane
+        scheduler.tasks[tmp_path / str(number)] = task
     before = time.thread_time()
     assert telling.says()["delivery.pending"]["job", "metrics"] > 0
     assert time.thread_time() - before < 1.0
-    shipper.lanes.clear()
-    lane.close()
+    scheduler.tasks.clear()
+    task.close()

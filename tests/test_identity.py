@@ -717,7 +717,7 @@ MALFORMED = {
     "no size": (
         {"RANK": "1"},
         (
-            "RANK=1, but nothing tells the world size: taken for a run of one process; "
+            "RANK=1, but nothing gives the world size: taken for a run of one process; "
             "if it is not, give STEPSPAN_RANK and STEPSPAN_WORLD_SIZE"
         ),
     ),

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+from harness import runs
+from harness.runs import events, is_ours, outline
+from harness.stack import Collector
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runs import events, is_ours, outline
-from stack import Collector
 
 from stepspan import Telemetry
 from stepspan.compat.cloudmesh.reader import detect, read_sessions

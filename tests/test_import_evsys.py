@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-import runs
+from harness import runs
 from hypothesis import given
 from hypothesis import strategies as st
 

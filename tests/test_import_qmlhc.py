@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import runs
+from harness import runs
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import until
-from receiver import ScriptedReceiver
-from stack import Collector, Prometheus
+from harness.processes import under_load, until
+from harness.receiver import ScriptedReceiver
+from harness.stack import Collector, Prometheus
 
 from stepspan.compat.importing import write_session
 from stepspan.compat.stormlog.reader import detect, read_sessions
 from stepspan.deliver.deliverer import Deliverer, caught_up
-from stepspan.deliver.task import Options
+from stepspan.deliver.options import Options
 from stepspan.exporters.memory import MemoryExporter
 from stepspan.journal.layout import find_sessions
 
@@ -213,7 +213,7 @@ def test_a_growing_sink_is_followed(tmp_path: Path):
             until(lambda: {p.time // SECOND - START // SECOND for p in receiver.points(allocated)} == set(range(6)), 30)
         finally:
             process.send_signal(signal.SIGINT)
-            process.communicate(timeout=30)
+            process.communicate(timeout=under_load(30))
         assert process.returncode == 0
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from delivery import OK
+from harness.delivery import OK
 
-from stepspan.deliver.isolation import ROW, Isolation
+from stepspan.deliver.isolation import MAX_REFUSALS, Isolation
 from stepspan.otlp.outcome import Outcome, Verdict
 
 REFUSED = Outcome(Verdict.ISOLATE, "400: bad value")
@@ -35,7 +35,7 @@ def test_a_batch_that_is_taken_is_one_request():
     isolation, outcome = run(receiver := Receiver(), range(100))
     assert outcome.verdict is Verdict.DELIVERED
     assert (isolation.delivered, isolation.rejected, len(receiver.requests)) == (100, [], 1)
-    assert isolation.witness == 99
+    assert isolation.known_good_record == 99
 
 
 @pytest.mark.parametrize("bad", [0, 1, 499, 500, 999])
@@ -78,9 +78,9 @@ def test_a_record_that_is_too_large_alone_is_rejected():
 def test_sixteen_single_refusals_in_a_row_hold():
     _, outcome = run(receiver := Receiver(*range(100)), range(100))
     assert outcome.verdict is Verdict.HOLD
-    assert f"{ROW} records in a row" in outcome.message
+    assert f"{MAX_REFUSALS} records in a row" in outcome.message
     assert "400: bad value" in outcome.message
-    assert sum(len(request) == 1 for request in receiver.requests) == ROW
+    assert sum(len(request) == 1 for request in receiver.requests) == MAX_REFUSALS
 
 
 def test_fifteen_in_a_row_are_rejected_if_the_receiver_took_another():
@@ -105,22 +105,22 @@ def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothi
 
 
 def test_a_record_is_rejected_if_a_witness_is_taken_again():
-    isolation, outcome = run(receiver := Receiver(1), [1], witness=0)
+    isolation, outcome = run(receiver := Receiver(1), [1], known_good_record=0)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(1, "400: bad value")]
     assert receiver.requests == [[1], [0]]
-    assert (isolation.delivered, isolation.witness) == (0, 0), "the witness is not counted again"
+    assert (isolation.delivered, isolation.known_good_record) == (0, 0), "the known_good_record is not counted again"
 
 
 def test_a_witness_that_is_refused_now_holds():
-    _, outcome = run(Receiver(0, 1), [1], witness=0)
+    _, outcome = run(Receiver(0, 1), [1], known_good_record=0)
     assert outcome.verdict is Verdict.HOLD
     assert "it refuses what it took before" in outcome.message
 
 
 def test_a_witness_is_not_asked_where_another_record_was_taken():
     receiver = Receiver(1)
-    isolation, _ = run(receiver, [1, 2], witness=0)
+    isolation, _ = run(receiver, [1, 2], known_good_record=0)
     assert [0] not in receiver.requests
     assert isolation.rejected == [(1, "400: bad value")]
 
@@ -143,11 +143,11 @@ def test_a_receiver_that_took_none_of_a_request_has_taken_nothing():
     answers = iter([REFUSED, Outcome(Verdict.DELIVERED, rejected=1), REFUSED])
     isolation, outcome = run(lambda records: next(answers), [0, 1])
     assert outcome.verdict is Verdict.HOLD
-    assert isolation.witness is None
+    assert isolation.known_good_record is None
 
 
 def test_an_opaque_refusal_holds_where_time_may_be_the_reason():
-    isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), untimely=lambda record: record == 3)
+    isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), maybe_out_of_window=lambda record: record == 3)
     assert outcome.verdict is Verdict.HOLD
     assert isolation.rejected == []
     for words in ("storage.tsdb.out_of_order_time_window", "look in the log of what is behind it", OPAQUE.message):
@@ -155,12 +155,12 @@ def test_an_opaque_refusal_holds_where_time_may_be_the_reason():
 
 
 def test_an_opaque_refusal_of_a_timely_record_rejects_it():
-    isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), untimely=lambda record: record != 3)
+    isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), maybe_out_of_window=lambda record: record != 3)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(3, OPAQUE.message)]
 
 
 def test_a_refusal_with_a_reason_rejects_whatever_the_time():
-    isolation, outcome = run(Receiver(3), range(8), untimely=lambda record: True)
+    isolation, outcome = run(Receiver(3), range(8), maybe_out_of_window=lambda record: True)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(3, "400: bad value")]

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from journals import (
+from harness.journals import (
     ROOMY,
     FaultyDisk,
     HandClock,

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-from journals import ROOMY, HandClock, header, lines, logged, metrics, open_writer
-from runs import events, path_of, python
+from harness import runs
+from harness.journals import ROOMY, HandClock, header, lines, logged, metrics, open_writer
+from harness.runs import events, path_of, python
 
 from stepspan import JsonlExporter
 from stepspan.journal import layout

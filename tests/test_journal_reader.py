@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from journals import (
+from harness.journals import (
     MILLISECOND,
     NOON,
     ROOMY,
@@ -32,6 +30,9 @@ from journals import (
     open_writer,
     session_of,
 )
+from harness.processes import under_load
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from stepspan.errors import Damaged, NewerSchema
 from stepspan.events import Event, encode
@@ -436,7 +437,7 @@ WRITER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from journals import ROOMY, header, metrics
+from harness.journals import ROOMY, header, metrics
 from dataclasses import replace
 from itertools import count, cycle
 from stepspan.journal.writer import JournalWriter
@@ -456,7 +457,7 @@ def test_a_reader_beside_a_writer_at_full_speed_sees_every_line_once(tmp_path: P
     command = [sys.executable, "-c", WRITER, str(tmp_path), str(Path(__file__).parent)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + under_load(20)
         while not (found := list(find_sessions(tmp_path))):
             assert time.monotonic() < deadline
         reader = JournalReader(found[0])

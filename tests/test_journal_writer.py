@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from journals import (
+from harness.journals import (
     NOON,
     ROOMY,
     SECOND,
@@ -31,6 +31,7 @@ from journals import (
     open_writer,
     session_of,
 )
+from harness.processes import under_load
 
 from stepspan.events import decode
 from stepspan.journal import writer as writer_module
@@ -262,7 +263,7 @@ def test_real_signals_lose_nothing_and_lock_nothing(tmp_path: Path, source: str)
             assert hammer.stdout is not None
             assert hammer.stdout.readline() == b"ready\n"
         try:
-            deadline = time.monotonic() + 3
+            deadline = time.monotonic() + under_load(3)
             while (handled_calls < wanted or calls < 20_000) and time.monotonic() < deadline:
                 writer.append(metrics(calls))
                 calls += 1

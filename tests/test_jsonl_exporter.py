@@ -8,14 +8,13 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from journals import (
+from harness.journals import (
     NOON,
     ROOMY,
     FaultyDisk,
@@ -31,6 +30,7 @@ from journals import (
     metrics,
     small_file_system,
 )
+from harness.processes import status_of_child
 
 from stepspan.errors import ConfigError
 from stepspan.events import Event
@@ -50,15 +50,7 @@ def in_child(work: Callable[[], None]) -> int:
         except BaseException:
             os._exit(1)
         os._exit(0)
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    pytest.fail("the child hangs")
+    return os.waitstatus_to_exitcode(status_of_child(pid))
 
 
 sessions = count()

@@ -6,11 +6,11 @@ from __future__ import annotations
 import random
 import time
 
-import processes
 import psutil
-from delivery import assert_true
-from processes import until
-from receiver import ScriptedReceiver
+from harness import processes
+from harness.delivery import assert_true
+from harness.processes import until
+from harness.receiver import ScriptedReceiver
 
 from stepspan.deliver.ledgers import cursors
 from stepspan.events import decode

@@ -21,7 +21,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from journals import SECOND, batches, logged
+from harness.journals import SECOND, batches, logged
+from harness.processes import under_load
 
 import stepspan
 from stepspan.journal.layout import SessionPath, find_sessions
@@ -69,7 +70,7 @@ def kill_one(directory: Path, *, with_child: bool, with_thread: bool) -> dict[st
                 write(directory, shared, with_child=with_child, with_thread=with_thread)
             finally:
                 os._exit(1)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + under_load(20)
         while shared[0] < LEAST or (with_child and not shared[1]):
             if time.monotonic() > deadline or os.waitpid(writer, os.WNOHANG)[0]:
                 raise SystemExit("the writer does not write")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from delivery import Training
-from received import points
-from receiver import ScriptedReceiver
+from harness.delivery import Training
+from harness.received import points
+from harness.receiver import ScriptedReceiver
 
 from stepspan.journal.layout import SessionPath, find_sessions
 

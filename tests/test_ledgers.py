@@ -9,8 +9,8 @@ from pathlib import Path
 
 import orjson
 import pytest
-from delivery import OK, Scripted, Training, assert_true, deliver, options, plain, trained
-from receiver import HANG, Answer, ScriptedReceiver
+from harness.delivery import OK, Scripted, Training, assert_true, deliver, options, plain, trained
+from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver import dead_letters
 from stepspan.deliver.dead_letters import append, resend
@@ -44,8 +44,8 @@ def refusing(session, count, signals=SIGNALS):
         deliver(session, whole, options(), signal)
         bad = [record[1:] for record in whole.taken[1 : count + 1]]
         judge = lambda records, bad=bad: REFUSED if set(bad) & set(plain(records)) else OK  # noqa: E731
-        lane = deliver(session, Scripted(judge), options(), signal)
-        assert lane.state.ledger.rejected == count
+        task = deliver(session, Scripted(judge), options(), signal)
+        assert task.state.ledger.rejected == count
 
 
 # ---------------------------------------------------------------- ledgers
@@ -69,8 +69,8 @@ def test_a_ledger_under_way_says_what_waits_and_how_far_it_lags(tmp_path):
     training = Training(tmp_path)
     training.steps(40)
     session = training.path
-    lane = DeliveryTask(session, "metrics", Scripted(), options(batch=2000))
-    lane.advance(ALL)
+    task = DeliveryTask(session, "metrics", Scripted(), options(batch_bytes=2000))
+    task.advance(ALL)
     ledger = session_ledger(session)
     found = ledger["destinations"]["there"]["metrics"]
     assert ledger["status"] == "open"
@@ -79,7 +79,7 @@ def test_a_ledger_under_way_says_what_waits_and_how_far_it_lags(tmp_path):
     assert found["pending"] > 50
     assert 20 < found["lag"] < 41
     assert (found["state"], found["finished"]) == ("ok", False)
-    lane.close()
+    task.close()
     training.end()
 
 
@@ -153,13 +153,13 @@ def test_dead_letters_arrive_as_they_would_have_and_the_ledger_moves(tmp_path, p
 def test_every_kind_of_point_survives_being_a_dead_letter(tmp_path):
     session = trained(tmp_path, 30)
     whole = Scripted(destination="whole")
-    lane = DeliveryTask(session, "metrics", whole, options())
-    parcel = lane._read(ALL)
-    lane.close()
-    append(session.path, "there", "metrics", lane.header["resource"], [(record, "no") for record in parcel.records])
+    task = DeliveryTask(session, "metrics", whole, options())
+    batch = task._batches.read(task.position, ALL, task._end)
+    task.close()
+    append(session.path, "there", "metrics", task.header["resource"], [(record, "no") for record in batch.records])
     for protocol in PROTOCOLS:
         with ScriptedReceiver() as straight, exporter_to(straight, protocol) as exporter:
-            exporter.export("metrics", lane.header["resource"], parcel.records)
+            exporter.export("metrics", task.header["resource"], batch.records)
             with ScriptedReceiver() as again, exporter_to(again, protocol) as other:
                 for letter in letters(session.path):
                     assert other.send_json("metrics", orjson.dumps(letter["request"])).verdict is Verdict.DELIVERED

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from journals import ROOMY, header, metrics, open_writer
+from harness.journals import ROOMY, header, metrics, open_writer
+from harness.processes import under_load
 
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal import liveness
@@ -173,7 +174,7 @@ def test_of_many_racing_closers_one_wins_and_all_agree(tmp_path: Path) -> None:
             assert closer.stdin is not None
             closer.stdin.write("\n")
             closer.stdin.flush()
-        answers = [closer.communicate(timeout=20)[0].split() for closer in closers]
+        answers = [closer.communicate(timeout=under_load(20))[0].split() for closer in closers]
     finally:
         for closer in closers:
             closer.kill()
@@ -195,17 +196,6 @@ def pipe() -> Iterator[tuple[int, int]]:
     yield ends
     for end in ends:
         os.close(end)
-
-
-def wait_for(child: int) -> int:
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    raise AssertionError("the child hangs")
 
 
 def write_with_a_worker(directory: Path, warn: int) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from events_of import SessionEvents
-from journals import ROOMY, FaultyDisk, HandClock
-from runs import events, python
+from harness import runs
+from harness.events_of import SessionEvents
+from harness.journals import ROOMY, FaultyDisk, HandClock
+from harness.runs import events, python
 
 from stepspan import JsonlExporter
 from stepspan.integrations.logging import StepspanHandler

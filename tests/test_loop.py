@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-from runs import events, outline, python
+from harness import runs
+from harness.runs import events, outline, python
 
 import stepspan
 from stepspan.disabled import DISABLED

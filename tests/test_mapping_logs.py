@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from events_of import SessionEvents, restored, whole_run
+from harness.events_of import SessionEvents, restored, whole_run
 
 from stepspan import __version__
 from stepspan.mapping.mapper import mapper

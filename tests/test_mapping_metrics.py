@@ -10,7 +10,7 @@ import json
 import math
 
 import pytest
-from events_of import MS, SECOND, START, SessionEvents, by_series, key_of, restored, values, whole_run
+from harness.events_of import MS, SECOND, START, SessionEvents, by_series, key_of, restored, values, whole_run
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

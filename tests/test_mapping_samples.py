@@ -6,10 +6,10 @@ import math
 import re
 
 import pytest
-import runs
-from events_of import START, SessionEvents, by_series, restored, values
-from scripted_nvml import GPU, ScriptedNvml
-from stack import Collector, Prometheus
+from harness import runs
+from harness.events_of import START, SessionEvents, by_series, restored, values
+from harness.scripted_nvml import GPU, ScriptedNvml
+from harness.stack import Collector, Prometheus
 
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.exporters.otlp import OtlpExporter

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from events_of import MS, SECOND, START, SessionEvents, restored, whole_run
+from harness.events_of import MS, SECOND, START, SessionEvents, restored, whole_run
 from opentelemetry import trace
 
 from stepspan import __version__

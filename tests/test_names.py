@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from events_of import SessionEvents
+from harness.events_of import SessionEvents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

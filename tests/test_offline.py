@@ -5,14 +5,14 @@ from __future__ import annotations
 import signal
 from contextlib import closing
 
-import processes
 import pytest
-from processes import until
-from receiver import HANG, Answer, ScriptedReceiver
+from harness import processes
+from harness.processes import until
+from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import session_ledger
-from stepspan.deliver.task import Options
+from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions

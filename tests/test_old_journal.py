@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from journals import lines
-from received import decode, logs, points, spans
-from receiver import ScriptedReceiver
-from runs import command
+from harness.journals import lines
+from harness.received import decode, logs, points, spans
+from harness.receiver import ScriptedReceiver
+from harness.runs import command
 
 from stepspan import __version__
 from stepspan.journal.layout import SessionPath, find_sessions

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from delivery import Scripted, Training, deliver, options
-from events_of import SessionEvents
+from harness import runs
+from harness.delivery import Scripted, Training, deliver, options
+from harness.events_of import SessionEvents
+from harness.receiver import Answer, ScriptedReceiver
+from harness.runs import command, events, python, sessions
+from harness.stack import Prometheus
 from opentelemetry import trace
 from opentelemetry._logs import SeverityNumber
 from opentelemetry.exporter.otlp.proto.common._log_encoder import encode_logs
@@ -26,9 +29,6 @@ from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
-from receiver import Answer, ScriptedReceiver
-from runs import command, events, python, sessions
-from stack import Prometheus
 
 from stepspan.exporters._sdk_objects import log_records, metrics_data, readable_spans
 from stepspan.integrations.opentelemetry import (
@@ -624,13 +624,13 @@ def test_an_old_data_point_is_held_like_one_of_ours(tmp_path: Path) -> None:
     training.emit("otel", signal="metrics", scope={}, record={"name": "m", "gauge": {"dataPoints": [point]}})
     session = training.die()
 
-    def opaque(records: Any) -> Outcome:
+    def reason_hidden(records: Any) -> Outcome:
         theirs = any(isinstance(record, SdkRecord) for record in records)
         return Outcome(Verdict.ISOLATE, "no", reason_hidden=True) if theirs else Outcome(Verdict.DELIVERED)
 
-    lane = deliver(session, Scripted(opaque), options())
-    assert lane.state.state == "hold"
-    assert lane.state.ledger.rejected == 0
+    task = deliver(session, Scripted(reason_hidden), options())
+    assert task.state.state == "hold"
+    assert task.state.ledger.rejected == 0
 
 
 @pytest.mark.stack
@@ -745,7 +745,7 @@ def test_what_is_logged_while_the_journal_is_opened_does_not_open_it_again(
 def test_an_exporter_waits_only_so_long_for_a_thread_that_opens_the_journal(
     start: Start, tmp_path: Path, collected: Collected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporters, "PATIENCE", 0.01)
+    monkeypatch.setattr(exporters, "OPEN_TIMEOUT_S", 0.01)
     exporter = JsonlSpanExporter(tmp_path / "here")
     with exporter._shared.lock:
         assert exporter.export(collected.spans) is SpanExportResult.FAILURE

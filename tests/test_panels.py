@@ -19,12 +19,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-import grafana
 import pytest
 import requests
-import shown as training
-from processes import until
-from shown import JOB, SLOW, SPAN, Shown
+from harness import grafana
+from harness import shown as training
+from harness.processes import until
+from harness.shown import JOB, SLOW, SPAN, Shown
 
 pytestmark = pytest.mark.timeout(180)
 shown = training.shown

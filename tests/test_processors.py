@@ -6,7 +6,7 @@ import time
 
 import orjson
 import pytest
-from events_of import SessionEvents
+from harness.events_of import SessionEvents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from events_of import START, SessionEvents, by_series, restored, values
+from harness.events_of import START, SessionEvents, by_series, restored, values
 
 from stepspan.mapping.mapper import mapper
 from stepspan.testing import recorded_run

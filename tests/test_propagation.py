@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
+from harness import runs
+from harness.runs import all_spans, events, python, sessions, spans
 from opentelemetry import context, trace
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from runs import all_spans, events, python, sessions, spans
 
 from stepspan.mapping.records import Span
 from stepspan.run import Run

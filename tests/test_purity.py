@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from events_of import MS, SECOND, SessionEvents, key_of, restored
+from harness.events_of import MS, SECOND, SessionEvents, key_of, restored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

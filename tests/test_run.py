@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-from runs import events, outline, path_of, status_of
+from harness import runs
+from harness.runs import events, outline, path_of, status_of
 
 import stepspan
 from stepspan import JsonlExporter, MemoryExporter

@@ -10,7 +10,7 @@ from typing import Any
 
 import pynvml
 import pytest
-from scripted_nvml import ERRORS, GPU, ScriptedNvml, raised
+from harness.scripted_nvml import ERRORS, GPU, ScriptedNvml, raised
 
 from stepspan.mapping.samples import METRICS
 from stepspan.samplers import Sampling

@@ -15,8 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
-import runs
-from scripted_nvml import GPU, ScriptedNvml
+from harness import runs
+from harness.processes import under_load, until
+from harness.scripted_nvml import GPU, ScriptedNvml
 
 import stepspan
 from stepspan.errors import ConfigError
@@ -446,14 +447,6 @@ def samples(run: stepspan.Run | Path, source: str) -> list[dict[str, Any]]:
     return [event for event in runs.events(run, "sample") if event["source"] == source]
 
 
-def until(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)
-    return found
-
-
 def test_a_short_run_shows_its_host_its_process_and_its_gpu(start: Any, monkeypatch: pytest.MonkeyPatch):
     nvml = ScriptedNvml(GPU(uuid="GPU-0"), GPU(uuid="GPU-1"))
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
@@ -544,7 +537,7 @@ def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path):
 def test_the_benchmark_prints_its_rows(tmp_path: Path):
     script = Path(__file__).parents[1] / "benchmarks" / "samplers.py"
     command = [sys.executable, str(script), "--quick", "--directory", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=under_load(120))
     assert done.returncode == 0, done.stderr
     for row in ("host", "process", "torch", "gpu", "host,process,gpu,torch"):
         cells = [line.split("|")[2] for line in done.stdout.splitlines() if line.startswith(f"| {row}")]

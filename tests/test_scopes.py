@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from runs import events, outline
+from harness import runs
+from harness.runs import events, outline
 
 from stepspan import JsonlExporter
 from stepspan.run import Run

@@ -7,7 +7,7 @@ import time
 
 import pytest
 import requests
-from stack import Collector, Prometheus
+from harness.stack import Collector, Prometheus
 
 pytestmark = pytest.mark.stack
 

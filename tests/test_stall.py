@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from runs import events, is_ours, python, sessions, spans
+from harness import runs
+from harness.processes import under_load
+from harness.runs import events, is_ours, python, sessions, spans
 
 from stepspan.events import Event
 from stepspan.mapping.mapper import mapper
@@ -439,7 +440,7 @@ def test_a_rank_that_stops_in_the_middle_of_a_collective_is_named_by_itself_and_
 
 def stalls_of_two(directory: Path) -> dict[str, Event]:
     """Rank -> its stall, once both have told theirs."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + under_load(30)
     while sum(b"training.stall" in file.read_bytes() for file in directory.rglob("000001.jsonl")) < 2:
         assert time.monotonic() < deadline, "no stall was told"
         time.sleep(0.1)

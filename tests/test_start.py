@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import runs
-from receiver import ScriptedReceiver
-from runs import events, outline, path_of, python, sessions, status_of
+from harness import runs
+from harness.processes import under_load
+from harness.receiver import ScriptedReceiver
+from harness.runs import events, outline, path_of, python, sessions, status_of
 
 import stepspan
 from stepspan.journal.layout import find_sessions
@@ -293,7 +294,7 @@ def test_a_signal_handler_may_log(start: Start) -> None:
 
     before = signal.signal(signal.SIGALRM, handler)
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
-    logged, deadline = 0, time.monotonic() + 20
+    logged, deadline = 0, time.monotonic() + under_load(20)
     try:
         while handled < 100 and time.monotonic() < deadline:
             with run.step(logged):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from delivery import Scripted, deliver, options, trained
+from harness.delivery import Scripted, deliver, options, trained
 from rich.console import Console
 
-from stepspan.cli.status import ledger_table
-from stepspan.cli.table import print_table, shortened
+from stepspan.cli.status import print_ledgers
+from stepspan.cli.table import print_table, short_id_length
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -31,7 +31,7 @@ def test_what_is_zero_everywhere_is_left_out(tmp_path: Path):
     for signal in SIGNALS:
         deliver(session, Scripted(), options(), signal)
     console = narrow()
-    ledger_table([session_ledger(session)], console)
+    print_ledgers([session_ledger(session)], console)
     job, names, *rows = printed(console).splitlines()
     assert job == "job"
     assert names.split() == ["rank", "session", "status", "lines", "destination", "signal", "delivered", "state"]
@@ -44,7 +44,7 @@ def test_a_table_that_is_too_wide_goes_on_below(tmp_path: Path):
     held = Outcome(Verdict.HOLD, "404: check the path")
     deliver(session, Scripted([held], destination="a-name-of-somewhat-more-than-usual-length"), options())
     console = narrow()
-    ledger_table([session_ledger(session)], console)
+    print_ledgers([session_ledger(session)], console)
     text = printed(console)
     for cell in ("00000000", "completed", "a-name-of-somewhat-more-than-usual-length", "metrics", "pending", " hold"):
         assert cell in text
@@ -61,6 +61,6 @@ def test_the_columns_that_tell_rows_apart_are_in_each_part():
     ]
 
 
-def test_ids_are_shortened_where_that_tells_them_apart():
-    assert shortened(["0123456789abcdef", "1123456789abcdef"]) == 8
-    assert shortened(["0123456789abcdef", "0123456789abcdee"]) == 16
+def test_ids_are_short_id_length_where_that_tells_them_apart():
+    assert short_id_length(["0123456789abcdef", "1123456789abcdef"]) == 8
+    assert short_id_length(["0123456789abcdef", "0123456789abcdee"]) == 16

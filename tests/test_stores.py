@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
 import yaml
-from journals import fill, small_file_system
+from harness import runs
+from harness.journals import fill, small_file_system
 from pydantic import BaseModel, ConfigDict
 from tensorboardX.proto.event_pb2 import Event as BoardEvent
 

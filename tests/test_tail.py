@@ -11,15 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from delivery import SECOND, Scripted, Training, deliver, options, trained
-from journals import header, lay_down
-from processes import until
+from harness.delivery import SECOND, Scripted, Training, deliver, options, trained
+from harness.journals import header, lay_down
+from harness.processes import under_load, until
 from rich.console import Console
 
 from stepspan.cli import tail as tails
-from stepspan.cli.describe import ROWS, describe, printable
+from stepspan.cli.event_text import ROWS, event_text, printable
 from stepspan.cli.report import Page
-from stepspan.cli.tail import BRIEF, Follow
+from stepspan.cli.tail import SHOWN_WHILE_OPEN, Follow
 from stepspan.events import FIELDS
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions, segment_name
@@ -36,7 +36,7 @@ def stepspan(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def tail(path: Path, count: int = 1000, rank: int | None = None, tags: tuple[str, ...] = ()) -> list[str]:
-    return [f"{line.rank}|{line.step}|{line.what}" for line in Follow(path, rank, tags).newest(count)]
+    return [f"{line.rank}|{line.step}|{line.text}" for line in Follow(path, rank, tags).newest(count)]
 
 
 def one_step(training: Training, **wait: float) -> None:
@@ -91,7 +91,7 @@ def test_a_step_is_told_by_its_end_and_by_its_beginning_while_it_is_open(tmp_pat
         "0|1|step 1 begins",
         "0|1|all_reduce begins",
     ]
-    assert tail(tmp_path, tags=tuple(BRIEF))[0] == "0|0|step 0 begins", "who asks for them gets all"
+    assert tail(tmp_path, tags=tuple(SHOWN_WHILE_OPEN))[0] == "0|0|step 0 begins", "who asks for them gets all"
 
 
 def test_a_long_journal_is_read_from_its_end(tmp_path):
@@ -102,7 +102,7 @@ def test_a_long_journal_is_read_from_its_end(tmp_path):
     original = one._reader._pread
     one._reader._pread = lambda *where: read.append(original(*where)) or read[-1]
     lines = one.newest(10, frozenset())
-    assert lines[-1].what == "run ended: completed"
+    assert lines[-1].text == "run ended: completed"
     size = sum((session.path / segment_name(n)).stat().st_size for n in session.segments())
     assert sum(map(len, read)) < size / 3
 
@@ -124,7 +124,7 @@ def test_follow_shows_what_comes_once_also_of_sessions_that_appear(tmp_path):
     found: list[str] = []
 
     def look() -> bool:
-        found.extend(f"{line.rank} {line.what}" for line in follow.more(rescan=True))
+        found.extend(f"{line.rank} {line.text}" for line in follow.read_on(rescan=True))
         return len(found) >= 2
 
     until(look)
@@ -132,7 +132,7 @@ def test_follow_shows_what_comes_once_also_of_sessions_that_appear(tmp_path):
     first.end()
     until(lambda: look() and len(found) == 3)
     assert sorted(found) == ["0 loss=1", "0 loss=3", "1 loss=2"]
-    assert follow.more(rescan=True) == []
+    assert follow.read_on(rescan=True) == []
 
 
 def test_following_ends_when_interrupted(tmp_path):
@@ -146,7 +146,7 @@ def test_following_ends_when_interrupted(tmp_path):
         training.end()
         assert process.stdout.readline().endswith("loss=2\n")
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=under_load(20)) == 0
 
 
 def test_following_rests_between_two_looks(tmp_path, monkeypatch, capsys):
@@ -160,7 +160,7 @@ def test_following_rests_between_two_looks(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(tails.time, "sleep", sleep)
     assert tails.show_tail(tmp_path, count=5, follow=True, rank=None, tags=()) == 0
-    assert rests == [tails.POLL] * 3
+    assert rests == [tails.POLL_INTERVAL_S] * 3
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -183,8 +183,8 @@ def test_in_a_terminal_several_jobs_have_headings(tmp_path):
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
     long = "a-job-whose-name-takes-all-the-room-that-there-is-for-the-rest-of-a-line-in-a-terminal"
     lines = [tails.Line(n, job, "0", str(n), "metrics", f"loss={n}") for n, job in enumerate((long, long, "two"))]
-    job = tails.show(console, lines, several=True)
-    tails.show(console, lines[2:], several=True, job=job)
+    job = tails.show(console, lines, several_jobs=True)
+    tails.show(console, lines[2:], several_jobs=True, job=job)
     told = [" ".join(line.split()[2:]) or line for line in console.file.getvalue().splitlines()]
     step = "rank 0 {0} loss={0}".format
     assert told == [long, step(0), step(1), "two", step(2), step(2)]
@@ -236,7 +236,7 @@ def test_every_tag_has_words():
     ids=lambda value: value["tag"] if isinstance(value, dict) else "",
 )
 def test_an_event_in_words(event, words):
-    assert describe({"ts": 0, "seq": 1, "crc": 1, **event}) == words
+    assert event_text({"ts": 0, "seq": 1, "crc": 1, **event}) == words
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_the_report_in_a_terminal_of_80_columns(tmp_path):
     two_ranks(tmp_path)
     console = Console(file=io.StringIO(), width=80, highlight=False)
     (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    Page(console).job(job)
+    Page(console).run(job)
     page = console.file.getvalue()
     assert "…" not in page
     for words in ("interrupted", "500 ms", "data (mean)", "in collectives (p50)", "errors", "all on node"):

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import is_ours, python
-from stack import Collector
+from harness.runs import is_ours, python
+from harness.stack import Collector
 
 import stepspan
 from stepspan import ConfigError, Telemetry

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import runs
-from events_of import MS, START, SessionEvents, by_series, key_of, restored
+from harness import runs
+from harness.events_of import MS, START, SessionEvents, by_series, key_of, restored
+from harness.processes import until
+from harness.runs import events
+from harness.scripted_torch import Bucket, Gpu, JaxArray
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import until
-from runs import events
-from scripted_torch import Bucket, Gpu, JaxArray
 
 from stepspan.integrations.torch import values, watched
 from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, Steps

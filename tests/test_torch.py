@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import runs
-from runs import events
+from harness import runs
+from harness.runs import events
 
 import stepspan
 from stepspan.integrations.torch import watch_collectives, watched

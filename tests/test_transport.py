@@ -15,12 +15,12 @@ from email.utils import formatdate
 from pathlib import Path
 
 import pytest
+from harness.received import bits, decode
+from harness.receiver import HANG, OK, RESET, RESET_TAKEN, Answer, ScriptedReceiver
 from opentelemetry import context, trace
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from received import bits, decode
-from receiver import HANG, OK, RESET, RESET_TAKEN, Answer, ScriptedReceiver
 
 from stepspan import __version__
 from stepspan.mapping.records import SIGNALS

@@ -262,7 +262,7 @@ class Run:
             writer = self._journal.writer
             self.pipeline.close(to_text(status))
             self._tell_trouble()
-            self.delivery.close(writer.path if writer else None, writer.seq if writer else 0, CLOSE_WAIT)
+            self.delivery.close(writer.path if writer else None, CLOSE_WAIT)
         except Exception as error:
             self.warn_once("close", f"the run was not closed well: {error!r}")
 

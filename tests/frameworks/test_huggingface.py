@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from runs import events, outline, sessions, spans, status_of
-from stack import Collector, Prometheus
+from harness import runs
+from harness.runs import events, outline, sessions, spans, status_of
+from harness.stack import Collector, Prometheus
 
 pytest.importorskip("transformers", reason="no transformers here: `make test-frameworks`")
 pytest.importorskip("accelerate", reason="no accelerate here: `make test-frameworks`")

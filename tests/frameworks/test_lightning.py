@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import runs
-from runs import events, outline, sessions, spans, status_of
-from stack import Collector, Prometheus
+from harness import runs
+from harness.runs import events, outline, sessions, spans, status_of
+from harness.stack import Collector, Prometheus
 
 pytest.importorskip("lightning", reason="no Lightning here: `make test-frameworks`")
 

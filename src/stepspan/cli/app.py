@@ -1,4 +1,4 @@
-"""The commands and their options."""
+"""The commands. Each imports what it runs when it is called, so that `--help` and the others stay quick."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from typing import Annotated
 
 import typer
 
-DEFAULT = "what STEPSPAN_DIRECTORY says, else stepspan-runs"
-
-
-def journals() -> Path:
-    """Where runs keep their journals: what `start_run()` would find. Raises `ConfigError`."""
-    import os
-
-    from stepspan.config import load
-
-    return load({}, os.environ).directory
-
+from stepspan.cli.options import (
+    DEAD_AFTER_S,
+    AsJson,
+    DeadAfter,
+    Directory,
+    Endpoint,
+    JournalPath,
+    JournalPaths,
+    StateDirectory,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,26 +26,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Paths = Annotated[list[Path], typer.Argument(help="Journal directories: all runs, one job, or one session.")]
-Endpoint = Annotated[
-    str | None, typer.Option(help="OTLP endpoint; by default what the OTEL_EXPORTER_OTLP_* variables say.")
-]
-OnePath = Annotated[
-    Path,
-    typer.Argument(
-        default_factory=journals,
-        show_default=DEFAULT,
-        help="A journal directory: all runs, one job, or one session.",
-    ),
-]
-Directory = Annotated[
-    Path, typer.Option(default_factory=journals, show_default=DEFAULT, help="Where the journal goes.")
-]
 
-
-def _version(asked: bool) -> None:
-    if asked:
-        from stepspan._version import __version__
+def _print_version(requested: bool) -> None:
+    if requested:
+        from stepspan import __version__
 
         print(f"stepspan {__version__}")
         raise typer.Exit
@@ -55,7 +38,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version, and exit.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Training runs as OpenTelemetry: look at journals, and send them."""
@@ -67,10 +50,10 @@ def demo(
     ranks: Annotated[int, typer.Option(min=1, max=64, help="Data-parallel processes.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 5,
 ) -> None:
-    """Train a small classifier on images of digits in several ranks, and record it.
+    """Train a small classifier of digit images in several ranks, and record it.
 
-    Without an endpoint the run ends at once and says where its journal lies. With OTEL_EXPORTER_OTLP_ENDPOINT it is
-    delivered, and the ledger is printed. Needs the extra `demo`.
+    Without an endpoint the command prints where the journal is and how to send it. With OTEL_EXPORTER_OTLP_ENDPOINT the
+    run is delivered while it trains, and the command prints the ledger of the delivery. Needs the extra `demo`.
     """
     from stepspan.cli.demo import run_demo
 
@@ -79,11 +62,11 @@ def demo(
 
 @app.command()
 def sync(
-    paths: Paths,
+    paths: JournalPaths,
     endpoint: Endpoint = None,
     protocol: Annotated[str | None, typer.Option(help="http/protobuf, grpc or http/json.")] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Go on with what is written from now on, until stopped.")
+        bool, typer.Option("--follow", help="Keep sending what is written from now on, until interrupted.")
     ] = False,
     this_host: Annotated[
         bool, typer.Option("--this-host", help="Only sessions that were written on this host.")
@@ -92,23 +75,18 @@ def sync(
         str | None, typer.Option(help="A name for the cursors, instead of a hash of the endpoints.")
     ] = None,
     rejected: Annotated[
-        bool, typer.Option("--rejected", help="Send again what the receiver refused, and nothing else.")
+        bool, typer.Option("--rejected", help="Send only what the receiver has rejected, once more.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what waits, and how old it is. Nothing is sent.")
+        bool, typer.Option("--dry-run", help="Print what is pending and how old it is. Nothing is sent.")
     ] = False,
-    state_directory: Annotated[
-        Path | None, typer.Option(help="Where cursors go for journals that we may not write to.")
-    ] = None,
-    dead_after: Annotated[
-        float,
-        typer.Option(min=1.0, help="Seconds of silence after which a session of another host counts as dead."),
-    ] = 900.0,
+    state_directory: StateDirectory = None,
+    dead_after: DeadAfter = DEAD_AFTER_S,
 ) -> None:
-    """Send journals to an OTLP receiver: what no receiver has taken yet, exactly as live delivery would have.
+    """Send journals to an OTLP receiver: what has not been delivered yet, exactly as a live run would have sent it.
 
-    Interrupt it at any time; it goes on where it was. Exit code 0: all is delivered; 1: something waits, is held or
-    cannot be read, and the last lines say why; 2: wrong arguments.
+    It can be interrupted at any time and continues where it was. Exit code 0: everything is delivered; 1: something is
+    pending, is held or cannot be read, and the last lines say why; 2: wrong arguments.
     """
     from stepspan.cli.sync import Sync
 
@@ -127,14 +105,8 @@ def sync(
 
 
 @app.command()
-def status(
-    path: OnePath,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
-    state_directory: Annotated[
-        Path | None, typer.Option(help="Where `sync --state-directory` keeps its cursors.")
-    ] = None,
-) -> None:
-    """Show the ledgers: for each session, destination and signal, what was journaled, delivered, and what waits."""
+def status(path: JournalPath, as_json: AsJson = False, state_directory: StateDirectory = None) -> None:
+    """Show the ledgers: for each session, destination and signal, the lines journaled, delivered and pending."""
     from stepspan.cli.status import show_status
 
     raise typer.Exit(show_status(path, as_json=as_json, state_directory=state_directory))
@@ -142,19 +114,19 @@ def status(
 
 @app.command()
 def tail(
-    path: OnePath,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes, until interrupted.")] = False,
-    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many to begin with.")] = 20,
-    rank: Annotated[int | None, typer.Option(min=0, help="Of this rank only.")] = None,
+    path: JournalPath,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines, until interrupted.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines to start with.")] = 20,
+    rank: Annotated[int | None, typer.Option(min=0, help="Only lines of this rank.")] = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option(help="Of this kind only: metrics, step_end, error, event, log, artifact … May be given twice."),
+        typer.Option(help="Only events of this kind: metrics, step_end, error, event, log, artifact … Repeatable."),
     ] = None,
 ) -> None:
     """Show the newest lines of a journal: time, rank, step, and what happened, merged over ranks by time.
 
     It only reads, so it works on a run that is going on, has crashed, or was never sent anywhere. Times are local.
-    `stepspan tail --follow --tag metrics` watches a loss; `--tag error --tag event` shows what broke.
+    `stepspan tail --follow --tag metrics` watches a loss; `--tag error --tag event` shows what went wrong.
     """
     from stepspan.cli.tail import show_tail
 
@@ -162,17 +134,12 @@ def tail(
 
 
 @app.command()
-def report(
-    path: OnePath,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for programs.")] = False,
-    state_directory: Annotated[
-        Path | None, typer.Option(help="Where `sync --state-directory` keeps its cursors.")
-    ] = None,
-) -> None:
-    """Tell each run on one page, from its journal alone: nothing is sent and no server is asked.
+def report(path: JournalPath, as_json: AsJson = False, state_directory: StateDirectory = None) -> None:
+    """Summarise each run on one page, from its journal alone: nothing is sent and no server is asked.
 
-    Ranks and attempts and how each ended, steps and their times, the straggler where time in collectives was recorded,
-    the last and least value of each metric, errors, checkpoints, what is lost, and what has been delivered.
+    The page has the ranks and attempts and how each ended, the steps and their times, the straggler where time in
+    collectives was recorded, the last, smallest and largest value of each metric, errors, checkpoints, lost lines, and
+    what has been delivered.
     """
     from stepspan.cli.report import show_report
 
@@ -181,25 +148,22 @@ def report(
 
 @app.command()
 def export(
-    paths: Paths,
-    to: Annotated[str, typer.Option(help="otlp-json: one OTLP request a line, as the Collector's file format.")] = (
+    paths: JournalPaths,
+    to: Annotated[str, typer.Option(help="otlp-json: one OTLP request a line, the Collector's file format.")] = (
         "otlp-json"
     ),
     output: Annotated[
         str | None,
-        typer.Option(help="A file, or DIRECTORY/ for one a signal (traces.jsonl …); by default standard output."),
+        typer.Option(help="A file, or DIRECTORY/ for one per signal (traces.jsonl …); by default standard output."),
     ] = None,
-    signal: Annotated[
-        list[str] | None, typer.Option(help="metrics, traces or logs; may be given more than once. By default all.")
-    ] = None,
-    dead_after: Annotated[
-        float,
-        typer.Option(min=1.0, help="Seconds of silence after which a session of another host counts as dead."),
-    ] = 900.0,
+    signal: Annotated[list[str] | None, typer.Option(help="metrics, traces or logs. Repeatable; by default all.")] = (
+        None
+    ),
+    dead_after: DeadAfter = DEAD_AFTER_S,
 ) -> None:
     """Write journals as files: exactly what `stepspan sync` would send, whether it has been sent or not.
 
-    Nothing is sent and the journals stay as they are. A line is one request for OTLP over HTTP/JSON, under 1 MiB: the
+    Nothing is sent and the journals are not changed. A line is one request for OTLP over HTTP/JSON, under 1 MiB: the
     file format of the Collector, whose `otlp_json_file` receiver reads it (set `start_at: beginning`, and
     `include_file_name: false`, or every record gets one more attribute).
 
@@ -216,12 +180,12 @@ def import_(
     paths: Annotated[list[Path], typer.Argument(help="Files and directories of another system.")],
     directory: Directory,
     system: Annotated[str, typer.Option("--from", help="auto, stormlog, evsys, qmlhc or cloudmesh.")] = "auto",
-    job_id: Annotated[str | None, typer.Option(help="The job they belong to, where they don't say it.")] = None,
+    job_id: Annotated[str | None, typer.Option(help="The job they belong to, if the files do not name it.")] = None,
 ) -> None:
     """Turn the files of stormlog, evsys, qmlhc or cloudmesh into journals, with their original times.
 
-    Says what each path was taken for, and refuses where that is not certain. Importing twice changes nothing. Then
-    `stepspan sync` sends the result like any other journal.
+    Prints what each path was recognised as, and refuses a path that could be several things. Importing twice changes
+    nothing. `stepspan sync` then sends the result like any other journal.
     """
     from stepspan.cli.importing import import_paths
 
@@ -230,7 +194,7 @@ def import_(
 
 @app.command()
 def doctor(
-    directory: Annotated[Path | None, typer.Option(help="Where the journal would go.")] = None,
+    directory: Annotated[Path | None, typer.Option(help="Where a run would write its journal.")] = None,
     endpoint: Endpoint = None,
 ) -> None:
     """Check whether a run would work here: identity, journal, endpoints, GPU libraries, versions.

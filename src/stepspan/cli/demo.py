@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepspan.cli.status import ledger_table
+from stepspan.cli.status import print_ledgers
 from stepspan.config import load
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.exporters.otlp import OtlpExporter
@@ -80,7 +80,7 @@ def _await_delivery(job: Path, exporters: Sequence[OtlpExporter]) -> int:
         if delivered or any(state and state["state"] == "hold" for state in states) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    ledger_table(found)
+    print_ledgers(found)
     if not delivered:
         print(f"\nnot all is delivered: the deliverer goes on; later: {_program()} sync {job}")
     return 0 if delivered else 1

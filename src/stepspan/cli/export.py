@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stepspan.cli.sync import Progress
-from stepspan.deliver.deliverer import Deliverer, caught_up, prepare_process
+from stepspan.deliver.deliverer import Deliverer, caught_up, interrupt_on_signal, prepare_process
 from stepspan.deliver.ledgers import session_ledger
-from stepspan.deliver.process import on_signal
-from stepspan.deliver.task import Options
+from stepspan.deliver.options import Options
 from stepspan.errors import ConfigError
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
@@ -98,9 +97,9 @@ def _export(paths: Sequence[Path], exporter: JsonLines, state: Path, dead_after:
         return 1
     options = Options(boot_id=host_facts().boot_id, dead_after=dead_after, state_directory=state)
     deliverer = Deliverer([exporter], sessions.values, options)
-    on_signal(deliverer.interrupt)
+    interrupt_on_signal(deliverer)
     prepare_process()
-    total = sum(session_ledger(session)["journaled"] for session in sessions.values()) * len(deliverer.shippers)
+    total = sum(session_ledger(session)["journaled"] for session in sessions.values()) * len(deliverer.schedulers)
     deliverer.start()
     with Progress(deliverer, total, verb="exporting", stream=sys.stderr) as progress:
         complete = deliverer.wait(lambda it: caught_up(it) or exporter.error is not None, progress.tick)
@@ -109,8 +108,8 @@ def _export(paths: Sequence[Path], exporter: JsonLines, state: Path, dead_after:
         raise exporter.error
     if not complete:
         raise InterruptedError("interrupted")
-    unreadable = {f"{path}: {why}" for shipper in deliverer.shippers for path, why in shipper.unreadable.items()}
-    unreadable |= {f"{s.signal}: stopped by a defect, see above" for s in deliverer.shippers if s.broken}
+    unreadable = {f"{path}: {why}" for scheduler in deliverer.schedulers for path, why in scheduler.unreadable.items()}
+    unreadable |= {f"{s.signal}: stopped by a defect, see above" for s in deliverer.schedulers if s.broken}
     for line in sorted(unreadable):
         print(line, file=sys.stderr)
     if exporter.too_long:

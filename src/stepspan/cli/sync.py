@@ -8,16 +8,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
-from stepspan.deliver.deliverer import SILENCE, Deliverer, caught_up, prepare_process
-from stepspan.deliver.ledgers import cursors, session_ledger
-from stepspan.deliver.process import Lock, on_signal
-from stepspan.deliver.task import Options
+from stepspan.deliver.deliverer import SILENCE_LIMIT_S, Deliverer, caught_up, interrupt_on_signal, prepare_process
+from stepspan.deliver.ledgers import cursors, first_pending_time, session_ledger
+from stepspan.deliver.lock import DeliveryLock
+from stepspan.deliver.options import Options
 from stepspan.errors import ConfigError, JournalError
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
@@ -29,7 +29,7 @@ from stepspan.values import format_seconds
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-LOCK_PATIENCE = SILENCE + 5.0
+LOCK_PATIENCE = SILENCE_LIMIT_S + 5.0
 IMPORT_EVERY = 1.0
 REPORT_EVERY = 5.0  # seconds between lines where there is no terminal
 
@@ -77,15 +77,17 @@ class Sync:
             before = self._totals()
             health = self._host if follow and load({}, os.environ).health else None
             deliverer = Deliverer([self._exporter], self._sessions, self._options, health=health)
-            on_signal(deliverer.interrupt)
+            interrupt_on_signal(deliverer)
             prepare_process()
             deliverer.start()
-            total = None if follow else self._journaled() * len(deliverer.shippers)
+            total = None if follow else self._journaled() * len(deliverer.schedulers)
             with Progress(deliverer, total, verb="delivering") as progress:
                 over = deliverer.wait((lambda _: False) if follow else caught_up, progress.tick)
             deliverer.stop()
-            unreadable = {f"{p}: {why}" for shipper in deliverer.shippers for p, why in shipper.unreadable.items()}
-            unreadable |= {f"{s.signal}: stopped by a defect, see above" for s in deliverer.shippers if s.broken}
+            unreadable = {
+                f"{p}: {why}" for scheduler in deliverer.schedulers for p, why in scheduler.unreadable.items()
+            }
+            unreadable |= {f"{s.signal}: stopped by a defect, see above" for s in deliverer.schedulers if s.broken}
             waiting = self._summary(before, unreadable)
             return 1 if unreadable or waiting["stuck"] or (waiting["lines"] and not over and not follow) else 0
 
@@ -141,24 +143,16 @@ class Sync:
                 if not waiting:
                     continue
                 try:
-                    age = max(0.0, now - self._first_pending(session, position) / 1e9)
+                    with closing(JournalReader(session)):  # which raises where nothing of it can be read
+                        since = first_pending_time(session, position) / 1e9
                 except (OSError, JournalError) as error:
                     print(f"{session.path}  {signal}: cannot be read: {error}")
                     continue
+                age = max(0.0, now - (since or now))
                 oldest = max(age, oldest or 0.0)
                 print(f"{session.path}  {signal}: {waiting} lines wait, the oldest for {format_seconds(age)}")
         print("nothing waits" if oldest is None else f"the oldest pending point is {format_seconds(oldest)} old")
         return 0
-
-    @staticmethod
-    def _first_pending(session: SessionPath, position: Position) -> int:
-        """The time of the first event after a position, Unix ns."""
-        reader = JournalReader(session)
-        try:
-            events = reader.read(position, size=4096).events
-        finally:
-            reader.close()
-        return events[0]["ts"] if events else time.time_ns()
 
     def _need_endpoint(self) -> None:
         if not self._exporter.signals:
@@ -178,7 +172,7 @@ class Sync:
         """The right to deliver to this destination, for every journal directory that is touched."""
         state = self._options.state_directory
         roots = {state} if state else {_root(session) for session in self._sessions()}
-        locks = [Lock(root, self._host, self._exporter.destination) for root in sorted(roots)]
+        locks = [DeliveryLock(root, self._host, self._exporter.destination) for root in sorted(roots)]
         try:
             for lock in locks:
                 self._take(lock)
@@ -187,7 +181,7 @@ class Sync:
             for lock in locks:
                 lock.release()
 
-    def _take(self, lock: Lock) -> None:
+    def _take(self, lock: DeliveryLock) -> None:
         deadline, told = time.monotonic() + LOCK_PATIENCE, False
         while not self._taken(lock):
             if time.monotonic() > deadline:
@@ -198,9 +192,9 @@ class Sync:
             time.sleep(0.2)
 
     @staticmethod
-    def _taken(lock: Lock) -> bool:
+    def _taken(lock: DeliveryLock) -> bool:
         try:
-            return lock.take()
+            return lock.acquire()
         except OSError as error:
             raise JournalError(f"no place for a lock: name a --state-directory for the cursors: {error}") from error
 
@@ -267,9 +261,9 @@ class Progress:
 
     def tick(self) -> None:
         """Show where delivery stands now."""
-        for shipper in self._deliverer.shippers:
-            for path, lane in list(shipper.lanes.items()):
-                self._seen[shipper.signal, path] = lane.position.seq
+        for scheduler in self._deliverer.schedulers:
+            for path, task in list(scheduler.tasks.items()):
+                self._seen[scheduler.signal, path] = task.position.seq
         done = sum(self._seen.values())
         if self._bar:
             self._bar.update(self._task, completed=done)

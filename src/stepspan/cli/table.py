@@ -1,4 +1,4 @@
-"""Tables for a terminal: columns that do not fit beside the others follow below them, so that every cell is whole."""
+"""Tables for a terminal: columns that do not fit follow below the others, so that no cell is cut."""
 
 from __future__ import annotations
 
@@ -9,25 +9,31 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from stepspan.cli.describe import printable
+from stepspan.cli.event_text import printable
 
-GAP = 2  # columns of a terminal between two of a table
-SHORT = 8
+GAP_COLUMNS = 2
+"""Columns of the terminal between two of a table."""
+SHORT_ID_CHARS = 8
 
 
 def print_table(
     console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], *, keys: Sequence[str]
 ) -> None:
-    """Print `rows`; a column whose name begins with `>` is flush right, one without any value is left out.
+    """Print a table, in several parts below each other if it is too wide.
 
-    `keys` name the columns that are repeated in each part of a table that is too wide.
+    Args:
+        console: Where to, and how wide.
+        columns: Their names; one that begins with `>` is flush right. A column without any value is left out.
+        rows: A cell for each column.
+        keys: The columns that are repeated in each part.
+
     """
     cells = [[printable(cell) for cell in row] for row in rows]
     names = [name.lstrip(">") for name in columns]
     kept = [n for n in range(len(names)) if any(row[n] for row in cells)]
-    width = {n: GAP + max(cell_len(text) for text in (names[n], *(row[n] for row in cells))) for n in kept}
-    always = [n for n in kept if names[n] in keys]
-    for number, part in enumerate(_parts(kept, always, width, console.width + GAP)):
+    widths = {n: GAP_COLUMNS + max(cell_len(text) for text in (names[n], *(row[n] for row in cells))) for n in kept}
+    repeated = [n for n in kept if names[n] in keys]
+    for number, part in enumerate(_parts(kept, repeated, widths, console.width + GAP_COLUMNS)):
         if number:
             console.print()
         table = Table(box=None, header_style="dim", pad_edge=False)
@@ -38,23 +44,29 @@ def print_table(
         console.print(table)
 
 
-def _parts(kept: Sequence[int], always: Sequence[int], width: dict[int, int], room: int) -> list[list[int]]:
-    """The columns of each part: `always`, and of the others as many as there is room for, at least one."""
-    room -= sum(width[n] for n in always)
+def _parts(kept: Sequence[int], repeated: Sequence[int], widths: dict[int, int], width: int) -> list[list[int]]:
+    """The columns of each part: those that are repeated, and of the others as many as fit, at least one."""
+    width -= sum(widths[n] for n in repeated)
     parts: list[list[int]] = [[]]
-    left = room
+    free = width
     for n in kept:
-        if n in always:
+        if n in repeated:
             continue
-        if parts[-1] and width[n] > left:
+        if parts[-1] and widths[n] > free:
             parts.append([])
-            left = room
+            free = width
         parts[-1].append(n)
-        left -= width[n]
-    return [sorted((*always, *part)) for part in parts]
+        free -= widths[n]
+    return [sorted((*repeated, *part)) for part in parts]
 
 
-def shortened(sessions: Iterable[str]) -> int:
-    """How many characters of a session's id tell it from the others."""
-    whole = set(sessions)
-    return SHORT if len({session[:SHORT] for session in whole}) == len(whole) else max(map(len, whole), default=SHORT)
+def rank_label(rank: int, role: str) -> str:
+    """A rank as it is shown: "3", or "3.worker1" for a process with a role of its own."""
+    return f"{rank}.{role}" if role else str(rank)
+
+
+def short_id_length(sessions: Iterable[str]) -> int:
+    """How many characters of sessions' ids tell them from each other."""
+    ids = set(sessions)
+    unique = len({session[:SHORT_ID_CHARS] for session in ids}) == len(ids)
+    return SHORT_ID_CHARS if unique else max(map(len, ids))

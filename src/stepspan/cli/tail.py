@@ -1,4 +1,4 @@
-"""`stepspan tail`: the newest events of a run's sessions, readable, merged over ranks by time."""
+"""`stepspan tail`: the newest events of a run's sessions as lines, merged over ranks by time."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.text import Text
 
-from stepspan.cli.describe import describe, printable
+from stepspan.cli.event_text import event_text, printable
+from stepspan.cli.table import rank_label
 from stepspan.errors import ConfigError, JournalError
 from stepspan.events import FIELDS, Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed, read_closed
 from stepspan.journal.reader import JournalReader
+from stepspan.reading.sessions import ALL_LINES, read_batches
 
-WINDOW = 64 << 10
-"""Bytes that are read from a session's end at first; four times as many whenever they hold too few lines."""
-BATCH = 1 << 20
-MOST_SESSIONS = 256
-POLL, RESCAN = 0.25, 2.0
-MOST_OPEN = 1000
-EVERYTHING = Closed((1 << 62) - 1, 0, "")
-"""For a reader that is to wait for nothing: what stands there is what there is."""
-BRIEF = frozenset({"step_begin", "span_begin"})
-QUIET = BRIEF | {"sample", "memory"}
+WINDOW_BYTES = 64 << 10
+"""What is read from a session's end at first; four times as much whenever it holds too few lines."""
+MAX_SESSIONS = 256
+MAX_OPEN_SCOPES = 1000
+POLL_INTERVAL_S = 0.25
+RESCAN_INTERVAL_S = 2.0
+"""Between looks for sessions that have appeared."""
+SHOWN_WHILE_OPEN = frozenset({"step_begin", "span_begin"})
+DIM_TAGS = SHOWN_WHILE_OPEN | {"sample", "memory"}
 STYLES = {"error": "bold red", "gap": "yellow", "metrics": "cyan", "run_begin": "bold", "run_end": "bold"}
 
 
@@ -43,59 +44,58 @@ class Line(NamedTuple):
     rank: str
     step: str
     tag: str
-    what: str
+    text: str
 
 
 class Tail:
-    """One session, read from near its end on. Raises OSError or `JournalError` where it can't be read."""
+    """One session, read from near its end on. Raises OSError or `JournalError` if it cannot be read."""
 
     def __init__(self, session: SessionPath) -> None:
         self.session = session
         self._reader = JournalReader(session)
-        self._header = self._reader.header
-        self.job = str(self._header.get("job_id", ""))
+        header = self._reader.header
+        self.job = str(header.get("job_id", ""))
+        self._rank = rank_label(session.rank, str(header.get("role", "")))
         self._begun: dict[int, Event] = {}
         self._position = Position()
 
     def newest(self, count: int, tags: Collection[str]) -> list[Line]:
-        """The last `count` lines that are wanted."""
-        window = WINDOW
+        """The last `count` lines; with `tags` only those of these kinds."""
+        window = WINDOW_BYTES
         while True:
             self._begun.clear()
-            self._position, whole = self._back(window)
-            found = self.more(tags, closed=EVERYTHING)
-            if whole or len(found) >= count:
-                return found[max(0, len(found) - count) :]
+            self._position, at_beginning = self._seek_back(window)
+            lines = self.read_on(tags, closed=ALL_LINES)
+            if at_beginning or len(lines) >= count:
+                return lines[max(0, len(lines) - count) :]
             window *= 4
 
-    def more(self, tags: Collection[str], closed: Closed | None = None) -> list[Line]:
-        """The lines that are wanted among those that have come since: without `tags` all, less what only begins.
+    def read_on(self, tags: Collection[str], closed: Closed | None = None) -> list[Line]:
+        """The lines that have come since: of these kinds, or without `tags` all but the begin lines of what has ended.
 
-        The beginning of a step or span is told while it is open: its end says all of it again.
+        The end line of a step or span says all that its begin line said.
         """
-        found: list[tuple[int, Line]] = []
-        closed = closed or read_closed(self.session.path)
-        while True:
-            batch = self._reader.read(self._position, size=BATCH, closed=closed)
+        lines: list[tuple[int, Line]] = []
+        for batch in read_batches(self._reader, self._position, closed=closed or read_closed(self.session.path)):
             self._position = batch.position
-            lines = [(event["seq"], self._line(event)) for event in batch.events]
-            found += [entry for entry in lines if not tags or entry[1].tag in tags]
-            if batch.at_end or not batch.events:
-                open_now = self._begun
-                return [line for seq, line in found if tags or line.tag not in BRIEF or seq in open_now]
+            for event in batch.events:
+                line = self._line(event)
+                if not tags or line.tag in tags:
+                    lines.append((event["seq"], line))
+        return [line for seq, line in lines if tags or line.tag not in SHOWN_WHILE_OPEN or seq in self._begun]
 
     def close(self) -> None:
         """Release the files."""
         self._reader.close()
 
-    def _back(self, window: int) -> tuple[Position, bool]:
+    def _seek_back(self, window: int) -> tuple[Position, bool]:
         """The beginning of a line about `window` bytes before the end, and whether it is the first of all."""
         for number in reversed(self.session.segments()):
             size = os.stat(self.session.path / segment_name(number), follow_symlinks=False).st_size
             if size > window:
                 start = size - window
-                cut = self.session.read(number, start, window).find(b"\n") + 1
-                return Position(number, start + (cut or window)), False
+                line_start = self.session.read(number, start, window).find(b"\n") + 1
+                return Position(number, start + (line_start or window)), False
             window -= size
         return Position(), True
 
@@ -106,20 +106,13 @@ class Tail:
         step = self._step_of(begin or event)
         if event["tag"].endswith("_begin"):
             self._begun[event["seq"]] = event
-            if len(self._begun) > MOST_OPEN:
+            if len(self._begun) > MAX_OPEN_SCOPES:
                 del self._begun[next(iter(self._begun))]
-        role = self._header.get("role")
-        return Line(
-            event["ts"],
-            self.job,
-            f"{self.session.rank}{'.' + role if role else ''}",
-            "" if step is None else str(step),
-            event["tag"],
-            printable(describe(event, begin)),
-        )
+        text = printable(event_text(event, begin))
+        return Line(event["ts"], self.job, self._rank, "" if step is None else str(step), event["tag"], text)
 
     def _step_of(self, event: Event | None) -> Any:
-        """The step that an event belongs to, None for none."""
+        """The number of the step that an event belongs to; None for none."""
         while event is not None:
             if "step" in event:
                 return event["step"]
@@ -128,45 +121,41 @@ class Tail:
 
 
 class Follow:
-    """All sessions at or below a path, and those that appear there."""
+    """All sessions at or below a path, and those that appear there; the newest `MAX_SESSIONS` of them."""
 
     def __init__(self, path: Path, rank: int | None, tags: Collection[str]) -> None:
         self._path, self._rank, self._tags = path, rank, tags
         self._tails: dict[Path, Tail] = {}
-        self.passed_over = 0
-        """Sessions that were not looked at because there are so many newer ones."""
+        self.skipped = 0
+        """Sessions that are left out because so many have been written since."""
 
     @property
-    def several(self) -> bool:
-        """Whether they are of more than one job."""
+    def several_jobs(self) -> bool:
+        """Whether the sessions belong to more than one job."""
         return len({tail.job for tail in self._tails.values()}) > 1
 
     def newest(self, count: int) -> list[Line]:
-        """The last lines of all sessions."""
-        found: list[Line] = []
-        for tail in self._open():
-            found += tail.newest(count, self._tags)
-        return sorted(found)[max(0, len(found) - count) :]
+        """The last lines of all sessions together."""
+        lines = sorted(line for tail in self._open() for line in tail.newest(count, self._tags))
+        return lines[max(0, len(lines) - count) :]
 
-    def more(self, *, rescan: bool) -> list[Line]:
-        """What has come since."""
-        found: list[Line] = []
-        for tail in self._open() if rescan else []:
-            found += tail.newest(MOST_OPEN, self._tags)
+    def read_on(self, *, rescan: bool) -> list[Line]:
+        """What has come since; with `rescan` also of sessions that have appeared."""
+        lines = [line for tail in (self._open() if rescan else ()) for line in tail.newest(MAX_OPEN_SCOPES, self._tags)]
         for path, tail in list(self._tails.items()):
             try:
-                found += tail.more(self._tags)
-            except (OSError, JournalError):  # pruned, moved or removed under us
+                lines += tail.read_on(self._tags)
+            except (OSError, JournalError):  # it was pruned, moved or removed
                 self._tails.pop(path).close()
-        return sorted(found)
+        return sorted(lines)
 
     def _open(self) -> list[Tail]:
-        """The sessions that are not open yet, the newest ones."""
-        found = [s for s in find_sessions(self._path) if self._rank in (None, s.rank)]
-        found.sort(key=written, reverse=True)
-        self.passed_over = max(0, len(found) - MOST_SESSIONS)
+        """Open the sessions that are not open yet."""
+        sessions = [session for session in find_sessions(self._path) if self._rank in (None, session.rank)]
+        sessions.sort(key=_written_at, reverse=True)
+        self.skipped = max(0, len(sessions) - MAX_SESSIONS)
         opened = []
-        for session in found[:MOST_SESSIONS]:
+        for session in sessions[:MAX_SESSIONS]:
             if session.path not in self._tails:
                 with contextlib.suppress(OSError, JournalError):
                     self._tails[session.path] = Tail(session)
@@ -174,8 +163,8 @@ class Follow:
         return opened
 
 
-def written(session: SessionPath) -> float:
-    """When something was last written to a session, Unix seconds."""
+def _written_at(session: SessionPath) -> float:
+    """When a session was last written to, Unix seconds."""
     try:
         return os.stat(session.path / segment_name(session.segments()[-1])).st_mtime
     except (OSError, IndexError):
@@ -183,7 +172,7 @@ def written(session: SessionPath) -> float:
 
 
 def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: Collection[str]) -> int:
-    """Print the newest lines, and go on where that is asked for. The exit code. Raises `ConfigError`."""
+    """Print the newest lines, and with `follow` those that come. The exit code. Raises `ConfigError`."""
     unknown = [tag for tag in tags if tag not in FIELDS]
     if unknown:
         raise ConfigError("--tag", unknown[0], f"unknown; known are {', '.join(FIELDS)}")
@@ -191,39 +180,49 @@ def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: C
     console = Console(highlight=False)
     lines = sessions.newest(count)
     if not lines and not follow:
-        which = f" of rank {rank}" if rank is not None else ""
-        print(f"stepspan tail: no such line{which} at or below {path}", file=sys.stderr)
+        of_rank = f" of rank {rank}" if rank is not None else ""
+        print(f"stepspan tail: no such line{of_rank} at or below {path}", file=sys.stderr)
         return 2
-    if sessions.passed_over:
-        print(f"stepspan tail: {sessions.passed_over} sessions that were written earlier are left out", file=sys.stderr)
+    if sessions.skipped:
+        print(f"stepspan tail: {sessions.skipped} sessions that were written earlier are left out", file=sys.stderr)
     try:
-        job = show(console, lines, several=sessions.several)
-        scanned = time.monotonic()
+        job = show(console, lines, several_jobs=sessions.several_jobs)
+        scanned_at = time.monotonic()
         while follow:
-            time.sleep(POLL)
-            rescan = time.monotonic() - scanned >= RESCAN
-            scanned = time.monotonic() if rescan else scanned
-            job = show(console, sessions.more(rescan=rescan), several=sessions.several, job=job)
+            time.sleep(POLL_INTERVAL_S)
+            rescan = time.monotonic() - scanned_at >= RESCAN_INTERVAL_S
+            scanned_at = time.monotonic() if rescan else scanned_at
+            job = show(console, sessions.read_on(rescan=rescan), several_jobs=sessions.several_jobs, job=job)
     except (KeyboardInterrupt, BrokenPipeError):
         pass
     return 0
 
 
-def show(console: Console, lines: Sequence[Line], *, several: bool, job: str = "") -> str:
-    """Print lines: time, rank, step, what. The job of the last one; `job` is that of the line before.
+def show(console: Console, lines: Sequence[Line], *, several_jobs: bool, job: str = "") -> str:
+    """Print lines: time, rank, step, what happened.
 
-    Of several jobs each has a heading in a terminal, where room is short; elsewhere each line names its own.
+    Of several jobs each has a heading in a terminal, where lines are short; elsewhere each line names its own.
+
+    Args:
+        console: The terminal, or what else standard output is.
+        lines: The lines, in order.
+        several_jobs: Whether to name jobs.
+        job: The job of the line before the first.
+
+    Returns:
+        The job of the last line.
+
     """
     for line in lines:
         moment = datetime.fromtimestamp(line.ts / 1e9).isoformat(" ", "milliseconds")
-        place = f"rank {line.rank:<3} {line.step:>7}  "
+        columns = f"rank {line.rank:<3} {line.step:>7}  "
         if not console.is_terminal:
-            print(f"{moment}  {f'{printable(line.job)}  ' if several else ''}{place}{line.what}", flush=True)
+            print(f"{moment}  {f'{printable(line.job)}  ' if several_jobs else ''}{columns}{line.text}", flush=True)
             continue
-        if several and line.job != job:
+        if several_jobs and line.job != job:
             console.print(Text(printable(line.job), style="bold"), soft_wrap=True)
         job = line.job
-        text = Text(f"{moment}  {place}", style="dim")
-        text.append(line.what, style="dim" if line.tag in QUIET else f"not dim {STYLES.get(line.tag, '')}")
+        text = Text(f"{moment}  {columns}", style="dim")
+        text.append(line.text, style="dim" if line.tag in DIM_TAGS else f"not dim {STYLES.get(line.tag, '')}")
         console.print(text, no_wrap=True, overflow="ellipsis")
     return job

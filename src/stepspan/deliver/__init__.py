@@ -1,11 +1,24 @@
 """Delivery: from the journal to a receiver, at least once, ending as effectively once.
 
-deliverer   all destinations and signals of some paths; a thread each
-shipper     one signal of one destination: which session may go on, in one merge by event time
-lane        one session's signal: read, process, map, send, move the cursor
-isolation   finding the records that a receiver refuses among those it takes
-ledgers     what the cursors say, for people
-health      what a deliverer tells of itself, as metrics
-process     the deliverer as a process of its own, one a host and destination
-handle      what a run holds of it
+In the training process:
+
+delivery      what a run holds of it: none, a deliverer process, or threads
+lock          the right to deliver to a destination from a host
+spawn         starting a deliverer process
+
+In the deliverer:
+
+process       what runs inside that process
+deliverer     all destinations and signals, a thread each
+scheduler     one signal of one destination: which session may go on, in one merge by event time
+task          one session's signal: read a batch, send it, move the cursor
+batches       events as batches of records
+session_end   whether more events may come
+backoff       when to try again
+isolation     finding the records that a receiver refuses among those it takes
+dead_letters  the records that were refused for good
+health        what a deliverer reports about itself, as metrics
+options       what all of these have in common
+
+ledgers       what the cursors say, for people
 """

@@ -1,9 +1,15 @@
 """Dead letters: the records that a receiver refused for good, kept beside the journal, and sending them again.
 
-`rejected.jsonl` holds one line a record: `destination`, `signal`, `why` (the receiver's words) and `request`, the
-record as a whole OTLP JSON request. Deliverers of several destinations append to it, each under the file's flock. Who
-removes lines writes the rest to a new file and puts it in the place of the old one, under the same flock; who waited
-for that sees that the file is another one now, and opens it anew. So a crash leaves either file, and no line is lost.
+    <session>/rejected.jsonl   one line a record: {"destination", "signal", "why", "request"}
+
+`why` has the receiver's words, `request` is the record as a whole OTLP JSON request, so that it can be sent over any
+protocol, by any version. A line that is something else stays where it is.
+
+Deliverers of several destinations append, each under the file's flock. Who removes lines writes the rest to a new file
+and puts it in the place of the old one, under the same flock; who waited for that sees that the file is another one
+now, and opens it anew. So a crash leaves the old file or the new one, and no line is lost; an append that it cuts
+leaves a torn line, after which the next append begins a new one. A record may stand there twice: letters are appended
+before the cursor moves.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from stepspan.journal.cursor import Cursor, cursor_name
-from stepspan.journal.layout import open_directory, open_file, read_file
+from stepspan.journal.layout import open_directory, open_file, read_file, replace_file
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp.outcome import Verdict
@@ -33,9 +40,21 @@ REFUSED = frozenset({Verdict.ISOLATE, Verdict.HALVE})
 
 
 def append(
-    home: Path, destination: str, signal: Signal, resource: Attributes, rejected: Sequence[tuple[Record, str]]
+    directory: Path, destination: str, signal: Signal, resource: Attributes, rejected: Sequence[tuple[Record, str]]
 ) -> None:
-    """Keep records of one session with the reason why each was refused. OSError."""
+    """Keep records that were refused.
+
+    Args:
+        directory: The session's directory, or the one that keeps its cursors.
+        destination: Where they were refused.
+        signal: What they are.
+        resource: The session's resource attributes.
+        rejected: Each record with the receiver's words.
+
+    Raises:
+        OSError: They cannot be kept.
+
+    """
     lines = b"".join(
         orjson.dumps(
             {
@@ -48,7 +67,7 @@ def append(
         + b"\n"
         for record, why in rejected
     )
-    with _locked(home, os.O_CREAT) as (_, fd):
+    with _locked(directory, os.O_CREAT) as (_, fd):
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash cut the last line
             lines = b"\n" + lines
@@ -56,36 +75,47 @@ def append(
             lines = lines[os.write(fd, lines) :]
 
 
-def resend(home: Path, exporter: OtlpExporter) -> tuple[int, int]:
-    """Send the dead letters below `home` that are the exporter's again, one by one: (taken, still there).
+def resend(directory: Path, exporter: OtlpExporter) -> tuple[int, int]:
+    """Send an exporter's dead letters again, one by one.
 
-    Those that are taken are removed, and the ledger counts them as delivered. A receiver that does not answer, or wants
-    a person, is not asked about the rest of that signal. The caller holds the lock of the destination, so that nobody
-    else moves its cursors. OSError.
+    Those that are accepted are removed, and the ledger counts them as delivered. A receiver that does not answer, or
+    needs a person, is not asked about the rest of that signal. The caller holds the destination's `DeliveryLock`, so
+    that nobody else moves its cursors.
+
+    Args:
+        directory: The session's directory, or the one that keeps its cursors.
+        exporter: Sends them; letters of other destinations stay.
+
+    Returns:
+        How many were accepted, and how many are still there.
+
+    Raises:
+        OSError: The file of dead letters or a cursor cannot be written.
+
     """
-    taken: dict[bytes, Signal] = {}
+    accepted: dict[bytes, Signal] = {}
     kept = 0
     stopped: set[str] = set()
-    for line in dict.fromkeys((read_file(home / NAME) or b"").split(b"\n")):
-        letter = _read(line)
+    for line in dict.fromkeys((read_file(directory / NAME) or b"").split(b"\n")):
+        letter = _parse(line)
         if letter is None or letter["destination"] != exporter.destination:
             continue
         signal = letter["signal"]
         if signal not in stopped and signal in exporter.signals:
             outcome = exporter.send_json(signal, orjson.dumps(letter["request"]))
             if outcome.verdict is Verdict.DELIVERED and not outcome.rejected:
-                taken[line] = signal
+                accepted[line] = signal
                 continue
             if outcome.verdict is not Verdict.DELIVERED and outcome.verdict not in REFUSED:
                 stopped.add(signal)
         kept += 1
-    if taken:
-        _remove(home, taken.keys())
-        _count(home, exporter.destination, list(taken.values()))
-    return len(taken), kept
+    if accepted:
+        _remove(directory, accepted.keys())
+        _count_delivered(directory, exporter.destination, list(accepted.values()))
+    return len(accepted), kept
 
 
-def _read(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     """A dead letter; None for what is none, which stays where it is."""
     try:
         letter = orjson.loads(line)
@@ -96,63 +126,55 @@ def _read(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _count(home: Path, destination: str, signals: Sequence[Signal]) -> None:
-    """Move what was taken from rejected to delivered."""
+def _count_delivered(directory: Path, destination: str, signals: Sequence[Signal]) -> None:
+    """Move records, of these signals, from rejected to delivered in the ledgers."""
     for signal in set(signals):
-        path = home / "cursors" / cursor_name(destination, signal)
+        path = directory / "cursors" / cursor_name(destination, signal)
         if not path.exists():
             continue
-        cursor = Cursor(path)
-        try:
+        with closing(Cursor(path)) as cursor:
             state = cursor.state
             moved = min(signals.count(signal), state.ledger.rejected)
-            if not moved:
-                continue
-            delivered, rejected = state.ledger.delivered + moved, state.ledger.rejected - moved
-            cursor.write(replace(state, ledger=replace(state.ledger, delivered=delivered, rejected=rejected)))
-        finally:
-            cursor.close()
+            if moved:
+                delivered, rejected = state.ledger.delivered + moved, state.ledger.rejected - moved
+                cursor.write(replace(state, ledger=replace(state.ledger, delivered=delivered, rejected=rejected)))
 
 
-def _remove(home: Path, lines: Iterable[bytes]) -> None:
-    """Take lines out of the file."""
+def _remove(directory: Path, lines: Iterable[bytes]) -> None:
+    """Remove lines from the file."""
     gone = frozenset(lines)
-    with _locked(home) as (directory, fd):
+    with _locked(directory) as (dir_fd, fd):
         content = os.pread(fd, os.fstat(fd).st_size, 0)
         left = b"".join(line for line in content.splitlines(keepends=True) if line.rstrip(b"\n") not in gone)
-        if not left:
-            os.unlink(NAME, dir_fd=directory)
-            return
-        draft = f".{NAME}.{os.getpid()}"
-        with open(open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, dir_fd=directory), "wb") as file:
-            file.write(left)
-            file.flush()
-            os.fsync(file.fileno())
-        os.rename(draft, NAME, src_dir_fd=directory, dst_dir_fd=directory)
+        if left:
+            replace_file(dir_fd, NAME, left, sync=True)
+        else:
+            os.unlink(NAME, dir_fd=dir_fd)
 
 
 @contextlib.contextmanager
-def _locked(home: Path, flags: int = 0) -> Iterator[tuple[int, int]]:
+def _locked(directory: Path, flags: int = 0) -> Iterator[tuple[int, int]]:
     """The descriptors of the directory and of the file that has the name while we hold its flock."""
-    directory = open_directory(home)
+    dir_fd = open_directory(directory)
     fd = -1
     try:
         while True:
-            fd = open_file(NAME, os.O_RDWR | os.O_APPEND | flags, dir_fd=directory)
+            fd = open_file(NAME, os.O_RDWR | os.O_APPEND | flags, dir_fd=dir_fd)
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(fd, fcntl.LOCK_EX)
             with contextlib.suppress(FileNotFoundError):
-                if _same(fd, directory):
+                if _has_the_name(fd, dir_fd):
                     break
             os.close(fd)
             fd = -1
-        yield directory, fd
+        yield dir_fd, fd
     finally:
         if fd >= 0:
             os.close(fd)
-        os.close(directory)
+        os.close(dir_fd)
 
 
-def _same(fd: int, directory: int) -> bool:
-    there, ours = os.stat(NAME, dir_fd=directory, follow_symlinks=False), os.fstat(fd)
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+def _has_the_name(fd: int, dir_fd: int) -> bool:
+    """Whether the file that is open here is still the one that others open by the name. FileNotFoundError."""
+    named, opened = os.stat(NAME, dir_fd=dir_fd, follow_symlinks=False), os.fstat(fd)
+    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)

@@ -1,91 +1,113 @@
-"""What a run holds of its delivery: nothing, a process of its own, or a thread."""
+"""A run's delivery: none, a deliverer process, or threads.
+
+Call order: `start` once the run's journal is open, `watch` about once a second, `close` when the journal has ended. All
+of it only reads cursors; what is sent, and when, is the deliverer's.
+"""
 
 from __future__ import annotations
 
-import logging
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver import ledgers
+from stepspan.deliver.lock import DeliveryLock
+from stepspan.deliver.spawn import log_path, spawn, with_absolute_paths
 from stepspan.journal.cursor import CursorState
-from stepspan.journal.layout import SessionPath, slug
+from stepspan.journal.layout import SessionPath
 
 if TYPE_CHECKING:
     from stepspan.deliver.deliverer import Deliverer
     from stepspan.exporters import Exporter
     from stepspan.exporters.otlp import OtlpExporter
 
-log = logging.getLogger("stepspan")
-
-PLACE = ".deliverers"  # below the journals: their locks and logs
-POLL = 0.02
-CHECK = 5.0  # seconds between looks at the deliverer's lock
-LAST_CHECKS = 0.25  # the same while a run waits for its end to be delivered
-ANSWERING = 5.0  # seconds since its last answer for which a receiver counts as there
-LONGEST_PAUSE = 300.0  # seconds before a deliverer that dies without having done anything is started again
-PATHS = frozenset(
-    {
-        *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"),
-        *(
-            f"OTEL_EXPORTER_OTLP_{signal}{what}"
-            for signal in ("", "TRACES_", "METRICS_", "LOGS_")
-            for what in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
-        ),
-    }
-)
+POLL_INTERVAL_S = 0.02
+CHECK_INTERVAL_S = 5.0
+"""Between looks at the deliverer's lock."""
+CLOSING_CHECK_INTERVAL_S = 0.25
+"""The same while a run waits for its end to be delivered."""
+ANSWER_TIMEOUT_S = 5.0
+"""A receiver that took something this recently counts as answering."""
+WARN_AFTER_S = 30.0
+"""A signal that has failed for so long is worth a warning."""
+MAX_RESTART_DELAY_S = 300.0
+"""Before a deliverer that died without having delivered anything is started again."""
 
 
 class Delivery:
-    """No delivery: the journal is all there is. The base of the others; `targets` are (destination, signal)."""
+    """No delivery: the journal is all there is. The base of the others.
 
-    GRACE = 0.0
-    """Seconds for which `close` believes in a receiver that has not answered yet."""
+    Args:
+        targets: The (destination, signal) pairs that are delivered to.
+
+    """
+
+    CONNECT_GRACE_S = 0.0
+    """For how long `close` waits for a receiver that has not answered yet."""
 
     def __init__(self, targets: Iterable[tuple[str, str]] = ()) -> None:
         self.targets = frozenset(targets)
 
+    def start(self) -> None:
+        """Begin delivering, once the run's journal is open. Raises nothing."""
+
     def watch(self) -> None:
-        """Called about once a second by the thread that logs."""
+        """Restart what `start` started, if it died; called about once a second by the thread that logs."""
 
     def wait(self, session: Path, seq: int, timeout: float) -> bool:
-        """Wait until all targets have everything up to `seq`; whether they do."""
+        """Wait until all targets have everything up to an event.
+
+        Args:
+            session: The directory of the run's session.
+            seq: The event's `seq`.
+            timeout: Seconds.
+
+        Returns:
+            Whether they have it.
+
+        """
         return self._wait(session, lambda state: state.position.seq >= seq, timeout, only_while_answering=False)
 
     def _wait(
         self, session: Path, done: Callable[[CursorState], bool], timeout: float, *, only_while_answering: bool
     ) -> bool:
-        deadline, patient = time.monotonic() + timeout, time.monotonic() + self.GRACE
+        begun = time.monotonic()
         while True:
             states = self._states(session)
+            complete = len(states) == len(self.targets)
             waiting = [state for state in states if not done(state)]
-            if not waiting and len(states) == len(self.targets):
+            if complete and not waiting:
                 return True
-            if time.monotonic() >= deadline:
+            waited = time.monotonic() - begun
+            if waited >= timeout:
                 return False
-            if only_while_answering and time.monotonic() >= patient:
-                open_ones = waiting if len(states) == len(self.targets) else states
-                answered = max((state.answered for state in open_ones if state.state != "hold"), default=0.0)
-                if time.time() - answered > ANSWERING:
-                    return False
+            patient = waited < self.CONNECT_GRACE_S or not only_while_answering
+            if not patient and not _any_answers(waiting if complete else states):
+                return False
             self.watch()  # a deliverer may die as the run ends, and then nobody else looks
-            time.sleep(POLL)
+            time.sleep(POLL_INTERVAL_S)
 
-    def close(self, session: Path | None, seq: int, timeout: float) -> None:
-        """The run has ended: wait a little for a receiver that answers, until it has the end too."""
+    def close(self, session: Path | None, timeout: float) -> None:
+        """Wait until the end of the run is delivered, as long as the receivers answer.
+
+        Args:
+            session: The directory of the run's session; None where it has none.
+            timeout: The longest wait, in seconds.
+
+        """
         if session is not None and self.targets:
             self._wait(session, lambda state: state.position.finished, timeout, only_while_answering=True)
 
     def after_fork(self) -> None:
-        """In a forked child, which leaves all this to its parent."""
+        """Forget the parent's deliverer, in a forked child."""
 
     def ledgers(self, session: Path) -> dict[str, Any]:
-        """Destination -> signal -> ledger."""
+        """The ledgers of a session, by destination and signal."""
         found = SessionPath.of(session)
         destinations: dict[str, Any] = ledgers.session_ledger(found)["destinations"] if found else {}
         return destinations
@@ -95,12 +117,28 @@ class Delivery:
         return [found[d][s] for d, s in self.targets if s in found.get(d, {})]
 
 
-class ProcessDelivery(Delivery):
-    """A deliverer process for this host, started again by whoever finds its lock free."""
+def _any_answers(states: Iterable[CursorState]) -> bool:
+    """Whether a receiver took something just now, for a signal that is not held."""
+    answered = max((state.answered for state in states if state.state != "hold"), default=0.0)
+    return time.time() - answered <= ANSWER_TIMEOUT_S
 
-    check = CHECK
-    patience = 30.0
-    """Seconds of failing after which a person is told."""
+
+class ProcessDelivery(Delivery):
+    """A deliverer process for this host, restarted by any rank that finds its lock free.
+
+    Args:
+        directory: The directory of the journals.
+        host: The name of this host.
+        exporters: Where to deliver to.
+        first: Whether `start` starts the process (local rank 0); the other ranks look for it later.
+        health: Whether the process reports metrics about the delivery.
+        warn: Called with a kind and a message for what a person has to put right. Must write no event: `watch` may be
+            called while one is written.
+        session: Gives the directory of the run's session, once there is one.
+
+    """
+
+    check_interval_s = CHECK_INTERVAL_S
 
     def __init__(
         self,
@@ -115,116 +153,125 @@ class ProcessDelivery(Delivery):
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._directory, self._host, self._exporters = directory, host, exporters
-        self._health = health
+        self._first, self._health = first, health
         self._warn = warn
         self._session = session
-        self._log = directory / PLACE / f"{slug(host)}.log"
-        self._env = settled(os.environ)  # one that is started again later must not go elsewhere
-        self._shown: dict[tuple[str, str], str] = {
+        self._env = with_absolute_paths(os.environ)  # a deliverer that is started again must not go elsewhere
+        self._urls: dict[tuple[str, str], str] = {
             (e.destination, s): endpoint.display_url for e in exporters for s, endpoint in e.endpoints.items()
         }
         self._process: subprocess.Popen[bytes] | None = None
-        self._began = 0.0
-        self._pause = self._again = 0.0
-        self._failing: dict[tuple[str, str], float] = {}
-        self._next = 0.0 if first else time.monotonic() + 2 * self.check
+        self._spawned_at = 0.0  # Unix seconds
+        self._restart_delay = self._restart_at = 0.0
+        self._failing_since: dict[tuple[str, str], float] = {}
+        self._next_check: float | None = None
+
+    def start(self) -> None:
+        """Start the deliverer process, where this is the host's first rank and no deliverer is at work."""
+        if self._first:
+            self._check()
+        else:
+            self._next_check = time.monotonic() + 2 * self.check_interval_s
 
     def watch(self) -> None:
-        """Start a deliverer where none is at work, and tell what a person has to put right."""
-        now = time.monotonic()
-        if now < self._next:
-            return
-        self._next = now + self.check
-        self._look(self._session(), now)
-        try:
-            self._start_where_free(now)
-        except Exception as error:  # a run that can't start a process still has its journal
-            self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
+        """Restart a deliverer that died, and warn about signals that need a person. Looks every few seconds."""
+        if self._next_check is None:
+            self.start()
+        elif time.monotonic() >= self._next_check:
+            self._check()
 
     def wait(self, session: Path, seq: int, timeout: float) -> bool:
-        """As the base; starts the deliverer that nobody has started yet."""
-        self._next = 0.0
-        self.watch()
+        """As the base; starts the deliverer where none is at work."""
+        self._check()
         return super().wait(session, seq, timeout)
 
-    def close(self, session: Path | None, seq: int, timeout: float) -> None:
-        """As the base; looks again and again whether a deliverer is at work, for nobody will after us."""
-        self._next, self._again, self.check = 0.0, 0.0, LAST_CHECKS
-        self.watch()
-        super().close(session, seq, timeout)
-        self._look(session, time.monotonic())
+    def close(self, session: Path | None, timeout: float) -> None:
+        """As the base; keeps looking whether a deliverer is at work, for afterwards no rank may."""
+        self.check_interval_s, self._restart_at = CLOSING_CHECK_INTERVAL_S, 0.0
+        self._check()
+        super().close(session, timeout)
+        self._warn_of_failures(session)
         if self._process is not None and self._process.poll() is None:
-            self._process.returncode = 0  # it outlives us, and is nobody's zombie then
+            self._process.returncode = 0  # it outlives this process: keep Popen from waiting for it
 
     def after_fork(self) -> None:
         """As the base: the deliverer is no child of this process."""
         if self._process is not None:
             self._process.returncode = 0
 
-    def _look(self, session: Path | None, now: float) -> None:
-        """Tell of a deliverer that died, and of signals that are held or keep failing, once each time it comes to that.
+    def _check(self) -> None:
+        now = time.monotonic()
+        self._next_check = now + self.check_interval_s
+        self._warn_of_failures(self._session())
+        if self._process is None and now >= self._restart_at:
+            try:
+                self._spawn_where_free()
+            except Exception as error:  # a run that can't start a process still has its journal
+                self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
-        Writes no event: it may be called while one is written.
-        """
+    def _warn_of_failures(self, session: Path | None) -> None:
+        """Warn once about a deliverer that died, and about each signal that is held or keeps failing."""
         found = {}
         with suppress(OSError):
             found = ledgers.cursors(session) if session is not None else {}
-        status = self._process.poll() if self._process is not None else None
-        if status is not None:
-            self._process = None
-        if status:
-            worked = any(s.answered > self._began for signals in found.values() for s in signals.values())
-            self._pause = 0.0 if worked else min(max(self.check, 2 * self._pause), LONGEST_PAUSE)
-            self._again = now + self._pause
-            self._warn("deliverer", f"the deliverer died (exit status {status}): {self._log} says why; {self._later()}")
-        for target in self.targets:
-            state = found.get(target[0], {}).get(target[1])
+        self._reap(max((state.answered for signals in found.values() for state in signals.values()), default=0.0))
+        now = time.monotonic()
+        for destination, signal in self.targets:
+            target, state = (destination, signal), found.get(destination, {}).get(signal)
             if state is None or state.state not in {"retry", "hold"}:
-                self._failing.pop(target, None)
+                self._failing_since.pop(target, None)
                 continue
-            since = self._failing.setdefault(target, now)
-            if state.state == "hold" or now - since >= self.patience:
-                if since != float("inf"):
-                    shown = f"{target[1]} to {self._shown[target]} (destination {target[0]})"
-                    self._warn("delivery", f"{shown} cannot be delivered: {state.message}; {self._later()}")
-                self._failing[target] = float("inf")
+            since = self._failing_since.setdefault(target, now)
+            if since != float("inf") and (state.state == "hold" or now - since >= WARN_AFTER_S):
+                self._failing_since[target] = float("inf")
+                failed = f"{signal} to {self._urls[target]} (destination {destination})"
+                self._warn("delivery", f"{failed} cannot be delivered: {state.message}; {self._advice()}")
 
-    def _later(self) -> str:
+    def _reap(self, answered: float) -> None:
+        """Notice that the deliverer ended. `answered`: when a receiver last took something, Unix seconds."""
+        status = self._process.poll() if self._process is not None else None
+        if status is None:
+            return
+        self._process = None
+        if status:
+            delay = min(max(self.check_interval_s, 2 * self._restart_delay), MAX_RESTART_DELAY_S)
+            self._restart_delay = 0.0 if answered > self._spawned_at else delay
+            self._restart_at = time.monotonic() + self._restart_delay
+            log_file = log_path(self._directory, self._host)
+            died = f"the deliverer died (exit status {status}): {log_file} says why"
+            self._warn("deliverer", f"{died}; {self._advice()}")
+
+    def _advice(self) -> str:
         where = self._directory
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
 
-    def _start_where_free(self, now: float) -> None:
-        from stepspan.deliver import process
-
-        if self._process is not None or now < self._again:
-            return
+    def _spawn_where_free(self) -> None:
+        """Start a deliverer for the destinations that none is at work for. OSError."""
         free = []
         for exporter in self._exporters:
-            lock = process.Lock(self._directory, self._host, exporter.destination)
-            if lock.take():
+            lock = DeliveryLock(self._directory, self._host, exporter.destination)
+            if lock.acquire():
                 free.append(exporter)
                 lock.release()
         if free:
-            self._began = time.time()
-            self._process = process.start(self._directory, self._host, free, health=self._health, env=self._env)
-
-
-def settled(env: Mapping[str, str]) -> dict[str, str]:
-    """A copy in which the paths of certificates are absolute: a deliverer works in another directory."""
-    found = dict(env)
-    with suppress(OSError):  # the working directory is gone
-        for name in PATHS & found.keys():
-            paths = found[name].strip().split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
-            found[name] = os.pathsep.join(os.path.abspath(path) if path else "" for path in paths)
-    return found
+            self._spawned_at = time.time()
+            self._process = spawn(self._directory, self._host, free, health=self._health, env=self._env)
 
 
 class ThreadDelivery(Delivery):
-    """Exporters that are objects, on threads of this process that take at most a tenth of the time."""
+    """Exporters that are objects, on threads of this process that take at most a tenth of the time.
 
-    BATCH = 16 << 10
-    SHARE = 0.1
-    GRACE = 0.4  # nothing outlives the process, so a short run would end before its first request
+    Args:
+        exporters: Where to deliver to.
+        session: Gives the directory of the run's session, once there is one.
+        boot_id: The boot of this host.
+
+    """
+
+    BATCH_BYTES = 16 << 10
+    CPU_SHARE = 0.1
+    CONNECT_GRACE_S = 0.4  # nothing outlives the process, so a short run would end before its first request
+    STOP_TIMEOUT_S = 0.4
 
     def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
@@ -232,23 +279,27 @@ class ThreadDelivery(Delivery):
         self._deliverer: Deliverer | None = None
         self._closing = threading.Event()
 
+    def start(self) -> None:
+        """Start the threads."""
+        from stepspan.deliver.deliverer import Deliverer
+        from stepspan.deliver.options import Options
+
+        options = Options(boot_id=self._boot_id, batch_bytes=self.BATCH_BYTES)
+        self._deliverer = Deliverer(self._exporters, self._sessions, options, pace=self._pace)
+        self._deliverer.start()
+
     def watch(self) -> None:
-        """Start the threads, once."""
+        """Start the threads, if `start` was not called: they don't die."""
         if self._deliverer is None:
-            from stepspan.deliver.deliverer import Deliverer
-            from stepspan.deliver.task import Options
+            self.start()
 
-            options = Options(boot_id=self._boot_id, batch=self.BATCH)
-            self._deliverer = Deliverer(self._exporters, self._sessions, options, pace=self._pace)
-            self._deliverer.start()
-
-    def close(self, session: Path | None, seq: int, timeout: float) -> None:
+    def close(self, session: Path | None, timeout: float) -> None:
         """As the base, at full speed; then the threads end."""
         self._closing.set()
         self.watch()
-        super().close(session, seq, timeout)
+        super().close(session, timeout)
         if self._deliverer is not None:
-            self._deliverer.stop(timeout=0.4)
+            self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
 
     def _sessions(self) -> list[SessionPath]:
         path = self._session()
@@ -256,4 +307,4 @@ class ThreadDelivery(Delivery):
         return [found] if found else []
 
     def _pace(self, busy: float) -> None:
-        self._closing.wait(busy * (1 / self.SHARE - 1))
+        self._closing.wait(busy * (1 / self.CPU_SHARE - 1))

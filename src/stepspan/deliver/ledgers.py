@@ -1,24 +1,36 @@
-"""What the cursors say, for people: `stepspan status`, `Run.stats()`, the demo."""
+"""What the cursors say, for people: `stepspan status`, `Run.stats()`, the demo; and since when lines wait."""
 
 from __future__ import annotations
 
-from contextlib import closing
+import re
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stepspan.errors import JournalError
-from stepspan.journal.cursor import CursorState, read_cursor
+from stepspan.journal.cursor import CursorState, Position, read_cursor
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import read_closed
-from stepspan.journal.reader import JournalReader, last_event
+from stepspan.journal.reader import last_event
 from stepspan.mapping.records import SIGNALS
 
+SEARCH_BYTES = 4096
+"""In which the next line's time is looked for."""
+LINE_TIME = re.compile(rb'^\{"ts":(\d+),', re.MULTILINE)
 
-def cursors(home: Path) -> dict[str, dict[str, CursorState]]:
-    """Destination -> signal -> cursor, of the session whose cursors lie below `home`."""
+
+def cursors(state_directory: Path) -> dict[str, dict[str, CursorState]]:
+    """The cursors of one session.
+
+    Args:
+        state_directory: The session's directory, or the one below `--state-directory` that stands for it.
+
+    Returns:
+        Destination -> signal -> cursor.
+
+    """
     found: dict[str, dict[str, CursorState]] = {}
-    for path in sorted((home / "cursors").glob("*.*")):
+    for path in sorted((state_directory / "cursors").glob("*.*")):
         destination, _, signal = path.name.rpartition(".")
         state = read_cursor(path) if signal in SIGNALS else None
         if state is not None:
@@ -26,12 +38,23 @@ def cursors(home: Path) -> dict[str, dict[str, CursorState]]:
     return found
 
 
-def session_ledger(session: SessionPath, home: Path | None = None) -> dict[str, Any]:
-    """One session: lines journaled, how it ended, and for each destination and signal the ledger and what waits."""
-    closed = read_closed(session.path) or (read_closed(home) if home else None)
+def session_ledger(session: SessionPath, state_directory: Path | None = None) -> dict[str, Any]:
+    """One session: lines journaled, how it ended, and for each destination and signal the ledger and what waits.
+
+    Args:
+        session: Where it lies.
+        state_directory: Where its cursors lie, if that is not in the session's own directory.
+
+    Returns:
+        JSON: `session`, `rank`, `path`, `status`, `journaled` (lines), `last_event` (Unix ns), `destinations`
+        (destination -> signal -> `signal_ledger`).
+
+    Raises:
+        OSError: The session cannot be read.
+
+    """
+    closed = read_closed(session.path) or (read_closed(state_directory) if state_directory else None)
     seq, ts = (closed.seq, closed.ts) if closed else last_event(session)
-    destinations = cursors(home or session.path)
-    started = _started(session) if destinations else 0
     return {
         "session": session.session,
         "rank": session.rank,
@@ -40,36 +63,54 @@ def session_ledger(session: SessionPath, home: Path | None = None) -> dict[str, 
         "journaled": seq,
         "last_event": ts,
         "destinations": {
-            destination: {signal: signal_ledger(state, seq, ts, started) for signal, state in states.items()}
-            for destination, states in destinations.items()
+            destination: {
+                signal: signal_ledger(state, seq, ts, first_pending_time(session, state.position))
+                for signal, state in states.items()
+            }
+            for destination, states in cursors(state_directory or session.path).items()
         },
     }
 
 
-def _started(session: SessionPath) -> int:
-    """When a session began, Unix ns; 0 where its header cannot be read."""
-    try:
-        with closing(JournalReader(session)) as reader:
-            return int(reader.header.get("started", 0))
-    except (OSError, JournalError):
-        return 0
+def signal_ledger(state: CursorState, seq: int, ts: int, pending_since: int = 0) -> dict[str, Any]:
+    """One signal of one session at one destination.
 
+    Args:
+        state: What its cursor says.
+        seq: Lines journaled.
+        ts: The time of the last of them, Unix ns.
+        pending_since: The time of the first line that waits, Unix ns; 0: none does.
 
-def signal_ledger(state: CursorState, seq: int, ts: int, started: int = 0) -> dict[str, Any]:
-    """One signal: its ledger, the lines that wait, and how far event time lags behind the journal (s).
+    Returns:
+        JSON: the ledger's fields, `pending` (lines), `lag` (seconds of event time that wait), `finished`, `state`,
+        `message` and `answered` (Unix seconds).
 
-    A cursor that has not moved yet stands where the session `started`.
     """
     ledger = asdict(state.ledger)
     counted = ledger["read"] + ledger["damaged"] + ledger["pruned"] + ledger["dropped"]
     pending = max(0, seq - counted)
-    since = state.position.ts or started
     return {
         **ledger,
         "pending": pending,
-        "lag": round(max(0, ts - since) / 1e9, 3) if pending and since else 0.0,
+        "lag": round(max(0, ts - pending_since) / 1e9, 3) if pending and pending_since else 0.0,
         "finished": state.position.finished,
         "state": state.state,
         "message": state.message,
         "answered": state.answered,
     }
+
+
+def first_pending_time(session: SessionPath, position: Position) -> int:
+    """The time of the first line after a position, Unix ns; 0: there is none, or none that is whole yet.
+
+    Damaged lines are passed over; if there is nothing else in a few KiB, it is the time that the position has reached.
+    """
+    with suppress(OSError):
+        for number in [n for n in session.segments() if n >= position.segment][:2]:
+            data = session.read(number, position.offset if number == position.segment else 0, SEARCH_BYTES)
+            match = LINE_TIME.search(data) if b"\n" in data or len(data) == SEARCH_BYTES else None
+            if match:
+                return int(match[1])
+            if len(data) == SEARCH_BYTES:
+                return position.ts
+    return 0

@@ -1,205 +1,254 @@
 """Neutral records -> the OpenTelemetry SDK's own objects, for any SpanExporter, MetricExporter or LogRecordExporter.
 
+They come from the request that `stepspan.otlp.json` writes, so that a record is the same telemetry here as over OTLP.
+What the SDK has no room for is left out: flags of number points (hence points that say "no recorded value"), dropped
+counts, and summaries.
+
 The one file that imports `opentelemetry._logs` and `opentelemetry.sdk._logs`, whose names may still move. Importing
 the SDK costs 0.1 s: import this module late.
-
-A number point has no flags in the SDK, so a "no recorded value" point cannot be said and is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from base64 import b64decode
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import orjson
 from opentelemetry import trace
 from opentelemetry._logs import LogRecord, SeverityNumber
 from opentelemetry.context import Context
 from opentelemetry.sdk._logs import ReadableLogRecord
-from opentelemetry.sdk.metrics import Exemplar as SdkExemplar
-from opentelemetry.sdk.metrics import export
+from opentelemetry.sdk.metrics import Exemplar, export
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-from stepspan._version import __version__
-from stepspan.exporters._sdk_records import log_record, readable_span, scope_metrics
-from stepspan.mapping.columns import Column
-from stepspan.mapping.records import Attributes, Exemplar, Histogram, Log, Point, SdkRecord, Span, Sum
-from stepspan.otlp.rules import (
-    INT64_MAX,
-    INT64_MIN,
-    MAX_DEPTH,
-    NAN,
-    SAMPLED,
-    SCOPE_NAME,
-    SEVERITY_TEXT,
-    MetricKey,
-    by_metric,
-    utf8,
-)
+from stepspan.mapping.records import METRIC_DATA, Attributes, Log, Point, Record, SdkRecord, Signal, Span
+from stepspan.otlp.json import encode
+from stepspan.otlp.rules import FIELDS, IS_REMOTE, NAN, NO_RECORDED_VALUE, SAMPLED
 
-_SCOPE = InstrumentationScope(SCOPE_NAME, __version__)
-_CUMULATIVE = export.AggregationTemporality.CUMULATIVE
-_NO_BUCKETS = export.Buckets(0, [])
-_UNSET = trace.Status(trace.StatusCode.UNSET)
+_Json: TypeAlias = Mapping[str, Any]
 
 
 def metrics_data(resource: Attributes, points: Sequence[Point | SdkRecord]) -> export.MetricsData:
     """What `MetricExporter.export` takes. Points without a value are left out, and metrics without a point."""
-    ours, foreign = by_metric(points)
-    metrics = [_metric(key, columns) for key, columns in ours.items()]
-    scopes = [export.ScopeMetrics(_SCOPE, [metric for metric in metrics if metric.data.data_points], "")]
-    if foreign:
-        scopes = [*(scopes if ours else ()), *scope_metrics(foreign)]
-    return export.MetricsData([export.ResourceMetrics(_resource(resource), scopes, "")])
+    sdk_resource, scopes = _request("metrics", resource, points)
+    return export.MetricsData([export.ResourceMetrics(sdk_resource, [_scope_metrics(scope) for scope in scopes], "")])
 
 
 def readable_spans(resource: Attributes, spans: Sequence[Span | SdkRecord]) -> list[ReadableSpan]:
     """What `SpanExporter.export` takes."""
-    sdk_resource = _resource(resource)
+    sdk_resource, scopes = _request("traces", resource, spans)
     return [
-        readable_span(sdk_resource, span) if isinstance(span, SdkRecord) else _span(sdk_resource, span)
-        for span in spans
+        _span(sdk_resource, sdk_scope, span)
+        for scope in scopes
+        for sdk_scope in [_scope(scope)]
+        for span in scope["spans"]
     ]
 
 
 def log_records(resource: Attributes, logs: Sequence[Log | SdkRecord]) -> list[ReadableLogRecord]:
     """What `LogRecordExporter.export` takes."""
-    sdk_resource = _resource(resource)
+    sdk_resource, scopes = _request("logs", resource, logs)
     return [
-        log_record(sdk_resource, log)
-        if isinstance(log, SdkRecord)
-        else ReadableLogRecord(_log(log), sdk_resource, _SCOPE)
-        for log in logs
+        ReadableLogRecord(_log(log), sdk_resource, sdk_scope)
+        for scope in scopes
+        for sdk_scope in [_scope(scope)]
+        for log in scope["logRecords"]
     ]
 
 
-def _metric(key: MetricKey, columns: list[Column]) -> export.Metric:
-    name, unit, kind = key
-    points: list[Any] = []
-    for series, times, values in columns:
-        attributes = _attributes(series.attributes)
-        found = zip(times, values, strict=True)
-        points += [_point(attributes, time, value) for time, value in found if value is not None]
-    data: export.DataT
-    if kind == "gauge":
-        data = export.Gauge(points)
-    elif kind == "sum":
-        data = export.Sum(points, _CUMULATIVE, is_monotonic=True)
-    else:
-        data = export.ExponentialHistogram(points, _CUMULATIVE)
-    return export.Metric(_text(name), _text(columns[0][0].description), _text(unit), data)
+def _request(signal: Signal, resource: Attributes, records: Sequence[Record]) -> tuple[Resource, list[_Json]]:
+    """The resource of the request for these records, and its scopes in OTLP JSON."""
+    fields = FIELDS[signal]
+    (entry,) = orjson.loads(encode(signal, resource, records))[fields.resources]
+    # Not Resource.create: it would add what detectors find on this machine.
+    return Resource(_attributes(entry["resource"])), entry[fields.scopes]
 
 
-def _point(attributes: dict[str, Any], time: int, value: float | Sum | Histogram) -> export.DataPointT:
-    if isinstance(value, Histogram):
-        return _histogram(attributes, time, value)
-    if isinstance(value, Sum):
-        return export.NumberDataPoint(attributes, value.start, time, _double(value.value))
-    return export.NumberDataPoint(attributes, 0, time, _double(value))
-
-
-def _histogram(attributes: dict[str, Any], time: int, histogram: Histogram) -> export.ExponentialHistogramDataPoint:
-    return export.ExponentialHistogramDataPoint(
-        attributes=attributes,
-        start_time_unix_nano=histogram.start,
-        time_unix_nano=time,
-        count=histogram.count,
-        sum=_double(histogram.sum),
-        scale=histogram.scale,
-        zero_count=histogram.zero_count,
-        positive=export.Buckets(histogram.offset, histogram.counts),
-        negative=_NO_BUCKETS,
-        flags=0,
-        min=_double(histogram.minimum),
-        max=_double(histogram.maximum),
-        exemplars=[_exemplar(exemplar) for exemplar in histogram.exemplars],
+def _scope(scope: _Json) -> InstrumentationScope:
+    described = scope["scope"]
+    return InstrumentationScope(
+        described.get("name", ""), described.get("version"), scope.get("schemaUrl"), _attributes(described)
     )
 
 
-def _exemplar(exemplar: Exemplar) -> SdkExemplar:
-    return SdkExemplar(
-        filtered_attributes={},
-        value=_double(exemplar.value),
-        time_unix_nano=exemplar.time,
-        span_id=_id(exemplar.span_id),
-        trace_id=_id(exemplar.trace_id),
-    )
-
-
-def _span(resource: Resource, span: Span) -> ReadableSpan:
-    status = _UNSET if span.error is None else trace.Status(trace.StatusCode.ERROR, _text(span.error))
+def _span(resource: Resource, scope: InstrumentationScope, span: _Json) -> ReadableSpan:
+    status = span.get("status", {})
+    parent = span.get("parentSpanId")
     return ReadableSpan(
-        name=_text(span.name),
-        context=_context(span.trace_id, span.span_id),
-        parent=None if span.parent_id is None else _context(span.trace_id, span.parent_id),
+        name=span.get("name", ""),
+        context=_context(span),
+        parent=_context({"traceId": span["traceId"], "spanId": parent}, _is_remote(span)) if parent else None,
         resource=resource,
-        attributes=_attributes(span.attributes),
-        events=[Event(_text(event.name), _attributes(event.attributes), event.time) for event in span.events],
-        links=[trace.Link(_context(link.trace_id, link.span_id), _attributes(link.attributes)) for link in span.links],
-        kind=trace.SpanKind.INTERNAL,
-        status=status,
-        start_time=span.start,
-        end_time=span.end,
-        instrumentation_scope=_SCOPE,
+        attributes=_attributes(span),
+        events=[
+            Event(event.get("name", ""), _attributes(event), int(event["timeUnixNano"]))
+            for event in span.get("events", ())
+        ],
+        links=[trace.Link(_context(link, _is_remote(link)), _attributes(link)) for link in span.get("links", ())],
+        kind=trace.SpanKind(max(0, int(span.get("kind", 1)) - 1)),
+        status=trace.Status(trace.StatusCode(int(status.get("code", 0))), status.get("message") or None),
+        start_time=int(span["startTimeUnixNano"]),
+        end_time=int(span["endTimeUnixNano"]),
+        instrumentation_scope=scope,
     )
 
 
-def _log(log: Log) -> LogRecord:
+def _log(log: _Json) -> LogRecord:
     # Never an empty Context(): it is falsy, and LogRecord takes the calling thread's current span instead.
-    context = trace.set_span_in_context(trace.INVALID_SPAN, Context())
-    if log.trace_id is not None:
-        span = trace.NonRecordingSpan(_context(log.trace_id, log.span_id or b""))
-        context = trace.set_span_in_context(span, Context())
+    span = trace.NonRecordingSpan(_context(log)) if log.get("traceId") else trace.INVALID_SPAN
+    severity = log.get("severityNumber")
     return LogRecord(
-        timestamp=log.time,
-        observed_timestamp=log.time,
-        context=context,
-        severity_text=SEVERITY_TEXT.get(log.severity, ""),
-        severity_number=SeverityNumber(log.severity) if log.severity in SEVERITY_TEXT else None,
-        body=_value(log.body),
-        attributes=_attributes(log.attributes),
-        event_name=_text(log.event_name),
+        timestamp=int(log["timeUnixNano"]) if "timeUnixNano" in log else None,
+        observed_timestamp=int(log.get("observedTimeUnixNano", 0)),
+        context=trace.set_span_in_context(span, Context()),
+        severity_text=log.get("severityText"),
+        severity_number=SeverityNumber(severity) if severity in _SEVERITIES else None,
+        body=_value(log.get("body", {})),
+        attributes=_attributes(log),
+        event_name=log.get("eventName"),
     )
 
 
-def _context(trace_id: bytes, span_id: bytes) -> trace.SpanContext:
-    flags = trace.TraceFlags(SAMPLED)
-    return trace.SpanContext(_id(trace_id), _id(span_id), is_remote=False, trace_flags=flags)
+_SEVERITIES = frozenset(severity.value for severity in SeverityNumber)
 
 
-def _id(number: bytes) -> int:
-    return int.from_bytes(number, "big")
+def _scope_metrics(scope: _Json) -> export.ScopeMetrics:
+    metrics = [_metric(metric) for metric in scope["metrics"] if not metric.keys().isdisjoint(_POINTS)]
+    metrics = [metric for metric in metrics if metric.data.data_points]
+    return export.ScopeMetrics(_scope(scope), metrics, scope.get("schemaUrl", ""))
 
 
-def _resource(attributes: Attributes) -> Resource:
-    return Resource(_attributes(attributes))  # not Resource.create: it would add what detectors find on this machine
+def _metric(metric: _Json) -> export.Metric:
+    (kind,) = metric.keys() & METRIC_DATA
+    data = metric[kind]
+    points: list[Any] = []
+    last, attributes = None, {}  # the points of a series follow each other: their attributes are converted once
+    for point in data["dataPoints"]:
+        if point.get("attributes") != last:
+            last, attributes = point.get("attributes"), _attributes(point)
+        if not int(point.get("flags", 0)) & NO_RECORDED_VALUE:
+            points.append(_POINTS[kind](point, attributes))
+    return export.Metric(
+        metric["name"], metric.get("description", ""), metric.get("unit", ""), _metric_data(kind, data, points)
+    )
 
 
-def _attributes(attributes: Attributes, depth: int = 0) -> dict[str, Any]:
-    return {_text(key): _value(value, depth) for key, value in attributes.items() if value is not None}
+def _metric_data(kind: str, data: _Json, points: list[Any]) -> export.DataT:
+    if kind == "gauge":
+        return export.Gauge(points)
+    temporality = export.AggregationTemporality(int(data["aggregationTemporality"]))
+    if kind == "sum":
+        return export.Sum(points, temporality, is_monotonic=bool(data.get("isMonotonic")))
+    histogram = export.Histogram if kind == "histogram" else export.ExponentialHistogram
+    return histogram(points, temporality)
 
 
-def _value(value: Any, depth: int = 0) -> Any:
-    """The value as the official encoders can write it: one bad value fails their whole batch."""
-    if isinstance(value, str):
-        return _text(value)
-    if isinstance(value, int) and not INT64_MIN <= value <= INT64_MAX:
-        return str(value)
-    if isinstance(value, float):
-        return _double(value)
-    if not isinstance(value, (Mapping, Sequence)):
-        return value
-    if depth == MAX_DEPTH:
-        return _text(str(value))
-    if isinstance(value, Mapping):
-        return _attributes(value, depth + 1)
-    return [_value(item, depth + 1) for item in value]
+def _number_point(point: _Json, attributes: dict[str, Any]) -> export.NumberDataPoint:
+    start, time = int(point.get("startTimeUnixNano", 0)), int(point["timeUnixNano"])
+    return export.NumberDataPoint(attributes, start, time, _number(point), _exemplars(point))
 
 
-def _double(value: float) -> float:
-    return value if value == value else NAN
+def _histogram_point(point: _Json, attributes: dict[str, Any]) -> export.HistogramDataPoint:
+    return export.HistogramDataPoint(
+        **_statistics(point, attributes),
+        bucket_counts=[int(count) for count in point.get("bucketCounts", ())],
+        explicit_bounds=[float(bound) for bound in point.get("explicitBounds", ())],
+    )
 
 
-def _text(text: str) -> str:
-    return utf8(text).decode()
+def _exponential_point(point: _Json, attributes: dict[str, Any]) -> export.ExponentialHistogramDataPoint:
+    return export.ExponentialHistogramDataPoint(
+        **_statistics(point, attributes),
+        scale=int(point.get("scale", 0)),
+        zero_count=int(point.get("zeroCount", 0)),
+        positive=_buckets(point.get("positive", {})),
+        negative=_buckets(point.get("negative", {})),
+        flags=int(point.get("flags", 0)),
+    )
+
+
+_POINTS: Mapping[str, Callable[[_Json, dict[str, Any]], export.DataPointT]] = {
+    "gauge": _number_point,
+    "sum": _number_point,
+    "histogram": _histogram_point,
+    "exponentialHistogram": _exponential_point,
+}
+"""What converts the points of a kind of metric."""
+
+
+def _statistics(point: _Json, attributes: dict[str, Any]) -> dict[str, Any]:
+    """What histograms of both kinds have."""
+    return {
+        "attributes": attributes,
+        "start_time_unix_nano": int(point.get("startTimeUnixNano", 0)),
+        "time_unix_nano": int(point["timeUnixNano"]),
+        "count": int(point.get("count", 0)),
+        **{name: _double(point.get(name, 0.0)) for name in ("sum", "min", "max")},
+        "exemplars": _exemplars(point),
+    }
+
+
+def _buckets(buckets: _Json) -> export.Buckets:
+    return export.Buckets(int(buckets.get("offset", 0)), [int(count) for count in buckets.get("bucketCounts", ())])
+
+
+def _exemplars(point: _Json) -> list[Exemplar]:
+    return [
+        Exemplar(
+            filtered_attributes=_attributes(exemplar, "filteredAttributes"),
+            value=_number(exemplar),
+            time_unix_nano=int(exemplar["timeUnixNano"]),
+            span_id=int(exemplar["spanId"], 16) if exemplar.get("spanId") else None,
+            trace_id=int(exemplar["traceId"], 16) if exemplar.get("traceId") else None,
+        )
+        for exemplar in point.get("exemplars", ())
+    ]
+
+
+def _number(point: _Json) -> int | float:
+    return int(point["asInt"]) if "asInt" in point else _double(point["asDouble"])
+
+
+def _context(ids: _Json, is_remote: bool = False) -> trace.SpanContext:
+    state = ids.get("traceState")
+    return trace.SpanContext(
+        int(ids["traceId"], 16),
+        int(ids.get("spanId") or "0", 16),
+        is_remote=is_remote,
+        trace_flags=trace.TraceFlags(SAMPLED),
+        trace_state=trace.TraceState.from_header([state]) if state else None,
+    )
+
+
+def _is_remote(record: _Json) -> bool:
+    return bool(int(record.get("flags", 0)) & IS_REMOTE)
+
+
+def _attributes(record: _Json, field: str = "attributes") -> dict[str, Any]:
+    return {entry["key"]: _value(entry.get("value", {})) for entry in record.get(field, ())}
+
+
+def _value(value: _Json) -> Any:
+    """The value in an AnyValue."""
+    for kind, content in value.items():
+        return _VALUES[kind](content)
+    return None
+
+
+def _double(value: Any) -> float:
+    number = float(value)
+    return number if number == number else NAN
+
+
+_VALUES: Mapping[str, Callable[[Any], Any]] = {
+    "stringValue": str,
+    "boolValue": bool,
+    "intValue": int,
+    "doubleValue": _double,
+    "bytesValue": b64decode,
+    "arrayValue": lambda value: [_value(item) for item in value.get("values", ())],
+    "kvlistValue": lambda value: _attributes(value, "values"),
+}

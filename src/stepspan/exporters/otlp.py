@@ -115,10 +115,10 @@ class OtlpExporter:
 
         """
         if self.endpoints[signal].protocol != "http/json":
-            from stepspan.otlp.protobuf import from_json
+            from stepspan.otlp.sdk_records import request_from_json
 
             try:
-                request = from_json(signal, request)
+                request = request_from_json(signal, request)
             except ValueError as error:
                 return Outcome(Verdict.ISOLATE, f"not OTLP JSON: {error}")
         return self._send(signal, request)

@@ -1,4 +1,4 @@
-"""What the host tells of this process: the one part of identity that reads anything itself."""
+"""What the host says about this process: the one part of identity that reads anything itself."""
 
 from __future__ import annotations
 
@@ -16,27 +16,44 @@ from stepspan.identity.launchers import MARKS
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """An ancestor of this process. Pid and start time name it as long as its host is up."""
+    """An ancestor of this process. Pid and start time name it as long as its host is up.
+
+    Args:
+        pid: Its process id.
+        start: Its start time, in whatever unit the system has.
+        marks: The launchers' marks in its environment; none if we may not read it.
+
+    """
 
     pid: int
     start: str
-    marks: frozenset[str] = frozenset()  # the launchers' marks in its environment; none if we may not read it
+    marks: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """Where and when `start_run` was called: all that `resolve` may know beside arguments and environment."""
+    """Where and when `start_run` was called: all that `resolve` may know in addition to arguments and environment.
+
+    Args:
+        host: The host's name.
+        boot_id: Names the host's time since it was booted.
+        ancestors: The parent process first, then its parent, and so on.
+        script: `sys.argv[0]`.
+        now_ns: Unix time in nanoseconds.
+        token: 32 random hexadecimal digits, new for each `start_run`.
+
+    """
 
     host: str
     boot_id: str
-    ancestors: tuple[Process, ...]  # the parent first
-    script: str  # `sys.argv[0]`
-    now_ns: int  # Unix time
-    token: str  # random hexadecimal digits, new for each `start_run`
+    ancestors: tuple[Process, ...]
+    script: str
+    now_ns: int
+    token: str
 
 
 def host_facts() -> HostFacts:
-    """The facts of this call. Of other processes' environments only the names of launchers' marks are kept."""
+    """Read the facts of this call. Of other processes' environments only the names of launchers' marks are kept."""
     boot_file = Path("/proc/sys/kernel/random/boot_id")
     linux = boot_file.exists()
     return HostFacts(

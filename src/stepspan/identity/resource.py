@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 from stepspan.errors import ConfigError
 from stepspan.identity.resolution import Identity
-from stepspan.identity.variables import Variables, text_of
+from stepspan.identity.variables import Variables, valid_text
 
 Scalar: TypeAlias = "str | bool | int | float"
 Attribute: TypeAlias = "Scalar | list[Scalar]"
@@ -22,32 +22,45 @@ def resource_attributes(
     service_name: str | None = None,
     resource: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Attribute], tuple[str, ...]]:
-    """The attributes of every signal of this session, and warnings about what was left out.
+    """The attributes of the Resource of every signal of this session.
 
-    Ours, then OTEL_RESOURCE_ATTRIBUTES, then `resource`; but nobody overrides which job and rank it is. The service's
-    name: `service_name`, `resource`, OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES, "training". Attempt, process and
-    session are no part of it: each restart would begin new series. Raises `ConfigError` for a value of no OTLP type.
+    stepspan's own, over them those of OTEL_RESOURCE_ATTRIBUTES, over them `resource`; but nothing overrides job and
+    rank. Attempt, process and session do not belong to it: each restart would begin new series.
+
+    Args:
+        identity: Who this process is.
+        env: The environment.
+        service_name: The service's name. None: that of `resource`, else OTEL_SERVICE_NAME, else that of
+            OTEL_RESOURCE_ATTRIBUTES, else "training".
+        resource: Further attributes: strings, booleans, 64-bit integers, finite numbers, or lists of one of them.
+
+    Returns:
+        The attributes, and warnings about what was left out.
+
+    Raises:
+        ConfigError: `service_name`, or a key or value of `resource`, cannot be sent.
+
     """
     variables = Variables(env)
-    theirs: dict[str, Attribute] = {**_from_variable(variables)}
+    given: dict[str, Attribute] = {**_from_variable(variables)}
     if name := variables.get("OTEL_SERVICE_NAME"):
-        theirs["service.name"] = name
+        given["service.name"] = name
     for key, value in (resource or {}).items():
-        theirs[text_of("resource key", key)] = _attribute(f"resource[{key!r}]", value)
+        given[valid_text("resource key", key)] = _attribute(f"resource[{key!r}]", value)
     if service_name is not None:
-        theirs["service.name"] = text_of("service_name", service_name)
-    ours: dict[str, Attribute] = {
-        "service.name": text_of("service_name", theirs.get("service.name") or "training"),
+        given["service.name"] = valid_text("service_name", service_name)
+    own: dict[str, Attribute] = {
+        "service.name": valid_text("service_name", given.get("service.name") or "training"),
         "service.instance.id": identity.instance,
         "job_id": identity.job_id,
         "rank": identity.rank,
         "local_rank": identity.local_rank,
         "world_size": identity.world_size,
     }
-    for key in ours.keys() & theirs.keys() - {"service.name"}:
-        if theirs[key] != ours[key]:
-            variables.warnings.append(f"resource attribute {key}={theirs[key]!r} ignored: it is {ours[key]!r} here")
-    return {**ours, "host.name": identity.host, **theirs, **ours}, tuple(variables.warnings)
+    for key in own.keys() & given.keys() - {"service.name"}:
+        if given[key] != own[key]:
+            variables.warnings.append(f"resource attribute {key}={given[key]!r} ignored: it is {own[key]!r} here")
+    return {**own, "host.name": identity.host, **given, **own}, tuple(variables.warnings)
 
 
 def _from_variable(env: Variables) -> dict[str, str]:
@@ -65,6 +78,7 @@ def _from_variable(env: Variables) -> dict[str, str]:
 
 
 def _attribute(field: str, value: object) -> Attribute:
+    """The value of a resource attribute that the user gave."""
     items = [_scalar(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
     known = [item for item in items if item is not None]
     if len(known) < len(items) or len({type(item) for item in known}) > 1:

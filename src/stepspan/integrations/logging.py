@@ -15,54 +15,53 @@ import threading
 from typing import Any
 
 from stepspan.disabled import DISABLED
+from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
 from stepspan.run import Run
 from stepspan.start import current_run
 from stepspan.values import error_fields, json_value, to_text
 
 OWN = "stepspan"
-"""Our own loggers, and the names of our own threads: what they say about delivering must not be delivered."""
+"""The first name of stepspan's own loggers and threads: what they log about delivery must not be delivered."""
 SEVERITIES = ((50, "critical"), (40, "error"), (30, "warning"), (20, "info"), (10, "debug"))
 """From this level on -> severity; below all of them: "trace"."""
-STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 """A record's own fields; what else it has came by `extra=`."""
-DEEPEST = 2
-"""A line logged while one is being recorded, by a signal handler say, is recorded too; one logged within that is not,
-for a `__str__` or a processor that logs would never end."""
 
 
 class StepspanHandler(logging.Handler):
     """Records log lines as `log` events: they arrive as log records with the trace and span id of their step.
 
-    Kept: the message (not formatted further), severity, logger, place in the code, exception, `extra=` fields. `run`:
-    whose they are; None: of the run that is open when a line comes, if any. Never raises; the loggers and threads of
-    stepspan itself are passed over.
+    Recorded are the message (not formatted further), severity, logger, place in the code, exception and `extra=`
+    fields. Never raises. Lines of stepspan's own loggers and threads are passed over, and so is a line that is logged
+    while a line is recorded that was itself logged while one was recorded.
+
+    Args:
+        level: Lines below it are not recorded.
+        run: The run to record in; None: whichever is open when a line comes, if any.
+
     """
 
     def __init__(self, level: int | str = logging.NOTSET, run: Run | None = None) -> None:
         super().__init__(level)
         self._run = run
-        self._inside = threading.local()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Record one line."""
+        """Record one line, in the thread that logs it: when this returns, it survives the process."""
         if record.name.partition(".")[0] == OWN or threading.current_thread().name.startswith(OWN):
             return
         run = self._run or current_run()
-        depth = getattr(self._inside, "depth", 0)
-        if run is DISABLED or run.closed or depth >= DEEPEST:
+        if run is DISABLED or run.closed:
             return
-        self._inside.depth = depth + 1
-        try:
-            run._record("log", lambda: {"parent": run._scopes.around(), **_fields(record)})
-        finally:
-            self._inside.depth = depth
+        with recording_depth as depth:
+            if depth < MAX_DEPTH:
+                run._record("log", lambda: {"parent": run._scopes.around(), **_fields(record)})
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     """A line as the fields of a `log` event. Names of attributes: OpenTelemetry semantic conventions, `code.*`."""
-    given = {name: value for name, value in vars(record).items() if name not in STANDARD}
+    extra = {name: value for name, value in vars(record).items() if name not in STANDARD_FIELDS}
     attributes: dict[str, Any] = {
-        **(json_value(given) if given else {}),
+        **(json_value(extra) if extra else {}),
         "code.file.path": to_text(record.pathname),
         "code.function.name": to_text(record.funcName),
         "code.line.number": record.lineno,

@@ -13,22 +13,18 @@ from __future__ import annotations
 
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite, isnan
-from typing import Any, cast
+from typing import Any
 
 import orjson
 
 from stepspan._version import __version__
-from stepspan.mapping.columns import Column
 from stepspan.mapping.records import (
     Attributes,
     Exemplar,
     Histogram,
     Link,
     Log,
-    Point,
     Record,
-    SdkRecord,
     Series,
     Signal,
     Span,
@@ -36,6 +32,8 @@ from stepspan.mapping.records import (
     Sum,
 )
 from stepspan.otlp.rules import (
+    FIELDS,
+    HAS_IS_REMOTE,
     INT64_MAX,
     INT64_MIN,
     MAX_DEPTH,
@@ -43,17 +41,13 @@ from stepspan.otlp.rules import (
     SAMPLED,
     SCOPE_NAME,
     SEVERITY_TEXT,
-    SPAN_FLAGS,
-    MetricKey,
-    by_metric,
+    Metric,
     partition,
     utf8,
 )
+from stepspan.values import json_number
 
 _Json = dict[str, Any]
-_Encoded = tuple[list[_Json], list[SdkRecord]]
-"""Our own records, and what is another SDK's."""
-
 _CUMULATIVE = 2
 _KIND_INTERNAL = 1
 _STATUS_ERROR = 2
@@ -63,43 +57,50 @@ _DATA: dict[str, tuple[str, _Json]] = {
     "sum": ("sum", {"aggregationTemporality": _CUMULATIVE, "isMonotonic": True}),
     "histogram": ("exponentialHistogram", {"aggregationTemporality": _CUMULATIVE}),
 }
-"""A series' kind -> the metric's data field, and what stands in it beside the points."""
+"""A series' kind -> the metric's data field, and what it holds in addition to the points."""
 
 
 def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> bytes:
-    """The request body for records of one signal of one session.
+    """Encode records of one signal of one session as a request body in JSON.
 
-    Points come in time order, mixed over series; each series leaves in time order.
+    Args:
+        signal: The signal of all records.
+        resource: The attributes of the session's Resource.
+        records: Points come in time order, mixed over series; each series leaves in time order.
+
+    Returns:
+        The body of an Export*ServiceRequest, not compressed.
+
     """
-    resource_field, scope_field, records_field, encode_records = _ENVELOPE[signal]
-    ours, foreign = encode_records(records)
+    fields = FIELDS[signal]
+    own, sdk_records = partition(signal, records)
     scopes = []
-    if ours or not foreign:
-        scopes.append({"scope": {"name": SCOPE_NAME, "version": __version__}, records_field: ours})
-    if foreign:
+    if own or not sdk_records:
+        scope = {"name": SCOPE_NAME, "version": __version__}
+        scopes.append({"scope": scope, fields.records: _ENCODERS[signal](own)})
+    if sdk_records:
         from stepspan.otlp.sdk_records import scopes_of
 
-        scopes += scopes_of(signal, foreign)
-    return _dumps({resource_field: [{"resource": {"attributes": attributes_json(resource)}, scope_field: scopes}]})
+        scopes += scopes_of(signal, sdk_records)
+    return _dumps({fields.resources: [{"resource": {"attributes": key_values(resource)}, fields.scopes: scopes}]})
 
 
-def _metrics(records: Sequence[Record]) -> _Encoded:
-    metrics, foreign = by_metric(cast("Sequence[Point | SdkRecord]", records))
+def _metrics(metrics: list[Metric]) -> list[_Json]:
     written: dict[int, list[bytes]] = {}
-    return [_metric(key, columns, written) for key, columns in metrics.items()], foreign
+    return [_metric(metric, written) for metric in metrics]
 
 
-def _metric(key: MetricKey, columns: list[Column], written: dict[int, list[bytes]]) -> _Json:
-    """`written`: times that columns share, by their id, as they were written for another one."""
-    name, unit, kind = key
+def _metric(metric: Metric, written: dict[int, list[bytes]]) -> _Json:
+    """One metric. `written`: the digits of times that columns share, by the id of the times."""
+    (name, unit, kind), columns = metric
     field, data = _DATA[kind]
     points = b",".join([_points(*column, written) for column in columns])
-    metric: _Json = {"name": name, field: {"dataPoints": orjson.Fragment(b"[" + points + b"]"), **data}}
+    encoded: _Json = {"name": name, field: {"dataPoints": orjson.Fragment(b"[" + points + b"]"), **data}}
     if unit:
-        metric["unit"] = unit
+        encoded["unit"] = unit
     if description := columns[0][0].description:
-        metric["description"] = description
-    return metric
+        encoded["description"] = description
+    return encoded
 
 
 def _points(series: Series, times: Sequence[int], values: Sequence[Any], written: dict[int, list[bytes]]) -> bytes:
@@ -128,7 +129,7 @@ def _finite_gauge_points(attributes: bytes, times: list[bytes], values: list[byt
 def _series_attributes(series: Series) -> bytes:
     cached = series.encoded.get("json")
     if not isinstance(cached, bytes):
-        cached = series.encoded["json"] = _dumps(attributes_json(series.attributes))
+        cached = series.encoded["json"] = _dumps(key_values(series.attributes))
     return cached
 
 
@@ -137,11 +138,11 @@ def _point(time: int, value: float | Sum | Histogram | None) -> _Json:
     if value is None:
         point["flags"] = NO_RECORDED_VALUE
     elif isinstance(value, Sum):
-        point.update(startTimeUnixNano=str(value.start), asDouble=number_json(value.value))
+        point.update(startTimeUnixNano=str(value.start), asDouble=json_number(value.value))
     elif isinstance(value, Histogram):
         point.update(_histogram(value))
     else:
-        point["asDouble"] = number_json(value)
+        point["asDouble"] = json_number(value)
     return point
 
 
@@ -149,9 +150,9 @@ def _histogram(histogram: Histogram) -> _Json:
     point: _Json = {
         "startTimeUnixNano": str(histogram.start),
         "count": str(histogram.count),
-        "sum": number_json(histogram.sum),
-        "min": number_json(histogram.minimum),
-        "max": number_json(histogram.maximum),
+        "sum": json_number(histogram.sum),
+        "min": json_number(histogram.minimum),
+        "max": json_number(histogram.maximum),
         "scale": histogram.scale,
         "zeroCount": str(histogram.zero_count),
     }
@@ -165,15 +166,10 @@ def _histogram(histogram: Histogram) -> _Json:
 def _exemplar(exemplar: Exemplar) -> _Json:
     return {
         "timeUnixNano": str(exemplar.time),
-        "asDouble": number_json(exemplar.value),
+        "asDouble": json_number(exemplar.value),
         "traceId": exemplar.trace_id.hex(),
         "spanId": exemplar.span_id.hex(),
     }
-
-
-def _spans(records: Sequence[Record]) -> _Encoded:
-    spans, foreign = partition(records)
-    return [_span(span) for span in cast("Sequence[Span]", spans)], foreign
 
 
 def _span(span: Span) -> _Json:
@@ -184,8 +180,8 @@ def _span(span: Span) -> _Json:
         "kind": _KIND_INTERNAL,
         "startTimeUnixNano": str(span.start),
         "endTimeUnixNano": str(span.end),
-        "attributes": attributes_json(span.attributes),
-        "flags": SPAN_FLAGS,
+        "attributes": key_values(span.attributes),
+        "flags": HAS_IS_REMOTE,
     }
     if span.parent_id is not None:
         encoded["parentSpanId"] = span.parent_id.hex()
@@ -199,21 +195,16 @@ def _span(span: Span) -> _Json:
 
 
 def _event(event: SpanEvent) -> _Json:
-    return {"timeUnixNano": str(event.time), "name": event.name, "attributes": attributes_json(event.attributes)}
+    return {"timeUnixNano": str(event.time), "name": event.name, "attributes": key_values(event.attributes)}
 
 
 def _link(link: Link) -> _Json:
     return {
         "traceId": link.trace_id.hex(),
         "spanId": link.span_id.hex(),
-        "attributes": attributes_json(link.attributes),
-        "flags": SPAN_FLAGS,
+        "attributes": key_values(link.attributes),
+        "flags": HAS_IS_REMOTE,
     }
-
-
-def _logs(records: Sequence[Record]) -> _Encoded:
-    logs, foreign = partition(records)
-    return [_log(log) for log in cast("Sequence[Log]", logs)], foreign
 
 
 def _log(log: Log) -> _Json:
@@ -223,9 +214,9 @@ def _log(log: Log) -> _Json:
         "observedTimeUnixNano": time,
         "severityNumber": log.severity,
         "severityText": SEVERITY_TEXT.get(log.severity, ""),
-        "body": value_json(log.body),
+        "body": any_value(log.body),
         "eventName": log.event_name,
-        "attributes": attributes_json(log.attributes),
+        "attributes": key_values(log.attributes),
     }
     if log.trace_id is not None:
         encoded.update(traceId=log.trace_id.hex(), flags=SAMPLED)
@@ -234,13 +225,26 @@ def _log(log: Log) -> _Json:
     return encoded
 
 
-def attributes_json(attributes: Mapping[str, Any], depth: int = 0) -> list[_Json]:
-    """KeyValue objects; what is None is left out."""
-    return [{"key": key, "value": value_json(value, depth)} for key, value in attributes.items() if value is not None]
+def key_values(attributes: Mapping[str, Any], depth: int = 0) -> list[_Json]:
+    """Attributes as KeyValue objects. What is None is left out.
+
+    Args:
+        attributes: Name -> value, as `any_value` takes it.
+        depth: How many values it lies in, for the recursion.
+
+    """
+    return [{"key": key, "value": any_value(value, depth)} for key, value in attributes.items() if value is not None]
 
 
-def value_json(value: Any, depth: int = 0) -> _Json:
-    """An AnyValue."""
+def any_value(value: Any, depth: int = 0) -> _Json:
+    """A value as an AnyValue.
+
+    Args:
+        value: Text, a boolean, a number, bytes, a mapping, a sequence, or None within a sequence. An integer beyond
+            64 bits and what is nested deeper than `rules.MAX_DEPTH` become text.
+        depth: How many values it lies in, for the recursion.
+
+    """
     if isinstance(value, str):
         return {"stringValue": value}
     if isinstance(value, bool):  # before int, which it is a kind of
@@ -248,7 +252,7 @@ def value_json(value: Any, depth: int = 0) -> _Json:
     if isinstance(value, int):
         return {"intValue": str(value)} if INT64_MIN <= value <= INT64_MAX else {"stringValue": str(value)}
     if isinstance(value, float):
-        return {"doubleValue": number_json(value)}
+        return {"doubleValue": json_number(value)}
     if value is None:  # within a list, where leaving it out would move the others
         return {}
     if isinstance(value, bytes):  # of other instrumentation: our own records hold none
@@ -256,37 +260,29 @@ def value_json(value: Any, depth: int = 0) -> _Json:
     if depth == MAX_DEPTH:
         return {"stringValue": str(value)}
     if isinstance(value, Mapping):
-        return {"kvlistValue": {"values": attributes_json(value, depth + 1)}}
-    return {"arrayValue": {"values": [value_json(item, depth + 1) for item in value]}}
-
-
-def number_json(value: float) -> float | str:
-    """A double: one that is not finite is a string."""
-    if isfinite(value):
-        return value
-    return "NaN" if isnan(value) else "Infinity" if value > 0 else "-Infinity"
+        return {"kvlistValue": {"values": key_values(value, depth + 1)}}
+    return {"arrayValue": {"values": [any_value(item, depth + 1) for item in value]}}
 
 
 def _dumps(value: object) -> bytes:
     try:
         return orjson.dumps(value)
     except TypeError:  # a lone surrogate somewhere: rare, so only then is every string looked at
-        return orjson.dumps(_readable(value))
+        return orjson.dumps(_without_surrogates(value))
 
 
-def _readable(value: object) -> object:
+def _without_surrogates(value: object) -> object:
     if isinstance(value, str):
         return utf8(value).decode()
     if isinstance(value, dict):
-        return {_readable(key): _readable(item) for key, item in value.items()}
+        return {_without_surrogates(key): _without_surrogates(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_readable(item) for item in value]
+        return [_without_surrogates(item) for item in value]
     return value
 
 
-_ENVELOPE: dict[Signal, tuple[str, str, str, Callable[[Sequence[Record]], _Encoded]]] = {
-    "metrics": ("resourceMetrics", "scopeMetrics", "metrics", _metrics),
-    "traces": ("resourceSpans", "scopeSpans", "spans", _spans),
-    "logs": ("resourceLogs", "scopeLogs", "logRecords", _logs),
+_ENCODERS: Mapping[Signal, Callable[[list[Any]], list[_Json]]] = {
+    "metrics": _metrics,
+    "traces": lambda spans: [_span(span) for span in spans],
+    "logs": lambda logs: [_log(log) for log in logs],
 }
-"""Signal -> the fields around its records, and what writes them."""

@@ -8,16 +8,14 @@ the official messages and holds it equal to the official encoder. Every NaN leav
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import repeat
 from operator import eq
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from stepspan._version import __version__
-from stepspan.mapping.columns import Column
 from stepspan.mapping.records import (
     Attributes,
     AttributeValue,
@@ -25,9 +23,7 @@ from stepspan.mapping.records import (
     Histogram,
     Link,
     Log,
-    Point,
     Record,
-    SdkRecord,
     Series,
     Signal,
     Span,
@@ -35,6 +31,7 @@ from stepspan.mapping.records import (
     Sum,
 )
 from stepspan.otlp.rules import (
+    HAS_IS_REMOTE,
     INT64_MAX,
     INT64_MIN,
     MAX_DEPTH,
@@ -43,15 +40,10 @@ from stepspan.otlp.rules import (
     SAMPLED,
     SCOPE_NAME,
     SEVERITY_TEXT,
-    SPAN_FLAGS,
-    MetricKey,
-    by_metric,
+    Metric,
     partition,
 )
-from stepspan.otlp.wire import double, field, text, varint, zigzag
-
-_Encoded = tuple[list[bytes], list[SdkRecord]]
-"""Our own records as fields, and what is another SDK's."""
+from stepspan.otlp.wire import bytes_field, double_field, string_field, varint, zigzag
 
 _fixed64 = struct.Struct("<BQ").pack
 _two_fixed64 = struct.Struct("<BQBQ").pack
@@ -63,8 +55,8 @@ class _Layout(NamedTuple):
 
     data: bytes
     """Tag of the metric's data."""
-    beside: bytes
-    """Stands in the data beside the points."""
+    rest: bytes
+    """What the data holds in addition to the points."""
     attributes: bytes
     """Tag of a point's attributes."""
     no_recorded_value: bytes
@@ -82,61 +74,57 @@ _LAYOUTS = {
 
 
 def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> bytes:
-    """The request body for records of one signal of one session.
+    """Encode records of one signal of one session as a request body in protobuf.
 
-    Points come in time order, mixed over series; each series leaves in time order.
+    Args:
+        signal: The signal of all records.
+        resource: The attributes of the session's Resource.
+        records: Points come in time order, mixed over series; each series leaves in time order.
+
+    Returns:
+        The body of an Export*ServiceRequest, not compressed.
+
+    Raises:
+        ValueError: A record that an OpenTelemetry SDK handed over is not OTLP JSON.
+
     """
-    ours, foreign = _ENCODERS[signal](records)
+    own, sdk_records = partition(signal, records)
+    # Resource*, Scope* and their records have the same numbers in all three signals.
     scopes = []
-    if ours or not foreign:
-        scope = text(b"\x0a", SCOPE_NAME) + text(b"\x12", __version__)
-        scopes.append(field(b"\x12", field(b"\x0a", scope) + b"".join(ours)))
-    if foreign:
+    if own or not sdk_records:
+        scope = string_field(b"\x0a", SCOPE_NAME) + string_field(b"\x12", __version__)
+        encode_record = _ENCODERS[signal]
+        fields = [bytes_field(b"\x12", encode_record(record)) for record in own]
+        scopes.append(bytes_field(b"\x12", bytes_field(b"\x0a", scope) + b"".join(fields)))
+    if sdk_records:
         from stepspan.otlp.sdk_records import encode_scopes
 
-        scopes += [field(b"\x12", encoded) for encoded in encode_scopes(signal, foreign)]
-    # Resource*, Scope* and their records have the same numbers in all three signals.
-    return field(b"\x0a", field(b"\x0a", _attributes(b"\x0a", resource)) + b"".join(scopes))
-
-
-def from_json(signal: Signal, request: bytes) -> bytes:
-    """The request body of an OTLP JSON one, as `stepspan.otlp.json` writes it. ValueError where it is none."""
-    from stepspan.otlp.sdk_records import SHAPES, to_wire
-
-    tree, shape = json.loads(request), SHAPES[signal]
-    entries = tree.get(shape.resources) if isinstance(tree, dict) else None
-    if not isinstance(entries, list) or not all(shape.scopes in entry for entry in entries if isinstance(entry, dict)):
-        raise ValueError(f"no request for {signal}")
-    return to_wire(shape.request, tree)
+        scopes += [bytes_field(b"\x12", encoded) for encoded in encode_scopes(signal, sdk_records)]
+    return bytes_field(b"\x0a", bytes_field(b"\x0a", _key_values(b"\x0a", resource)) + b"".join(scopes))
 
 
 # --- metrics
 
 
-def _metrics(records: Sequence[Record]) -> _Encoded:
-    metrics, foreign = by_metric(cast("Sequence[Point | SdkRecord]", records))
-    return [field(b"\x12", _metric(key, columns)) for key, columns in metrics.items()], foreign
-
-
-def _metric(key: MetricKey, columns: list[Column]) -> bytes:
-    name, unit, kind = key
+def _metric(metric: Metric) -> bytes:
+    (name, unit, kind), columns = metric
     layout = _LAYOUTS[kind]
     points = b"".join([_points(layout, *column) for column in columns])
-    names = text(b"\x0a", name) + text(b"\x12", columns[0][0].description) + text(b"\x1a", unit)
-    return names + field(layout.data, points + layout.beside)
+    names = string_field(b"\x0a", name) + string_field(b"\x12", columns[0][0].description) + string_field(b"\x1a", unit)
+    return names + bytes_field(layout.data, points + layout.rest)
 
 
 def _points(layout: _Layout, series: Series, times: Sequence[int], values: Sequence[Any]) -> bytes:
     attributes = series.encoded.get("protobuf")
     if not isinstance(attributes, bytes):
-        attributes = series.encoded["protobuf"] = _attributes(layout.attributes, series.attributes)
+        attributes = series.encoded["protobuf"] = _key_values(layout.attributes, series.attributes)
     if series.kind == "gauge":
         try:
             return _gauge_points(attributes, times, values)
         except struct.error:  # a None among the values
             pass
     points = zip(times, values, strict=True)
-    return b"".join([field(b"\x0a", _point(layout, time, value) + attributes) for time, value in points])
+    return b"".join([bytes_field(b"\x0a", _point(layout, time, value) + attributes) for time, value in points])
 
 
 def _gauge_points(attributes: bytes, times: Sequence[int], values: Sequence[float]) -> bytes:
@@ -157,81 +145,71 @@ def _point(layout: _Layout, time: int, value: float | Sum | Histogram | None) ->
     if isinstance(value, Histogram):
         return _fixed64(0x19, time) + _histogram(value)
     if isinstance(value, Sum):
-        return _two_fixed64(0x11, value.start, 0x19, time) + double(0x21, value.value)
-    return _fixed64(0x19, time) + double(0x21, value)
+        return _two_fixed64(0x11, value.start, 0x19, time) + double_field(0x21, value.value)
+    return _fixed64(0x19, time) + double_field(0x21, value)
 
 
 def _histogram(histogram: Histogram) -> bytes:
     encoded = [
         _two_fixed64(0x11, histogram.start, 0x21, histogram.count),
-        double(0x29, histogram.sum),
+        double_field(0x29, histogram.sum),
         b"\x30" + zigzag(histogram.scale),
         _fixed64(0x39, histogram.zero_count),
-        double(0x61, histogram.minimum),
-        double(0x69, histogram.maximum),
+        double_field(0x61, histogram.minimum),
+        double_field(0x69, histogram.maximum),
     ]
     if histogram.counts:
         counts = b"".join([varint(count) for count in histogram.counts])
-        encoded.append(field(b"\x42", b"\x08" + zigzag(histogram.offset) + field(b"\x12", counts)))
-    encoded += [field(b"\x5a", _exemplar(exemplar)) for exemplar in histogram.exemplars]
+        encoded.append(bytes_field(b"\x42", b"\x08" + zigzag(histogram.offset) + bytes_field(b"\x12", counts)))
+    encoded += [bytes_field(b"\x5a", _exemplar(exemplar)) for exemplar in histogram.exemplars]
     return b"".join(encoded)
 
 
 def _exemplar(exemplar: Exemplar) -> bytes:
-    ids = field(b"\x22", exemplar.span_id) + field(b"\x2a", exemplar.trace_id)
-    return _fixed64(0x11, exemplar.time) + double(0x19, exemplar.value) + ids
+    ids = bytes_field(b"\x22", exemplar.span_id) + bytes_field(b"\x2a", exemplar.trace_id)
+    return _fixed64(0x11, exemplar.time) + double_field(0x19, exemplar.value) + ids
 
 
 # --- traces
 
 
-def _spans(records: Sequence[Record]) -> _Encoded:
-    spans, foreign = partition(records)
-    return [field(b"\x12", _span(span)) for span in cast("Sequence[Span]", spans)], foreign
-
-
-_SPAN_FLAGS = struct.pack("<HI", 0x0185, SPAN_FLAGS)  # field 16: a tag of two bytes
+_SPAN_FLAGS = struct.pack("<HI", 0x0185, HAS_IS_REMOTE)  # field 16: a tag of two bytes
 
 
 def _span(span: Span) -> bytes:
     encoded = [
-        field(b"\x0a", span.trace_id),
-        field(b"\x12", span.span_id),
-        text(b"\x2a", span.name),
+        bytes_field(b"\x0a", span.trace_id),
+        bytes_field(b"\x12", span.span_id),
+        string_field(b"\x2a", span.name),
         b"\x30\x01",  # kind = INTERNAL
         _two_fixed64(0x39, span.start, 0x41, span.end),
-        _attributes(b"\x4a", span.attributes),
+        _key_values(b"\x4a", span.attributes),
         _SPAN_FLAGS,
     ]
     if span.parent_id is not None:
-        encoded.append(field(b"\x22", span.parent_id))
+        encoded.append(bytes_field(b"\x22", span.parent_id))
     if span.events:
-        encoded += [field(b"\x5a", _event(event)) for event in span.events]
+        encoded += [bytes_field(b"\x5a", _event(event)) for event in span.events]
     if span.links:
-        encoded += [field(b"\x6a", _link(link)) for link in span.links]
+        encoded += [bytes_field(b"\x6a", _link(link)) for link in span.links]
     if span.error is not None:
-        encoded.append(field(b"\x7a", text(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
+        encoded.append(bytes_field(b"\x7a", string_field(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
     return b"".join(encoded)
 
 
 def _event(event: SpanEvent) -> bytes:
-    return _fixed64(0x09, event.time) + text(b"\x12", event.name) + _attributes(b"\x1a", event.attributes)
+    return _fixed64(0x09, event.time) + string_field(b"\x12", event.name) + _key_values(b"\x1a", event.attributes)
 
 
-_LINK_FLAGS = struct.pack("<BI", 0x35, SPAN_FLAGS)
+_LINK_FLAGS = struct.pack("<BI", 0x35, HAS_IS_REMOTE)
 
 
 def _link(link: Link) -> bytes:
-    ids = field(b"\x0a", link.trace_id) + field(b"\x12", link.span_id)
-    return ids + _attributes(b"\x22", link.attributes) + _LINK_FLAGS
+    ids = bytes_field(b"\x0a", link.trace_id) + bytes_field(b"\x12", link.span_id)
+    return ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS
 
 
 # --- logs
-
-
-def _logs(records: Sequence[Record]) -> _Encoded:
-    logs, foreign = partition(records)
-    return [field(b"\x12", _log(log)) for log in cast("Sequence[Log]", logs)], foreign
 
 
 _LOG_FLAGS = struct.pack("<BI", 0x45, SAMPLED)
@@ -241,26 +219,26 @@ def _log(log: Log) -> bytes:
     encoded = [
         _two_fixed64(0x09, log.time, 0x59, log.time),
         b"\x10" + varint(log.severity),
-        text(b"\x1a", SEVERITY_TEXT.get(log.severity, "")),
-        field(b"\x2a", _value(log.body)),
-        _attributes(b"\x32", log.attributes),
-        text(b"\x62", log.event_name),
+        string_field(b"\x1a", SEVERITY_TEXT.get(log.severity, "")),
+        bytes_field(b"\x2a", _any_value(log.body)),
+        _key_values(b"\x32", log.attributes),
+        string_field(b"\x62", log.event_name),
     ]
     if log.trace_id is not None:
-        encoded.append(_LOG_FLAGS + field(b"\x4a", log.trace_id))
+        encoded.append(_LOG_FLAGS + bytes_field(b"\x4a", log.trace_id))
     if log.span_id is not None:
-        encoded.append(field(b"\x52", log.span_id))
+        encoded.append(bytes_field(b"\x52", log.span_id))
     return b"".join(encoded)
 
 
 # --- attributes
 
 
-def _attributes(tag: bytes, attributes: Attributes, depth: int = 0) -> bytes:
+def _key_values(tag: bytes, attributes: Attributes, depth: int = 0) -> bytes:
     """Attributes as repeated KeyValue fields under this tag."""
     return b"".join(
         [
-            field(tag, _key(key) + field(b"\x12", _value(value, depth)))
+            bytes_field(tag, _key(key) + bytes_field(b"\x12", _any_value(value, depth)))
             for key, value in attributes.items()
             if value is not None
         ]
@@ -269,30 +247,30 @@ def _attributes(tag: bytes, attributes: Attributes, depth: int = 0) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _key(key: str) -> bytes:
-    return text(b"\x0a", key)
+    return string_field(b"\x0a", key)
 
 
-def _value(value: AttributeValue | None, depth: int = 0) -> bytes:
+def _any_value(value: AttributeValue | None, depth: int = 0) -> bytes:
     """An AnyValue."""
     if isinstance(value, str):
-        return text(b"\x0a", value)
+        return string_field(b"\x0a", value)
     if isinstance(value, bool):  # before int, which it is a kind of
         return b"\x10\x01" if value else b"\x10\x00"
     if isinstance(value, int):
-        return b"\x18" + varint(value) if INT64_MIN <= value <= INT64_MAX else text(b"\x0a", str(value))
+        return b"\x18" + varint(value) if INT64_MIN <= value <= INT64_MAX else string_field(b"\x0a", str(value))
     if isinstance(value, float):
-        return double(0x21, value)
+        return double_field(0x21, value)
     if value is None:  # within a list, where leaving it out would move the others
         return b""
     if depth == MAX_DEPTH:
-        return text(b"\x0a", str(value))
+        return string_field(b"\x0a", str(value))
     if isinstance(value, Mapping):
-        return field(b"\x32", _attributes(b"\x0a", value, depth + 1))
-    return field(b"\x2a", b"".join([field(b"\x0a", _value(item, depth + 1)) for item in value]))
+        return bytes_field(b"\x32", _key_values(b"\x0a", value, depth + 1))
+    return bytes_field(b"\x2a", b"".join([bytes_field(b"\x0a", _any_value(item, depth + 1)) for item in value]))
 
 
-_ENCODERS: dict[Signal, Callable[[Sequence[Record]], _Encoded]] = {
-    "metrics": _metrics,
-    "traces": _spans,
-    "logs": _logs,
+_ENCODERS: Mapping[Signal, Callable[[Any], bytes]] = {
+    "metrics": _metric,
+    "traces": _span,
+    "logs": _log,
 }

@@ -7,13 +7,31 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 from stepspan.mapping.columns import Column, Points, merged
-from stepspan.mapping.records import Point, Record, SdkRecord, SdkScope, Series
+from stepspan.mapping.records import Point, Record, SdkRecord, SdkScope, Series, Signal
 
 SCOPE_NAME = "stepspan"
+
+
+class RequestFields(NamedTuple):
+    """The names, in OTLP JSON, of what lies around the records of a signal."""
+
+    resources: str
+    """The field of a request."""
+    scopes: str
+    """The field of a resource."""
+    records: str
+    """The field of a scope."""
+
+
+FIELDS: Mapping[Signal, RequestFields] = {
+    "metrics": RequestFields("resourceMetrics", "scopeMetrics", "metrics"),
+    "traces": RequestFields("resourceSpans", "scopeSpans", "spans"),
+    "logs": RequestFields("resourceLogs", "scopeLogs", "logRecords"),
+}
 
 NAN: float = struct.unpack("<d", (0x7FF8000000000001).to_bytes(8, "little"))[0]
 """The one NaN that is sent. Prometheus compares bits, and this is what Go's math.NaN, hence its JSON decoder, makes of
@@ -22,11 +40,12 @@ NAN: float = struct.unpack("<d", (0x7FF8000000000001).to_bytes(8, "little"))[0]
 NO_RECORDED_VALUE = 1
 """DataPointFlags: the series ends here."""
 
-SPAN_FLAGS = 0x100
-"""SpanFlags CONTEXT_HAS_IS_REMOTE without IS_REMOTE, as the official encoder writes for a span made here."""
+HAS_IS_REMOTE, IS_REMOTE = 0x100, 0x200
+"""SpanFlags: whether IS_REMOTE means anything, and whether the parent's or link's context came from another process.
+Our own spans have the first alone, as the official encoder writes for a span made here."""
 
 SAMPLED = 1
-"""W3C trace flags of a log record that stands in a span: all our spans are sampled."""
+"""W3C trace flags of a log record that lies in a span: all our spans are sampled."""
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 """What an attribute's intValue can hold; integers beyond are written as strings."""
@@ -43,6 +62,9 @@ SEVERITY_TEXT = {
 """Severity number -> the short name of the log data model: 9 INFO, 10 INFO2 … 24 FATAL4."""
 
 MetricKey: TypeAlias = tuple[str, str, Literal["gauge", "sum", "histogram"]]
+"""Name, unit and kind."""
+Metric: TypeAlias = tuple[MetricKey, list[Column]]
+"""The points of one metric, a column for each series."""
 
 
 def utf8(text: str) -> bytes:
@@ -50,20 +72,35 @@ def utf8(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list[Column]], list[SdkRecord]]:
-    """Points in time order, mixed over series -> metric by (name, unit, kind) -> its series, each in time order.
+def partition(signal: Signal, records: Sequence[Record]) -> tuple[list[Any], list[SdkRecord]]:
+    """The records that stepspan made, and those that an OpenTelemetry SDK handed over.
 
-    And beside them the data points of other instrumentation, by metric.
+    Args:
+        signal: The signal of all records.
+        records: As an encoder takes them: points in time order, mixed over series.
+
+    Returns:
+        Spans or logs in their order, for metrics a `Metric` each; and the SDK's records in their order.
+
     """
-    singles, columns = (points.singles, points.columns) if isinstance(points, Points) else (points, ())
+    if signal == "metrics":
+        metrics, sdk_records = by_metric(cast("Sequence[Point | SdkRecord]", records))
+        return list(metrics.items()), sdk_records
+    own = [record for record in records if type(record) is not SdkRecord]
+    return own, [record for record in records if type(record) is SdkRecord] if len(own) < len(records) else []
+
+
+def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list[Column]], list[SdkRecord]]:
+    """Points, mixed over series -> metric -> its series, each in time order; and the data points of an SDK."""
+    single_points, columns = (points.singles, points.columns) if isinstance(points, Points) else (points, ())
     by_series: defaultdict[Series | SdkScope, list[Any]] = defaultdict(list)
-    for point in singles:
+    for point in single_points:
         by_series[point[0]].append(point)
     found: dict[Series, Column] = {}
-    foreign: list[SdkRecord] = []
+    sdk_records: list[SdkRecord] = []
     for series, its_points in by_series.items():
         if isinstance(series, SdkScope):
-            foreign += its_points
+            sdk_records += its_points
         else:
             _, times, values = zip(*its_points, strict=True)
             found[series] = series, times, values
@@ -73,10 +110,4 @@ def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list
     metrics: dict[MetricKey, list[Column]] = {}
     for series, column in found.items():
         metrics.setdefault((series.name, series.unit, series.kind), []).append(column)
-    return metrics, foreign
-
-
-def partition(records: Sequence[Record]) -> tuple[list[Record], list[SdkRecord]]:
-    """Our own spans or logs, and those of other instrumentation."""
-    ours = [record for record in records if type(record) is not SdkRecord]
-    return ours, [record for record in records if type(record) is SdkRecord] if len(ours) < len(records) else []
+    return metrics, sdk_records

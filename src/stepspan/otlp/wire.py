@@ -1,4 +1,4 @@
-"""Protobuf's wire format, which is small enough to stand here whole.
+"""Protobuf's wire format, which is small enough to stand here in full.
 
 A message is a sequence of fields, a field is a tag (field number << 3 | wire type) and its payload:
 
@@ -16,23 +16,23 @@ from stepspan.otlp.rules import NAN, utf8
 
 _UINT64 = (1 << 64) - 1
 _ONE_BYTE = [bytes([number]) for number in range(128)]
-_double_field = struct.Struct("<Bd").pack
+_pack_double = struct.Struct("<Bd").pack
 
 
-def field(tag: bytes, payload: bytes) -> bytes:
-    """A field of wire type 2."""
+def bytes_field(tag: bytes, payload: bytes) -> bytes:
+    """A field of wire type 2: bytes, a message or packed scalars."""
     length = len(payload)
     return tag + (_ONE_BYTE[length] if length < 0x80 else varint(length)) + payload
 
 
-def text(tag: bytes, string: str) -> bytes:
+def string_field(tag: bytes, string: str) -> bytes:
     """A string field."""
-    return field(tag, utf8(string))
+    return bytes_field(tag, utf8(string))
 
 
-def double(tag: int, value: float) -> bytes:
+def double_field(tag: int, value: float) -> bytes:
     """A double field; every NaN is `NAN`."""
-    return _double_field(tag, value if value == value else NAN)
+    return _pack_double(tag, value if value == value else NAN)
 
 
 def zigzag(number: int) -> bytes:

@@ -5,9 +5,11 @@ from stepspan.integrations.opentelemetry import configure
 configure()
 ```
 
-They share the journal's promise: no network in this process, nothing lost while a receiver is away, the run's Resource
-and, inside a step, its trace. `configure()` loses nothing that has ended, even by SIGKILL; the standard exporters
-(`OTEL_TRACES_EXPORTER=stepspan_jsonl`, likewise metrics and logs) lose what the SDK's batch processor holds.
+They share the journal's guarantees: no network in this process, nothing lost while a receiver is away, the run's
+Resource and, inside a step, its trace. `configure()` loses nothing that has ended, even by SIGKILL; the standard
+exporters (`OTEL_TRACES_EXPORTER=stepspan_jsonl`, likewise metrics and logs) lose what the SDK's batch processor holds.
+
+Importing this imports the OpenTelemetry SDK.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@ What they survive: the SDK puts a batch processor before an exporter, and what t
 `configure()` has no batch processor and does not lose it.
 
 Where a run is open in the process when a batch comes they write to its journal. Elsewhere they open a run of their
-own, all three one, when the first of them has something to write: its Resource is the SDK's with stepspan's identity,
-nothing delivers it, and `stepspan sync` or `stepspan export` take it from there. It ends when the last exporter is shut
-down.
+own, one for all exporters of a directory, when the first of them has something to write: its Resource is the SDK's with
+stepspan's identity, nothing delivers it, and `stepspan sync` or `stepspan export` take it from there. It ends when the
+last of these exporters is shut down.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 from opentelemetry.sdk._logs import ReadableLogRecord
 from opentelemetry.sdk._logs.export import LogRecordExporter, LogRecordExportResult
@@ -28,31 +28,28 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from stepspan import start
 from stepspan.disabled import DISABLED
-from stepspan.events import Event
 from stepspan.integrations.opentelemetry import encoding
-from stepspan.integrations.opentelemetry.processors import DEEPEST, writing
+from stepspan.integrations.opentelemetry.sink import JournalSink
 from stepspan.run import Run
 
-Result = TypeVar("Result")
-Events: TypeAlias = Callable[[], Iterable[Event]]
 log = logging.getLogger("stepspan")
 
-QUIET: dict[str, Any] = {"stall_after": 0, "samplers": []}
+NO_WATCHERS: dict[str, Any] = {"stall_after": 0, "samplers": []}
 """Settings that switch off what watches over a training: this may be any program."""
-PATIENCE = 5.0
-"""Seconds that one thread waits for another to begin the run. That one may log meanwhile, and wait for a lock of
-`logging` which this one holds."""
+OPEN_TIMEOUT_S = 5.0
+"""How long a thread waits for another one to open the run. That one may log meanwhile, and wait for a lock of `logging`
+which this one holds."""
 
 
-class _Shared:
-    """The run of this process's exporters that write below one directory, where nobody else has one open."""
+class _SharedRun:
+    """The run of this process's exporters that write below one directory, for when no other run is open."""
 
     def __init__(self, directory: Path | None) -> None:
         self.users = 0
         self.run: Run | None = None
         self.lock = threading.Lock()
         self._directory = directory
-        self._told = False
+        self._warned = False
 
     @property
     def is_open(self) -> bool:
@@ -61,20 +58,20 @@ class _Shared:
 
     def open(self, resource: Resource) -> Run:
         """The run, begun by the first who asks. Raises `ConfigError` and OSError."""
-        if not self.lock.acquire(timeout=PATIENCE):
-            raise TimeoutError(f"another thread has been opening it for {PATIENCE:g} s")
+        if not self.lock.acquire(timeout=OPEN_TIMEOUT_S):
+            raise TimeoutError(f"another thread has been opening it for {OPEN_TIMEOUT_S:g} s")
         try:
             if self.run is None or self.run.closed:
-                self.run = _begin(self._directory, resource)
+                self.run = _open_run(self._directory, resource)
             return self.run
         finally:
             self.lock.release()
 
     def warn_once(self, error: Exception) -> None:
-        """Say what goes wrong the first time."""
-        if not self._told:
-            self._told = True
-            log.warning("OpenTelemetry's records cannot be written to a journal: %s (told once)", error)
+        """Log the first thing that goes wrong."""
+        if not self._warned:
+            self._warned = True
+            log.warning("OpenTelemetry's records cannot be written to a journal: %s (logged once)", error)
 
     def release(self) -> None:
         """One exporter is shut down; with the last one the run ends."""
@@ -89,89 +86,90 @@ class _Shared:
             self.run.after_fork(start._forks)
 
 
-_shared: dict[Path | None, _Shared] = {}
+_shared_runs: dict[Path | None, _SharedRun] = {}
 
 
-class _Jsonl:
+class _JsonlSink(JournalSink):
     """What the three exporters have in common."""
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        super().__init__()
         key = None if directory is None else Path(os.path.abspath(directory))
-        self._shared = _shared.setdefault(key, _Shared(key))
+        self._shared = _shared_runs.setdefault(key, _SharedRun(key))
         self._shared.users += 1
-        self._shut = False
 
-    def _export(self, resource: Resource | None, events: Events, yes: Result, no: Result) -> Result:
-        """Write events; `yes` where all of them stand in the journal."""
-        if self._shut:
-            return no
-        with writing() as depth:
-            try:
-                return yes if depth < DEEPEST and self._write(resource, events, begins=not depth) else no
-            except Exception as error:  # bad settings, or no place for a journal: the SDK's worker goes on
-                self._shared.warn_once(error)
-                return no
+    def _run(self, resource: Resource | None = None, *, nested: bool = False) -> Run | None:
+        run = super()._run()
+        if run is not None:
+            return run
+        if nested and not self._shared.is_open:  # what is logged as the run is opened has no journal yet
+            return None
+        return self._shared.open(resource or Resource({}))
 
-    def _write(self, resource: Resource | None, events: Events, *, begins: bool) -> bool:
-        run = start.current_run()
-        if run is DISABLED:
-            if not begins and not self._shared.is_open:  # what the run itself logs as it begins has no place yet
-                return False
-            run = self._shared.open(resource or Resource({}))
-        if run is DISABLED:  # switched off: nobody wants it
-            return True
-        lost = _lost(run)
-        for fields in events():
-            run.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
-        return _lost(run) == lost
+    def _warn(self, error: Exception) -> None:
+        self._shared.warn_once(error)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The run that these exporters have opened ends with the last of them."""
-        if not self._shut:
-            self._shut = True
+        if not self._shut_down:
+            super().shutdown()
             self._shared.release()
 
-    def force_flush(self, timeout_millis: float = 30_000) -> bool:
-        """Nothing waits here."""
-        return True
 
+class JsonlSpanExporter(_JsonlSink, SpanExporter):
+    """Writes spans to a journal.
 
-class JsonlSpanExporter(_Jsonl, SpanExporter):
-    """Writes spans to a journal below `directory`, by default STEPSPAN_DIRECTORY or "stepspan-runs"."""
+    Args:
+        directory: Where the journal of a run lies that this exporter has to open; by default STEPSPAN_DIRECTORY, or
+            "stepspan-runs".
+
+    """
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """SUCCESS: all of them stand in the journal."""
+        """Write a batch of ended spans. Returns SUCCESS where all of them stand in the journal, else FAILURE."""
         resource = spans[0].resource if spans else None
-        found = lambda: map(encoding.span, spans)  # noqa: E731 # run where a failure is counted
-        return self._export(resource, found, SpanExportResult.SUCCESS, SpanExportResult.FAILURE)
+        events = map(encoding.span, spans)
+        return self._export(resource, events, SpanExportResult.SUCCESS, SpanExportResult.FAILURE)
 
 
-class JsonlLogRecordExporter(_Jsonl, LogRecordExporter):
-    """Writes log records to a journal below `directory`, by default STEPSPAN_DIRECTORY or "stepspan-runs"."""
+class JsonlLogRecordExporter(_JsonlSink, LogRecordExporter):
+    """Writes log records to a journal.
+
+    Args:
+        directory: Where the journal of a run lies that this exporter has to open; by default STEPSPAN_DIRECTORY, or
+            "stepspan-runs".
+
+    """
 
     def export(self, batch: Sequence[ReadableLogRecord]) -> LogRecordExportResult:
-        """SUCCESS: all of them stand in the journal."""
+        """Write a batch of log records. Returns SUCCESS where all of them stand in the journal, else FAILURE."""
         resource = batch[0].resource if batch else None
-        found = lambda: map(encoding.log, batch)  # noqa: E731
-        return self._export(resource, found, LogRecordExportResult.SUCCESS, LogRecordExportResult.FAILURE)
+        events = map(encoding.log, batch)
+        return self._export(resource, events, LogRecordExportResult.SUCCESS, LogRecordExportResult.FAILURE)
 
 
-class JsonlMetricExporter(_Jsonl, MetricExporter):
-    """Writes metrics to a journal below `directory`, by default STEPSPAN_DIRECTORY or "stepspan-runs". Cumulative."""
+class JsonlMetricExporter(_JsonlSink, MetricExporter):
+    """Writes metrics to a journal, with cumulative points.
+
+    Args:
+        directory: Where the journal of a run lies that this exporter has to open; by default STEPSPAN_DIRECTORY, or
+            "stepspan-runs".
+
+    """
 
     def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
         MetricExporter.__init__(self)
-        _Jsonl.__init__(self, directory)
+        _JsonlSink.__init__(self, directory)
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
-        """SUCCESS: all of them stand in the journal."""
+        """Write a collection. Returns SUCCESS where all of it stands in the journal, else FAILURE."""
         resource = next((one.resource for one in metrics_data.resource_metrics), None)
-        found = lambda: encoding.metrics(metrics_data)  # noqa: E731
-        return self._export(resource, found, MetricExportResult.SUCCESS, MetricExportResult.FAILURE)
+        events = encoding.metrics(metrics_data)
+        return self._export(resource, events, MetricExportResult.SUCCESS, MetricExportResult.FAILURE)
 
 
-def _begin(directory: Path | None, resource: Resource) -> Run:
-    """A run beside everything else: nothing is delivered, sampled or watched, and its spans are nobody's parents."""
+def _open_run(directory: Path | None, resource: Resource) -> Run:
+    """A run for these exporters alone: nothing is delivered, sampled or watched, and its spans are no one's parents."""
     from stepspan import config
 
     attributes = dict(resource.attributes)
@@ -182,19 +180,14 @@ def _begin(directory: Path | None, resource: Resource) -> Run:
         "resource": attributes,
         "service_name": None if service.startswith("unknown_service") else service or None,
         "propagate": False,
-        **QUIET,
+        **NO_WATCHERS,
     }
     settings = config.load(given, os.environ)
     return start._assemble(settings, {}, (), ()) if settings.enabled else DISABLED
 
 
-def _lost(run: Run) -> int:
-    writer = run.pipeline.journal.writer
-    return 0 if writer is None else writer.lost
-
-
 def _after_fork_in_child() -> None:
-    for shared in _shared.values():
+    for shared in _shared_runs.values():
         shared.after_fork()
 
 

@@ -29,7 +29,12 @@ if TYPE_CHECKING:
 
 
 class Configured:
-    """What `configure()` has set up; a context manager. `run` is the run whose journal it is."""
+    """What `configure()` has set up: a context manager, which shuts it down.
+
+    Attributes:
+        run: The run whose journal is written.
+
+    """
 
     def __init__(self, run: Run, owned: bool) -> None:
         self.run = run
@@ -40,53 +45,69 @@ class Configured:
         self._processors: list[JournalSpanProcessor | JournalLogRecordProcessor] = []
         self._reader: PeriodicExportingMetricReader | None = None
 
-    def add(self, run: Run | None, tracing: Any) -> None:
-        """Add our processors to the global providers. `run`: None for whichever is open."""
+    def add(self, run: Run | None, tracer_provider: Any) -> None:
+        """Add our processors and our metric reader to the global providers.
+
+        Args:
+            run: The run to write to; None: whichever is open.
+            tracer_provider: The global one. `configure` has it installed before it starts a run, so that the run's own
+                scopes find it.
+
+        """
         self._follows = run is None
-        logging = _provider(_logs.get_logger_provider(), ProxyLoggerProvider, _install_logging)
-        if isinstance(tracing, TracerProvider):
+        logger_provider = _provider(_logs.get_logger_provider(), ProxyLoggerProvider, _install_logging)
+        if isinstance(tracer_provider, TracerProvider):
             spans = JournalSpanProcessor(run)
-            tracing.add_span_processor(spans)
+            tracer_provider.add_span_processor(spans)
             self._processors.append(spans)
-        if isinstance(logging, LoggerProvider):
+        else:
+            self._warn_not_extensible(tracer_provider)
+        if isinstance(logger_provider, LoggerProvider):
             logs = JournalLogRecordProcessor(run)
-            logging.add_log_record_processor(logs)
+            logger_provider.add_log_record_processor(logs)
             self._processors.append(logs)
-        for provider, kind in ((tracing, TracerProvider), (logging, LoggerProvider)):
-            if not isinstance(provider, kind):
-                self._refused(provider)
+        else:
+            self._warn_not_extensible(logger_provider)
         self._add_reader(run)
 
     def _add_reader(self, run: Run | None) -> None:
-        metering = metrics.get_meter_provider()
-        fresh = isinstance(metering, _ProxyMeterProvider)
-        add = getattr(metering, "add_metric_reader", None)  # not before SDK 1.42 or so
-        if not fresh and add is None:
-            self._refused(metering)
+        meter_provider = metrics.get_meter_provider()
+        not_installed = isinstance(meter_provider, _ProxyMeterProvider)
+        add = getattr(meter_provider, "add_metric_reader", None)  # not before SDK 1.42 or so
+        if not not_installed and add is None:
+            self._warn_not_extensible(meter_provider)
             return
         self._reader = PeriodicExportingMetricReader(JournalMetricExporter(run))
-        if fresh:  # the reader is shut down here, before the run ends, and not by the provider
+        if not_installed:  # the reader is shut down here, before the run ends, and not by the provider
             metrics.set_meter_provider(MeterProvider([self._reader], shutdown_on_exit=False))
         elif add is not None:
             add(self._reader)
 
-    def _refused(self, provider: Any) -> None:
-        told = f"{type(provider).__module__}.{type(provider).__qualname__}"
-        self.run.warn_once(told, f"{told} takes nothing of ours beside what it has: what it gets is not recorded")
+    def _warn_not_extensible(self, provider: Any) -> None:
+        name = f"{type(provider).__module__}.{type(provider).__qualname__}"
+        self.run.warn_once(name, f"{name} takes no further processor or reader: what it gets is not recorded")
 
     def serves(self, run: Run | None) -> bool:
-        """Whether what `configure(run)` would add is there already; then `run` is the one that it asks for."""
-        found = run or current_run()
-        if self._stopped or found.closed or not (self.run is found or (self._follows and found is current_run())):
+        """Whether what `configure(run)` would add is there already; if so, `self.run` becomes the run it asks for."""
+        wanted = run or current_run()
+        if self._stopped or wanted.closed or not (self.run is wanted or (self._follows and wanted is current_run())):
             return False
-        if found is DISABLED:
+        if wanted is DISABLED:
             self.run, self._owned = start_run(), True
-        elif found is not self.run:
-            self.run, self._owned = found, False
+        elif wanted is not self.run:
+            self.run, self._owned = wanted, False
         return True
 
     def force_flush(self, timeout: float = 5.0) -> bool:
-        """Collect the metrics now, and wait for delivery as `Run.flush` does. Spans and logs need none to be kept."""
+        """Collect the metrics now, and wait for delivery. Spans and logs are kept without it.
+
+        Args:
+            timeout: Seconds to collect, and seconds to wait for delivery.
+
+        Returns:
+            Whether every destination has taken all events so far, as `Run.flush` does.
+
+        """
         if self._reader is not None:
             self._reader.force_flush(timeout * 1000)
         return self.run.flush(timeout)
@@ -94,7 +115,7 @@ class Configured:
     def shutdown(self) -> None:
         """Collect the metrics for the last time, take nothing more, and end the run if `configure()` has begun it.
 
-        The providers stay, for OpenTelemetry has no way to take them back; `configure()` may be called again.
+        The providers stay, for OpenTelemetry has no way to remove them; `configure()` may be called again.
         """
         atexit.unregister(self.stop)
         self.stop()
@@ -102,7 +123,7 @@ class Configured:
             self.run.close()
 
     def stop(self) -> None:
-        """The same, without ending the run: at exit it learns what has ended the process."""
+        """Shut down without ending the run: at exit the run itself learns what has ended the process."""
         self._stopped = True
         if self._reader is not None:
             reader, self._reader = self._reader, None
@@ -132,37 +153,42 @@ def configure(run: Run | None = None) -> Configured:
     configure()
     ```
 
-    `run`: the run; None: whichever is open, or a new one with the defaults of `stepspan.start_run()`, which ends with
-    the process or with `shutdown()`.
-
     Where no TracerProvider, LoggerProvider or MeterProvider is installed one is, with the SDK's own defaults and
     OTEL_* variables; to one that is, our processors are added beside what it has. A sampler is never replaced. Spans
     made inside a step are its children, unless a sampler decides that such a parent would overrule; then set
-    `propagate` (STEPSPAN_PROPAGATE=1) to have it so.
+    `propagate` (STEPSPAN_PROPAGATE=1) to have it so. A provider that takes no further processor is left alone, with a
+    warning.
 
     What survives a SIGKILL: spans that have ended and log records that were emitted, all of them; metrics as of the
     last collection (OTEL_METRIC_EXPORT_INTERVAL, 60 s).
 
-    Called again before `shutdown()`, by a notebook's cell or by a library and its application, it returns what the
-    first call did.
+    Args:
+        run: The run whose journal is written; None: whichever is open, or a new one with the defaults of
+            `stepspan.start_run()`, which ends with the process or with `shutdown()`.
 
-    Raises what `start_run` raises. A provider that takes nothing beside what it has is left alone, and said once.
+    Returns:
+        What was set up. Called again before its `shutdown()`, by a notebook's cell or by a library and its application,
+        `configure` returns the same object.
+
+    Raises:
+        ConfigError: As `start_run` does.
+
     """
     global _latest
     if _latest is not None and _latest.serves(run):
         return _latest
-    tracing = _provider(trace.get_tracer_provider(), trace.ProxyTracerProvider, _install_tracing)
-    found = run or current_run()
-    configured = Configured(found, owned=False) if found is not DISABLED else Configured(start_run(), owned=True)
+    tracer_provider = _provider(trace.get_tracer_provider(), trace.ProxyTracerProvider, _install_tracing)
+    wanted = run or current_run()
+    configured = Configured(wanted, owned=False) if wanted is not DISABLED else Configured(start_run(), owned=True)
     if configured.run is not DISABLED:
-        configured.add(run, tracing)
+        configured.add(run, tracer_provider)
         _latest = configured
         atexit.register(configured.stop)
     return configured
 
 
 def _provider(installed: Any, proxy: type, install: Callable[[], Any]) -> Any:
-    """The global provider; where only the API's stand-in is there, one that is installed now."""
+    """The global provider; one that is installed now, where only the API's proxy is there."""
     return install() if isinstance(installed, proxy) else installed
 
 

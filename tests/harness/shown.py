@@ -16,16 +16,16 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import grafana
 import orjson
 import pytest
 import requests
-from processes import Ranks, until
-from runs import is_ours
-from scripted_nvml import GPU, ScriptedNvml
-from stack import Loki, StackCollector, StackPrometheus, Tempo, binary
 
 import stepspan
+from harness import grafana
+from harness.processes import Ranks, until
+from harness.runs import is_ours
+from harness.scripted_nvml import GPU, ScriptedNvml
+from harness.stack import Loki, StackCollector, StackPrometheus, Tempo, binary
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.samplers import Sampling
 from stepspan.samplers.gpu import gpu

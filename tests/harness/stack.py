@@ -35,14 +35,16 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
-import remote_read
 import requests
 import yaml
+
+from harness import remote_read
+from harness.processes import under_load
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-CONFIGS = Path(__file__).parent.parent / "collector-config"
+CONFIGS = Path(__file__).parents[2] / "collector-config"
 
 START_SECONDS = 30.0
 STOP_SECONDS = 10.0
@@ -57,7 +59,7 @@ def binary(name: str) -> Path:
     if ASKED_BY_UNMARKED:
         pytest.fail(f"needs {name} of the stack: mark it with `pytest.mark.stack`")
     root = os.environ.get("STEPSPAN_STACK")
-    path = (Path(root) if root else Path(__file__).parent.parent / ".stack").resolve() / name
+    path = (Path(root) if root else Path(__file__).parents[2] / ".stack").resolve() / name
     if not path.exists():
         reason = f"needs `make stack`: {path} is missing"
         required = os.environ.get("STEPSPAN_REQUIRE_STACK") == "1" and name != "loki"  # .ci/run may lack its time
@@ -114,7 +116,7 @@ class Server:
                 env={**os.environ, **self._environment()},
             )
         try:
-            deadline = time.monotonic() + START_SECONDS
+            deadline = time.monotonic() + under_load(START_SECONDS)
             while not self._answers():
                 if self._process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError(f"{self.name} did not start:\n{self._log.read_text()[-4000:]}")
@@ -142,7 +144,7 @@ class Server:
             return
         self._process.send_signal(how)
         try:
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(under_load(STOP_SECONDS))
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

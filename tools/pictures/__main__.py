@@ -1,11 +1,11 @@
 """Draw the README's pictures: `make pictures`, about five minutes.
 
 Grafana itself is no part of the stack that `make stack` builds, so nothing here is a screenshot. A training runs
-(`picture_training`), each panel of the committed dashboards is asked as Grafana would ask it, of the real Prometheus
+(`training`), each panel of the committed dashboards is asked as Grafana would ask it, of the real Prometheus
 and Loki, and what they answer is drawn (`drawing`) where and how the dashboard says. The panels that ask Tempo are
 drawn from the spans that the Collector handed on, and say so.
 
-    python tests/pictures.py [ANSWERS.json]     the answers are kept there, and drawn again if they already are
+    PYTHONPATH=tests python tools/pictures [ANSWERS.json]     what was answered is kept there, or drawn again
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import drawing
-import grafana
 import orjson
-import picture_training as scene
 import requests
+import training as scene
 import units
 from canvas import FAINT, GAP, WIDTH, Box, Canvas
+from harness import grafana
 
-DIRECTORY = Path(__file__).parent.parent / "docs" / "pictures"
+DIRECTORY = Path(__file__).parents[2] / "docs" / "pictures"
 NARROWEST = 400  # px: points that a panel of the dashboards can show at least
 
 

@@ -6,10 +6,17 @@ import shutil
 from collections import defaultdict
 
 import pytest
-from delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, ship, trained
-from journals import NOON, SECOND, header, lay_down, metrics
+from harness.delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, run_to_end, trained
+from harness.journals import NOON, SECOND, header, lay_down, metrics
 
-from stepspan.deliver.scheduler import AHEAD, LONGEST_REST, RESCAN, REST, TRY_AGAIN, Scheduler
+from stepspan.deliver.scheduler import (
+    MAX_LEAD_NS,
+    MAX_REST_S,
+    RESCAN_INTERVAL_S,
+    REST_FACTOR,
+    UNREADABLE_RETRY_INTERVAL_S,
+    Scheduler,
+)
 from stepspan.events import encode
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.layout import find_sessions
@@ -19,7 +26,7 @@ from stepspan.otlp.outcome import Outcome, Verdict
 HOLD = Outcome(Verdict.HOLD, "too old: widen the window")
 
 
-def shipper(directory, exporter, how=None):
+def scheduler(directory, exporter, how=None):
     return Scheduler("metrics", exporter, lambda: find_sessions(directory), how or options())
 
 
@@ -34,7 +41,7 @@ def assert_merged(taken, every):
     reached = dict.fromkeys(last, NOON)
     for rank, ts in taken:
         behind = [at for other, at in reached.items() if other != rank and at < last[other]]
-        assert ts - min(behind, default=ts) <= AHEAD + int(every * SECOND)
+        assert ts - min(behind, default=ts) <= MAX_LEAD_NS + int(every * SECOND)
         reached[rank] = max(reached[rank], ts)
 
 
@@ -43,11 +50,11 @@ def test_two_five_day_journals_interleave(tmp_path):
     for rank in range(2):
         trained(tmp_path, 1000, every=every, rank=rank, session=f"00000000000000a{rank}")
     exporter = Scripted()
-    ship(one := shipper(tmp_path, exporter, options(batch=8192)))
+    run_to_end(one := scheduler(tmp_path, exporter, options(batch_bytes=8192)))
     taken = order(exporter)
     assert_merged(taken, every)
     assert {rank for rank, _ in taken} == {0, 1}
-    assert one.lanes == {}, "both are finished"
+    assert one.tasks == {}, "both are finished"
     for session in find_sessions(tmp_path):
         expected = everything(session)["metrics"]
         assert [record for record in exporter.taken if record[0] == session.rank] == expected
@@ -57,14 +64,14 @@ def test_a_dense_and_a_sparse_session_stay_side_by_side(tmp_path):
     trained(tmp_path, 3000, every=2.0, rank=0, session="00000000000000a0")
     trained(tmp_path, 20, every=300.0, rank=1, session="00000000000000a1")
     exporter = Scripted()
-    ship(shipper(tmp_path, exporter, options(batch=4096)))
+    run_to_end(scheduler(tmp_path, exporter, options(batch_bytes=4096)))
     assert_merged(order(exporter), 300.0)
 
 
 def test_a_lone_session_is_not_cut_at_ten_minutes(tmp_path):
     trained(tmp_path, 100, every=3600.0)
     exporter = Scripted()
-    ship(shipper(tmp_path, exporter))
+    run_to_end(scheduler(tmp_path, exporter))
     assert len(exporter.requests) == 1
 
 
@@ -73,10 +80,10 @@ def test_live_data_waits_for_the_backlog_it_would_shut_out(tmp_path):
     old = trained(tmp_path, 400, every=30.0, rank=0, session="00000000000000a0", started=-5 * DAY)
     live = Training(tmp_path, rank=1, session="00000000000000a1")
     exporter = Scripted()
-    one = shipper(tmp_path, exporter, options(time, batch=4096))
-    one.round()
+    one = scheduler(tmp_path, exporter, options(time, batch_bytes=4096))
+    one.run_once()
     live.steps(20)
-    ship(one)
+    run_to_end(one)
     ranks = [rank for rank, _ in order(exporter)]
     last_old = len(ranks) - 1 - ranks[::-1].index(0)
     first_live = ranks.index(1)
@@ -89,7 +96,7 @@ def test_sessions_of_one_rank_go_strictly_in_the_order_of_their_start(tmp_path):
     for number, started in enumerate((7200.0, 0.0, 3600.0)):
         trained(tmp_path, 50, rank=0, session=f"00000000000000a{number}", started=started)
     exporter = Scripted()
-    ship(shipper(tmp_path, exporter, options(batch=2048)))
+    run_to_end(scheduler(tmp_path, exporter, options(batch_bytes=2048)))
     times = [ts for _, ts in order(exporter) if True]
     runs = [int((ts - NOON) // (3600 * SECOND)) for ts in times]
     assert runs == sorted(runs)
@@ -100,7 +107,7 @@ def test_overlapping_sessions_of_one_rank_go_one_after_the_other(tmp_path):
     trained(tmp_path, 50, rank=0, session="00000000000000a0", started=0.0)
     trained(tmp_path, 50, rank=0, session="00000000000000a1", started=20.0)
     exporter = Scripted()
-    ship(shipper(tmp_path, exporter, options(batch=2048)))
+    run_to_end(scheduler(tmp_path, exporter, options(batch_bytes=2048)))
     first = everything(next(s for s in find_sessions(tmp_path) if s.session.endswith("a0")))["metrics"]
     assert exporter.taken[: len(first)] == first
 
@@ -111,18 +118,18 @@ def test_a_held_session_lets_its_successor_pass(tmp_path):
     trained(tmp_path, 50, rank=0, session="00000000000000a1")
     too_old = NOON - int(2 * DAY * SECOND)
     exporter = Scripted(lambda records: HOLD if records[0][1] < too_old else OK)
-    one = shipper(tmp_path, exporter, options(time, batch=2048))
-    ship(one)
+    one = scheduler(tmp_path, exporter, options(time, batch_bytes=2048))
+    run_to_end(one)
     assert min(ts for _, ts in order(exporter)) >= NOON
-    (held,) = one.lanes.values()
+    (held,) = one.tasks.values()
     assert held.held
     assert held.state.message == HOLD.message
     assert held.state.ledger.rejected == 0
     assert one.idle
     exporter.answer = lambda _: OK
     time.now = held.not_before
-    ship(one)
-    assert one.lanes == {}, "and recovers by itself"
+    run_to_end(one)
+    assert one.tasks == {}, "and recovers by itself"
 
 
 def test_a_held_session_holds_no_other_rank_back(tmp_path):
@@ -130,8 +137,8 @@ def test_a_held_session_holds_no_other_rank_back(tmp_path):
     trained(tmp_path, 500, rank=1, every=30.0, session="00000000000000a1")
     too_old = NOON - int(2 * DAY * SECOND)
     exporter = Scripted(lambda records: HOLD if records[0][1] < too_old else OK)
-    ship(one := shipper(tmp_path, exporter, options(batch=2048)))
-    assert [lane.session.rank for lane in one.lanes.values()] == [0]
+    run_to_end(one := scheduler(tmp_path, exporter, options(batch_bytes=2048)))
+    assert [task.session.rank for task in one.tasks.values()] == [0]
     assert {rank for rank, _ in order(exporter)} == {1}
 
 
@@ -141,9 +148,9 @@ def test_a_successor_that_waits_for_a_living_session_holds_no_other_rank_back(tm
     trained(tmp_path, 50, rank=0, session="00000000000000a1", started=100.0)
     other = trained(tmp_path, 500, rank=1, every=30.0, session="00000000000000a2")
     exporter = Scripted()
-    ship(one := shipper(tmp_path, exporter))
-    assert other.path not in one.lanes, "delivered to its end"
-    assert len(one.lanes) == 2
+    run_to_end(one := scheduler(tmp_path, exporter))
+    assert other.path not in one.tasks, "delivered to its end"
+    assert len(one.tasks) == 2
     first.die()
 
 
@@ -153,17 +160,17 @@ def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path):
         trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
     away = Outcome(Verdict.RETRY, "no connection")
     exporter = Scripted(lambda _: away)
-    one = shipper(tmp_path, exporter, options(time))
+    one = scheduler(tmp_path, exporter, options(time))
     for _ in range(100):
-        one.round()
+        one.run_once()
         time.skip(0.1)
     assert len(exporter.requests) <= 6, "0.25, 0.5, 1, 2, 4 s"
     assert not one.idle
     assert 9.0 < one.silent_for() < 11.0
     exporter.answer = lambda _: OK
     time.skip(30)
-    ship(one)
-    assert one.lanes == {}
+    run_to_end(one)
+    assert one.tasks == {}
     assert one.silent_for() == 0.0
 
 
@@ -172,20 +179,20 @@ def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path):
         trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
     exporter = Scripted()
     exporter.export = lambda signal, resource, records: HOLD if resource["rank"] == 0 else OK
-    ship(one := shipper(tmp_path, exporter))
-    assert [lane.session.rank for lane in one.lanes.values()] == [0]
+    run_to_end(one := scheduler(tmp_path, exporter))
+    assert [task.session.rank for task in one.tasks.values()] == [0]
 
 
 def test_new_sessions_are_found_within_a_second(tmp_path):
     time = Time()
     exporter = Scripted()
-    one = shipper(tmp_path, exporter, options(time))
-    assert not one.round()
+    one = scheduler(tmp_path, exporter, options(time))
+    assert not one.run_once()
     assert one.over, "there is nothing"
     trained(tmp_path, 5)
-    assert not one.round()
-    time.skip(RESCAN)
-    ship(one)
+    assert not one.run_once()
+    time.skip(RESCAN_INTERVAL_S)
+    run_to_end(one)
     assert exporter.taken
 
 
@@ -193,14 +200,14 @@ def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path):
     time = Time()
     living = Training(tmp_path)
     living.steps(3)
-    one = shipper(tmp_path, Scripted(), options(time))
-    ship(one)
+    one = scheduler(tmp_path, Scripted(), options(time))
+    run_to_end(one)
     assert (one.idle, one.over) == (True, False)
     living.end()
     time.skip(2)
-    assert one.round()
+    assert one.run_once()
     assert (one.idle, one.over) == (False, False), "as of a round in which something moved"
-    ship(one)
+    run_to_end(one)
     assert (one.idle, one.over) == (True, True)
 
 
@@ -208,17 +215,17 @@ def test_a_receiver_that_stays_silent_is_abandoned_only_when_nobody_lives(tmp_pa
     time = Time()
     living = Training(tmp_path)
     living.steps(3)
-    one = shipper(tmp_path, Scripted(lambda _: Outcome(Verdict.RETRY)), options(time))
+    one = scheduler(tmp_path, Scripted(lambda _: Outcome(Verdict.RETRY)), options(time))
     for _ in range(120):
-        one.round()
+        one.run_once()
         time.skip(0.5)
     assert one.silent_for() > 30
-    assert not one.abandoned(30.0)
+    assert not one.receiver_unreachable(30.0)
     living.die()
     for _ in range(4):
-        one.round()
+        one.run_once()
         time.skip(0.5)
-    assert one.abandoned(30.0)
+    assert one.receiver_unreachable(30.0)
     assert not one.over
 
 
@@ -233,7 +240,7 @@ def test_a_damaged_and_a_newer_session_stop_nobody_else(tmp_path, caplog):
     foreign = lay_down(place, [encode(bare)], session="00000000000000b3")
     good = trained(tmp_path, 20)
     exporter = Scripted()
-    ship(one := shipper(tmp_path, exporter))
+    run_to_end(one := scheduler(tmp_path, exporter))
     assert exporter.taken == everything(good)["metrics"]
     assert one.unreadable.keys() == {newer.path, damaged.path, foreign.path}
     assert "schema 9.0" in one.unreadable[newer.path]
@@ -263,7 +270,7 @@ def test_a_journal_that_no_writer_would_write_stops_nobody_else(tmp_path, which)
     unheard_of(tmp_path, which)
     good = trained(tmp_path, 20, rank=1)
     exporter = Scripted()
-    ship(shipper(tmp_path, exporter))
+    run_to_end(scheduler(tmp_path, exporter))
     assert [record for record in exporter.taken if record[0] == 1] == everything(good)["metrics"]
 
 
@@ -272,12 +279,12 @@ def test_a_defect_that_one_session_meets_is_told_once_and_stops_nobody_else(tmp_
     bad, good = (trained(tmp_path, 20, rank=rank, session=f"00000000000000a{rank}") for rank in range(2))
     exporter = Scripted()
     exporter.export = lambda signal, resource, records: OK if resource["rank"] else None
-    one = shipper(tmp_path, exporter, options(time))
+    one = scheduler(tmp_path, exporter, options(time))
     for _ in range(3):
-        ship(one)
-        assert one.lanes == {}
+        run_to_end(one)
+        assert one.tasks == {}
         assert one.unreadable.keys() == {bad.path}
-        time.skip(TRY_AGAIN + RESCAN)
+        time.skip(UNREADABLE_RETRY_INTERVAL_S + RESCAN_INTERVAL_S)
     assert read_cursor(good.path / "cursors" / "there.metrics").position.finished
     assert caplog.text.count("Traceback") == 1
 
@@ -286,31 +293,31 @@ def test_an_exporter_that_fails_is_asked_again_and_held_at_last(tmp_path):
     time = Time()
     trained(tmp_path, 5)
     exporter = Scripted(lambda _: [][0])
-    one = shipper(tmp_path, exporter, options(time))
+    one = scheduler(tmp_path, exporter, options(time))
     for _ in range(10):
-        one.round()
+        one.run_once()
         time.skip(30)
-    (lane,) = one.lanes.values()
-    assert lane.held
-    assert lane.state.message == "Scripted failed: IndexError('list index out of range')"
+    (task,) = one.tasks.values()
+    assert task.held
+    assert task.state.message == "Scripted failed: IndexError('list index out of range')"
     exporter.answer = lambda _: OK
-    time.now = lane.not_before
-    ship(one)
-    assert one.lanes == {}, "and nothing is lost"
-    assert lane.state.ledger.rejected == 0
+    time.now = task.not_before
+    run_to_end(one)
+    assert one.tasks == {}, "and nothing is lost"
+    assert task.state.ledger.rejected == 0
 
 
 def test_a_session_that_is_gone_while_its_records_wait_is_waited_for_no_longer(tmp_path):
     time = Time()
     training = Training(tmp_path)
     training.steps(3)
-    one = shipper(tmp_path, Scripted(lambda _: Outcome(Verdict.RETRY, "no connection")), options(time))
-    one.round()
+    one = scheduler(tmp_path, Scripted(lambda _: Outcome(Verdict.RETRY, "no connection")), options(time))
+    one.run_once()
     assert not one.over, "it lives"
     training.die()
     shutil.rmtree(training.path.path)
     time.skip(5)
-    one.round()
+    one.run_once()
     assert one.over
     assert "gone" in one.unreadable[training.path.path]
 
@@ -322,14 +329,14 @@ def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(tmp_path,
     whole = first.read_bytes()
     first.write_bytes(b"")
     exporter = Scripted()
-    one = shipper(tmp_path, exporter, options(time))
+    one = scheduler(tmp_path, exporter, options(time))
     for _ in range(3):
-        ship(one)
+        run_to_end(one)
         assert one.unreadable
-        time.skip(TRY_AGAIN + RESCAN)
+        time.skip(UNREADABLE_RETRY_INTERVAL_S + RESCAN_INTERVAL_S)
     assert caplog.text.count("cannot be delivered") == 1
     first.write_bytes(whole)
-    ship(one)
+    run_to_end(one)
     assert one.unreadable == {}
     assert exporter.taken
 
@@ -341,14 +348,14 @@ def test_a_session_that_is_removed_under_way_stops_nobody_else(tmp_path):
     stays = Training(tmp_path, rank=1, session="00000000000000a1")
     stays.steps(3)
     exporter = Scripted()
-    one = shipper(tmp_path, exporter, options(time))
-    ship(one)
+    one = scheduler(tmp_path, exporter, options(time))
+    run_to_end(one)
     shutil.rmtree(gone.path.path)
     stays.steps(3)
     stays_path = stays.end()
     for _ in range(5):
         time.skip(2)
-        ship(one)
+        run_to_end(one)
     assert one.over, "nobody waits for it"
     assert [r for r in exporter.taken if r[0] == 1] == everything(stays_path)["metrics"]
     gone.die()
@@ -366,7 +373,7 @@ def test_a_processor_that_raises_costs_nothing_but_its_work(tmp_path, caplog):
 
     session = trained(tmp_path, 20)
     exporter = Scripted(processors=[Bad()])
-    ship(shipper(tmp_path, exporter))
+    run_to_end(scheduler(tmp_path, exporter))
     assert exporter.taken == everything(session)["metrics"]
     assert caplog.text.count("processor Bad failed") == 1
 
@@ -382,24 +389,24 @@ def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path, batch):
         for attempt in range(2)
     ]
     exporter = Scripted()
-    one = shipper(tmp_path, exporter, options(batch=batch))
-    lanes = {}
-    while one.round() or one.lanes:
-        lanes.update(one.lanes)
+    one = scheduler(tmp_path, exporter, options(batch_bytes=batch))
+    tasks = {}
+    while one.run_once() or one.tasks:
+        tasks.update(one.tasks)
     found = defaultdict(list)
     for record in exporter.taken:
         found[record[0]].append(record)
     for rank in range(3):
         expected = [r for s in sessions if s.rank == rank for r in everything(s)["metrics"]]
         assert found[rank] == expected
-    for lane in lanes.values():
-        assert_true(lane.state.ledger, read_closed(lane.session.path).seq)
+    for task in tasks.values():
+        assert_true(task.state.ledger, read_closed(task.session.path).seq)
 
 
 # ---------------------------------------------------------------- live sessions
 
 
-@pytest.mark.parametrize(("took", "rests"), [(0.01, REST * 0.01), (60.0, LONGEST_REST)], ids=["short", "long"])
+@pytest.mark.parametrize(("took", "rests"), [(0.01, REST_FACTOR * 0.01), (60.0, MAX_REST_S)], ids=["short", "long"])
 def test_after_a_round_that_found_live_sessions_at_their_end_it_rests(tmp_path, took, rests):
     time = Time()
 
@@ -409,14 +416,14 @@ def test_after_a_round_that_found_live_sessions_at_their_end_it_rests(tmp_path, 
 
     training = Training(tmp_path, boot_id="elsewhere")
     exporter = Scripted(answer)
-    one = shipper(tmp_path, exporter, options(time))
+    one = scheduler(tmp_path, exporter, options(time))
     training.steps(3)
-    assert one.round()
+    assert one.run_once()
     training.steps(3)
     time.skip(0.9 * rests)
-    assert not one.round(), "it looks at no journal"
+    assert not one.run_once(), "it looks at no journal"
     time.skip(0.2 * rests)
-    assert one.round()
+    assert one.run_once()
     assert len(exporter.requests) == 2, "the steps of meanwhile came in one"
 
 
@@ -428,7 +435,7 @@ def test_it_does_not_rest_when_nobody_lives(tmp_path):
         return OK
 
     trained(tmp_path, 20)
-    one = shipper(tmp_path, Scripted(answer), options(time))
-    assert one.round()
-    one.round()
-    assert one.rounds, "it has looked again at once, and found nothing"
+    one = scheduler(tmp_path, Scripted(answer), options(time))
+    assert one.run_once()
+    one.run_once()
+    assert one.idle_runs, "it has looked again at once, and found nothing"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import cast
 
 import pytest
-from journals import assert_ordered, lines, session_of
 
 import stepspan
+from harness.journals import assert_ordered, lines, session_of
 from stepspan.events import Event
 from stepspan.identity import LAUNCHERS
 from stepspan.journal.layout import find_sessions

@@ -1,4 +1,4 @@
-"""The training that the README's pictures show, and the servers that it is shown in. `pictures.py` runs it.
+"""The training that the README's pictures show, and the servers that it is shown in. `make pictures` runs it.
 
 Four ranks train the demo's classifier of digits, data-parallel. What befalls them is arranged, what is measured of it
 is not: a first attempt ends when rank 3 raises, a second goes on from the last checkpoint; rank 2's GPU then runs hot,
@@ -20,14 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grafana
 import numpy as np
-from processes import Ranks, until
-from runs import is_ours
-from scripted_nvml import GPU, ScriptedNvml
-from shown import scripted_torch
+from harness import grafana
+from harness.processes import Ranks, until
+from harness.runs import is_ours
+from harness.scripted_nvml import GPU, ScriptedNvml
+from harness.shown import scripted_torch
+from harness.stack import Loki, StackCollector, StackPrometheus
 from sklearn.datasets import load_digits
-from stack import Loki, StackCollector, StackPrometheus
 
 import stepspan
 from stepspan.cli.training import BATCH, AllReduce, Model, batches, shared_memory

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from journals import NOON, ROOMY, SECOND, header, session_of
-
+from harness.journals import NOON, ROOMY, SECOND, header, session_of
+from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
-from stepspan.deliver.task import DeliveryTask, Options
+from stepspan.deliver.task import DeliveryTask
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
@@ -36,7 +36,7 @@ class Time:
 
 def options(time: Time | None = None, **fields: Any) -> Options:
     time = time or Time()
-    return Options(**{"boot_id": "boot", "clock": time, "wall": time, "jitter": lambda: 1.0, **fields})
+    return Options(**{"boot_id": "boot", "clock": time, "wall_clock": time, "jitter": lambda: 1.0, **fields})
 
 
 class Scripted:
@@ -152,19 +152,19 @@ def trained(directory: Path, steps: int = 40, *, every: float = 1.0, **fields: A
 
 
 def deliver(session: SessionPath, exporter: Any, how: Options, signal: Signal = "metrics") -> DeliveryTask:
-    """A session's signal to its end, by lanes that don't fail; the last one, closed."""
-    lane = DeliveryTask(session, signal, exporter, how)
-    while lane.advance(1 << 62):
+    """A session's signal to its end, by tasks that don't fail; the last one, closed."""
+    task = DeliveryTask(session, signal, exporter, how)
+    while task.advance(1 << 62):
         pass
-    lane.close()
-    return lane
+    task.close()
+    return task
 
 
-def ship(shipper: Scheduler, rounds: int = 100_000) -> None:
+def run_to_end(scheduler: Scheduler, rounds: int = 100_000) -> None:
     """Rounds until nothing moves: twice, for a session that was held in the first lets others pass in the second."""
     still = 0
     for _ in range(rounds):
-        still = 0 if shipper.round() else still + 1
+        still = 0 if scheduler.run_once() else still + 1
         if still == 2:
             return
     raise AssertionError("it never ends")
@@ -188,7 +188,7 @@ def everything(session: SessionPath) -> dict[Signal, list[tuple[Any, ...]]]:
     found: dict[Signal, list[tuple[Any, ...]]] = {}
     for signal in SIGNALS:
         exporter = Scripted(destination="everything")
-        deliver(session, exporter, options(batch=1 << 30), signal)
+        deliver(session, exporter, options(batch_bytes=1 << 30), signal)
         found[signal] = exporter.taken
     for file in (session.path / "cursors").glob("everything.*"):
         file.unlink()

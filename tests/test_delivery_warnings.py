@@ -8,14 +8,14 @@ import site
 from pathlib import Path
 from types import SimpleNamespace
 
-import processes
 import pytest
-from processes import until
-from receiver import CERTIFICATE, Answer, ScriptedReceiver
-from runs import python, start
+from harness import processes
+from harness.processes import under_load, until
+from harness.receiver import CERTIFICATE, Answer, ScriptedReceiver
+from harness.runs import python, start
 
 import stepspan
-from stepspan.deliver import delivery, process
+from stepspan.deliver import delivery, spawn
 from stepspan.deliver.delivery import ProcessDelivery
 from stepspan.deliver.ledgers import cursors
 from stepspan.errors import ConfigError
@@ -43,11 +43,12 @@ class Host:
         (self._session / "cursors").mkdir(parents=True)
         clock = SimpleNamespace(monotonic=lambda: self.now, time=lambda: self.now, sleep=lambda _: None)
         monkeypatch.setattr(delivery, "time", clock)
-        monkeypatch.setattr(process, "start", self._start)
-        monkeypatch.setattr(ProcessDelivery, "check", 5.0)
+        monkeypatch.setattr(delivery, "spawn", self._spawn)
+        monkeypatch.setattr(ProcessDelivery, "check_interval_s", 5.0)
         self.delivery = ProcessDelivery(
             directory, "node", [OtlpExporter(ENDPOINT, env={}, destination="there")],
-            first=True, health=False, warn=lambda *told: self.told.append(told), session=lambda: self._session,
+            first=True, health=False, warn=lambda *told: self.told.append(told),
+            session=lambda: self._session,
         )  # fmt: skip
 
     def watch(self, seconds: float) -> None:
@@ -61,7 +62,7 @@ class Host:
         cursor.write(CursorState(**fields))  # type: ignore[arg-type]
         cursor.close()
 
-    def _start(self, *_: object, env: dict[str, str], **__: object) -> SimpleNamespace:
+    def _spawn(self, *_: object, env: dict[str, str], **__: object) -> SimpleNamespace:
         self.started.append(env)
         return SimpleNamespace(poll=lambda: self.exit_status, returncode=None)
 
@@ -107,7 +108,7 @@ def test_a_signal_that_recovers_in_time_is_not_told_and_its_time_begins_anew(hos
 def test_a_hold_at_the_end_of_a_run_is_told_too(host: Host, tmp_path: Path) -> None:
     host.watch(1)
     host.cursor("logs", state="hold", message="404")
-    host.delivery.close(tmp_path / "session", 0, 0.0)
+    host.delivery.close(tmp_path / "session", 0.0)
     assert [kind for kind, _ in host.told] == ["delivery"]
 
 
@@ -122,7 +123,7 @@ def test_a_training_process_says_that_its_receiver_refuses_it(ranks: processes.R
 
         until(held)
         (ranks.directory / "stop").touch()
-        _, err = rank.communicate(timeout=30)
+        _, err = rank.communicate(timeout=under_load(30))
     assert "no token" in err
     assert err.count("cannot be delivered") == 1
 
@@ -207,7 +208,7 @@ def test_certificates_are_found_by_whatever_variable_names_them(
         "HOME": "home",
     }
     here = os.getcwd()
-    assert delivery.settled(given) == {
+    assert spawn.with_absolute_paths(given) == {
         **given,
         "OTEL_EXPORTER_OTLP_LOGS_CLIENT_KEY": f"{here}/key.pem",
         "SSL_CERT_DIR": f"{here}/a:/b",
@@ -216,9 +217,9 @@ def test_certificates_are_found_by_whatever_variable_names_them(
 
 def path_of_the_deliverer(directory: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> list[str]:
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(process.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
-    process.start(directory, "node", [], health=False, env=env)
-    assert json.loads(seen[0][process.TASK]) == []
+    monkeypatch.setattr(spawn.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
+    spawn.spawn(directory, "node", [], health=False, env=env)
+    assert json.loads(seen[0][spawn.EXPORTERS_VARIABLE]) == []
     return seen[0]["PYTHONPATH"].split(os.pathsep)
 
 
@@ -232,6 +233,37 @@ def test_nothing_that_is_installed_goes_before_the_standard_library(
     monkeypatch.setattr(site, "getsitepackages", lambda: [package])
     assert path_of_the_deliverer(tmp_path, monkeypatch, {"PYTHONPATH": "/mine"}) == ["/mine"]
     assert path_of_the_deliverer(tmp_path, monkeypatch, {}) == [""]
+
+
+# ---------------------------------------------------------------- what training imports for it
+
+
+def test_a_training_process_imports_what_starts_a_deliverer_and_nothing_that_delivers(tmp_path: Path) -> None:
+    with ScriptedReceiver() as receiver:
+        ran = python(
+            """
+            import json, os, sys, stepspan
+            with stepspan.start_run(job_id="job", endpoint=os.environ["RECEIVER"]) as run:
+                run.log_metrics({"loss": 0.5})
+                print(run.flush(20))
+                print(json.dumps([*sys.modules]))
+            """,
+            tmp_path,
+            RECEIVER=receiver.url,
+            NO_PROXY="*",
+        )
+        assert ran.returncode == 0, ran.stderr
+        delivered, modules = ran.stdout.splitlines()
+        assert delivered == "True"
+    below = [name.removeprefix("stepspan.") for name in json.loads(modules) if name.startswith("stepspan.")]
+    assert {name for name in below if name.startswith("deliver.")} == {
+        "deliver.delivery",
+        "deliver.ledgers",
+        "deliver.lock",
+        "deliver.spawn",
+    }
+    assert {name for name in below if name.startswith("mapping.")} <= {"mapping.ids", "mapping.records"}
+    assert not {"otlp.grpc", "otlp.http", "otlp.json", "otlp.protobuf"} & set(below)
 
 
 # ---------------------------------------------------------------- one cursor, one exporter

@@ -36,9 +36,9 @@ from google.protobuf.message import Message
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceResponse
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceResponse
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
-from received import Point, attributes, decode, is_health, logs, once, points, spans
-from stack import free_address
 
+from harness.received import Point, attributes, decode, is_health, logs, once, points, spans
+from harness.stack import free_address
 from stepspan.mapping.records import SIGNALS, Signal
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import orjson
 import pytest
-from delivery import (
+from harness.delivery import (
     OK,
     Scripted,
     Time,
@@ -22,13 +23,13 @@ from delivery import (
     plain,
     trained,
 )
-from journals import NOON, SECOND, header, lay_down, metrics
+from harness.journals import NOON, SECOND, header, lay_down, metrics
 
-from stepspan.deliver import task as tasks
-from stepspan.deliver.task import HOLD_LONGEST, PATIENCE, DeliveryTask
+from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS
+from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError, NewerSchema
 from stepspan.events import encode
-from stepspan.journal.cursor import SLOT, read_cursor
+from stepspan.journal.cursor import SLOT, Cursor, read_cursor
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import read_closed
 from stepspan.journal.writer import Limits
@@ -72,19 +73,19 @@ def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path, signal):
             return outcome
 
     exporter = Crashing()
-    lane = DeliveryTask(session, signal, exporter, options(batch=TINY))
-    while not lane.finished:
+    task = DeliveryTask(session, signal, exporter, options(batch_bytes=TINY))
+    while not task.finished:
         try:
-            lane.advance(ALL)
+            task.advance(ALL)
         except Crash:
-            lane.close()
-            lane = DeliveryTask(session, signal, exporter, options(batch=TINY))
-    lane.close()
+            task.close()
+            task = DeliveryTask(session, signal, exporter, options(batch_bytes=TINY))
+    task.close()
     assert exporter.sent[::2] == exporter.sent[1::2], "each request went out twice, with the same records"
     assert exporter.taken[: len(exporter.sent[0])] == expected[: len(exporter.sent[0])]
     assert [(0, *record) for request in exporter.sent[::2] for record in request] == expected
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
-    assert lane.state.ledger.delivered == len(expected), "counted once"
+    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert task.state.ledger.delivered == len(expected), "counted once"
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
@@ -92,12 +93,12 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, 
     session = trained(tmp_path, 60, limits=SMALL)
     expected = everything(session)[signal]
     exporter = Scripted()
-    lane = DeliveryTask(session, signal, exporter, options(batch=4 * TINY))
+    task = DeliveryTask(session, signal, exporter, options(batch_bytes=4 * TINY))
     kept: list[tuple[int, bytes, bytes]] = []
-    while lane.advance(ALL):
+    while task.advance(ALL):
         files = cursor_file(session, signal), checkpoint_file(session, signal)
         kept.append((len(exporter.taken), *(file.read_bytes() if file.exists() else b"" for file in files)))
-    lane.close()
+    task.close()
     states = [*dict.fromkeys(state for _, _, state in kept), b""]
     assert len(states) > 4, "there were several checkpoints"
     for sent, cursor, _ in kept[:: max(1, len(kept) // 12)]:
@@ -111,14 +112,14 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, 
 
 def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path):
     session = trained(tmp_path, 100, limits=SMALL)
-    lane = DeliveryTask(session, "metrics", Scripted(), options(batch=TINY))
+    task = DeliveryTask(session, "metrics", Scripted(), options(batch_bytes=TINY))
     seen = 0
-    while lane.advance(ALL):
+    while task.advance(ALL):
         if checkpoint_file(session).exists():
             position = orjson.loads(checkpoint_file(session).read_bytes().partition(b" ")[2])["position"]
             assert position["seq"] <= read_cursor(cursor_file(session)).position.seq
             seen += 1
-    lane.close()
+    task.close()
     assert seen > 5
 
 
@@ -126,19 +127,19 @@ def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path):
     session = trained(tmp_path, 100, limits=SMALL)
     expected = everything(session)["metrics"]
     exporter = Scripted()
-    lane = DeliveryTask(session, "metrics", exporter, options(batch=4 * TINY))
-    while lane.position.segment < 5:
-        lane.advance(ALL)
-    lane.advance(ALL)
+    task = DeliveryTask(session, "metrics", exporter, options(batch_bytes=4 * TINY))
+    while task.position.segment < 5:
+        task.advance(ALL)
+    task.advance(ALL)
     needs = read_cursor(cursor_file(session)).needs
-    lane.close()
+    task.close()
     assert needs >= 4
     for number in range(1, needs):
         (session.path / segment_name(number)).unlink()
-    lane = deliver(session, exporter, options())
+    task = deliver(session, exporter, options())
     assert exporter.taken == expected, "cumulative sums and open steps included"
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
-    assert lane.state.ledger.pruned == 0, "what was pruned had been read"
+    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert task.state.ledger.pruned == 0, "what was pruned had been read"
 
 
 # ---------------------------------------------------------------- strange files
@@ -147,23 +148,23 @@ def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path):
 def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list]:
     session = trained(tmp_path, 60, limits=SMALL)
     exporter = Scripted()
-    lane = DeliveryTask(session, "metrics", exporter, options(batch=TINY))
+    task = DeliveryTask(session, "metrics", exporter, options(batch_bytes=TINY))
     for _ in range(20):
-        lane.advance(ALL)
-    lane.close()
+        task.advance(ALL)
+    task.close()
     return session, exporter, everything(session)["metrics"]
 
 
 def foreign_version(raw: bytes) -> bytes:
     content = orjson.dumps({**orjson.loads(raw.partition(b" ")[2]), "version": 999})
-    return b"%08x %b" % (tasks.crc32(content), content)
+    return b"%08x %b" % (crc32(content), content)
 
 
 def newer_position(raw: bytes) -> bytes:
     content = orjson.loads(raw.partition(b" ")[2])
     content["position"]["shard"] = 3
     content = orjson.dumps(content)
-    return b"%08x %b" % (tasks.crc32(content), content)
+    return b"%08x %b" % (crc32(content), content)
 
 
 CHECKPOINTS = {
@@ -171,7 +172,7 @@ CHECKPOINTS = {
     "not JSON": lambda raw: b"\xff" * 100,
     "cut": lambda raw: raw[: len(raw) // 2],
     "one digit flipped": lambda raw: raw.replace(b'"boundary":1', b'"boundary":2', 1),
-    "a list": lambda raw: b"%08x []" % tasks.crc32(b"[]"),
+    "a list": lambda raw: b"%08x []" % crc32(b"[]"),
     "another mapping's": foreign_version,
     "a newer one's": newer_position,
 }
@@ -184,9 +185,9 @@ def test_a_checkpoint_that_does_not_hold_is_rebuilt_from_the_journal(tmp_path, c
     raw = file.read_bytes()
     assert change(raw) != raw
     file.write_bytes(change(raw))
-    lane = deliver(session, exporter, options())
+    task = deliver(session, exporter, options())
     assert exporter.taken == expected
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
 def test_another_sessions_checkpoint_is_not_used(tmp_path):
@@ -194,7 +195,7 @@ def test_another_sessions_checkpoint_is_not_used(tmp_path):
     other = Training(tmp_path / "b", session="00000000000000b0", limits=SMALL)
     other.steps(30, value=lambda n: 99.0)
     other_path = other.end()
-    deliver(other_path, Scripted(), options(batch=TINY))
+    deliver(other_path, Scripted(), options(batch_bytes=TINY))
     shutil.copy(checkpoint_file(other_path), checkpoint_file(session))
     deliver(session, exporter, options())
     assert exporter.taken == expected
@@ -213,9 +214,9 @@ def test_a_damaged_cursor_delivers_all_again(tmp_path, change):
     session, _, expected = half_delivered(tmp_path)
     cursor_file(session).write_bytes(change(cursor_file(session).read_bytes()))
     again = Scripted()
-    lane = deliver(session, again, options())
+    task = deliver(session, again, options())
     assert again.taken == expected
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
 def test_a_torn_move_costs_that_move(tmp_path):
@@ -235,16 +236,16 @@ def test_another_sessions_cursor_is_not_used(tmp_path, caplog):
     deliver(other, Scripted(), options())
     shutil.copy(cursor_file(other), cursor_file(session))
     again = Scripted()
-    lane = deliver(session, again, options())
+    task = deliver(session, again, options())
     assert again.taken == expected
     assert "another journal" in caplog.text
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
 @pytest.mark.parametrize("offset", [17, 10**9], ids=["within a line", "past the end"])
 def test_a_cursor_that_stands_nowhere_is_not_used(tmp_path, offset):
     session, _, expected = half_delivered(tmp_path)
-    cursor = tasks.Cursor(cursor_file(session))
+    cursor = Cursor(cursor_file(session))
     cursor.write(replace(cursor.state, position=replace(cursor.state.position, offset=offset)))
     cursor.close()
     again = Scripted()
@@ -256,11 +257,11 @@ def test_a_finished_session_is_not_sent_again(tmp_path):
     session = trained(tmp_path)
     deliver(session, Scripted(), options())
     again = Scripted()
-    lane = DeliveryTask(session, "metrics", again, options())
-    assert lane.finished
-    assert not lane.advance(ALL)
+    task = DeliveryTask(session, "metrics", again, options())
+    assert task.finished
+    assert not task.advance(ALL)
     assert again.requests == []
-    lane.close()
+    task.close()
 
 
 def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path):
@@ -275,14 +276,14 @@ def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path):
 def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
     session = trained(tmp_path, 12)
     sampled, whole = Scripted(processors=[SampleSteps(every=4)]), Scripted(destination="elsewhere")
-    lane = deliver(session, sampled, options())
+    task = deliver(session, sampled, options())
     deliver(session, whole, options())
     numbers = [
         [float(value) for _, name, _, _, value in exporter.taken if name == "training.step.number" and value != "None"]
         for exporter in (whole, sampled)
     ]
     assert numbers == [[*range(12)], [0, 4, 8]]
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
 @pytest.mark.parametrize("made", [True, "loss", {}])
@@ -296,10 +297,10 @@ def test_an_event_goes_on_without_a_processor_that_makes_none_of_it(tmp_path, ca
 
     session = trained(tmp_path, 12)
     exporter = Scripted(processors=[Confused()])
-    lane = deliver(session, exporter, options())
+    task = deliver(session, exporter, options())
     assert exporter.taken == everything(session)["metrics"]
     assert caplog.text.count("processor Confused failed") == 1
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
 # ---------------------------------------------------------------- ledgers of lines
@@ -313,8 +314,8 @@ def test_damaged_dropped_and_pruned_lines_are_counted_as_such(tmp_path):
     second = [{**header(), "seq": 27, "ts": NOON + 31 * SECOND}, {**metrics(99), "seq": 28, "ts": NOON + 32 * SECOND}]
     session = lay_down(tmp_path, [{**header(world_size=1), "ts": NOON - SECOND}, *first, gap], second)
     (session.path / "closed.json").write_bytes(b'{"seq":31,"ts":%d,"status":"interrupted"}' % (NOON + 33 * SECOND))
-    lane = deliver(session, Scripted(), options())
-    ledger = lane.state.ledger
+    task = deliver(session, Scripted(), options())
+    ledger = task.state.ledger
     assert (ledger.read, ledger.damaged, ledger.dropped, ledger.pruned) == (23, 1 + 3, 4, 0)
     assert_true(ledger, 31)
 
@@ -324,10 +325,10 @@ def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path):
     for number in (1, 2, 3):
         (session.path / segment_name(number)).unlink()
     exporter = Scripted()
-    lane = deliver(session, exporter, options())
-    assert lane.state.ledger.pruned > 20
-    assert lane.state.ledger.damaged == 0
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    task = deliver(session, exporter, options())
+    assert task.state.ledger.pruned > 20
+    assert task.state.ledger.damaged == 0
+    assert_true(task.state.ledger, read_closed(session.path).seq)
     assert [r for r in exporter.taken if r[1] == "training.loss"], "and what is left has been delivered"
 
 
@@ -335,24 +336,24 @@ def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path):
 def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path, signal):
     session = trained(tmp_path, 40)
     journaled = read_closed(session.path).seq
-    lane = DeliveryTask(session, signal, Scripted(), options(batch=TINY))
-    while lane.advance(ALL):
+    task = DeliveryTask(session, signal, Scripted(), options(batch_bytes=TINY))
+    while task.advance(ALL):
         state = read_cursor(cursor_file(session, signal))
         assert_true(state.ledger, journaled, pending=journaled - state.position.seq)
-    lane.close()
+    task.close()
 
 
 def test_partial_success_counts_as_rejected_but_never_more_than_there_is(tmp_path):
     session = trained(tmp_path, 5)
-    lane = deliver(session, Scripted([Outcome(Verdict.DELIVERED, "3 rejected by the receiver", rejected=3)]), options())
-    assert lane.state.ledger.rejected == 3
-    assert lane.state.message == "3 rejected by the receiver"
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    task = deliver(session, Scripted([Outcome(Verdict.DELIVERED, "3 rejected by the receiver", rejected=3)]), options())
+    assert task.state.ledger.rejected == 3
+    assert task.state.message == "3 rejected by the receiver"
+    assert_true(task.state.ledger, read_closed(session.path).seq)
 
     other = trained(tmp_path / "b", 5)
-    lane = deliver(other, Scripted([Outcome(Verdict.DELIVERED, rejected=10**6)]), options(batch=1 << 20))
-    assert lane.state.ledger.delivered == 0
-    assert_true(lane.state.ledger, read_closed(other.path).seq)
+    task = deliver(other, Scripted([Outcome(Verdict.DELIVERED, rejected=10**6)]), options(batch_bytes=1 << 20))
+    assert task.state.ledger.delivered == 0
+    assert_true(task.state.ledger, read_closed(other.path).seq)
 
 
 # ---------------------------------------------------------------- verdicts, by an injected clock
@@ -362,81 +363,81 @@ def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_pa
     time = Time()
     session = trained(tmp_path, 60)
     exporter = Scripted([Outcome(Verdict.RETRY, "busy")] * 10)
-    lane = DeliveryTask(session, "metrics", exporter, options(time, batch=TINY))
+    task = DeliveryTask(session, "metrics", exporter, options(time, batch_bytes=TINY))
     waits = []
     for _ in range(10):
-        assert not lane.advance(ALL)
-        waits.append(lane.not_before - time.now)
-        time.now = lane.not_before
+        assert not task.advance(ALL)
+        waits.append(task.not_before - time.now)
+        time.now = task.not_before
     assert waits == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     assert read_cursor(cursor_file(session)).state == "retry"
-    assert not lane.held
-    assert lane.advance(ALL)
+    assert not task.held
+    assert task.advance(ALL)
     assert exporter.sent[10] == exporter.sent[0], "the same again"
-    assert (lane.state.state, lane.state.message, lane.failing_since) == ("ok", "", None)
+    assert (task.state.state, task.state.message, task.failing_since) == ("ok", "", None)
     exporter.answer = lambda _: Outcome(Verdict.RETRY)
-    lane.advance(ALL)
-    assert lane.not_before - time.now == 0.25
-    lane.close()
+    task.advance(ALL)
+    assert task.not_before - time.now == 0.25
+    task.close()
 
 
 def test_jitter_takes_up_to_half_of_a_wait(tmp_path):
     time = Time()
     exporter = Scripted([Outcome(Verdict.RETRY)])
-    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time, jitter=lambda: 0.0))
-    lane.advance(ALL)
-    assert lane.not_before - time.now == 0.125
-    lane.close()
+    task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time, jitter=lambda: 0.0))
+    task.advance(ALL)
+    assert task.not_before - time.now == 0.125
+    task.close()
 
 
 @pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.RETRY_THEN_HOLD, Verdict.HOLD])
 def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
     time = Time()
     exporter = Scripted([Outcome(verdict, retry_after=120.0)])
-    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
-    lane.advance(ALL)
-    assert lane.not_before - time.now == 120.0
-    lane.close()
+    task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
+    task.advance(ALL)
+    assert task.not_before - time.now == 120.0
+    task.close()
 
 
 def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes(tmp_path):
     time = Time()
     exporter = Scripted([Outcome(Verdict.RETRY, "503: busy", retry_after=99_999_999_999.0)])
-    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
-    lane.advance(ALL)
-    assert lane.not_before - time.now == HOLD_LONGEST
-    assert lane.state.message == "503: busy; it asks for a wait of 99,999,999,999 s: the next try is in 300 s"
-    lane.close()
+    task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
+    task.advance(ALL)
+    assert task.not_before - time.now == MAX_HOLD_DELAY_S
+    assert task.state.message == "503: busy; it asks for a wait of 99,999,999,999 s: the next try is in 300 s"
+    task.close()
 
 
 def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_rejected(tmp_path):
     time = Time()
     exporter = Scripted(lambda _: Outcome(Verdict.RETRY_THEN_HOLD, "500: its disk"))
-    lane = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
+    task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
     states = []
-    for _ in range(PATIENCE + 1):
-        lane.advance(ALL)
-        states.append(lane.state.state)
-        time.now = lane.not_before
-    assert states == ["retry"] * (PATIENCE - 1) + ["hold"] * 2
-    assert lane.state.ledger.rejected == 0
+    for _ in range(MAX_SERVER_ERRORS + 1):
+        task.advance(ALL)
+        states.append(task.state.state)
+        time.now = task.not_before
+    assert states == ["retry"] * (MAX_SERVER_ERRORS - 1) + ["hold"] * 2
+    assert task.state.ledger.rejected == 0
     exporter.answer = lambda _: OK
-    assert lane.advance(ALL)
-    assert lane.state.state == "ok"
-    lane.close()
+    assert task.advance(ALL)
+    assert task.state.state == "ok"
+    task.close()
 
 
 def test_an_absence_does_not_count_towards_a_hold(tmp_path):
     time = Time()
     answers = [Outcome(Verdict.RETRY)] * 10 + [Outcome(Verdict.RETRY_THEN_HOLD)] * 4 + [Outcome(Verdict.HOLD)]
-    lane = DeliveryTask(trained(tmp_path, 5), "metrics", Scripted(answers), options(time))
+    task = DeliveryTask(trained(tmp_path, 5), "metrics", Scripted(answers), options(time))
     for _ in range(14):
-        lane.advance(ALL)
-        assert not lane.held
-    lane.advance(ALL)
-    assert lane.held
-    assert lane.not_before - time.now == 15.0, "a hold begins with its own first wait"
-    lane.close()
+        task.advance(ALL)
+        assert not task.held
+    task.advance(ALL)
+    assert task.held
+    assert task.not_before - time.now == 15.0, "a hold begins with its own first wait"
+    task.close()
 
 
 def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
@@ -445,41 +446,41 @@ def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
     session = trained(tmp_path, 60)
     expected = everything(session)["metrics"]
     exporter = Scripted([OK, OK] + [Outcome(Verdict.HOLD, "404: check the path")] * 7)
-    lane = DeliveryTask(session, "metrics", exporter, options(time, batch=TINY))
-    lane.advance(ALL)
-    lane.advance(ALL)
+    task = DeliveryTask(session, "metrics", exporter, options(time, batch_bytes=TINY))
+    task.advance(ALL)
+    task.advance(ALL)
     waits = []
     for _ in range(7):
-        assert not lane.advance(ALL)
-        assert lane.held
-        waits.append(lane.not_before - time.now)
-        time.now = lane.not_before
+        assert not task.advance(ALL)
+        assert task.held
+        waits.append(task.not_before - time.now)
+        time.now = task.not_before
     assert waits == [15.0, 30.0, 60.0, 120.0, 240.0, 300.0, 300.0]
     assert caplog.text.count("404: check the path") == 1
     assert read_cursor(cursor_file(session)).message == "404: check the path"
-    while lane.advance(ALL):
+    while task.advance(ALL):
         pass
-    assert (lane.state.state, lane.state.message) == ("ok", "")
+    assert (task.state.state, task.state.message) == ("ok", "")
     assert exporter.taken == expected, "as if nothing had been: the mapper was rebuilt"
     assert "delivering again" in caplog.text
-    assert lane.finished
-    lane.close()
+    assert task.finished
+    task.close()
 
 
 def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path, caplog):
     session = trained(tmp_path, 5)
     exporter = Scripted([Outcome(Verdict.HOLD, "401: credentials")] * 2)
-    lane = DeliveryTask(session, "metrics", exporter, options())
-    lane.advance(ALL)
-    lane.close()
-    lane = DeliveryTask(session, "metrics", exporter, options())
-    assert lane.held
-    assert lane.not_before == 0.0, "a new deliverer asks at once: a person may have seen to it"
-    lane.advance(ALL)
+    task = DeliveryTask(session, "metrics", exporter, options())
+    task.advance(ALL)
+    task.close()
+    task = DeliveryTask(session, "metrics", exporter, options())
+    assert task.held
+    assert task.not_before == 0.0, "a new deliverer asks at once: a person may have seen to it"
+    task.advance(ALL)
     assert caplog.text.count("401: credentials") == 1
-    assert lane.advance(ALL)
-    assert not lane.held
-    lane.close()
+    assert task.advance(ALL)
+    assert not task.held
+    task.close()
 
 
 def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tmp_path):
@@ -492,10 +493,10 @@ def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tm
         return Outcome(Verdict.ISOLATE, "400: duplicate sample") if refused else OK
 
     exporter = Scripted(answer)
-    lane = deliver(session, exporter, options())
+    task = deliver(session, exporter, options())
     assert exporter.taken == [record for record in expected if record != bad]
-    assert lane.state.ledger.rejected == 1
-    assert_true(lane.state.ledger, read_closed(session.path).seq)
+    assert task.state.ledger.rejected == 1
+    assert_true(task.state.ledger, read_closed(session.path).seq)
     (line,) = (session.path / "rejected.jsonl").read_bytes().splitlines()
     letter = orjson.loads(line)
     assert (letter["destination"], letter["signal"], letter["why"]) == ("there", "metrics", "400: duplicate sample")
@@ -510,13 +511,13 @@ def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tm
 def test_a_receiver_that_refuses_everything_holds_with_nothing_rejected(tmp_path):
     session = trained(tmp_path, 40)
     exporter = Scripted(lambda _: Outcome(Verdict.ISOLATE, "400: no such tenant"))
-    lane = DeliveryTask(session, "metrics", exporter, options())
-    assert not lane.advance(ALL)
-    assert lane.held
-    assert "no such tenant" in lane.state.message
-    assert lane.state.ledger.rejected == 0
+    task = DeliveryTask(session, "metrics", exporter, options())
+    assert not task.advance(ALL)
+    assert task.held
+    assert "no such tenant" in task.state.message
+    assert task.state.ledger.rejected == 0
     assert not (session.path / "rejected.jsonl").exists()
-    lane.close()
+    task.close()
 
 
 AGES = {
@@ -528,25 +529,25 @@ AGES = {
 
 
 @pytest.mark.parametrize(("age", "held"), AGES.values(), ids=AGES)
-@pytest.mark.parametrize("opaque", [True, False], ids=["opaque", "with a reason"])
-def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(tmp_path, age, held, opaque):
+@pytest.mark.parametrize("reason_hidden", [True, False], ids=["reason_hidden", "with a reason"])
+def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(tmp_path, age, held, reason_hidden):
     session = trained(tmp_path, 10)
     time = Time(read_closed(session.path).ts / SECOND + age)
-    refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", reason_hidden=opaque)
+    refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", reason_hidden=reason_hidden)
     exporter = Scripted(lambda records: refusal if any(r[0].name == "training.lr" for r in records) else OK)
-    lane = DeliveryTask(session, "metrics", exporter, options(time))
-    lane.advance(ALL)
-    if held and opaque:
-        assert lane.held
-        assert lane.state.ledger.rejected == 0
-        assert "storage.tsdb.out_of_order_time_window" in lane.state.message
-        assert "the log of what is behind it" in lane.state.message
-        assert "responded with HTTP Status Code 400" in lane.state.message
+    task = DeliveryTask(session, "metrics", exporter, options(time))
+    task.advance(ALL)
+    if held and reason_hidden:
+        assert task.held
+        assert task.state.ledger.rejected == 0
+        assert "storage.tsdb.out_of_order_time_window" in task.state.message
+        assert "the log of what is behind it" in task.state.message
+        assert "responded with HTTP Status Code 400" in task.state.message
         assert not (session.path / "rejected.jsonl").exists()
     else:
-        assert not lane.held
-        assert lane.state.ledger.rejected == 10 + 1, "ten values and the end of their series"
-    lane.close()
+        assert not task.held
+        assert task.state.ledger.rejected == 10 + 1, "ten values and the end of their series"
+    task.close()
 
 
 @pytest.mark.parametrize("signal", ["traces", "logs"])
@@ -554,10 +555,10 @@ def test_only_points_are_judged_by_their_time(tmp_path, signal):
     session = trained(tmp_path, 20)
     time = Time(NOON / SECOND + 10 * 86_400)
     bad = everything(session)[signal][0][1:]
-    opaque = Outcome(Verdict.ISOLATE, "400: opaque", reason_hidden=True)
-    exporter = Scripted(lambda records: opaque if bad in plain(records) else OK)
-    lane = deliver(session, exporter, options(time), signal)
-    assert lane.state.ledger.rejected == 1
+    reason_hidden = Outcome(Verdict.ISOLATE, "400: reason_hidden", reason_hidden=True)
+    exporter = Scripted(lambda records: reason_hidden if bad in plain(records) else OK)
+    task = deliver(session, exporter, options(time), signal)
+    assert task.state.ledger.rejected == 1
 
 
 # ---------------------------------------------------------------- the end of a session
@@ -569,11 +570,11 @@ def test_a_dead_writers_session_is_closed_and_its_open_step_delivered(tmp_path):
     training.emit("step_begin", parent=training.run, step=3, split="train")
     session = training.die()
     exporter = Scripted()
-    lane = deliver(session, exporter, options(), "traces")
+    task = deliver(session, exporter, options(), "traces")
     closed = read_closed(session.path)
     assert closed.status == "interrupted"
-    assert lane.finished
-    assert_true(lane.state.ledger, closed.seq)
+    assert task.finished
+    assert_true(task.state.ledger, closed.seq)
     assert sum("interrupted" in record[1] for record in exporter.taken) >= 2, "the step and the run"
 
 
@@ -582,37 +583,37 @@ def test_a_living_writers_session_waits_at_its_end(tmp_path):
     training = Training(tmp_path)
     training.steps(3)
     exporter = Scripted()
-    lane = DeliveryTask(training.path, "metrics", exporter, options(time))
-    while lane.advance(ALL):
+    task = DeliveryTask(training.path, "metrics", exporter, options(time))
+    while task.advance(ALL):
         pass
     time.skip(5)
-    lane.advance(ALL)
-    assert lane.at_end
-    assert lane.alive
-    assert not lane.finished
+    task.advance(ALL)
+    assert task.at_end
+    assert task.alive
+    assert not task.finished
     training.steps(1)
-    assert lane.advance(ALL)
+    assert task.advance(ALL)
     training.end()
     time.skip(5)
-    while lane.advance(ALL):
+    while task.advance(ALL):
         pass
-    assert lane.finished
-    assert_true(lane.state.ledger, read_closed(training.path.path).seq)
+    assert task.finished
+    assert_true(task.state.ledger, read_closed(training.path.path).seq)
     assert exporter.taken == everything(training.path)["metrics"]
-    lane.close()
+    task.close()
 
 
 def test_a_session_that_is_gone_does_not_keep_a_deliverer_waiting(tmp_path):
     time = Time()
     training = Training(tmp_path)
     training.steps(3)
-    lane = DeliveryTask(training.path, "metrics", Scripted(), options(time))
-    lane.advance(ALL)
+    task = DeliveryTask(training.path, "metrics", Scripted(), options(time))
+    task.advance(ALL)
     shutil.rmtree(training.path.path)
     time.skip(5)
     with pytest.raises(JournalError, match="gone"):
-        lane.advance(ALL)
-    lane.close()
+        task.advance(ALL)
+    task.close()
     training.die()
 
 
@@ -621,18 +622,18 @@ def test_another_boots_session_is_dead_only_after_silence(tmp_path):
     training = Training(tmp_path, boot_id="another")
     training.steps(3)
     session = training.die()
-    lane = DeliveryTask(session, "metrics", Scripted(), options(time, dead_after=900.0))
-    lane.advance(ALL)
+    task = DeliveryTask(session, "metrics", Scripted(), options(time, dead_after=900.0))
+    task.advance(ALL)
     time.skip(5)
-    lane.advance(ALL)
-    assert lane.alive
+    task.advance(ALL)
+    assert task.alive
     last = session.path / segment_name(session.segments()[-1])
     os.utime(last, (last.stat().st_mtime - 1000,) * 2)
     time.skip(5)
-    while lane.advance(ALL):
+    while task.advance(ALL):
         pass
-    assert lane.finished
-    lane.close()
+    assert task.finished
+    task.close()
 
 
 # ---------------------------------------------------------------- other people's journals
@@ -648,9 +649,9 @@ def test_a_journal_that_is_not_ours_is_read_and_never_written(tmp_path):
         DeliveryTask(session, "metrics", Scripted(), options())
     before = {path: path.stat().st_mtime_ns for path in [session.path, *session.path.rglob("*")]}
     exporter = Scripted(lambda records: Outcome(Verdict.ISOLATE, "no") if len(records) == 1 else OK)
-    lane = deliver(session, exporter, options(state_directory=tmp_path / "state"))
+    task = deliver(session, exporter, options(state_directory=tmp_path / "state"))
     assert exporter.taken == expected
-    assert lane.finished
+    assert task.finished
     assert {path: path.stat().st_mtime_ns for path in [session.path, *session.path.rglob("*")]} == before
     assert [path.name for path in (tmp_path / "state").iterdir()] == [session.path.name]
     again = Scripted()
@@ -665,8 +666,8 @@ def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp
     session = training.die()
     for path in [session.path, *session.path.iterdir()]:
         os.chown(path, 12345, 12345)
-    lane = deliver(session, Scripted(), options(state_directory=tmp_path / "state"))
-    assert lane.finished
+    task = deliver(session, Scripted(), options(state_directory=tmp_path / "state"))
+    assert task.finished
     assert read_closed(session.path) is None
     assert read_closed(tmp_path / "state" / session.path.name).status == "interrupted"
 

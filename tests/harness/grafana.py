@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-STACK = Path(__file__).parent.parent / "collector-config" / "stack"
+STACK = Path(__file__).parents[2] / "collector-config" / "stack"
 PROMETHEUS_STACK = STACK / "prometheus"
 SEVERAL = {"rank", "split"}
 """The variables that may have several values."""

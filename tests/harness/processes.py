@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,8 @@ from typing import Any
 
 import psutil
 import pytest
-from runs import is_ours
+
+from harness.runs import is_ours
 
 RANK = """
 import os, sys, time
@@ -22,7 +24,7 @@ import stepspan
 from stepspan.deliver.delivery import ProcessDelivery
 
 directory, rank, count = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-ProcessDelivery.check = 0.05
+ProcessDelivery.check_interval_s = 0.05
 run = stepspan.start_run(directory=directory, job_id="job", rank=rank, local_rank=rank, world_size=2)
 step, closing = 0, time.monotonic()
 try:
@@ -63,7 +65,7 @@ class Ranks:
         return [self.ended(process) for process in self.running]
 
     def ended(self, process: subprocess.Popen[str]) -> tuple[int, float]:
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=under_load(30))
         assert process.returncode == 0, err
         steps, seconds = out.split()
         return int(steps), float(seconds)
@@ -104,9 +106,24 @@ def ranks(tmp_path: Path) -> Iterator[Ranks]:
     until(lambda: not found.deliverers())
 
 
+def under_load(seconds: float) -> float:
+    """The time that something may take here which takes at most `seconds` where no other work waits for a processor."""
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def status_of_child(pid: int) -> int:
+    """What `os.waitpid` says of a forked child that ends; one that hangs is killed, and the test fails."""
+    try:
+        return int(until(lambda: [status for done, status in (os.waitpid(pid, os.WNOHANG),) if done])[0])
+    except AssertionError:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        raise
+
+
 def until(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
-    """What the condition says, once it says something."""
-    deadline = time.monotonic() + seconds
+    """What the condition says, once it says something; it has `seconds`, and more where the machine is busy."""
+    deadline = time.monotonic() + under_load(seconds)
     while not (found := condition()):
         assert time.monotonic() < deadline, "it did not come to that"
         time.sleep(0.02)

@@ -1,0 +1,173 @@
+"""One session's events as batches of one signal's records: read, process, map, and the checkpoints of the mapper.
+
+A mapper is a fold, so it must have seen every event before a batch. Where it has not (after a restart, or when a batch
+was given up) it is rebuilt: from the last checkpoint that is not ahead of the position, by reading on from there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from stepspan.deliver.options import BATCH_BYTES, Options
+from stepspan.deliver.session_end import SessionEnd
+from stepspan.events import Event
+from stepspan.exporters import Exporter
+from stepspan.journal.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from stepspan.journal.cursor import Ledger, Position
+from stepspan.journal.liveness import Closed
+from stepspan.journal.reader import JournalReader
+from stepspan.mapping.mapper import VERSION, Mapper, mapper
+from stepspan.mapping.records import Record, Signal
+from stepspan.processors import specs
+
+log = logging.getLogger("stepspan.deliver")
+
+CHECKPOINT_BYTES = 16 << 20
+"""Journal bytes between checkpoints; each new segment has one as well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Records to be sent, where the cursor will stand, and what the ledger gains besides the receiver's answer."""
+
+    records: Sequence[Record]
+    position: Position
+    counts: Ledger
+
+
+class BatchReader:
+    """Reads the batches of one signal of a session, one after the other.
+
+    Args:
+        reader: Of the session.
+        signal: Which records are made.
+        exporter: Its processors see the events before they are mapped.
+        checkpoint: Where the checkpoint lies.
+        options: Clock and size of a batch.
+
+    """
+
+    def __init__(
+        self, reader: JournalReader, signal: Signal, exporter: Exporter, checkpoint: Path, options: Options
+    ) -> None:
+        self.at_end = False
+        """Whether nothing more stood there at the last look."""
+        self.next_ts = 0
+        """The time of the event that `until` kept out of the last batch, Unix ns; 0: none."""
+        self._reader = reader
+        self._signal: Signal = signal
+        self._processors = exporter.processors
+        self._checkpoint = checkpoint
+        self._batch_bytes = options.batch_bytes
+        self._mapper: Mapper | None = None
+        self._since_checkpoint = 0
+        self._failed_processors: set[str] = set()
+
+    def read(self, position: Position, until: int, end: SessionEnd) -> Batch | None:
+        """The next batch.
+
+        Args:
+            position: Where the cursor stands: the end of the last batch, or anywhere after `seek` or `forget`.
+            until: The time of the last event that may be in it, Unix ns.
+            end: The session's end; its records follow those of the last event.
+
+        Returns:
+            The batch; None where there is nothing to deliver now.
+
+        """
+        if self._mapper is None:
+            self._mapper = self._rebuild(position)
+        closed = end.read()
+        batch = self._reader.read(position, size=self._batch_bytes, until=until, closed=closed)
+        if batch.at_end and closed is None and (closed := end.probe()) is not None:
+            batch = self._reader.read(position, size=self._batch_bytes, until=until, closed=closed)
+        self.at_end, self.next_ts = batch.at_end, batch.beyond
+        finishing = batch.at_end and closed is not None and not position.finished
+        if not batch.events and not finishing:
+            return None
+        filtered = self._mapper.filtered
+        records = self._mapper.map(self._process(batch.events))
+        counts, position = batch.counts, batch.position
+        if finishing and closed is not None:
+            records = [*records, *self._mapper.finish(closed)]
+            counts.damaged += max(0, closed.seq - position.seq)  # the end was damaged: no later line shows the hole
+            position = replace(position, seq=max(closed.seq, position.seq), finished=True)
+        counts.filtered = self._mapper.filtered - filtered
+        counts.mapped = len(records) + counts.filtered
+        return Batch(records, position, counts)
+
+    def seek(self, position: Position) -> None:
+        """Prepare to read on from a position, now rather than with the first batch. OSError, `JournalError`."""
+        self._mapper = self._rebuild(position)
+
+    def forget(self) -> None:
+        """Give up the last batch: it will be read again, from the position where it began."""
+        self._mapper = None
+
+    def save_if_due(self, before: Position, position: Position) -> bool:
+        """Save a checkpoint where one is due, after the cursor has moved on from `before`. Whether it was saved."""
+        self._since_checkpoint += max(0, position.offset - before.offset)
+        due = position.segment != before.segment or self._since_checkpoint >= CHECKPOINT_BYTES
+        if not due or position.finished or self._mapper is None:
+            return False
+        with suppress(OSError):  # without it a restart reads more
+            save_checkpoint(self._checkpoint, Checkpoint(position, self._mapper.state()), self._key())
+            self._since_checkpoint = 0
+            return True
+        return False
+
+    def _rebuild(self, target: Position) -> Mapper:
+        """A mapper that has seen everything before a position."""
+        fold = mapper(self._signal, self._reader.header)
+        if target.finished:
+            return fold
+        position = Position()
+        checkpoint = load_checkpoint(self._checkpoint, self._key())
+        if checkpoint and checkpoint.position.seq <= target.seq:
+            position = checkpoint.position
+            fold.restore(checkpoint.mapper)
+        while position.seq < target.seq:
+            batch = self._reader.read(position, size=BATCH_BYTES, closed=Closed(target.seq, target.ts, ""))
+            if not batch.events:
+                break
+            fold.map(self._process(batch.events))
+            position = batch.position
+        return fold
+
+    def _key(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        processors = blake2b(orjson.dumps(specs(self._processors)), digest_size=8).hexdigest()
+        return {"version": VERSION, "session": self._reader.session.session, "processors": processors}
+
+    def _process(self, events: list[Event]) -> list[Event]:
+        """The events after the exporter's own processors."""
+        for processor in self._processors:
+            kept: list[Event] = []
+            for event in events:
+                processed: Event | None = event
+                if event["tag"] in processor.tags:
+                    try:
+                        made: Any = processor(event)
+                        if made is not None and not (isinstance(made, dict) and "tag" in made):
+                            raise TypeError(f"{made!r:.100} is no event")
+                        processed = made
+                    except Exception as error:  # a user's processor: the event goes on without it
+                        self._log_once(processor, error)
+                if processed is not None:
+                    kept.append(processed)
+            events = kept
+        return events
+
+    def _log_once(self, processor: object, error: Exception) -> None:
+        name = type(processor).__name__
+        if name not in self._failed_processors:
+            self._failed_processors.add(name)
+            log.warning("%s %s: processor %s failed: %r", self._reader.session.path, self._signal, name, error)

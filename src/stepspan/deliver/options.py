@@ -1,0 +1,37 @@
+"""What all deliveries of a deliverer have in common."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from stepspan.journal.liveness import DEAD_AFTER
+
+BATCH_BYTES = 512 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How sessions are delivered.
+
+    Attributes:
+        boot_id: The boot of this host: for sessions of the same boot the writer's lock says whether it lives.
+        dead_after: Seconds of silence after which a session of another host or boot counts as dead.
+        state_directory: Where cursors lie, for journals that this user may only read; None: with each session.
+        batch_bytes: Journal bytes in a batch, about.
+        clock: Monotonic seconds.
+        wall_clock: Unix seconds.
+        jitter: A random number in [0, 1).
+
+    """
+
+    boot_id: str
+    dead_after: float = DEAD_AFTER
+    state_directory: Path | None = None
+    batch_bytes: int = BATCH_BYTES
+    clock: Callable[[], float] = time.monotonic
+    wall_clock: Callable[[], float] = time.time
+    jitter: Callable[[], float] = random.SystemRandom().random

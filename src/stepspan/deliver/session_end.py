@@ -1,0 +1,64 @@
+"""How a deliverer learns that a session has ended: `closed.json` says so, or the writer is dead and it writes that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepspan.deliver.options import Options
+from stepspan.errors import JournalError
+from stepspan.events import Event
+from stepspan.journal.layout import SessionPath, segment_name
+from stepspan.journal.liveness import Closed, is_dead, quiet_for, read_closed, write_closed
+from stepspan.journal.reader import last_event
+
+CLOSED_INTERVAL_S = 0.1
+"""Between looks for `closed.json`."""
+LIVENESS_INTERVAL_S = 1.0
+"""Between looks at the writer's lock."""
+
+
+class SessionEnd:
+    """The end of one session, looked for no more often than the intervals above.
+
+    `state_directory` is where this deliverer writes what it finds out: the session's own directory, or another one
+    where that belongs to somebody else.
+    """
+
+    def __init__(self, session: SessionPath, header: Event, state_directory: Path, options: Options) -> None:
+        self._session = session
+        self._header = header
+        self._state_directory = state_directory
+        self._options = options
+        self._closed: Closed | None = None
+        self._read_at = self._probed_at = -LIVENESS_INTERVAL_S
+
+    def read(self) -> Closed | None:
+        """The end, if somebody has written it down."""
+        now = self._options.clock()
+        if self._closed is None and now - self._read_at >= CLOSED_INTERVAL_S:
+            self._read_at = now
+            for directory in dict.fromkeys((self._session.path, self._state_directory)):
+                self._closed = self._closed or read_closed(directory)
+        return self._closed
+
+    def probe(self) -> Closed | None:
+        """The end, written down here if the writer turns out to be dead. OSError, `JournalError`: it is gone."""
+        now = self._options.clock()
+        if self._closed is None and now - self._probed_at >= LIVENESS_INTERVAL_S:
+            self._probed_at = now
+            if self._writer_is_dead():
+                seq, ts = last_event(self._session)
+                self._closed = write_closed(self._state_directory, Closed(seq, ts, "interrupted"), by="deliverer")
+        return self._closed
+
+    def _writer_is_dead(self) -> bool:
+        segments = self._session.segments()
+        if not segments:
+            raise JournalError(f"{self._session.path}: it is gone")
+        return is_dead(
+            self._session.path,
+            self._header,
+            boot_id=self._options.boot_id,
+            quiet_for=quiet_for(self._session.path / segment_name(segments[-1])),
+            dead_after=self._options.dead_after,
+        )

@@ -1,0 +1,83 @@
+"""How our span and log record processors and our exporters write `otel` events to the journal of a run.
+
+What a processor is handed is written as it comes, in the thread that ended the span or logged the line, and in the
+scope that is open there. What an exporter is handed was collected earlier, maybe on a thread of the SDK: it is written
+as background events, which are no sign that training goes on, and lies in no scope.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from opentelemetry.sdk.resources import Resource
+
+from stepspan.disabled import DISABLED
+from stepspan.events import Event
+from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
+from stepspan.run import Run
+from stepspan.start import current_run
+
+Result = TypeVar("Result")
+
+
+class JournalSink:
+    """Base of our processors and exporters.
+
+    Args:
+        run: The run whose journal is written; None: whichever is open at the time, if any.
+
+    """
+
+    def __init__(self, run: Run | None = None) -> None:
+        self._given = run
+        self._shut_down = False
+
+    def _run(self, resource: Resource | None = None, *, nested: bool = False) -> Run | None:
+        """The run to write to, if any. `nested`: whether this thread is already writing, or opening that run."""
+        run = self._given or current_run()
+        return None if run is DISABLED or run.closed else run
+
+    def _record(self, fields: Callable[[], Event]) -> None:
+        """Write one record that was emitted in this thread just now."""
+        with recording_depth as depth:
+            run = None if self._shut_down or depth >= MAX_DEPTH else self._run()
+            if run is not None:
+                scopes = run._scopes
+                run._record("otel", lambda: {"parent": scopes.around(), **fields()})
+
+    def _export(self, resource: Resource | None, events: Iterable[Event], success: Result, failure: Result) -> Result:
+        """Write a batch.
+
+        Args:
+            resource: The SDK's, for a run that has to be opened.
+            events: The fields of each `otel` event, made as they are written.
+            success: Returned where all of them stand in the journal.
+            failure: Returned otherwise.
+
+        """
+        with recording_depth as depth:
+            if self._shut_down or depth >= MAX_DEPTH:
+                return failure
+            try:
+                run = self._run(resource, nested=depth > 0)
+                if run is None:
+                    return failure
+                lost = run.stats()["lost"]
+                for fields in events:
+                    run.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
+                return success if run.stats()["lost"] == lost else failure
+            except Exception as error:  # wrong settings, no place for a journal, or a record that is none
+                self._warn(error)
+                return failure
+
+    def _warn(self, error: Exception) -> None:
+        (self._given or current_run()).warn_once("otel", f"OpenTelemetry's records were lost: {error!r}")
+
+    def shutdown(self, *args: Any, **options: Any) -> None:
+        """Take nothing more. The arguments, which differ between SDK versions, are not needed."""
+        self._shut_down = True
+
+    def force_flush(self, timeout_millis: float = 30_000) -> bool:
+        """Return True at once: nothing is held back."""
+        return True
