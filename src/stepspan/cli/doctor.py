@@ -85,7 +85,9 @@ def _identity(report: Report, directory: Path, service_name: str | None) -> int:
     for warning in (*me.warnings, *warnings):
         report.say("warning", warning)
     if me.may_merge:
-        report.fail("job_id", "nothing distinguishes this launch from the next one: give STEPSPAN_JOB_ID, new for each launch")
+        report.fail(
+            "job_id", "nothing distinguishes this launch from the next one: give STEPSPAN_JOB_ID, new for each launch"
+        )
     return me.local_rank
 
 

@@ -75,7 +75,7 @@ class BatchReader:
         """The next batch.
 
         Args:
-            position: Where the cursor stands: the end of the last batch, or anywhere after `seek` or `forget`.
+            position: Where the cursor stands: the end of the last batch; anywhere at first, and after `forget`.
             until: The time of the last event that may be in it, Unix ns.
             end: The session's end; its records follow those of the last event.
 
@@ -83,8 +83,7 @@ class BatchReader:
             The batch; None where there is nothing to deliver now.
 
         """
-        if self._mapper is None:
-            self._mapper = self._rebuild(position)
+        fold = self._mapper = self._mapper or self._rebuild(position)
         closed = end.read()
         batch = self._reader.read(position, size=self._batch_bytes, until=until, closed=closed)
         if batch.at_end and closed is None and (closed := end.probe()) is not None:
@@ -93,20 +92,16 @@ class BatchReader:
         finishing = batch.at_end and closed is not None and not position.finished
         if not batch.events and not finishing:
             return None
-        filtered = self._mapper.filtered
-        records = self._mapper.map(self._process(batch.events))
+        filtered = fold.filtered
+        records = fold.map(self._process(batch.events))
         counts, position = batch.counts, batch.position
         if finishing and closed is not None:
-            records = [*records, *self._mapper.finish(closed)]
+            records = [*records, *fold.finish(closed)]
             counts.damaged += max(0, closed.seq - position.seq)  # the end was damaged: no later line shows the hole
             position = replace(position, seq=max(closed.seq, position.seq), finished=True)
-        counts.filtered = self._mapper.filtered - filtered
+        counts.filtered = fold.filtered - filtered
         counts.mapped = len(records) + counts.filtered
         return Batch(records, position, counts)
-
-    def seek(self, position: Position) -> None:
-        """Prepare to read on from a position, now rather than with the first batch. OSError, `JournalError`."""
-        self._mapper = self._rebuild(position)
 
     def forget(self) -> None:
         """Give up the last batch: it will be read again, from the position where it began."""

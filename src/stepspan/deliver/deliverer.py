@@ -57,31 +57,29 @@ class Deliverer:
             if health is not None and isinstance(e, OtlpExporter) and "metrics" in e.signals
         ]
         self._pace = pace
-        self._stop = threading.Event()
+        self._stop, self._stop_health = threading.Event(), threading.Event()
         self._threads = [
             threading.Thread(
                 target=self._run, args=(s,), name=f"stepspan-{s.exporter.destination}-{s.signal}", daemon=True
             )
             for s in self.schedulers
         ]
+        self._health_threads = [
+            threading.Thread(target=h.run, args=(self._stop_health,), name="stepspan-health", daemon=True)
+            for h in self._health
+        ]
 
     def start(self) -> None:
         """Begin delivering, on threads."""
-        for thread in self._threads:
+        for thread in (*self._threads, *self._health_threads):
             thread.start()
-        for health in self._health:
-            health.start()
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Stop after the requests that are under way; one that hangs is left behind after `timeout` seconds."""
         self._stop.set()
-        deadline = time.monotonic() + timeout
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
-        deadline = time.monotonic() + REQUEST_TIMEOUT_S
-        for health in self._health:
-            health.stop(max(0.0, deadline - time.monotonic()))
+        _join(self._threads, timeout)
+        self._stop_health.set()  # its last report is on what was delivered until now
+        _join(self._health_threads, REQUEST_TIMEOUT_S)
         if not any(thread.is_alive() for thread in self._threads):
             for exporter in self._exporters:
                 exporter.close()
@@ -125,6 +123,14 @@ class Deliverer:
             scheduler.broken = True
         finally:
             scheduler.close()
+
+
+def _join(threads: Iterable[threading.Thread], timeout: float) -> None:
+    """Wait for threads, if they were started, for so many seconds in all."""
+    deadline = time.monotonic() + timeout
+    for thread in threads:
+        if thread.ident is not None:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def prepare_process() -> None:

@@ -191,13 +191,12 @@ class ProcessDelivery(Delivery):
         self._check()
         super().close(session, timeout)
         self._warn_of_failures(session)
-        if self._process is not None and self._process.poll() is None:
-            self._process.returncode = 0  # it outlives this process: keep Popen from waiting for it
+        self.after_fork()
 
     def after_fork(self) -> None:
-        """As the base: the deliverer is no child of this process."""
+        """As the base: the deliverer is no child of this process, or outlives it."""
         if self._process is not None:
-            self._process.returncode = 0
+            self._process.returncode = 0  # keeps Popen from waiting for it
 
     def _check(self) -> None:
         now = time.monotonic()

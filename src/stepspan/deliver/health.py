@@ -7,7 +7,7 @@ Sums are the cursors' ledgers, added over the sessions of a job that this delive
 go on over a restart. Their start is that of the job's first session here. A job is reported while a session of it is
 open (held ones included), and once more after its last one has moved; jobs that were finished before are passed over.
 
-Nothing of this may cost the journal anything. It has a thread and connections of its own, asks nothing of a receiver
+XX
 that is away, and a request that fails is forgotten: the next one says more.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -51,6 +51,10 @@ class Metric(NamedTuple):
     kind: Literal["gauge", "sum"]
     description: str
     state: str = ""
+
+    def series(self, attributes: Attributes) -> Series:
+        """The series with these attributes."""
+        return Series(self.name, attributes, self.unit, self.kind, self.description)
 
 
 RECORDS = Metric(
@@ -103,26 +107,14 @@ class Health:
         self._exporter = exporter.clone(REQUEST_TIMEOUT_S)
         self._schedulers = schedulers
         self._options = options
-        self._series: dict[tuple[str, ...], Series] = {}
         self._reported: dict[str, dict[Signal, Ledger]] = {}
         """What the receiver last took, by job."""
         self._not_before = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"stepspan-{exporter.destination}-health", daemon=True)
 
-    def start(self) -> None:
-        """Begin to report, on a thread."""
-        self._thread.start()
-
-    def stop(self, timeout: float) -> None:
-        """Report once more where something was delivered, for at most `timeout` seconds."""
-        self._stop.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout)
-
-    def _run(self) -> None:
+    def run(self, stop: threading.Event) -> None:
+        """Report again and again until `stop` is set, then once more where something was delivered. Raises nothing."""
         try:
-            while not self._stop.wait(REPORT_INTERVAL_S):
+            while not stop.wait(REPORT_INTERVAL_S):
                 self.report()
             if any(progress.moved for s in self._schedulers for progress in list(s.progress.values())):
                 self.report()
@@ -188,32 +180,24 @@ class Health:
     def points(self, jobs: Mapping[str, Mapping[Signal, Totals]], now: int) -> Iterator[Point]:
         """The report on some jobs. `now`: Unix ns."""
         for job, signals in jobs.items():
+            attributes = {"job_id": job, "destination": self._exporter.destination}
             for signal, totals in signals.items():
-                yield from self._sums(RECORDS, OUTCOMES, [totals], now, job, signal)
+                of_signal = {**attributes, "signal": signal}
+                yield from _sums(RECORDS, OUTCOMES, [totals], of_signal, now)
                 lag = max(0.0, (now - totals.pending_since) / SECOND_NS) if totals.pending_since else 0.0
                 for metric, value in ((PENDING, totals.pending_bytes), (LAG, lag), (HELD, totals.held)):
-                    yield self._series_of(metric, job, signal), now, float(value)
-            yield from self._sums(LINES, STATES, signals.values(), now, job)
+                    yield metric.series(of_signal), now, float(value)
+            yield from _sums(LINES, STATES, list(signals.values()), attributes, now)
 
-    def _sums(
-        self, metric: Metric, names: Sequence[str], totals: Iterable[Totals], now: int, job: str, *signal: str
-    ) -> Iterator[Point]:
-        totals = list(totals)
-        start = min(each.started for each in totals)
-        for name in names:
-            value = max(getattr(each.ledger, name) for each in totals)
-            yield self._series_of(metric, job, *signal, **{metric.state: name}), now, Sum(start, float(value))
 
-    def _series_of(self, metric: Metric, job: str, *signal: str, **state: str) -> Series:
-        identity = (metric.name, job, *signal, *state.values())
-        series = self._series.get(identity)
-        if series is None:
-            attributes = {"job_id": job, "destination": self._exporter.destination}
-            if signal:
-                attributes["signal"] = signal[0]
-            series = Series(metric.name, {**attributes, **state}, metric.unit, metric.kind, metric.description)
-            self._series[identity] = series
-        return series
+def _sums(
+    metric: Metric, names: Sequence[str], totals: Sequence[Totals], attributes: Attributes, now: int
+) -> Iterator[Point]:
+    """A point for each of some fields of a ledger: of several ledgers, the greatest."""
+    start = min(each.started for each in totals)
+    for name in names:
+        value = max(getattr(each.ledger, name) for each in totals)
+        yield metric.series({**attributes, metric.state: name}), now, Sum(start, float(value))
 
 
 def _ledgers(totals: Mapping[Signal, Totals]) -> dict[Signal, Ledger]:

@@ -85,7 +85,6 @@ class DeliveryTask:
                 self._cursor.state = CursorState()
             self._end = SessionEnd(session, self.header, self.state_directory, options)
             self._batches = BatchReader(reader, signal, exporter, directory / f"{name}.state", options)
-            self._batches.seek(self.position)
             self._files = files.pop_all()
 
     @property
