@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.journals import NOON, ROOMY, SECOND, header, session_of
+from harness.journals import NOON, ROOMY, RUN, SECOND, header, session_of
 from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import DeliveryTask
@@ -109,7 +109,7 @@ class Training:
         about = header(session, rank=rank, world_size=2, started=self.now, resource=resource, **fields)
         self.writer = JournalWriter(place, about, limits=limits, clock=self._clock)
         self.path = session_of(self.writer.path)
-        self.run = self.emit("run_begin", parent=0, name="demo", group=None, tags=[], attempt=[0, 0])
+        self.run = self.emit("run_begin", **RUN)
 
     def _clock(self) -> int:
         self.now += 1000

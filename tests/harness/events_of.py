@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from harness.journals import RUN, header
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.mapper import mapper
@@ -32,22 +33,9 @@ class SessionEvents:
         started: int = START,
     ) -> None:
         self.ts = started
-        self.events: list[Event] = [
-            {
-                "ts": started,
-                "seq": 1,
-                "tag": "header",
-                "session": session,
-                "run_key": run_key,
-                "job_id": "job",
-                "rank": rank,
-                "world_size": world_size,
-                "role": role,
-                "started": started,
-                "pid": 42,
-                "resource": {"service.name": "training", "rank": rank},
-            }
-        ]
+        about = {"rank": rank, "world_size": world_size, "role": role, "run_key": run_key, "started": started}
+        resource = {"service.name": "training", "rank": rank}
+        self.events: list[Event] = [header(session, **about, pid=42, resource=resource, ts=started, seq=1)]
 
     @property
     def header(self) -> Event:
@@ -61,8 +49,7 @@ class SessionEvents:
         return seq
 
     def run(self, **fields: Any) -> int:
-        about = {"parent": 0, "name": "demo", "group": None, "tags": [], "attempt": [0, 0]}
-        return self.emit("run_begin", **{**about, **fields})
+        return self.emit("run_begin", **{**RUN, **fields})
 
     def step(self, number: int, *, lasts: float = 0.01, parent: int = 0, **fields: Any) -> int:
         """A whole step; the `seq` of its beginning."""

@@ -28,6 +28,8 @@ SECOND, MILLISECOND = 1_000_000_000, 1_000_000
 SESSION = "0123456789abcdef"
 ROOMY = Limits(free_bytes=0, free_ratio=0.0)
 """Limits that don't depend on how full this machine's disk is."""
+RUN = {"parent": 0, "name": "demo", "group": None, "tags": [], "attempt": [0, 0]}
+"""What a `run_begin` event says of a run that says nothing of itself."""
 
 
 class HandClock:
@@ -45,6 +47,8 @@ class HandClock:
 
 
 def header(session: str = SESSION, **fields: Any) -> Event:
+    """The header of every session that a test builds, whether it is written by the real writer (`open_writer`,
+    `delivery.Training`), laid down byte by byte (`lay_down`) or never written (`events_of.SessionEvents`)."""
     return {
         "ts": 0,
         "seq": 0,
@@ -54,6 +58,7 @@ def header(session: str = SESSION, **fields: Any) -> Event:
         "run_key": "job/0.0/0",
         "job_id": "job",
         "rank": 0,
+        "world_size": 1,
         "role": "",
         "started": NOON,
         "boot_id": "boot",
