@@ -110,7 +110,7 @@ def _rank_with_sdk_exporters(rank, ranks, epochs, directory, memory, barrier, en
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    from stepspan.cli.training import train
+    from stepspan.cli.demo_training import train
 
     exporter = stepspan.SdkExporter(
         span=OTLPSpanExporter(endpoint=f"{endpoint}/v1/traces"),
@@ -123,7 +123,7 @@ def _rank_with_sdk_exporters(rank, ranks, epochs, directory, memory, barrier, en
 def test_every_point_arrives_through_the_official_exporters(
     collector: Collector, prometheus: Prometheus, tmp_path: Path
 ):
-    from stepspan.cli.training import shared_memory
+    from stepspan.cli.demo_training import shared_memory
 
     context = multiprocessing.get_context("spawn")
     shared = (shared_memory(2), context.Barrier(2))

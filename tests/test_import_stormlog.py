@@ -197,7 +197,7 @@ def test_a_sink_that_is_not_certain_is_refused(tmp_path: Path):
     (tmp_path / "what.json").write_text('{"loss": 1}')
     told = stepspan("import", "what.json", cwd=tmp_path)
     assert told.returncode == 1
-    assert "this could be nothing that is known: say which with --from" in told.stderr
+    assert "not recognised: say which system it is of with --from" in told.stderr
 
 
 def test_a_growing_sink_is_followed(tmp_path: Path):

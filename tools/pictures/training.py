@@ -30,7 +30,7 @@ from harness.stack import Loki, StackCollector, StackPrometheus
 from sklearn.datasets import load_digits
 
 import stepspan
-from stepspan.cli.training import BATCH, AllReduce, Model, batches, shared_memory
+from stepspan.cli.demo_training import BATCH, AllReduce, Model, batches, shared_memory
 
 JOB = "digits-4-ranks"
 RANKS = 4

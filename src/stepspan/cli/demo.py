@@ -1,4 +1,4 @@
-"""`stepspan demo`: starts the ranks of a small training, and shows what became of their telemetry."""
+"""`stepspan demo`: start the ranks of a small training, and show what became of their telemetry."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions, slug
 from stepspan.start import _exporters_of
 
-PATIENCE = 30.0  # seconds that delivery may take after the training
+DELIVERY_TIMEOUT_S = 30.0
+"""How long delivery may take after the training."""
 
 
 def run_demo(ranks: int, epochs: int, directory: Path) -> int:
-    """Train, then say where the journal lies, or what the receivers have taken. The exit code. Raises `ConfigError`."""
+    """Train, then print where the journal is, or what has been delivered. The exit code. Raises `ConfigError`."""
     try:
         import sklearn  # noqa: F401  the ranks need it
 
-        from stepspan.cli.training import shared_memory, train
+        from stepspan.cli.demo_training import shared_memory, train
     except ImportError as error:
         print(f"stepspan demo: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
         return 2
@@ -56,23 +57,23 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
 
 
 def _rank(job_id: str, rank: int, ranks: int, *arguments: object) -> None:
-    """One rank's process: what a launcher does, and then the training."""
+    """The process of one rank: set what a launcher would set, and train."""
     os.environ.update(
         STEPSPAN_JOB_ID=job_id, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1"
     )
-    *given, train = arguments
-    train(rank, ranks, *given)  # type: ignore[operator]
+    *training_arguments, train = arguments
+    train(rank, ranks, *training_arguments)  # type: ignore[operator]
 
 
 def _await_delivery(job: Path, exporters: Sequence[OtlpExporter]) -> int:
     """Wait while the deliverer works, then print the ledger."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + DELIVERY_TIMEOUT_S
     print("\ndelivering ...", flush=True)
     while True:
-        found = [session_ledger(session) for session in find_sessions(job)]
+        ledgers = [session_ledger(session) for session in find_sessions(job)]
         states = [
             ledger["destinations"].get(exporter.destination, {}).get(signal)
-            for ledger in found
+            for ledger in ledgers
             for exporter in exporters
             for signal in exporter.signals
         ]
@@ -80,9 +81,9 @@ def _await_delivery(job: Path, exporters: Sequence[OtlpExporter]) -> int:
         if delivered or any(state and state["state"] == "hold" for state in states) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    print_ledgers(found)
+    print_ledgers(ledgers)
     if not delivered:
-        print(f"\nnot all is delivered: the deliverer goes on; later: {_program()} sync {job}")
+        print(f"\ndelivery is not complete: the deliverer continues; or later: {_program()} sync {job}")
     return 0 if delivered else 1
 
 

@@ -1,4 +1,8 @@
-"""`stepspan doctor`: whether a run would work here, and with what."""
+"""`stepspan doctor`: whether a run would work here, and with what.
+
+Each part is checked as `start_run` would set it up: identity, journal, endpoints, samplers, versions. Nothing is left
+behind.
+"""
 
 from __future__ import annotations
 
@@ -27,162 +31,172 @@ from stepspan.processors import build
 from stepspan.samplers import sampled_by
 from stepspan.samplers.gpu import gpu
 from stepspan.start import _exporters_of
+from stepspan.values import format_seconds
 
-LINES = 2000
+PROBE_LINES = 2000
+"""Lines that are written to a journal to measure what one costs."""
 PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp", "grpcio", "orjson", "pydantic", "requests", "torch")
 
 
-class Report:
-    """Lines of findings; `failed` counts those that would keep a run from working."""
+class Findings:
+    """Prints what is found; `failures` counts what would keep a run from working."""
 
-    failed = 0
+    failures = 0
 
-    def say(self, what: str, value: object) -> None:
-        """A fact."""
-        print(f"  {what:<16} {value}")
+    def fact(self, label: str, value: object) -> None:
+        """Print something that is as it should be."""
+        print(f"  {label:<16} {value}")
 
-    def fail(self, what: str, why: object) -> None:
-        """Something that is wrong."""
-        self.failed += 1
-        print(f"  {what:<16} FAIL: {why}")
+    def failure(self, label: str, reason: object) -> None:
+        """Print something that is wrong."""
+        self.failures += 1
+        self.fact(label, f"FAIL: {reason}")
 
 
 def examine(directory: Path | None, endpoint: str | None) -> int:
-    """Print what was found. The exit code."""
-    report = Report()
+    """Print what is found. The exit code: 1 if a run would not work.
+
+    Args:
+        directory: Where the journal would go; by default what the settings say.
+        endpoint: Where to send; by default what the settings and the OTEL_EXPORTER_OTLP_* variables say.
+
+    """
+    findings = Findings()
     try:
         settings = load({"directory": directory, "endpoint": endpoint}, os.environ)
         build(settings.processors)
     except ConfigError as error:
         print("settings")
-        report.fail("settings", error)
+        findings.failure("settings", error)
         return 1
     if not settings.enabled:
         print("settings\n  enabled          no: start_run() does nothing (STEPSPAN_DISABLED)")
-    local_rank = _identity(report, settings.directory, settings.service_name)
-    _journal(report, settings.directory, settings.limits())
-    _endpoints(report, settings)
-    _samplers(report, settings.samplers, settings.sample_interval, local_rank)
-    _versions(report)
-    print(f"\n{'a run would work' if not report.failed else f'{report.failed} problem(s): see FAIL above'}")
-    return 1 if report.failed else 0
+    local_rank = _identity(findings, settings.directory, settings.service_name)
+    _journal(findings, settings.directory, settings.limits())
+    _endpoints(findings, settings)
+    _samplers(findings, settings.samplers, settings.sample_interval, local_rank)
+    _versions(findings)
+    print(f"\n{'a run would work' if not findings.failures else f'{findings.failures} problem(s): see FAIL above'}")
+    return 1 if findings.failures else 0
 
 
-def _identity(report: Report, directory: Path, service_name: str | None) -> int:
-    """The local rank."""
+def _identity(findings: Findings, directory: Path, service_name: str | None) -> int:
+    """Who this process would be. The local rank."""
     print("identity")
     try:
         earlier = lambda job, rank: len(sessions_of_rank(directory, job, rank))  # noqa: E731
-        me = resolve({}, os.environ, host_facts(), earlier_sessions=earlier)
-        attributes, warnings = resource_attributes(me, os.environ, service_name=service_name)
+        identity = resolve({}, os.environ, host_facts(), earlier_sessions=earlier)
+        attributes, warnings = resource_attributes(identity, os.environ, service_name=service_name)
     except ConfigError as error:
-        report.fail("identity", error)
+        findings.failure("identity", error)
         return 0
     for field in ("job_id", "rank", "local_rank", "world_size", "attempt"):
-        report.say(field, f"{getattr(me, field)}  ({me.sources[field]})")
-    report.say("launcher", me.launcher)
-    report.say("service.name", attributes["service.name"])
-    for warning in (*me.warnings, *warnings):
-        report.say("warning", warning)
-    if me.may_merge:
-        report.fail(
+        findings.fact(field, f"{getattr(identity, field)}  ({identity.sources[field]})")
+    findings.fact("launcher", identity.launcher)
+    findings.fact("service.name", attributes["service.name"])
+    for warning in (*identity.warnings, *warnings):
+        findings.fact("warning", warning)
+    if identity.may_merge:
+        findings.failure(
             "job_id", "nothing distinguishes this launch from the next one: give STEPSPAN_JOB_ID, new for each launch"
         )
-    return me.local_rank
+    return identity.local_rank
 
 
-def _journal(report: Report, directory: Path, limits: Limits) -> None:
+def _journal(findings: Findings, directory: Path, limits: Limits) -> None:
     print("journal")
     try:
-        place = Path(directory).absolute()
-        made = [path for path in (place, *place.parents) if not path.exists()]
+        absolute = directory.absolute()
+        created = [path for path in (absolute, *absolute.parents) if not path.exists()]
         journal = JsonlExporter(directory, limits=limits)
     except (ConfigError, OSError) as error:
-        report.fail("directory", error)
+        findings.failure("directory", error)
         return
     if not journal.durable:
-        report.fail("directory", f"{directory} cannot be written: a run would keep its journal in memory")
+        findings.failure("directory", f"{directory} is not writable: a run would keep its journal in memory")
         return
-    report.say("directory", journal.directory)
+    findings.fact("directory", journal.directory)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=journal.directory) as session:
         header = {"ts": 0, "seq": 0, "tag": "header", "session": "0" * 16, "rank": 0, "role": "", "schema": SCHEMA}
         writer = JournalWriter(Path(session), header, limits=limits)
         before = time.perf_counter()
-        for number in range(LINES):
+        for number in range(PROBE_LINES):
             metrics = {"loss": 0.5, "accuracy": 0.9, "lr": 1e-3, "grad_norm": 2.0, "throughput": 900.0}
             writer.append({"ts": 0, "seq": 0, "tag": "metrics", "step": number, "split": "train", "metrics": metrics})
-        cost = (time.perf_counter() - before) / LINES
-        trouble = writer.trouble
+        seconds = (time.perf_counter() - before) / PROBE_LINES
+        problem = writer.trouble
         writer.close("completed")
-    if made:
+    if created:
         (journal.directory / ".gitignore").unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else's run has begun there
-            for path in made:
+        with suppress(OSError):  # a run has begun there meanwhile
+            for path in created:
                 path.rmdir()
-    if trouble is not None:
-        report.fail("write", trouble)
+    if problem is not None:
+        findings.failure("write", problem)
     else:
-        report.say("write", f"{cost * 1e6:.1f} us for an event of five metrics")
+        findings.fact("write", f"{format_seconds(seconds)} for an event of five metrics")
 
 
-def _endpoints(report: Report, settings: Settings) -> None:
+def _endpoints(findings: Findings, settings: Settings) -> None:
     print("endpoints")
     try:
         exporters = _exporters_of(settings)
     except ConfigError as error:
-        report.fail("endpoint", error)
+        findings.failure("endpoint", error)
         return
     if not exporters:
-        report.say("none", "nothing is sent: the journal stays until `stepspan sync` (OTEL_EXPORTER_OTLP_ENDPOINT)")
+        findings.fact(
+            "none", "nothing is sent: the journal waits for `stepspan sync` (OTEL_EXPORTER_OTLP_ENDPOINT is not set)"
+        )
     for exporter in exporters:
         for signal in SIGNALS:
             if signal in exporter.endpoints:
-                _probe(report, signal, exporter.endpoints[signal])
+                _probe(findings, signal, exporter.endpoints[signal])
             else:
-                report.say(signal, "off")
+                findings.fact(signal, "off")
 
 
-def _probe(report: Report, signal: Signal, endpoint: Endpoint) -> None:
-    """An empty request: every receiver takes one, and a wrong path, protocol or credential shows."""
+def _probe(findings: Findings, signal: Signal, endpoint: Endpoint) -> None:
+    """Send an empty request: every receiver accepts one, and refuses a wrong path, protocol or credential."""
     transport = open_transport(endpoint)
     body = b"{}" if endpoint.protocol == "http/json" else b""
     outcome = transport.send(body)
     transport.close()
-    told = f"{endpoint.display_url}  {endpoint.protocol}"
+    target = f"{endpoint.display_url}  {endpoint.protocol}"
     if outcome.verdict is Verdict.DELIVERED:
-        report.say(signal, f"{told}  answers")
+        findings.fact(signal, f"{target}  answers")
     elif outcome.verdict is Verdict.RETRY:
-        report.say(signal, f"{told}  does not answer now ({outcome.message}): a run works, and sends later")
+        findings.fact(signal, f"{target}  does not answer now ({outcome.message}): a run works, and sends later")
     else:
-        report.fail(signal, f"{told}: {outcome.message}")
+        findings.failure(signal, f"{target}: {outcome.message}")
 
 
-def _samplers(report: Report, names: Sequence[str], interval: float, local_rank: int) -> None:
+def _samplers(findings: Findings, names: Sequence[str], interval: float, local_rank: int) -> None:
     print("samplers")
     chosen = sampled_by(names, local_rank)
-    report.say("every", f"{interval:g} s: {', '.join(chosen)}" if chosen else "nothing is sampled")
+    findings.fact("every", f"{interval:g} s: {', '.join(chosen)}" if chosen else "nothing is sampled")
     if "gpu" not in chosen:
         return
     try:
         source = gpu(local_rank, lambda event: None)
-    except Exception as error:  # no driver, no GPU, a driver that fails: all of them mean "no GPU metrics"
-        report.say("gpu", f"no GPU metrics: {error}")
+    except Exception as error:  # no GPU, no driver, or a driver that fails
+        findings.fact("gpu", f"no GPU metrics: {error}")
         return
-    told = []
+    readable = []
     for quantity, read in source.quantities.items():
-        with suppress(Exception):  # as in a run: left out
+        with suppress(Exception):  # a run leaves it out, too
             list(read(0.0))
-            told.append(quantity)
+            readable.append(quantity)
     source.close()
-    report.say("gpu", f"{source.description}: {', '.join(told)}")
+    findings.fact("gpu", f"{source.description}: {', '.join(readable)}")
 
 
-def _versions(report: Report) -> None:
+def _versions(findings: Findings) -> None:
     print("versions")
-    report.say("stepspan", __version__)
-    report.say("python", f"{platform.python_version()} on {platform.platform()}")
+    findings.fact("stepspan", __version__)
+    findings.fact("python", f"{platform.python_version()} on {platform.platform()}")
     for package in PACKAGES:
         try:
-            report.say(package, importlib.metadata.version(package))
+            findings.fact(package, importlib.metadata.version(package))
         except importlib.metadata.PackageNotFoundError:
-            report.say(package, "not installed")
+            findings.fact(package, "not installed")

@@ -1,4 +1,4 @@
-"""`stepspan import`: foreign files become journals."""
+"""`stepspan import`: files of other systems become journals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READERS: Mapping[str, str] = {
 
 
 def import_paths(paths: Sequence[Path], system: str, job_id: str | None, directory: Path) -> int:
-    """Import each path, and say what it was taken for. The exit code."""
+    """Import each path, and print what it was recognised as. The exit code: 1 if a path could not be imported."""
     if system != "auto" and system not in READERS:
         raise ConfigError("--from", system, f"known are auto, {', '.join(READERS)}")
     failed = 0
@@ -30,8 +30,8 @@ def import_paths(paths: Sequence[Path], system: str, job_id: str | None, directo
             reader = _reader(path, system)
             for imported in reader.read_sessions(path, job_id=job_id):
                 journal, events = write_session(directory, imported)
-                done = f"{events} events" if events else "imported before"
-                print(f"{imported.job_id} rank {imported.rank}: {done}: {journal}")
+                result = f"{events} events" if events else "imported before"
+                print(f"{imported.job_id} rank {imported.rank}: {result}: {journal}")
         except (OSError, ValueError, StepspanError) as error:
             print(f"stepspan import: {path}: {error}", file=sys.stderr)
             failed += 1
@@ -41,20 +41,20 @@ def import_paths(paths: Sequence[Path], system: str, job_id: str | None, directo
 
 
 def _reader(path: Path, system: str) -> Any:
-    """The module that reads a path."""
+    """The module that reads a path. Raises ValueError unless exactly one recognises it."""
     if not path.exists():
-        raise ValueError("there is nothing here")
+        raise ValueError("no such file or directory")
     if system != "auto":
         return import_module(READERS[system])
     found = {}
     for name, module in READERS.items():
         reader = import_module(module)
-        told = reader.detect(path)
-        if told is not None:
-            found[name] = (reader, told)
+        kind = reader.detect(path)
+        if kind is not None:
+            found[name] = (reader, kind)
     if len(found) != 1:
-        what = " or ".join(told for _, told in found.values()) or "nothing that is known"
-        raise ValueError(f"this could be {what}: say which with --from {'|'.join(READERS)}")
-    ((name, (reader, told)),) = found.items()
-    print(f"{path}: {told} ({name})")
+        problem = f"could be {' or '.join(kind for _, kind in found.values())}" if found else "not recognised"
+        raise ValueError(f"{problem}: say which system it is of with --from {'|'.join(READERS)}")
+    ((name, (reader, kind)),) = found.items()
+    print(f"{path}: {kind} ({name})")
     return reader

@@ -40,12 +40,12 @@ class AllReduce:
         rows[self.rank] = values
         self.barrier.wait()
         mean: Array = rows.mean(axis=0)
-        self.barrier.wait()  # nobody writes the next one before all have read this one
+        self.barrier.wait()  # no rank writes its next values before all have read these
         return mean
 
 
 def shared_memory(ranks: int) -> Any:
-    """Room for every rank's gradients."""
+    """Memory for the gradients of all ranks, for `AllReduce`."""
     return RawArray(ctypes.c_double, ranks * Model.SIZE)
 
 
