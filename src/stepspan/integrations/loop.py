@@ -115,11 +115,11 @@ class Loop:
         """The open scope of a level."""
         return self._open.get(level)
 
-    def batch(self, number: int, *, split: str = "train", samples: float | None = None) -> None:
+    def batch(self, step: int, *, split: str = "train", samples: float | None = None) -> None:
         """Record that a batch has come, for which the loop waited since the last hook ended.
 
         Args:
-            number: Of the step that begins with it. Within an open step it is one more batch of that step.
+            step: The number of the step that begins with it. Within an open step it is one more batch of that step.
             split: Of the step.
             samples: How many samples are in the batch.
 
@@ -128,7 +128,7 @@ class Loop:
             return
         waited_ns, scope = time.perf_counter_ns() - self._last_hook_ns, self.scope_at("step")
         if scope is None:
-            scope = self.run.step(number, split=split)
+            scope = self.run.step(step, split=split)
             self.enter("step", scope)
         scope.waited = (scope.waited or 0) + waited_ns
         if samples is not None:

@@ -33,7 +33,7 @@ def torch(local_rank: int, emit: Emit) -> Sampler:
     """
     cumulative = CumulativeSum()
 
-    def read(now: float) -> Iterator[Observation]:
+    def observe(now: float) -> Iterator[Observation]:
         module = sys.modules.get("torch")
         if module is None or getattr(module.__spec__, "_initializing", False):  # the main thread is importing it
             return
@@ -48,4 +48,4 @@ def torch(local_rank: int, emit: Emit) -> Sampler:
                 for name, key in SUMS.items():
                     yield name, cumulative((name, device), stats.get(key, 0)), {"device_id": device}
 
-    return Sampler("torch", {"allocator": read})
+    return Sampler("torch", {"allocator": observe})

@@ -126,7 +126,7 @@ def _metric(metric: export.Metric) -> dict[str, Any] | None:
 
 
 def _number_point(point: export.NumberDataPoint) -> dict[str, Any]:
-    return {**_point(point), **_number(point.value)}
+    return {**_point(point), **_number_value(point.value)}
 
 
 def _histogram(point: export.HistogramDataPoint) -> dict[str, Any]:
@@ -178,14 +178,14 @@ def _summary(point: Any) -> dict[str, Any]:
 
 
 def _exemplar(exemplar: Any) -> dict[str, Any]:
-    record = {"timeUnixNano": str(exemplar.time_unix_nano), **_number(exemplar.value)}
+    record = {"timeUnixNano": str(exemplar.time_unix_nano), **_number_value(exemplar.value)}
     if exemplar.trace_id:
         record.update(traceId=f"{exemplar.trace_id:032x}", spanId=f"{exemplar.span_id:016x}")
     record["filteredAttributes"] = key_values(exemplar.filtered_attributes or {})
     return record
 
 
-def _number(value: float) -> dict[str, Any]:
+def _number_value(value: float) -> dict[str, Any]:
     return {"asInt": str(value)} if isinstance(value, int) else {"asDouble": json_number(value)}
 
 

@@ -128,8 +128,8 @@ class JsonlSpanExporter(_JsonlSink, SpanExporter):
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Write a batch of ended spans. Returns SUCCESS where all of them stand in the journal, else FAILURE."""
         resource = spans[0].resource if spans else None
-        events = map(encoding.span, spans)
-        return self._export(resource, events, SpanExportResult.SUCCESS, SpanExportResult.FAILURE)
+        result: SpanExportResult = self._export(resource, map(encoding.span, spans), SpanExportResult)
+        return result
 
 
 class JsonlLogRecordExporter(_JsonlSink, LogRecordExporter):
@@ -144,8 +144,8 @@ class JsonlLogRecordExporter(_JsonlSink, LogRecordExporter):
     def export(self, batch: Sequence[ReadableLogRecord]) -> LogRecordExportResult:
         """Write a batch of log records. Returns SUCCESS where all of them stand in the journal, else FAILURE."""
         resource = batch[0].resource if batch else None
-        events = map(encoding.log, batch)
-        return self._export(resource, events, LogRecordExportResult.SUCCESS, LogRecordExportResult.FAILURE)
+        result: LogRecordExportResult = self._export(resource, map(encoding.log, batch), LogRecordExportResult)
+        return result
 
 
 class JsonlMetricExporter(_JsonlSink, MetricExporter):
@@ -164,8 +164,8 @@ class JsonlMetricExporter(_JsonlSink, MetricExporter):
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
         """Write a collection. Returns SUCCESS where all of it stands in the journal, else FAILURE."""
         resource = next((one.resource for one in metrics_data.resource_metrics), None)
-        events = encoding.metrics(metrics_data)
-        return self._export(resource, events, MetricExportResult.SUCCESS, MetricExportResult.FAILURE)
+        result: MetricExportResult = self._export(resource, encoding.metrics(metrics_data), MetricExportResult)
+        return result
 
 
 def _open_run(directory: Path | None, resource: Resource) -> Run:

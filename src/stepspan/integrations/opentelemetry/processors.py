@@ -71,5 +71,5 @@ class JournalMetricExporter(JournalSink, MetricExporter):
             SUCCESS where all of them stand in the journal; FAILURE otherwise, and where no run is open.
 
         """
-        events = encoding.metrics(metrics_data)
-        return self._export(None, events, MetricExportResult.SUCCESS, MetricExportResult.FAILURE)
+        result: MetricExportResult = self._export(None, encoding.metrics(metrics_data), MetricExportResult)
+        return result

@@ -8,7 +8,7 @@ as background events, which are no sign that training goes on, and lies in no sc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any
 
 from opentelemetry.sdk.resources import Resource
 
@@ -17,8 +17,6 @@ from stepspan.events import Event
 from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
 from stepspan.run import Run
 from stepspan.start import current_run
-
-Result = TypeVar("Result")
 
 
 class JournalSink:
@@ -46,30 +44,32 @@ class JournalSink:
                 scopes = run._scopes
                 run._record("otel", lambda: {"parent": scopes.around(), **fields()})
 
-    def _export(self, resource: Resource | None, events: Iterable[Event], success: Result, failure: Result) -> Result:
+    def _export(self, resource: Resource | None, events: Iterable[Event], result: Any) -> Any:
         """Write a batch.
 
         Args:
             resource: The SDK's, for a run that has to be opened.
             events: The fields of each `otel` event, made as they are written.
-            success: Returned where all of them stand in the journal.
-            failure: Returned otherwise.
+            result: The SDK's enumeration of results.
+
+        Returns:
+            `result.SUCCESS` where all of them stand in the journal, else `result.FAILURE`.
 
         """
         with recording_depth as depth:
             if self._shut_down or depth >= MAX_DEPTH:
-                return failure
+                return result.FAILURE
             try:
                 run = self._run(resource, nested=depth > 0)
                 if run is None:
-                    return failure
+                    return result.FAILURE
                 lost = run.stats()["lost"]
                 for fields in events:
                     run.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
-                return success if run.stats()["lost"] == lost else failure
+                return result.SUCCESS if run.stats()["lost"] == lost else result.FAILURE
             except Exception as error:  # wrong settings, no place for a journal, or a record that is none
                 self._warn(error)
-                return failure
+                return result.FAILURE
 
     def _warn(self, error: Exception) -> None:
         (self._given or current_run()).warn_once("otel", f"OpenTelemetry's records were lost: {error!r}")
