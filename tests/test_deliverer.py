@@ -81,7 +81,7 @@ def test_a_signal_that_hangs_stops_no_other(tmp_path):
     until(lambda: other.taken)
     before = time.monotonic()
     deliverer.stop(timeout=0.2)
-    assert time.monotonic() - before < 2
+    assert time.monotonic() - before < under_load(2)
     assert not hanging.closed, "it is in use"
     released.set()
 
@@ -161,7 +161,7 @@ def test_it_outlives_a_run_whose_receiver_is_away_and_delivers_when_it_is_back(r
         receiver.stop()
         rank = ranks.start(count=100, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         steps, seconds = ranks.ended(rank)
-        assert seconds < 1.0
+        assert seconds < under_load(1.0)
         assert ranks.deliverers()
         receiver.start()
         until(lambda: receiver.spans("training.run"))
@@ -285,7 +285,8 @@ def journal(tmp_path_factory):
             until(lambda: len(receiver.seen) > sent)
 
         rich(directory, a_request_later)
-        deliverer.wait(lambda d: run_is_over(d))
+        sessions = [*find_sessions(directory)]
+        deliverer.wait(lambda d: all(d.has_seen(session.path) for session in sessions) and run_is_over(d))
         deliverer.stop()
         assert_ledgers(directory)
         assert len(receiver.seen) > 40

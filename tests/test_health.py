@@ -416,7 +416,7 @@ def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
         deliverer.wait(caught_up)
         before = time.monotonic()
         deliverer.stop()
-        assert time.monotonic() - before < healths.REQUEST_TIMEOUT_S + 1
+        assert time.monotonic() - before < under_load(healths.REQUEST_TIMEOUT_S + 1)
 
 
 def test_a_dead_endpoint_costs_nothing(tmp_path, monkeypatch):
@@ -428,7 +428,7 @@ def test_a_dead_endpoint_costs_nothing(tmp_path, monkeypatch):
     until(lambda: all(scheduler.silent_for() > 0.5 for scheduler in deliverer.schedulers))
     before = time.monotonic()
     deliverer.stop()
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < under_load(1)
     assert len(asked) <= 1, "at most before the first failure of the journal's own request"
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import orjson
 import pytest
 from harness.delivery import OK, Scripted, Training, assert_true, deliver, options, plain, trained
+from harness.processes import under_load
 from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver import dead_letters
@@ -197,7 +198,7 @@ def test_a_receiver_that_is_away_is_asked_once_a_signal(tmp_path):
         receiver.script("logs", lambda _: Answer(401))
         assert resend(session.path, exporter) == (4, 8)
         assert sorted(seen.signal for seen in receiver.seen) == ["logs", "metrics", *["traces"] * 4]
-    with ScriptedReceiver() as receiver, exporter_to(receiver, timeout=0.3) as exporter:
+    with ScriptedReceiver() as receiver, exporter_to(receiver, timeout=under_load(0.3)) as exporter:
         receiver.script("all", lambda _: HANG)
         assert resend(session.path, exporter) == (0, 8)
         assert len(receiver.seen) == 2

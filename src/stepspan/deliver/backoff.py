@@ -11,7 +11,7 @@ MAX_RETRY_DELAY_S = 30.0
 MAX_HOLD_DELAY_S = 300.0
 """Also the longest wait that a receiver can ask for."""
 DELAYS_S = {"retry": (0.25, MAX_RETRY_DELAY_S), "hold": (15.0, MAX_HOLD_DELAY_S)}
-"""State -> the first and the longest delay."""
+"""State -> the first and the greatest delay."""
 MAX_SERVER_ERRORS = 5
 """Failures of the "retry, then hold" kind in a row: the last of them holds."""
 
@@ -43,8 +43,8 @@ class Backoff:
         state = "hold" if held else "retry"
         self._failures = self._failures + 1 if state == self._state else 1
         self._state = state
-        first, longest = DELAYS_S[state]
-        delay = min(longest, first * 2 ** min(self._failures - 1, 16)) * (0.5 + self._jitter() / 2)
+        first, maximum = DELAYS_S[state]
+        delay = min(maximum, first * 2 ** min(self._failures - 1, 16)) * (0.5 + self._jitter() / 2)
         asked, message = outcome.retry_after or 0.0, outcome.message
         delay = max(delay, min(asked, MAX_HOLD_DELAY_S))
         if asked > MAX_RETRY_DELAY_S:

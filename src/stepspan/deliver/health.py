@@ -7,7 +7,7 @@ Sums are the cursors' ledgers, added over the sessions of a job that this delive
 go on over a restart. Their start is that of the job's first session here. A job is reported while a session of it is
 open (held ones included), and once more after its last one has moved; jobs that were finished before are passed over.
 
-XX
+Nothing of this may cost the journal anything. It has a thread and connections of its own, asks nothing of a receiver
 that is away, and a request that fails is forgotten: the next one says more.
 """
 

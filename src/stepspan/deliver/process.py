@@ -62,7 +62,7 @@ def serve(
             lock.release()
         log.info("done")
         # A run that came and went just now found the locks held, and relied on this process.
-        if not over or all(deliverer.has_seen(session.path) for session in sessions()):
+        if not over or (all(deliverer.has_seen(session.path) for session in sessions()) and run_is_over(deliverer)):
             return
         exporters = [e for e in exporters if locks[e.destination].acquire()]
 

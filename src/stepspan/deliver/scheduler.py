@@ -153,7 +153,9 @@ class Scheduler:
         """Begin with the sessions that are new, and again with those that could not be read a while ago."""
         for session in self._find():
             path = session.path
-            self.seen.add(path)
+            if path not in self.seen:
+                self.idle = self.over = False  # first: who finds it in `seen` must not find these as of before
+                self.seen.add(path)
             if path in self.tasks or self._retry_at.get(path, now) > now:
                 continue
             if path in self.progress and self.progress[path].finished:
