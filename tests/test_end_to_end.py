@@ -15,8 +15,8 @@ import pytest
 from harness.stack import Collector, Prometheus
 
 import stepspan
-from stepspan.events import decode
 from stepspan.journal.layout import find_sessions
+from stepspan.reading.sessions import read_session
 
 pytestmark = pytest.mark.stack
 
@@ -34,10 +34,7 @@ def demo(directory: Path, **variables: str) -> str:
 
 def journaled(directory: Path) -> dict[int, list[dict]]:
     """Rank -> the events of its journal."""
-    return {
-        session.rank: [decode(line) for line in (session.path / "000001.jsonl").read_bytes().splitlines()]
-        for session in find_sessions(directory)
-    }
+    return {session.rank: read_session(session).events for session in find_sessions(directory)}
 
 
 def logged(events: list[dict], key: str) -> dict[tuple[str, int], float]:

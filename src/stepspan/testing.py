@@ -43,31 +43,46 @@ from stepspan.start import start_run
 
 __all__ = ["FixedClock", "Recording", "recorded_run"]
 
-START = 1_760_000_000_000_000_000  # 2025-10-09T08:53:20Z
-WHO = {"job_id": "test", "rank": 0, "local_rank": 0, "world_size": 1, "enabled": True}
-ROOM = Limits(free_bytes=0, free_ratio=0.0)
+START_NS = 1_760_000_000_000_000_000  # 2025-10-09T08:53:20Z
+IDENTITY = {"job_id": "test", "rank": 0, "local_rank": 0, "world_size": 1, "enabled": True}
+NO_LIMITS = Limits(free_bytes=0, free_ratio=0.0)
+"""A journal is written however full the disk is."""
 
 
 class FixedClock:
-    """A clock in Unix ns that goes `step_ns` further each time it is read, beginning at `start_ns`."""
+    """A clock that only its own readings and `advance` move, so that times are the same in every test run.
 
-    def __init__(self, start_ns: int = START, step_ns: int = 1_000_000) -> None:
+    Args:
+        start_ns: Its first reading, Unix ns.
+        step_ns: How much later each next reading is, ns.
+
+    """
+
+    def __init__(self, start_ns: int = START_NS, step_ns: int = 1_000_000) -> None:
         self.now = start_ns
         self.step = step_ns
 
     def __call__(self) -> int:
-        """What it shows now."""
-        shown = self.now
+        """The time in Unix ns."""
+        now = self.now
         self.now += self.step
-        return shown
+        return now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Let time pass before the next reading."""
         self.now += round(seconds * 1e9)
 
 
 class Recording:
-    """A run and what it has recorded, by now or, after its `with` block, in all. Forked children's sessions follow."""
+    """A run and what it has recorded: by now or, after the `with` block of `recorded_run`, in all.
+
+    What a method returns is read from the journal and mapped anew at each call, all of it in memory. Sessions of forked
+    children come after that of their parent.
+
+    Attributes:
+        run: The run that is recorded.
+
+    """
 
     def __init__(self, run: Run, directory: Path) -> None:
         self.run = run
@@ -75,24 +90,48 @@ class Recording:
         self._sessions: list[Session] | None = None
 
     def sessions(self) -> list[Session]:
-        """The sessions in the order in which they began."""
+        """The sessions in the order in which they began, each with `header`, `events`, `closed` and `records(signal)`."""
         if self._sessions is not None:
             return self._sessions
-        return sorted(
-            map(read_session, find_sessions(self._directory)), key=lambda session: int(session.header["started"])
-        )
+        sessions = [read_session(path) for path in find_sessions(self._directory)]
+        return sorted(sessions, key=lambda session: int(session.header["started"]))
 
     def events(self, tag: str | None = None) -> list[Event]:
-        """The journal's events, `stepspan.events.FIELDS` says of what; only those of `tag`, if given."""
+        """The journal's events.
+
+        Args:
+            tag: Only events of this tag, such as "metrics" or "step_end".
+
+        Returns:
+            Events in the order in which they were written, the sessions' headers included.
+
+        """
         return [event for s in self.sessions() for event in s.events if tag in {None, event["tag"]}]
 
     def points(self, name: str | None = None) -> list[Point]:
-        """(series, Unix ns, value) in time order; a value of None ends the series. Only metric `name`, if given."""
+        """The data points, as a receiver gets them.
+
+        Args:
+            name: Only points of this metric, such as "training.loss".
+
+        Returns:
+            (series, Unix ns, value) in time order; a value of None ends its series.
+
+        """
         points = cast("list[Point]", self._records("metrics"))
         return [point for point in points if name in {None, point[0].name}]
 
     def values(self, name: str, **attributes: Any) -> list[Any]:
-        """The values of a metric's points in time order, of the series with these attributes."""
+        """The values of a metric.
+
+        Args:
+            name: The metric, such as "training.loss".
+            **attributes: Only values of series with these attributes, such as `split="val"`.
+
+        Returns:
+            Values in time order, without the ends of series.
+
+        """
         return [
             value
             for series, _, value in self.points(name)
@@ -100,11 +139,28 @@ class Recording:
         ]
 
     def spans(self, name: str | None = None) -> list[Span]:
-        """The spans that have ended, in the order of their ends. Those still open when the run ended are errors."""
+        """The spans that have ended.
+
+        Args:
+            name: Only spans of this name, such as "training.step".
+
+        Returns:
+            Spans in the order of their ends, those of a step after the step. What was open when the run ended is an
+            error.
+
+        """
         return [span for span in cast("list[Span]", self._records("traces")) if name in {None, span.name}]
 
     def logs(self, name: str | None = None) -> list[Log]:
-        """The log records; `name` is that of an event, "exception" or "training.artifact" for example."""
+        """The log records.
+
+        Args:
+            name: Only events of this name, such as "exception" or "training.artifact".
+
+        Returns:
+            Log records in time order.
+
+        """
         return [log for log in cast("list[Log]", self._records("logs")) if name in {None, log.event_name}]
 
     def _records(self, signal: Signal) -> list[Record]:
@@ -113,21 +169,33 @@ class Recording:
 
 @contextmanager
 def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterator[Recording]:
-    """An open run as `stepspan.start_run(**arguments)` gives it, and what it records.
+    """An open run, as `stepspan.start_run` gives it, and what it records.
 
-    Nothing is sent anywhere, and the journal goes to a temporary directory unless `directory` says where to keep it.
-    Rank 0 of 1 in job "test" unless said otherwise; STEPSPAN_* and OTEL_* variables count for nothing. The run is
-    `stepspan.current_run()`; one that is open is closed first. `clock` gives the events' times, by default one each
-    millisecond: of several points of a series in one millisecond a receiver gets the last. Waits for data are measured.
+    Nothing is sent anywhere, and STEPSPAN_* and OTEL_* variables are ignored. The run is `stepspan.current_run()`; one
+    that is open is closed first.
+
+    Args:
+        clock: Gives the events' times; by default a new `FixedClock`, whose readings are a millisecond apart (of
+            several points of a series in one millisecond a receiver gets the last). Waits for data are measured in
+            real time.
+        **arguments: Those of `stepspan.start_run`. By default rank 0 of 1 in job "test", and a temporary `directory`
+            for the journal.
+
+    Yields:
+        The recording. It can be asked while the run goes on and after the block.
+
+    Raises:
+        ConfigError: An argument is wrong.
+
     """
     with ExitStack() as stack:
         directory = arguments.pop("directory", None) or stack.enter_context(TemporaryDirectory(prefix="stepspan-"))
-        journal = JsonlExporter(directory, limits=ROOM, clock=clock or FixedClock())
+        journal = JsonlExporter(directory, limits=NO_LIMITS, clock=clock or FixedClock())
         with patch.dict(os.environ):
             for name in [name for name in os.environ if name.startswith(("STEPSPAN_", "OTEL_"))]:
                 del os.environ[name]
             os.environ["STEPSPAN_SAMPLERS"] = "none"
-            run = start_run(exporters=[journal], **{**WHO, **arguments})
+            run = start_run(exporters=[journal], **{**IDENTITY, **arguments})
         recording = Recording(run, journal.directory)
         try:
             with run:
