@@ -90,7 +90,7 @@ class Recording:
         self._sessions: list[Session] | None = None
 
     def sessions(self) -> list[Session]:
-        """The sessions in the order in which they began, each with `header`, `events`, `closed` and `records(signal)`."""
+        """The sessions in the order in which they began: each has `header`, `events`, `closed`, `records(signal)`."""
         if self._sessions is not None:
             return self._sessions
         sessions = [read_session(path) for path in find_sessions(self._directory)]
