@@ -76,7 +76,7 @@ def _from_proc(pid: int, marks: frozenset[str]) -> Iterator[Process]:
             return
         try:
             environ = Path(f"/proc/{pid}/environ").read_bytes()
-        except OSError:  # somebody else's
+        except OSError:  # of another user
             environ = b""
         names = {os.fsdecode(variable.partition(b"=")[0]) for variable in environ.split(b"\0")}
         yield Process(pid, stat[19].decode(), marks & names)

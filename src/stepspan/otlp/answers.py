@@ -23,13 +23,18 @@ MAX_TEXT_CHARS = 300
 
 
 class Answer(NamedTuple):
-    """What one kind of answer means."""
+    """What one kind of answer means.
+
+    Args:
+        verdict: What delivery does.
+        fix: For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`.
+        reason_hidden: As `Outcome.reason_hidden`.
+
+    """
 
     verdict: Verdict
     fix: str = ""
-    """For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`."""
     reason_hidden: bool = False
-    """As `Outcome.reason_hidden`."""
 
 
 _SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
@@ -91,13 +96,18 @@ PROTOCOL_FAULT = Answer(
 
 
 class Phrase(NamedTuple):
-    """Words in a receiver's text that say more than its status does."""
+    """Words in a receiver's text that say more than its status does.
+
+    Args:
+        words: In lower case.
+        answer: What they mean.
+        instead_of: The verdicts, by status, that the phrase replaces.
+
+    """
 
     words: str
-    """In lower case."""
     answer: Answer
     instead_of: frozenset[Verdict]
-    """The verdicts, by status, that the phrase replaces."""
 
 
 _REFUSALS = frozenset({Verdict.ISOLATE, Verdict.RETRY_THEN_HOLD})

@@ -43,10 +43,8 @@ DEFAULT_TIMEOUT_S = 10.0
 _GRPC_PORT = 4317
 _MIN_MILLISECONDS = 1000.0
 
-_SETTINGS = (
-    *("ENDPOINT", "PROTOCOL", "HEADERS", "COMPRESSION", "TIMEOUT"),
-    *("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE", "INSECURE"),
-)
+_PATHS = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+_SETTINGS = ("ENDPOINT", "PROTOCOL", "HEADERS", "COMPRESSION", "TIMEOUT", "INSECURE", *_PATHS)
 """The last word of the variables that exist in general and for each signal."""
 _VARIABLES = (
     "OTEL_SDK_DISABLED",
@@ -62,7 +60,7 @@ _USER_INFO = re.compile(r"^([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTAL
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what HTTP and gRPC both take
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
 _HEADER_ENTRY = re.compile(r"[A-Za-z0-9_.%-]+[ \t]*=[ !#-+\--:<-\[\]-~]*")
-"""What `parse_env_headers` takes; it would log anything else, with the credentials that stand in it."""
+"""What `parse_env_headers` takes; it would log anything else, with the credentials in it."""
 
 _TENANT_HEADERS = frozenset(
     {
@@ -197,76 +195,75 @@ def resolve_destination(
     arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
     resolved: dict[Signal, Endpoint] = {}
     for signal in SIGNALS:
-        settings = _SignalSettings(variables, arguments, signal)
-        target = settings.find("ENDPOINT")
-        if target is not None:
-            resolved[signal] = _endpoint(signal, target, settings, headers or {})
+        settings = _settings(signal, variables, arguments)
+        if "ENDPOINT" in settings:
+            resolved[signal] = _endpoint(signal, settings, headers or {})
     return Destination(resolved, switched_off)
 
 
 class _Setting(NamedTuple):
-    """A value and where it was found."""
+    """A value and where it was found: `field` is the argument's or the variable's name."""
 
     value: Any
     field: str
     scope: Literal["argument", "signal", "general"]
 
 
-@dataclass(frozen=True, slots=True)
-class _SignalSettings:
-    """One signal's settings, by the last word of their variables."""
-
-    variables: Mapping[str, str]
-    arguments: Mapping[str, Any]
-    signal: Signal
-
-    def find(self, name: str) -> _Setting | None:
-        if (argument := self.arguments.get(name)) not in (None, ""):
-            return _Setting(argument, name.lower(), "argument")
-        if value := self.variables.get(of_signal := f"OTEL_EXPORTER_OTLP_{self.signal.upper()}_{name}"):
-            return _Setting(value, of_signal, "signal")
-        if value := self.variables.get(general := f"OTEL_EXPORTER_OTLP_{name}"):
-            return _Setting(value, general, "general")
-        return None
-
-    def path(self, name: str) -> str | None:
-        found = self.find(name)
-        return None if found is None else str(found.value)
+def _settings(signal: Signal, variables: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, _Setting]:
+    """A signal's settings, by the last word of their variables. What is not set is not in it."""
+    found: dict[str, _Setting] = {}
+    for name in _SETTINGS:
+        argument, general = arguments.get(name), f"OTEL_EXPORTER_OTLP_{name}"
+        of_signal = f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}"
+        if argument not in (None, ""):
+            found[name] = _Setting(argument, name.lower(), "argument")
+        elif of_signal in variables:
+            found[name] = _Setting(variables[of_signal], of_signal, "signal")
+        elif general in variables:
+            found[name] = _Setting(variables[general], general, "general")
+    return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """An endpoint's parts. `scheme` is "" where there is none, and "grpc" for a target in gRPC's own naming."""
+class _Address(NamedTuple):
+    """An endpoint's parts.
+
+    Args:
+        scheme: "" where there is none, "grpc" for a target in gRPC's own naming.
+        authority: Host and port, without user and password.
+        port: The port, if there is one.
+        path: The path, with its leading slash.
+        query: The query, without its question mark.
+        credentials: `user:password`, decoded; "" for none.
+
+    """
 
     scheme: str
     authority: str
-    """Host and port, without user and password."""
     port: int | None = None
     path: str = ""
     query: str = ""
     credentials: str = ""
-    """`user:password`, decoded; "" for none."""
 
 
-def _endpoint(signal: Signal, target: _Setting, settings: _SignalSettings, more: Mapping[str, str]) -> Endpoint:
+def _endpoint(signal: Signal, settings: Mapping[str, _Setting], more: Mapping[str, str]) -> Endpoint:
+    target = settings["ENDPOINT"]
     address = _address(target)
-    protocol = _protocol(settings.find("PROTOCOL"), address)
-    certificate, client_certificate = settings.path("CERTIFICATE"), settings.path("CLIENT_CERTIFICATE")
-    client_key = settings.find("CLIENT_KEY")
-    if client_key and not client_certificate:
+    protocol = _protocol(settings.get("PROTOCOL"), address)
+    paths = {name: settings[name].value if name in settings else None for name in _PATHS}
+    if paths["CLIENT_KEY"] and not paths["CLIENT_CERTIFICATE"]:
         fix = "a key needs its certificate: set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"
-        raise ConfigError(client_key.field, client_key.value, fix)
+        raise ConfigError(settings["CLIENT_KEY"].field, paths["CLIENT_KEY"], fix)
     return Endpoint(
         signal=signal,
         url=address.authority if protocol == "grpc" else _http_url(signal, target, address),
         protocol=protocol,
-        headers=_headers(settings.find("HEADERS"), address, more),
-        timeout=_timeout(settings.find("TIMEOUT")),
-        compression=_choice(COMPRESSIONS, settings.find("COMPRESSION")) or "none",
-        certificate=certificate,
-        client_key=client_key.value if client_key else None,
-        client_certificate=client_certificate,
-        insecure=_insecure(settings.find("INSECURE"), address, certificate),
+        headers=_headers(settings.get("HEADERS"), address, more),
+        timeout=_timeout(settings.get("TIMEOUT")),
+        compression=_choice(COMPRESSIONS, settings.get("COMPRESSION")) or "none",
+        certificate=paths["CERTIFICATE"],
+        client_key=paths["CLIENT_KEY"],
+        client_certificate=paths["CLIENT_CERTIFICATE"],
+        insecure=_insecure(settings.get("INSECURE"), address, paths["CERTIFICATE"]),
     )
 
 
@@ -280,7 +277,7 @@ def _address(target: _Setting) -> _Address:
         parts = urlsplit(text if "://" in text else f"//{text}")
         port = parts.port
     except ValueError:  # not chained: it quotes the URL, where a password may stand
-        raise _endpoint_error(target, "write http://host:4318, percent-encoding what else stands in it") from None
+        raise _endpoint_error(target, "write http://host:4318, percent-encoding everything else") from None
     if parts.scheme not in ("http", "https", ""):
         raise _endpoint_error(target, "the scheme must be http or https")
     if not parts.hostname:

@@ -61,12 +61,12 @@ FAULTS: tuple[tuple[type[BaseException], Answer], ...] = (
     (urllib3.exceptions.HTTPError, Answer(Verdict.RETRY, "no connection to {url}")),
     (OSError, TLS_FAULT),  # requests' error for a certificate file that is not there
 )
-"""Why there is no answer, by the first type that stands in the chain of errors."""
+"""Why there is no answer, by the first type that is in the chain of errors."""
 
 
 class _Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """No answer is a redirect: requests would read its body and check its target even when told not to follow."""
+        """None: requests would read the body and check the target even with allow_redirects=False."""
         return None
 
 

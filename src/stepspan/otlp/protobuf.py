@@ -51,16 +51,20 @@ _gauge_point = struct.Struct("<QBd").pack
 
 
 class _Layout(NamedTuple):
-    """What of a metric depends on its kind: tags, and bytes that are always the same."""
+    """What of a metric depends on its kind: tags, and bytes that are always the same.
+
+    Args:
+        data: Tag of the metric's data.
+        rest: What the data holds in addition to the points.
+        attributes: Tag of a point's attributes.
+        no_recorded_value: A point's flags where it has no value.
+
+    """
 
     data: bytes
-    """Tag of the metric's data."""
     rest: bytes
-    """What the data holds in addition to the points."""
     attributes: bytes
-    """Tag of a point's attributes."""
     no_recorded_value: bytes
-    """A point's flags where it has no value."""
 
 
 _CUMULATIVE = b"\x10\x02"  # aggregation_temporality = 2

@@ -17,14 +17,18 @@ SCOPE_NAME = "stepspan"
 
 
 class RequestFields(NamedTuple):
-    """The names, in OTLP JSON, of what lies around the records of a signal."""
+    """The names, in OTLP JSON, of what lies around the records of a signal.
+
+    Args:
+        resources: The field of a request.
+        scopes: The field of a resource.
+        records: The field of a scope.
+
+    """
 
     resources: str
-    """The field of a request."""
     scopes: str
-    """The field of a resource."""
     records: str
-    """The field of a scope."""
 
 
 FIELDS: Mapping[Signal, RequestFields] = {
