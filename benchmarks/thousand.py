@@ -73,7 +73,7 @@ class Rank:
             self._next_sample = now + PERIOD * 1_000_000_000
             for event in self._samples:
                 if event["source"] != "host" or self._local == 0:
-                    self.run.emit_background({**event})
+                    self.run.recorder.emit_background({**event})
 
 
 def samples() -> list[dict[str, Any]]:
@@ -85,13 +85,13 @@ def samples() -> list[dict[str, Any]]:
     from stepspan.samplers.host import host, process
 
     events: list[dict[str, Any]] = []
-    run: Any = SimpleNamespace(emit_background=events.append, warn=lambda *_: None)
+    recorder: Any = SimpleNamespace(emit_background=events.append, warn_once=lambda *_: None)
     openers = {
         "host": lambda emit: host(0, emit),
         "process": lambda emit: process(0, emit),
         "gpu": lambda emit: gpu(0, emit, nvml=ScriptedNvml(GPU()), env={}),
     }
-    sampling = Sampling(run, openers, float(PERIOD))
+    sampling = Sampling(recorder, openers, float(PERIOD))
     for _ in range(3):
         sampling.sample()
         time.sleep(0.2)

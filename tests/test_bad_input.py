@@ -16,8 +16,8 @@ from harness import runs
 from harness.runs import events, outline, path_of
 
 from stepspan import ConfigError, JsonlExporter, MemoryExporter
+from stepspan.journal.disk import Disk
 from stepspan.journal.layout import find_sessions
-from stepspan.journal.writer import Disk
 from stepspan.processors import Redact
 from stepspan.run import Run
 
@@ -119,7 +119,7 @@ def test_a_processor_for_a_tag_that_is_none_is_refused(start: Start) -> None:
 
 
 def test_a_second_journal_is_refused(start: Start, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="follows"):
+    with pytest.raises(ConfigError, match="exactly one JsonlExporter keeps the journal"):
         start(exporters=[JsonlExporter(tmp_path / "a"), JsonlExporter(tmp_path / "b")])
 
 
@@ -151,7 +151,7 @@ def test_a_directory_that_cannot_be_written(
     memory.mkdir()
     refused.mkdir()
     _not_ours(refused)
-    monkeypatch.setattr("stepspan.exporters.jsonl.SHARED_MEMORY", str(memory))
+    monkeypatch.setattr("stepspan.journal.location.SHARED_MEMORY", str(memory))
     with start(directory=refused) as run:
         run.log_metrics({"x": 1.0})
     assert outline(run) == ["run", "train -: x=1.0", "end run completed"]

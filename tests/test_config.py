@@ -13,7 +13,7 @@ from harness.runs import events
 
 from stepspan import ConfigError
 from stepspan.config import Settings, load
-from stepspan.journal.writer import Limits
+from stepspan.journal.disk import Limits
 from stepspan.run import Run
 
 start = runs.start

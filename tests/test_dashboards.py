@@ -16,7 +16,7 @@ import yaml
 from harness import grafana
 from harness.stack import Prometheus, binary
 
-from stepspan.events import FIELDS
+from stepspan.events import TAGS
 from stepspan.mapping import samples
 from stepspan.testing import FixedClock, recorded_run
 
@@ -265,8 +265,8 @@ def ours() -> dict[str, set[str]]:
                     run.log_metrics(LOGGED)
         run.log_error(ValueError("v"))
         counters = {"allocated": 1, "reserved": 2, "active": 1, "inactive": 1}
-        run.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})
-    assert {"memory", "progress", "sample"} <= FIELDS.keys()
+        run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})
+    assert {"memory", "progress", "sample"} <= TAGS
     found: dict[str, set[str]] = {}
     for series, _, _ in recording.points():
         labels = {label.replace(".", "_") for label in series.attributes}

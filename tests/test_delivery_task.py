@@ -28,11 +28,11 @@ from harness.journals import NOON, SECOND, header, lay_down, metrics
 from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError, NewerSchema
-from stepspan.events import encode
 from stepspan.journal.cursor import SLOT, Cursor, read_cursor
+from stepspan.journal.disk import Limits
+from stepspan.journal.format import encode
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import read_closed
-from stepspan.journal.writer import Limits
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Drop, SampleSteps

@@ -262,7 +262,11 @@ def test_a_training_process_imports_what_starts_a_deliverer_and_nothing_that_del
         "deliver.lock",
         "deliver.spawn",
     }
-    assert {name for name in below if name.startswith("mapping.")} <= {"mapping.ids", "mapping.records"}
+    assert {name for name in below if name.startswith("mapping.")} <= {
+        "mapping.ids",
+        "mapping.names",
+        "mapping.records",
+    }
     assert not {"otlp.grpc", "otlp.http", "otlp.json", "otlp.protobuf"} & set(below)
 
 

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepspan.errors import Damaged
-from stepspan.events import NONFINITE, Event, decode, encode
-from stepspan.values import MAX_DEPTH, json_number, json_value
+from stepspan.events import Event
+from stepspan.journal.format import decode, encode
+from stepspan.values import MAX_DEPTH, NONFINITE, json_number, json_value
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 json_values = st.recursive(

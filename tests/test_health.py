@@ -28,8 +28,8 @@ from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import DeliveryTask
 from stepspan.exporters.otlp import OtlpExporter
+from stepspan.journal.disk import Limits
 from stepspan.journal.layout import find_sessions, segment_name
-from stepspan.journal.writer import Limits
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.json import encode
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -189,9 +189,7 @@ def test_lines_are_told_by_what_became_of_them(tmp_path):
 def test_jobs_are_told_apart(tmp_path):
     for job, count in (("first", 5), ("second", 9)):
         resource = {"service.name": "t", "service.instance.id": f"{job}-0", "job_id": job, "rank": 0}
-        place = tmp_path / job / "node"
-        place.mkdir(parents=True)
-        writer = open_writer(place, session=f"00000000000000{count:02}", resource=resource, world_size=1)
+        writer = open_writer(tmp_path, session=f"00000000000000{count:02}", resource=resource, world_size=1)
         for number in range(count):
             writer.append(metrics(number))
     telling = Telling(tmp_path)

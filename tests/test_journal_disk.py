@@ -15,6 +15,7 @@ from harness.journals import (
     HandClock,
     assert_ordered,
     fill,
+    header,
     lines,
     log,
     logged,
@@ -24,12 +25,13 @@ from harness.journals import (
     small_file_system,
 )
 
-from stepspan.events import decode
 from stepspan.journal import writer as writer_module
 from stepspan.journal.cursor import Cursor, CursorState
+from stepspan.journal.disk import Disk, Limits
+from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions, open_directory, open_file, read_file, segment_name, slug
 from stepspan.journal.liveness import Closed, write_closed
-from stepspan.journal.writer import Disk, Limits
+from stepspan.journal.writer import SessionWriter
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_a_short_write_is_completed(tmp_path: Path) -> None:
     writer = open_writer(tmp_path, disk=Nibbling())
     log(writer, range(20))
     assert logged(lines(writer.path)) == list(range(20))
-    assert writer.trouble is None
+    assert writer.error is None
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO], ids=errno.errorcode.get)
@@ -60,8 +62,8 @@ def test_lines_wait_for_a_disk_that_fails_for_a_while(tmp_path: Path, code: int,
     log(writer, range(3))
     disk.space = room
     log(writer, range(3, 10))
-    assert writer.trouble is not None
-    assert writer.trouble.errno == code
+    assert writer.error is not None
+    assert writer.error.errno == code
     raw = (writer.path / segment_name(1)).read_bytes()
     torn = raw.rpartition(b"\n")[2]
     assert len(torn) == room
@@ -101,14 +103,14 @@ def test_a_catching_up_that_is_torn_again_goes_on_later(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_in_memory_is_counted_to_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "LONGEST_BACKLOG", 2000)
+    monkeypatch.setattr(writer_module, "MAX_BACKLOG_BYTES", 2000)
     disk, clock = FaultyDisk(), HandClock()
     writer = open_writer(tmp_path, disk=disk, clock=clock)
     log(writer, range(5))
     disk.space = 0
     log(writer, range(5, 100))
-    assert writer.trouble is not None
-    writer.trouble = None  # as the run does when it has told it
+    assert writer.error is not None
+    writer.writer.error = None  # as the run does when it has told it
     disk.space = None
     clock.skip(1.1)
     log(writer, range(100, 105))
@@ -124,7 +126,7 @@ def test_what_does_not_fit_in_memory_is_counted_to_the_line(tmp_path: Path, monk
 
 
 def test_a_line_larger_than_the_memory_is_dropped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "LONGEST_BACKLOG", 2000)
+    monkeypatch.setattr(writer_module, "MAX_BACKLOG_BYTES", 2000)
     disk, clock = FaultyDisk(), HandClock()
     writer = open_writer(tmp_path, disk=disk, clock=clock)
     disk.space = 0
@@ -167,7 +169,7 @@ def test_a_rotation_on_a_full_disk_keeps_order_and_sizes(tmp_path: Path) -> None
     events = [decode(line) for line in raw.splitlines() if line.endswith(b"}")]
     assert logged(events) == list(range(last + 1))
     assert_ordered(events)
-    for number, size in list(writer._sizes.items())[:-1]:
+    for number, size in list(writer.writer._sizes.items())[:-1]:
         assert abs(size - (writer.path / segment_name(number)).stat().st_size) <= 140
 
 
@@ -179,7 +181,7 @@ def test_low_free_disk_stops_writing_before_the_disk_is_full(tmp_path: Path) -> 
     clock.skip(1.1)
     log(writer, range(3, 6))
     assert logged(lines(writer.path)) == [0, 1, 2]
-    assert "less free disk than max(1073741824 B, 2%)" in str(writer.trouble)
+    assert "less free disk than max(1073741824 B, 2%)" in str(writer.error)
     disk.is_low = False
     clock.skip(1.1)
     log(writer, range(6, 8))
@@ -232,8 +234,8 @@ def test_a_disk_that_cannot_be_asked_is_written_to(tmp_path: Path) -> None:
     writer = open_writer(tmp_path, disk=Stale())
     log(writer, range(3))
     assert logged(lines(writer.path)) == [0, 1, 2]
-    assert writer.trouble is not None
-    assert writer.trouble.errno == errno.ESTALE
+    assert writer.error is not None
+    assert writer.error.errno == errno.ESTALE
 
 
 def test_a_disk_that_is_really_full(small_disk: Path) -> None:
@@ -242,8 +244,8 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(200_000))
     log(writer, range(2000))
-    assert writer.trouble is not None
-    assert writer.trouble.errno == errno.ENOSPC
+    assert writer.error is not None
+    assert writer.error.errno == errno.ENOSPC
     ballast.unlink()
     clock.skip(1.1)
     writer.append(metrics(2000))
@@ -258,7 +260,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 def test_a_session_on_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
     fill(small_disk)
     with pytest.raises(OSError, match="No space left"):
-        open_writer(small_disk)
+        SessionWriter(small_disk, header(), limits=ROOMY, clock=HandClock())
     assert os.listdir(small_disk) == ["ballast"]
     with pytest.raises(OSError, match="No space left"):
         write_closed(small_disk, Closed(1, 1, "interrupted"), by="test")
@@ -271,7 +273,7 @@ def test_a_session_on_a_full_disk_leaves_nothing_behind(small_disk: Path) -> Non
 def test_sync_after_each_event(tmp_path: Path) -> None:
     disk = FaultyDisk()
     writer = open_writer(tmp_path, disk=disk, limits=replace(ROOMY, sync_every=0, segment_bytes=1000))
-    assert tmp_path.stat().st_ino in disk.synced, "the directory that the session was renamed in"
+    assert writer.path.parent.stat().st_ino in disk.synced, "the directory that the session was renamed in"
     assert writer.path.stat().st_ino in disk.synced
     for number in range(20):
         segment = writer.path / segment_name(session_of(writer.path).segments()[-1])
@@ -310,14 +312,14 @@ def test_a_sync_that_fails_is_a_trouble_and_no_error(tmp_path: Path) -> None:
     writer = open_writer(tmp_path, disk=Unsynced(), limits=replace(ROOMY, sync_every=0, segment_bytes=1000))
     log(writer, range(20))
     assert logged(lines(writer.path)) == list(range(20))
-    assert writer.trouble is not None
+    assert writer.error is not None
 
 
 def test_the_real_sync_reaches_files_and_directories(tmp_path: Path) -> None:
     writer = open_writer(tmp_path, disk=Disk(), limits=replace(ROOMY, sync_every=0, segment_bytes=1000))
     log(writer, range(20))
     writer.close("completed")
-    assert writer.trouble is None
+    assert writer.error is None
 
 
 # ---------------------------------------------------------------- links and strange files

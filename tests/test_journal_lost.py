@@ -16,32 +16,33 @@ from harness.runs import events, path_of, python
 
 from stepspan import JsonlExporter
 from stepspan.journal import layout
+from stepspan.journal.journal import Journal
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import is_alive_here, read_closed
-from stepspan.journal.writer import JournalWriter
+from stepspan.journal.writer import SessionWriter
 from stepspan.run import Run
 
 start = runs.start
 Start = Callable[..., Run]
 
 
-def deleted(writer: JournalWriter) -> None:
+def deleted(writer: SessionWriter) -> None:
     shutil.rmtree(writer.path.parents[2])
 
 
-def closed(writer: JournalWriter) -> None:
+def closed(writer: SessionWriter) -> None:
     for fd in writer._descriptors._opened:
         os.close(fd)
 
 
 @pytest.mark.parametrize("takes_away", [deleted, closed])
 def test_a_run_whose_journal_is_taken_away_goes_on_in_a_new_session(
-    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, takes_away: Callable[[JournalWriter], None]
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, takes_away: Callable[[SessionWriter], None]
 ) -> None:
     clock = HandClock()
     journal = JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=clock)
     run = start(exporters=[journal])
-    first = journal.writer
+    first = journal.journal.session
     assert first is not None
     clock.skip(2)
     run.log_metrics({"n": 0})
@@ -69,13 +70,13 @@ def test_a_run_whose_journal_is_taken_away_goes_on_in_a_new_session(
 @pytest.mark.parametrize("seconds", [0, 2], ids=["closed before it is noticed", "closed after it is noticed"])
 def test_a_descriptor_that_is_somebody_elses_by_now_is_not_closed(tmp_path: Path, seconds: float) -> None:
     clock = HandClock()
-    exporter = JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=clock)
+    exporter = Journal(tmp_path / "runs", limits=ROOMY, clock=clock)
     numbers = iter(range(10))
-    exporter.start(lambda: header(f"{next(numbers):016x}"), job_id="job", host="node")
+    exporter.open(lambda: header(f"{next(numbers):016x}"), job_id="job", host="node")
     exporter.append(metrics(0))
-    assert exporter.writer is not None
-    ours = set(exporter.writer._descriptors._opened)
-    closed(exporter.writer)
+    assert exporter.session is not None
+    ours = set(exporter.session._descriptors._opened)
+    closed(exporter.session)
     theirs = [os.open(tmp_path / str(number), os.O_WRONLY | os.O_CREAT) for number in range(len(ours))]
     assert set(theirs) == ours, "the numbers are given again"
     clock.skip(seconds)

@@ -35,8 +35,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepspan.errors import Damaged, NewerSchema
-from stepspan.events import Event, encode
+from stepspan.events import Event
 from stepspan.journal.cursor import Ledger, Position
+from stepspan.journal.format import encode
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed
 from stepspan.journal.reader import SETTLE, EventBatch, JournalReader, last_event
@@ -437,12 +438,11 @@ WRITER = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from harness.journals import ROOMY, header, metrics
+from harness.journals import ROOMY, OpenJournal, header, metrics
 from dataclasses import replace
 from itertools import count, cycle
-from stepspan.journal.writer import JournalWriter
 
-writer = JournalWriter(Path(sys.argv[1]), header(), limits=replace(ROOMY, segment_bytes=2_000_000))
+writer = OpenJournal(Path(sys.argv[1]), header(), limits=replace(ROOMY, segment_bytes=2_000_000))
 until, number = time.monotonic() + 1.5, 0
 while time.monotonic() < until:
     for _ in range(100):

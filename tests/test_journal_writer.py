@@ -20,6 +20,7 @@ from harness.journals import (
     SECOND,
     HandClock,
     Interrupting,
+    OpenJournal,
     Scope,
     assert_ordered,
     handled,
@@ -33,11 +34,13 @@ from harness.journals import (
 )
 from harness.processes import under_load
 
-from stepspan.events import decode
 from stepspan.journal import writer as writer_module
+from stepspan.journal.disk import Disk
+from stepspan.journal.format import decode
+from stepspan.journal.journal import Clock
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed, read_closed
-from stepspan.journal.writer import Clock, Disk, JournalWriter, asleep
+from stepspan.journal.writer import mostly_idle
 
 # ---------------------------------------------------------------- a line
 
@@ -46,7 +49,7 @@ def test_a_session_is_a_header_then_the_events_then_its_end(tmp_path: Path) -> N
     writer = open_writer(tmp_path)
     scope = Scope()
     writer.append({"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0}, scope)
-    assert (scope.seq, scope.ts) == (2, writer._last)
+    assert (scope.seq, scope.ts) == (2, writer.writer.ts)
     writer.append(metrics(1))
     writer.append({"ts": 0, "seq": 0, "tag": "run_end", "begin": 0, "status": "completed"}, scope)
     assert read_closed(writer.path) is None
@@ -125,7 +128,7 @@ def test_late_calls_are_counted_and_touch_nothing(tmp_path: Path) -> None:
 
 
 def sleeper(begun: threading.Event, done: threading.Event) -> None:
-    with asleep():
+    with mostly_idle():
         begun.set()
         done.wait()
 
@@ -181,7 +184,7 @@ def test_a_write_that_fails_at_the_system_call_is_seen_either_way(tmp_path: Path
 
 def test_eight_threads_make_one_order(tmp_path: Path) -> None:
     threads, each = 8, 2000
-    writer = JournalWriter(tmp_path, header(), limits=replace(ROOMY, segment_bytes=100_000))
+    writer = OpenJournal(tmp_path, header(), limits=replace(ROOMY, segment_bytes=100_000))
     start = threading.Barrier(threads)
 
     def work(thread: int) -> None:
@@ -208,7 +211,7 @@ def test_eight_threads_make_one_order(tmp_path: Path) -> None:
 
 
 def test_a_handler_that_logs_in_the_middle_of_a_write_is_written_after_it(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path, header(), limits=ROOMY, clock=Interrupting({2, 5}))
+    writer = OpenJournal(tmp_path, header(), limits=ROOMY, clock=Interrupting({2, 5}))
     scope = Scope()
 
     def handler(*_: object) -> None:
@@ -242,7 +245,7 @@ while perf_counter() < until:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("source", ["timer", "kill"])
 def test_real_signals_lose_nothing_and_lock_nothing(tmp_path: Path, source: str) -> None:
-    writer = JournalWriter(tmp_path, header(), limits=replace(ROOMY, segment_bytes=200_000))
+    writer = OpenJournal(tmp_path, header(), limits=replace(ROOMY, segment_bytes=200_000))
     number = signal.SIGVTALRM if source == "timer" else signal.SIGUSR1
     wanted = 100 if source == "timer" else 1000
     handled_calls = 0
@@ -290,7 +293,7 @@ def test_upkeep_may_wait_for_a_thread_that_logs(tmp_path: Path, looks: set[int])
         beside.join(10)
         passed.append(not beside.is_alive())
 
-    writer = JournalWriter(tmp_path, header(), limits=ROOMY, clock=Interrupting(looks), upkeep=upkeep)
+    writer = OpenJournal(tmp_path, header(), limits=ROOMY, clock=Interrupting(looks), upkeep=upkeep)
     with handled(signal.SIGUSR1, lambda *_: writer.append(metrics(1000))):
         writer.append(metrics(1))
     assert passed == [True]
@@ -298,7 +301,7 @@ def test_upkeep_may_wait_for_a_thread_that_logs(tmp_path: Path, looks: set[int])
 
 
 def test_a_handler_that_closes_in_the_middle_of_a_write_ends_the_session_once(tmp_path: Path) -> None:
-    writer = JournalWriter(tmp_path, header(), limits=ROOMY, clock=Interrupting({4}))
+    writer = OpenJournal(tmp_path, header(), limits=ROOMY, clock=Interrupting({4}))
     with handled(signal.SIGUSR1, lambda *_: writer.close("interrupted")):
         log(writer, range(3))
     assert logged(lines(writer.path)) + [0] * writer.lost == [0, 0, 0]
@@ -341,7 +344,7 @@ def test_a_segment_that_cannot_be_made_leaves_the_old_one_in_use(tmp_path: Path)
     obstacle = writer.path / segment_name(2)
     obstacle.mkdir()
     log(writer, range(20))
-    assert isinstance(writer.trouble, FileExistsError)
+    assert isinstance(writer.error, FileExistsError)
     assert logged(decode(line) for line in (writer.path / segment_name(1)).read_bytes().splitlines()) == [*range(20)]
     obstacle.rmdir()
     log(writer, range(20, 23))

@@ -13,8 +13,8 @@ from harness.processes import until
 from harness.receiver import ScriptedReceiver
 
 from stepspan.deliver.ledgers import cursors
-from stepspan.events import decode
 from stepspan.journal.cursor import read_cursor
+from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.journal.liveness import read_closed
 

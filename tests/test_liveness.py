@@ -16,8 +16,8 @@ import pytest
 from harness.journals import ROOMY, header, metrics, open_writer
 from harness.processes import under_load
 
-from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal import liveness
+from stepspan.journal.journal import Journal
 from stepspan.journal.liveness import (
     CLOSED,
     LOCK,
@@ -201,8 +201,8 @@ def pipe() -> Iterator[tuple[int, int]]:
 def write_with_a_worker(directory: Path, warn: int) -> None:
     """A writer that has forked a worker; both wait to be killed."""
     try:
-        exporter = JsonlExporter(directory, limits=ROOMY)
-        exporter.start(header, job_id="job", host="node")
+        exporter = Journal(directory, limits=ROOMY)
+        exporter.open(header, job_id="job", host="node")
         exporter.append(metrics(1))
         if not os.fork():
             exporter.after_fork()

@@ -12,9 +12,8 @@ from harness import runs
 from harness.runs import events, outline, python
 
 import stepspan
-from stepspan.disabled import DISABLED
 from stepspan.integrations.loop import Loop, hooks, known_total, samples_of
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 
 start = runs.start
 Start = Callable[..., Run]

@@ -288,9 +288,9 @@ def test_metrics_of_a_reader_show_no_progress_of_training(start: Start) -> None:
         reader = PeriodicExportingMetricReader(JournalMetricExporter(run), export_interval_millis=1e9)
         meters = MeterProvider([reader], shutdown_on_exit=False)
         meters.get_meter("user").create_counter("c").add(1)
-        before = run.background_events
+        before = run.recorder.background_events
         meters.force_flush()
-        assert run.background_events > before
+        assert run.recorder.background_events > before
         (event,) = events(run, "otel")
         assert event["record"]["sum"]["aggregationTemporality"] == 2
         meters.shutdown()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -238,9 +237,9 @@ def test_a_journal_that_fails_under_a_run_is_told(
 ) -> None:
     now = [0]
     with start(exporters=[JsonlExporter(tmp_path / "runs", clock=lambda: now[0])]) as run:
-        writer = run.pipeline.journal.writer
+        writer = run.pipeline.journal.session
         assert writer is not None
-        writer.trouble = OSError(28, "No space left on device")
+        writer.error = OSError(28, "No space left on device")
         now[0] += 2_000_000_000
         run.log_metrics({"x": 1.0})
     assert run.stats()["warnings"] == {"journal": 1}
@@ -259,16 +258,10 @@ def disabled(start: Start) -> Run:
 
 
 def test_the_disabled_run_has_every_member(disabled: Run) -> None:
-    assert isinstance(disabled, Run)
+    assert type(disabled) is Run, "so that it takes the same arguments"
     assert [name for name in MEMBERS if name not in vars(type(disabled))] == []
     assert disabled.identity.rank == 0
     assert disabled.closed is False
-
-
-@pytest.mark.parametrize("name", MEMBERS)
-def test_the_disabled_run_takes_the_same_arguments(disabled: Run, name: str) -> None:
-    mine, theirs = (inspect.signature(getattr(kind, name)).parameters for kind in (type(disabled), Run))
-    assert list(mine.values()) == list(theirs.values())
 
 
 def test_the_disabled_run_does_nothing(disabled: Run, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from stepspan.deliver.scheduler import (
     UNREADABLE_RETRY_INTERVAL_S,
     Scheduler,
 )
-from stepspan.events import encode
 from stepspan.journal.cursor import read_cursor
+from stepspan.journal.format import encode
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import read_closed
 from stepspan.otlp.outcome import Outcome, Verdict

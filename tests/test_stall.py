@@ -19,7 +19,7 @@ from harness.runs import events, is_ours, python, sessions, spans
 
 from stepspan.events import Event
 from stepspan.mapping.mapper import mapper
-from stepspan.recording.stall import LONGEST_STACKS, SELDOM, StallWatch
+from stepspan.recording.stall import MAX_STACKS_CHARS, REPEAT_INTERVAL_S, StallWatch
 from stepspan.run import Run
 
 start = runs.start
@@ -33,20 +33,20 @@ class Watched:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.now = 1000.0
-        self.watch = StallWatch(run, AFTER, clock=lambda: self.now, start=False)
-        self.watch.look()
+        self.watch = StallWatch(run.recorder, AFTER, clock=lambda: self.now, start=False)
+        self.watch.check()
 
     def passes(self, seconds: float) -> None:
         """Time, in which the watch looks as often as its thread would."""
         end = self.now + seconds
         while self.now < end:
             self.now += self.watch.every
-            self.watch.look()
+            self.watch.check()
 
     def skips(self, seconds: float) -> None:
         """Time in which nobody in this process did anything."""
         self.now += seconds
-        self.watch.look()
+        self.watch.check()
 
     @property
     def told(self) -> list[tuple[str, float]]:
@@ -82,7 +82,7 @@ def test_a_run_that_logs_never_stalls(watched: Watched) -> None:
 
 def test_what_samplers_write_is_no_sign_of_training(watched: Watched) -> None:
     for _ in range(70):
-        watched.run.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
+        watched.run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
         watched.passes(10)
     assert watched.told == [("stalled", 600.0)]
 
@@ -99,7 +99,7 @@ def test_samples_that_a_processor_drops_hide_no_training(start: Start, monkeypat
     watched = Watched(start(processors=[DropSamples()]))
     for _ in range(70):
         for _ in range(5):
-            watched.run.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
+            watched.run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
         watched.run.log_metrics({"loss": 1.0})
         watched.passes(10)
     assert watched.told == []
@@ -112,7 +112,7 @@ def test_at_most_one_stall_an_hour_is_told(watched: Watched) -> None:
     watched.run.log_metrics({"loss": 1.0})
     watched.passes(20)
     assert [status for status, _ in watched.told] == ["stalled", "recovered"]
-    watched.passes(SELDOM)
+    watched.passes(REPEAT_INTERVAL_S)
     assert [status for status, _ in watched.told] == ["stalled", "recovered", "stalled"]
 
 
@@ -186,7 +186,7 @@ def test_a_stall_says_where_it_is(watched: Watched) -> None:
         *("training.run", "training.epoch", "training.step", "backward", "all_reduce (collective)"),
     ]
     assert about["collective"] is True
-    assert about["at"].endswith(" in _look")
+    assert about["at"].endswith(" in _check")
     assert about["stacks"].startswith("MainThread (innermost call first):\n")
     assert "in test_a_stall_says_where_it_is\n" in about["stacks"]
 
@@ -275,7 +275,7 @@ def test_stacks_are_bounded_and_begin_with_the_innermost_call(watched: Watched) 
         for thread in threads:
             thread.join()
     stacks = events(watched.run, "event")[0]["attributes"]["stacks"]
-    assert len(stacks) == LONGEST_STACKS
+    assert len(stacks) == MAX_STACKS_CHARS
     main, _, others = stacks.partition("worker-")
     assert main.index(" in passes") < main.index(" in deep")
     assert main.count(" in deep") < 100
@@ -306,7 +306,7 @@ def test_a_stall_arrives_as_an_error_and_its_end_as_information(watched: Watched
 
 
 def test_a_stall_that_ends_with_the_run_is_said_to_be_over(watched: Watched) -> None:
-    watched.run.background_tasks.append(watched.watch)
+    watched.run.recorder.background_tasks.append(watched.watch)
     watched.passes(AFTER + 20)
     watched.run.log_metrics({"loss": 1.0})
     watched.run.close()
@@ -315,7 +315,7 @@ def test_a_stall_that_ends_with_the_run_is_said_to_be_over(watched: Watched) -> 
 
 
 def test_a_run_that_ends_while_it_stalls_has_not_recovered(watched: Watched) -> None:
-    watched.run.background_tasks.append(watched.watch)
+    watched.run.recorder.background_tasks.append(watched.watch)
     watched.passes(AFTER + 20)
     watched.run.close("interrupted")
     assert [status for status, _ in watched.told] == ["stalled"]
@@ -341,7 +341,9 @@ def test_zero_is_no_watch(start: Start, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("STEPSPAN_STALL_AFTER", "0")
     with start() as run:
         assert watches() == []
-        assert run.background_tasks == [] or all("Stall" not in type(each).__name__ for each in run.background_tasks)
+        assert run.recorder.background_tasks == [] or all(
+            "Stall" not in type(each).__name__ for each in run.recorder.background_tasks
+        )
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -353,7 +355,7 @@ def test_a_forked_child_has_no_watch_and_its_parent_keeps_its_own(tmp_path: Path
         with run.span("before"):
             child = os.fork()
             if child == 0:
-                assert names() == ["MainThread"] and run.background_tasks == []
+                assert names() == ["MainThread"] and run.recorder.background_tasks == []
                 run.log_metrics({"x": 1.0})
                 run.close()
                 os._exit(0)

@@ -131,7 +131,7 @@ def test_a_killed_run_has_no_end_and_keeps_what_was_logged(start: Start, tmp_pat
 
 def test_rank_0_says_where_its_journal_lies_once(start: Start, tmp_path: Path) -> None:
     twice = "import stepspan\nfor _ in range(2):\n    with stepspan.start_run(): pass\n"
-    assert python(twice, tmp_path).stderr == f"stepspan: the journal lies in {tmp_path / 'stepspan-runs'}\n"
+    assert python(twice, tmp_path).stderr == f"stepspan: the journal is in {tmp_path / 'stepspan-runs'}\n"
     assert python(twice, tmp_path, STEPSPAN_RANK="1", STEPSPAN_WORLD_SIZE="2", STEPSPAN_JOB_ID="j").stderr == ""
 
 

@@ -20,7 +20,7 @@ from stepspan.cli import tail as tails
 from stepspan.cli.event_text import ROWS, event_text, printable
 from stepspan.cli.report import Page
 from stepspan.cli.tail import SHOWN_WHILE_OPEN, Follow
-from stepspan.events import FIELDS
+from stepspan.events import TAGS
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -195,7 +195,7 @@ def test_a_tag_that_nobody_knows_is_told_with_those_that_are_known(tmp_path):
     told = stepspan("tail", tmp_path, "--tag", "metric")
     assert told.returncode == 2
     assert "metric" in told.stderr
-    assert all(tag in told.stderr for tag in FIELDS)
+    assert all(tag in told.stderr for tag in TAGS)
 
 
 def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path):
@@ -212,7 +212,7 @@ def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path):
 
 
 def test_every_tag_has_words():
-    assert set(ROWS) == set(FIELDS)
+    assert set(ROWS) == set(TAGS)
 
 
 @pytest.mark.parametrize(

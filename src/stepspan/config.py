@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from stepspan.disabled import PREFIX, switched_off
 from stepspan.errors import ConfigError
-from stepspan.journal.writer import Limits
+from stepspan.identity.variables import PREFIX, switched_off
+from stepspan.journal.disk import Limits
 
 
 def _words(value: Any) -> Any:

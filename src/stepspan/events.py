@@ -1,95 +1,274 @@
-"""The events of a run and their JSON line: the schema of the journal.
+"""The events of a run: the schema of the journal, one TypedDict for each tag.
 
 An event is a plain dict, because it is made in the training thread: no class is built and nothing is copied on its way
-to the disk. Whoever makes one leaves `ts` and `seq` at 0; the journal's writer fills them in under its lock. Every
-begin event carries `parent`, the `seq` of the begin line it lies in (0: none), every end event `begin`, its own one's.
+to the disk. Whoever makes one leaves `ts` and `seq` at 0; the journal fills them in under its lock. Every begin event
+carries `parent`, the `seq` of the begin line that it lies in (0: none); every end event carries `begin`, the `seq` of
+its own begin line. `stepspan.journal.format` says how an event becomes a line.
 
-Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity", "-Infinity".
+The table in docs/events.md is made from these classes: the text of each `Annotated` is the field's meaning.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
-from zlib import crc32
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
 
-import orjson
-
-from stepspan.errors import Damaged
-from stepspan.values import json_value
+from typing_extensions import NotRequired, TypedDict
 
 SCHEMA_MAJOR = 1
 SCHEMA = "1.0"
+"""Of the journals that this version writes. A minor version adds tags and fields, which older readers pass over."""
 
 Event: TypeAlias = dict[str, Any]
+"""Any of the events below, as it travels: what a processor may change is not known to be one of them any more."""
 
-FIELDS: Mapping[str, str] = {
-    "header": "schema, session, run_key, job_id, rank, role, started, boot_id, pid, host, resource",
-    "run_begin": "parent, name, group, tags, attempt",
-    "run_end": "begin, status",
-    "epoch_begin": "parent, epoch",
-    "epoch_end": "begin, status?",
-    "step_begin": "parent, step, split, epoch?, lap?",
-    "step_end": "begin, status?, data_wait? (s), samples?, tokens?, ended? (ns, where the line was written later)",
-    "span_begin": "parent, name, collective?, cuda? (its time on the device follows), attributes?",
-    "span_end": "begin, status?",
-    "device_time": "begin, seconds (null: not known); written when the device has got there",
-    "metrics": "step?, split, attributes?, metrics {key: number; null: follows}, at? (`ts` of the line it follows)",
-    "hyperparams": "params {key: value}",
-    "artifact": "name, path, kind, step?",
-    "event": "parent, name, status?, severity?, attributes?",
-    "error": "parent, type, message, stack, attributes",
-    "log": "parent, severity, logger, message, attributes, exception? {type, message, stack}",
-    "progress": "total_steps",
-    "sample": "source, values [[name, value, {attribute: value}?], ...]",
-    "memory": "device_id, counters {name: bytes}",
-    "otel": "parent?, signal, scope, schema_url?, record: what an OpenTelemetry SDK handed over, as OTLP JSON",
-    "gap": "dropped, why: so many events before this one could not be written",
+Number: TypeAlias = int | float | Literal["NaN", "Infinity", "-Infinity"]
+Json: TypeAlias = dict[str, Any]
+
+
+class Line(TypedDict):
+    """What every event has."""
+
+    ts: Annotated[int, "Unix ns; grows from line to line of a session"]
+    seq: Annotated[int, "the line's number in its session, from 1 on without a gap"]
+    crc: NotRequired[Annotated[int, "CRC-32 of the line before it; only in a line"]]
+
+
+class Header(Line):
+    """The first line of every segment: whose session it is."""
+
+    tag: Literal["header"]
+    schema: Annotated[str, "version of this schema, major.minor"]
+    session: Annotated[str, "64 random bits in hex"]
+    run_key: Annotated[str, "what all ranks of one run have in common, and no other run has; in every trace id"]
+    job_id: str
+    rank: int
+    local_rank: NotRequired[int]
+    world_size: Annotated[int, "how many ranks the run has"]
+    role: Annotated[str, '"" or, for a forked worker or a duplicate of a living rank, what it is']
+    attempt: NotRequired[Annotated[list[int], "how often the scheduler, and the launcher, restarted the job"]]
+    launcher: NotRequired[Annotated[str, "the launcher that the identity came from"]]
+    started: Annotated[int, "Unix ns"]
+    boot_id: Annotated[str, "of the host's kernel: a lock of another boot says nothing"]
+    pid: int
+    host: str
+    resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
+
+
+class RunBegin(Line):
+    """The run begins in this process."""
+
+    tag: Literal["run_begin"]
+    parent: int
+    name: str
+    group: NotRequired[str | None]
+    tags: NotRequired[list[Any]]
+    attempt: NotRequired[list[int]]
+
+
+class RunEnd(Line):
+    """The run ended."""
+
+    tag: Literal["run_end"]
+    begin: int
+    status: Annotated[str, "completed, failed or interrupted"]
+
+
+class EpochBegin(Line):
+    """An epoch begins."""
+
+    tag: Literal["epoch_begin"]
+    parent: int
+    epoch: int
+
+
+class EpochEnd(Line):
+    """An epoch ended."""
+
+    tag: Literal["epoch_end"]
+    begin: int
+    status: NotRequired[Annotated[str, '"error" where an exception left it']]
+    ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
+
+
+class StepBegin(Line):
+    """A step begins."""
+
+    tag: Literal["step_begin"]
+    parent: int
+    step: int
+    split: Annotated[str, '"train", or what the step is of']
+    epoch: NotRequired[int]
+    lap: NotRequired[Annotated[int, "how often the steps of this split have begun again"]]
+
+
+class StepEnd(Line):
+    """A step ended."""
+
+    tag: Literal["step_end"]
+    begin: int
+    status: NotRequired[Annotated[str, '"error" where an exception left it']]
+    data_wait: NotRequired[Annotated[float, "seconds that the step waited for its data"]]
+    samples: NotRequired[Annotated[float, "how many samples it processed"]]
+    tokens: NotRequired[Annotated[float, "how many tokens it processed"]]
+    ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
+
+
+class SpanBegin(Line):
+    """A phase begins."""
+
+    tag: Literal["span_begin"]
+    parent: int
+    name: str
+    collective: NotRequired[Annotated[bool, "its time is a wait for other ranks"]]
+    cuda: NotRequired[Annotated[bool, "its time on the device follows in a device_time event"]]
+    attributes: NotRequired[Json]
+
+
+class SpanEnd(Line):
+    """A phase ended."""
+
+    tag: Literal["span_end"]
+    begin: int
+    status: NotRequired[Annotated[str, '"error" where an exception left it']]
+    ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
+
+
+class DeviceTime(Line):
+    """How long a phase took on the device; written when the device has got there."""
+
+    tag: Literal["device_time"]
+    begin: int
+    seconds: Annotated[float | None, "null: it could not be measured"]
+
+
+class Metrics(Line):
+    """The values of one `log_metrics` call."""
+
+    tag: Literal["metrics"]
+    step: NotRequired[int]
+    split: str
+    attributes: NotRequired[Json]
+    metrics: Annotated[dict[str, Number | None], "key to number; null: a later line has it"]
+    at: NotRequired[Annotated[int, "`ts` of the line whose values follow here"]]
+
+
+class Hyperparams(Line):
+    """Hyperparameters, merged with those logged before."""
+
+    tag: Literal["hyperparams"]
+    params: Json
+
+
+class Artifact(Line):
+    """Where an artifact lies."""
+
+    tag: Literal["artifact"]
+    name: str
+    path: str
+    kind: str
+    step: NotRequired[int]
+
+
+class Milestone(Line):
+    """A named event of the user's, or of a watch."""
+
+    tag: Literal["event"]
+    parent: NotRequired[int]
+    name: str
+    status: NotRequired[str]
+    severity: NotRequired[str]
+    attributes: NotRequired[Json]
+
+
+class Error(Line):
+    """An exception."""
+
+    tag: Literal["error"]
+    parent: NotRequired[int]
+    type: str
+    message: Any
+    stack: str
+    attributes: NotRequired[Json]
+
+
+class LogRecord(Line):
+    """A record of Python's `logging`."""
+
+    tag: Literal["log"]
+    parent: NotRequired[int]
+    severity: Annotated[int, "OpenTelemetry's SeverityNumber, 1 to 24"]
+    logger: str
+    message: str
+    attributes: Json
+    exception: NotRequired[Annotated[Json, "type, message, stack"]]
+
+
+class Progress(Line):
+    """How many training steps there will be."""
+
+    tag: Literal["progress"]
+    total_steps: int
+
+
+class Sample(Line):
+    """What a sampler measured at one instant."""
+
+    tag: Literal["sample"]
+    source: str
+    values: Annotated[list[list[Any]], "[[name, value, {attribute: value}?], ...]"]
+
+
+class Memory(Line):
+    """The counters of a memory allocator."""
+
+    tag: Literal["memory"]
+    device_id: int
+    counters: Annotated[dict[str, Number | None], "name to bytes"]
+
+
+class Otel(Line):
+    """What an OpenTelemetry SDK handed over."""
+
+    tag: Literal["otel"]
+    parent: NotRequired[int]
+    signal: Literal["metrics", "traces", "logs"]
+    scope: Annotated[Json, "its InstrumentationScope"]
+    schema_url: NotRequired[str]
+    record: Annotated[Json, "a metric, a span or a log record, as OTLP JSON"]
+
+
+class Gap(Line):
+    """So many events before this one could not be written."""
+
+    tag: Literal["gap"]
+    dropped: int
+    why: str
+
+
+BY_TAG: Mapping[str, type] = {
+    "header": Header,
+    "run_begin": RunBegin,
+    "run_end": RunEnd,
+    "epoch_begin": EpochBegin,
+    "epoch_end": EpochEnd,
+    "step_begin": StepBegin,
+    "step_end": StepEnd,
+    "span_begin": SpanBegin,
+    "span_end": SpanEnd,
+    "device_time": DeviceTime,
+    "metrics": Metrics,
+    "hyperparams": Hyperparams,
+    "artifact": Artifact,
+    "event": Milestone,
+    "error": Error,
+    "log": LogRecord,
+    "progress": Progress,
+    "sample": Sample,
+    "memory": Memory,
+    "otel": Otel,
+    "gap": Gap,
 }
-"""Tag -> the tag's own fields, beside `ts` (Unix ns), `seq` and `crc`. `?`: left out where there is nothing to say.
-
-A reader passes over tags and fields that it does not know: they come with minor versions of the schema."""
-
-NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def encode(event: Event) -> bytes:
-    """One event as its line. The CRC-32 covers all bytes before `,"crc":`."""
-    try:
-        body = orjson.dumps(event)[:-1]
-    except TypeError:  # an object, a huge integer, a lone surrogate: text keeps it
-        body = orjson.dumps(json_value(event))[:-1]
-    return b'%b,"crc":%d}\n' % (body, crc32(body))
-
-
-def decode(line: bytes) -> Event:
-    """The event of a line without its newline; raises `Damaged`."""
-    body, mark, tail = line.rpartition(b',"crc":')
-    try:
-        if mark and crc32(body) == int(tail[:-1]):
-            event: Event = orjson.loads(line)
-            if type(event["seq"]) is int and type(event["ts"]) is int and type(event["tag"]) is str:
-                return event
-    except (ValueError, KeyError):
-        pass
-    raise Damaged(f"not a journal line: {line[:60]!r}")
-
-
-def decode_sequence(lines: Sequence[bytes], seq: int) -> list[Event] | None:
-    """The events of lines that are numbered from `seq` + 1 on, whole and in order; None where any of them is not.
-
-    For the usual case, at two thirds of the cost of `decode` for each.
-    """
-    ts = 0
-    try:
-        events: list[Event] = orjson.loads(b"[%b]" % b",".join(lines))
-        for line, event in zip(lines, events, strict=True):
-            seq, before, ts = seq + 1, ts, event["ts"]
-            if event["seq"] != seq or ts <= before or type(event["tag"]) is not str:
-                return None
-            if event["crc"] != crc32(line.rpartition(b',"crc":')[0]):
-                return None
-    except (ValueError, KeyError, TypeError):
-        return None
-    return events
+"""Each tag and its class."""
+TAGS = BY_TAG.keys()
+"""A set, in the order of the table."""

@@ -1,8 +1,8 @@
 """The whole data path of an event, on one page.
 
-    event ─► shared processors ─► first exporter (durable, inline: the journal) ─► the call returns
-                                        ▲
-                                        └── every other exporter follows the journal from a cursor of its own
+    event ─► shared processors ─► journal (durable, inline) ─► the call returns
+                                     ▲
+                                     └── followers: every other exporter reads the journal from a cursor of its own
 
 `Pipeline(processors=[Redact()], exporters=[JsonlExporter(directory), OtlpExporter(endpoint)])`
 """
@@ -13,61 +13,68 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from stepspan.errors import ConfigError
-from stepspan.events import FIELDS, Event
+from stepspan.events import TAGS, Event
+from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
-from stepspan.journal.writer import Scope
+from stepspan.journal.journal import Journal
+from stepspan.journal.writer import Begun
 from stepspan.processors import Processor
 
-FOLLOWER = ("destination", "signals", "processors", "export", "close")
+FOLLOWER_ATTRIBUTES = ("destination", "signals", "processors", "export", "close")
 
 
 class Pipeline:
-    """Processors in order, then exporters; the first exporter must be a `JsonlExporter`.
+    """Processors in order, then the journal; followers read the journal.
 
-    `tell(kind, message)` is called for each thing that goes wrong.
+    Args:
+        processors: Called in order with each event whose tag they name, before it is written.
+        exporters: One `JsonlExporter`, which keeps the journal, and any number of followers.
+        warn: Called with a kind and a message for each thing that goes wrong.
+
+    Raises:
+        ConfigError: There is no `JsonlExporter` or more than one, an exporter or processor lacks what it needs, or two
+            exporters share a destination.
+
     """
 
     def __init__(
         self,
         processors: Sequence[Processor],
-        exporters: Sequence[Any],
+        exporters: Sequence[JsonlExporter | Exporter],
         *,
         warn: Callable[[str, str], None] = lambda kind, message: None,
     ) -> None:
-        if not exporters or not isinstance(exporters[0], JsonlExporter):
-            raise ConfigError("exporters", exporters, "the first exporter keeps the journal: put a JsonlExporter there")
-        for exporter in exporters[1:]:
-            missing = [name for name in FOLLOWER if not hasattr(exporter, name)]
-            if missing:
-                fix = f"an exporter that follows the journal has {', '.join(FOLLOWER)}; it lacks {', '.join(missing)}"
-                raise ConfigError("exporters", exporter, fix)
-        taken: set[tuple[str, str]] = set()
-        for exporter in exporters[1:]:
-            targets = {(exporter.destination, signal) for signal in exporter.signals}
-            if targets & taken:  # they would share a cursor, and the second never get anything
-                fix = "two exporters go to this destination: leave one out, or name one with destination= in code"
-                raise ConfigError("exporters", exporter.destination, fix)
-            taken |= targets
-        for processor in processors:
-            unknown = set(getattr(processor, "tags", ("no tags",))) - FIELDS.keys()
-            if unknown or isinstance(processor, type) or not callable(processor):
-                fix = "give an object to call with an event, that names the `tags` it wants to see: some of "
-                raise ConfigError("processors", processor, fix + ", ".join(FIELDS))
-        self.journal: JsonlExporter = exporters[0]
-        self.followers = tuple(exporters[1:])
+        journals = [exporter.journal for exporter in exporters if isinstance(exporter, JsonlExporter)]
+        if len(journals) != 1:
+            raise ConfigError(
+                "exporters", exporters, "exactly one JsonlExporter keeps the journal: add it, or leave the others out"
+            )
+        self.journal: Journal = journals[0]
+        self.followers = tuple(exporter for exporter in exporters if not isinstance(exporter, JsonlExporter))
+        _check_followers(self.followers)
+        _check_processors(processors)
         self._warn = warn
-        self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in FIELDS}
+        self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in TAGS}
         self._append = self.journal.append
 
-    def emit(self, event: Event, scope: Scope | None = None) -> bool:
-        """Take one event to the journal; False: a processor dropped it. When this returns it survives the process."""
+    def emit(self, event: Event, begun: Begun | None = None) -> bool:
+        """Take one event to the journal. When this returns the event survives the process.
+
+        Args:
+            event: With `ts` and `seq` 0, which the journal fills in.
+            begun: What begins or ends by this event.
+
+        Returns:
+            False where a processor dropped it.
+
+        """
         stages = self._stages[event["tag"]]
         if stages:
             processed = self.process(event)
             if processed is None:
                 return False
             event = processed
-        self._append(event, scope)
+        self._append(event, begun)
         return True
 
     def process(self, event: Event) -> Event | None:
@@ -87,9 +94,32 @@ class Pipeline:
         return event
 
     def close(self, status: str) -> None:
-        """End the journal. What comes later is lost, counted and told."""
-        self._append = self._late
+        """End the journal. Events that come later are lost, with a warning."""
+        self._append = self._refuse
         self.journal.close(status)
 
-    def _late(self, event: Event, scope: Scope | None = None) -> None:
-        self._warn("closed", f"the run is closed: {event['tag']} was lost, as is all that comes later")
+    def _refuse(self, event: Event, begun: Begun | None = None) -> None:
+        self._warn("closed", f"the run is closed: {event['tag']} was lost, as is every later event")
+
+
+def _check_followers(followers: Sequence[Any]) -> None:
+    targets: set[tuple[str, str]] = set()
+    for follower in followers:
+        missing = [name for name in FOLLOWER_ATTRIBUTES if not hasattr(follower, name)]
+        if missing:
+            needed = ", ".join(FOLLOWER_ATTRIBUTES)
+            fix = f"an exporter that follows the journal has {needed}; it lacks {', '.join(missing)}"
+            raise ConfigError("exporters", follower, fix)
+        its_targets = {(follower.destination, signal) for signal in follower.signals}
+        if its_targets & targets:  # they would share a cursor, and the second never get anything
+            fix = "two exporters go to this destination: leave one out, or name one with destination= in code"
+            raise ConfigError("exporters", follower.destination, fix)
+        targets |= its_targets
+
+
+def _check_processors(processors: Sequence[Any]) -> None:
+    for processor in processors:
+        unknown = set(getattr(processor, "tags", ("no tags",))) - TAGS
+        if unknown or isinstance(processor, type) or not callable(processor):
+            fix = "give an object to call with an event, that names the `tags` it wants to see: some of "
+            raise ConfigError("processors", processor, fix + ", ".join(TAGS))

@@ -1,7 +1,7 @@
-"""A training run as its code sees it: what a `Run` can be told. `stepspan.start` makes one.
+"""A training run as its code sees it: what can be logged to a `Run`. `stepspan.start_run` begins one.
 
-Nothing here raises into training. What goes wrong is counted in `stats()` and told once, by local rank 0 (other ranks
-say it at DEBUG).
+Nothing here raises into training, whatever it is given. What goes wrong is counted in `stats()["warnings"]` and logged
+once, by local rank 0 (other ranks log it at DEBUG).
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.deliver.delivery import Delivery
-from stepspan.events import SCHEMA, Event
-from stepspan.journal.writer import SessionGone
-from stepspan.recording.deferred import LATER, Resolver, number_of, resolver_of
-from stepspan.recording.scopes import Scope, Scopes, is_failure
+from stepspan.events import Event
+from stepspan.journal.writer import SessionWriter
+from stepspan.recording.deferred import PENDING, metric_value
+from stepspan.recording.recorder import JournalRecorder, NullRecorder
+from stepspan.recording.scopes import Scope, is_failure
 from stepspan.recording.steps import Amount, Steps
-from stepspan.values import error_fields, fields_of, json_value, to_text
+from stepspan.values import fields_of, json_value, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,77 +33,81 @@ if TYPE_CHECKING:
     from stepspan.pipeline import Pipeline
 
 T = TypeVar("T")
-log = logging.getLogger("stepspan")
 
-CLOSE_WAIT = 5.0
-LARGEST = 1 << 63
-
-
-class BackgroundTask(Protocol):
-    """What works beside a run, on a thread of its own, until the run ends."""
-
-    def stop(self) -> None:
-        """Say what is left to say, and end."""
-        ...
+CLOSE_TIMEOUT_S = 5.0
+"""How long the end of a run waits for a receiver that answers."""
+MAX_INTEGER = 1 << 63
 
 
 class Run:
-    """An open run: a context manager, usable from any thread, asyncio task and forked child."""
+    """An open run: a context manager, usable from any thread, asyncio task and forked child.
+
+    `stepspan.start_run` makes one; `stepspan.current_run` finds it. Where stepspan is switched off, and where no run is
+    open, the run is one that records nothing: each method may be called all the same.
+
+    Attributes:
+        identity: Which job and rank this process is.
+        pipeline: The processors, the journal and its followers; None of a run that records nothing.
+        delivery: What sends the journal on its way.
+        recorder: What samplers and integrations record through.
+        closed: Whether the run has ended.
+
+    """
 
     def __init__(
         self,
-        identity: Identity,
-        resource: Mapping[str, Any],
-        pipeline: Pipeline,
-        delivery: Delivery,
+        recorder: JournalRecorder | NullRecorder,
+        pipeline: Pipeline | None = None,
+        delivery: Delivery | None = None,
         *,
-        boot_id: str,
         name: str | None = None,
         tags: Sequence[str] = (),
-        propagate: bool | None = None,
     ) -> None:
-        self.identity = identity
+        self.recorder = recorder
         self.pipeline = pipeline
-        self.delivery = delivery
+        self.delivery = delivery or Delivery()
         self.closed = False
-        self.background_tasks: list[BackgroundTask] = []
-        """Stopped before the run ends; a forked child has none."""
-        self.background_events = 0
-        """How many events came from companions."""
-        self._late: Resolver | None = None
-        self._resource = dict(resource)
-        self._boot_id = boot_id
-        self._journal = pipeline.journal
-        self._emit = pipeline.emit
-        self._warns = identity.local_rank == 0
-        self._warnings: Counter[str] = Counter()
-        self._lock, self._keeping_up = threading.Lock(), threading.Lock()
-        self._scopes = Scopes(identity, pipeline, warn=self.warn_once, record_error=self.log_error, propagate=propagate)
-        self._journal.upkeep = self._upkeep
-        self._journal.start(self._header, job_id=identity.job_id, host=identity.host)
-        about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
-        self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
-        self._scopes.begin(self._scope)
+        self._active = recorder.active
+        self._scopes = recorder.scopes
+        self._emit = recorder.emit
+        self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
+        if pipeline is not None and isinstance(recorder, JournalRecorder):
+            recorder.on_worker_session = self._close_with_worker
+            pipeline.journal.upkeep = self._upkeep
+            identity = recorder.identity
+            about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
+            self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
+            self._scopes.begin(self._scope)
+
+    @property
+    def identity(self) -> Identity:
+        """Which job and rank this process is."""
+        return self.recorder.identity
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
-        """One point per key at this instant.
+        """Record one point per key at this instant, each in a series `training.<key>` of its own.
 
-        `metrics`: key -> number (int, float, bool, or anything with `__float__`), or an array or tensor of one element
-        of numpy, torch or JAX. One that a GPU still computes is not waited for: `stepspan.recording.deferred`.
-        `step`: the current step's number unless given. `split`: the current step's split unless given, else "train";
-        a leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
+        Args:
+            metrics: Key -> number (int, float, bool, or anything with `__float__`), or an array or tensor of one
+                element of numpy, torch or JAX. One that a GPU still computes is not waited for. NaN and Infinity are
+                numbers. A leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
+            step: The step's number; by default that of the step that is open.
+            split: The split of all keys; by default that of the step that is open, else "train".
+
         """
+        if not self._active:
+            return
         try:
             values: dict[str, float | str | None] = {}
-            late: dict[str, Any] = {}
+            pending: dict[str, Any] = {}
             for key, value in metrics.items():
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
                 else:
-                    number = number_of(key, value, self.warn_once)
+                    number = metric_value(key, value, self.warn_once)
                     name = key if type(key) is str else to_text(key)
-                    if number is LATER:
-                        values[name], late[name] = None, value
+                    if number is PENDING:
+                        values[name], pending[name] = None, value
                     elif number is not None:
                         values[name] = number
             if not values:
@@ -111,86 +115,133 @@ class Run:
             scope = self._scopes.innermost()
             if scope is not None:
                 split = split or scope.split
-                number = scope.step if step is None else self._whole("step", step)
+                number = scope.step if step is None else self._whole_number("step", step)
             else:
-                number = None if step is None else self._whole("step", step)
+                number = None if step is None else self._whole_number("step", step)
             event: Event = {"ts": 0, "seq": 0, "tag": "metrics", "split": to_text(split) if split else "train"}
             if number is not None:
                 event["step"] = number
             event["metrics"] = values
-            if late or (self._late is not None and self._late.busy):
-                resolver_of(self).metrics(event, late)
+            if pending or self.recorder.defers:
+                self.recorder.deferred.write_metrics(event, pending)
             else:
                 self._emit(event)
         except Exception as error:
             self.warn_once("metrics", f"metrics were lost: {error!r}")
 
     def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
-        """One point at this instant."""
+        """Record one point at this instant.
+
+        Args:
+            key: Of the series `training.<key>`.
+            value: As a value of `log_metrics`.
+            step: The step's number; by default that of the step that is open.
+
+        """
         self.log_metrics({key: value}, step)
 
     def log_hyperparams(self, params: Any) -> None:
-        """Hyperparameters (a mapping, or an object with attributes), merged with those logged before.
+        """Record hyperparameters, merged with those recorded before.
 
-        Values that JSON can't hold are written as text.
+        Args:
+            params: A mapping, a dataclass, a namespace or any object with attributes. They become labels of
+                `training.run.info` and attributes of the run's span; what JSON can't hold is written as text.
+
         """
-        self._record("hyperparams", lambda: {"params": json_value(fields_of(params))})
+        self.recorder.record("hyperparams", lambda: {"params": json_value(fields_of(params))})
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
-        """That an artifact (a checkpoint, a plot) lies at `path`; the file itself is not read."""
+        """Record where an artifact lies; the file itself is not read.
+
+        Args:
+            name: What it is.
+            path: Where it lies.
+            kind: Any word. `kind="checkpoint"` feeds `training.run.checkpoint_time`, the metric behind the dashboards'
+                age of the last checkpoint and its alert.
+
+        """
         scope = self._scopes.innermost()
         step = {} if scope is None or scope.step is None else {"step": scope.step}
-        self._record(
+        self.recorder.record(
             "artifact", lambda: {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
         )
 
     def log_event(self, name: str, /, *, status: str | None = None, **attributes: Any) -> None:
-        """A named milestone."""
+        """Record a named milestone: a log record, and an event of the run's span.
+
+        Args:
+            name: What happened.
+            status: How it went, in a word.
+            attributes: Anything that belongs to it.
+
+        """
         state = {} if status is None else {"status": to_text(status)}
-        self._record(
+        self.recorder.record(
             "event", lambda: {"name": to_text(name), **state, "attributes": json_value(attributes)}, inside=True
         )
 
     def log_error(self, error: BaseException, /, **attributes: Any) -> None:
-        """An exception with its stack trace; the innermost open span becomes an error."""
-        self._record("error", lambda: {**error_fields(error), "attributes": json_value(attributes)}, inside=True)
-        self._scopes.recorded(error)
+        """Record an exception with its stack trace; the innermost open span becomes an error.
+
+        An exception that leaves a step, a span or the run is recorded by itself.
+
+        Args:
+            error: It counts in `training.run.errors`, by its type.
+            attributes: Anything that belongs to it.
+
+        """
+        self.recorder.record_error(error, attributes)
 
     def epoch(self, n: int) -> Scope:
-        """A context manager: epoch `n`."""
-        return self._scopes.epoch(self._whole("epoch", n))
+        """An epoch, to be entered by `with`: a span, and `training.run.epoch` from then on.
+
+        Args:
+            n: Its number, 0 or more.
+
+        """
+        return self._scopes.epoch(self._whole_number("epoch", n))
 
     def step(self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None) -> Scope:
-        """A context manager: step `n`. All ranks' steps of one number share a trace.
+        """A step, to be entered by `with`: its time (s) is measured, and all ranks' steps of one number share a trace.
 
-        `samples`, `tokens`: how many this rank's step processes, for `training.throughput`; the scope's attributes of
-        these names may also be set while the step is open.
+        Args:
+            n: Its number, 0 or more.
+            split: What it is of: "train", "val", …
+            samples: How many samples this rank's step processes, for `training.throughput`; the scope's attribute of
+                this name may also be set while the step is open.
+            tokens: How many tokens, in the same way.
+
         """
         number: int | None = n
-        if type(n) is not int or n < 0 or n >= LARGEST:
-            number = self._whole("step", n)
+        if type(n) is not int or n < 0 or n >= MAX_INTEGER:
+            number = self._whole_number("step", n)
         scope = self._scopes.step(number, split if type(split) is str else to_text(split))
         scope.samples, scope.tokens = samples, tokens
         return scope
 
     def span(self, name: str, /, *, collective: bool = False, cuda: bool = False, **attributes: Any) -> Scope:
-        """A context manager: a phase. `collective=True`: its time is a wait for other ranks (`training.step.wait`).
+        """A phase of training, to be entered by `with`: a span, and `training.phase.time` (s).
 
-        `cuda=True`: what the current CUDA stream does in it is timed on the GPU, too, as `training.phase.device_time`
-        (s), and that is a collective one's wait. Nothing waits for the GPU.
+        Args:
+            name: Of the span, and the metric's attribute `phase`.
+            collective: Whether its time is a wait for other ranks (`training.step.wait`).
+            cuda: Whether what the current CUDA stream does in it is timed on the GPU, too: as
+                `training.phase.device_time` (s), which then is a collective one's wait. Nothing waits for the GPU.
+            attributes: Of the span.
+
         """
         begin: Event = {"name": to_text(name)}
-        if collective:
-            begin["collective"] = True
-        if attributes:
-            try:
+        try:
+            if collective:
+                begin["collective"] = True
+            if attributes:
                 begin["attributes"] = json_value(attributes)
-            except Exception as error:  # a user's mapping may raise anything
-                self.warn_once("span", f"the attributes of a span were lost: {error!r}")
-        if cuda:
-            from stepspan.integrations.torch.times import device_span
+            if cuda and self._active:
+                from stepspan.integrations.torch.times import device_span
 
-            return device_span(self, begin)
+                return device_span(self, begin)
+        except Exception as error:  # a user's mapping may raise anything
+            self.warn_once("span", f"the attributes of a span were lost: {error!r}")
         return self._scopes.span(begin)
 
     def steps(
@@ -205,20 +256,34 @@ class Run:
     ) -> Steps[T]:
         """Iterate over batches, one step for each `accumulate` of them, timing the wait for data and then the step.
 
-        The number goes on across epochs; `start` sets it, for resuming. What the iterable raises gets out of the loop.
-        `samples`, `tokens`: how many a batch holds, or a function of the batch that counts them (`len`, say).
+        Args:
+            iterable: The batches. What it raises leaves the loop.
+            start: The first step's number, for resuming; by default steps count on across epochs, from 0.
+            accumulate: How many batches make one step.
+            split: What the steps are of: "train", "val", …
+            samples: How many samples a batch holds, or a function of the batch that counts them (`len`, say).
+            tokens: How many tokens, in the same way.
+
+        Returns:
+            An iterator over the batches, as long as `iterable`.
+
         """
-        first = None if start is None else self._whole("start", start)
-        each = self._whole("accumulate", accumulate) or 1
+        first = None if start is None else self._whole_number("start", start)
+        each = self._whole_number("accumulate", accumulate) or 1
         return Steps(
             self._scopes, iterable, start=first, accumulate=each, split=to_text(split), samples=samples, tokens=tokens
         )
 
     def set_total_steps(self, n: int) -> None:
-        """How many training steps there will be, counted from step 0: gives `training.run.eta` (s)."""
-        total = self._whole("total_steps", n)
+        """Say how many training steps there will be: gives `training.run.eta` (s).
+
+        Args:
+            n: Counted from step 0, whatever step a resumed run starts at.
+
+        """
+        total = self._whole_number("total_steps", n)
         if total is not None:
-            self._record("progress", lambda: {"total_steps": total})
+            self.recorder.record("progress", lambda: {"total_steps": total})
 
     def as_log_store(self) -> RunLogStore:
         """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""
@@ -226,67 +291,85 @@ class Run:
 
         return RunLogStore(self)
 
-    def emit_background(self, event: Event) -> None:
-        """Write an event of a companion: one that does not show that training goes on."""
-        try:
-            self.background_events += (
-                1  # before it is written: a stall watch that looks now must not take it for training's
-            )
-            if not self._emit(event):
-                self.background_events -= 1
-        except Exception as error:
-            self.warn_once(event["tag"], f"{event['tag']} was lost: {error!r}")
-
     def flush(self, timeout: float = 5.0) -> bool:
-        """Wait until every destination has taken all events so far; False where `timeout` seconds did not suffice."""
-        deadline = time.monotonic() + timeout
-        arrived = self._late is None or self._late.drain(timeout)
-        writer = self._journal.writer
+        """Wait until every destination has taken all events so far.
+
+        Args:
+            timeout: Seconds.
+
+        Returns:
+            False where that did not suffice.
+
+        """
+        session = self._session
         try:
+            seconds = self._seconds(timeout)
+            deadline = time.monotonic() + seconds
+            arrived = not self.recorder.defers or self.recorder.deferred.drain(seconds)
             left = max(0.0, deadline - time.monotonic())
-            return (writer is None or self.delivery.wait(writer.path, writer.seq, left)) and arrived
+            return (session is None or self.delivery.wait(session.path, session.seq, left)) and arrived
         except Exception as error:
             self.warn_once("flush", f"delivery could not be waited for: {error!r}")
             return False
 
     def close(self, status: str = "completed") -> None:
-        """End the run: "completed", "failed" or "interrupted". Waits for delivery only while the receiver answers."""
+        """End the run. Waits for delivery, `CLOSE_TIMEOUT_S` at most, and only while the receiver answers.
+
+        Args:
+            status: "completed", "failed" or "interrupted".
+
+        """
+        if not self._active:
+            return
         with self._lock:
             if self.closed:
                 return
             self.closed = True
-        self._stop_background_tasks()
+        self.recorder.stop_background_tasks()
         try:
-            self._scopes.end(self._scope, None, to_text(status))
+            status = to_text(status)
+            self._scopes.end(self._scope, None, status)
             self._scopes.closed = True
-            writer = self._journal.writer
-            self.pipeline.close(to_text(status))
-            self._tell_trouble()
-            self.delivery.close(writer.path if writer else None, CLOSE_WAIT)
+            session = self._session
+            assert self.pipeline is not None
+            self.pipeline.close(status)
+            self.recorder.report_journal_errors()
+            self.delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
         except Exception as error:
             self.warn_once("close", f"the run was not closed well: {error!r}")
 
     def stats(self) -> dict[str, Any]:
-        """The ledgers: what was journaled, what was lost or refused, and what each destination has taken."""
-        writer, delivery = self._journal.writer, {}
+        """The ledgers of the run.
+
+        Returns:
+            `journaled` and `lost` events, whether the journal is `durable`, the `journal`'s path, `warnings` by kind,
+            and `delivery`: for each destination and signal what became of the lines and records.
+
+        """
+        session, delivery = self._session, {}
         try:
-            delivery = self.delivery.ledgers(writer.path) if writer else {}
+            delivery = self.delivery.ledgers(session.path) if session else {}
         except Exception as error:
             self.warn_once("stats", f"the ledgers of delivery cannot be read: {error!r}")
         return {
-            "journaled": writer.seq if writer else 0,
-            "lost": writer.lost if writer else 0,
-            "durable": self._journal.durable,
-            "journal": str(writer.path) if writer else None,
-            "warnings": dict(self._warnings),
+            "journaled": session.seq if session else 0,
+            "lost": session.lost if session else 0,
+            "durable": self.pipeline.journal.durable if self.pipeline else True,
+            "journal": str(session.path) if session else None,
+            "warnings": dict(self.recorder.warning_counts),
             "delivery": delivery,
         }
 
     def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
-        """Count a trouble, and say it the first time."""
-        self._warnings[kind] += 1
-        if self._warnings[kind] == 1:
-            log.log(level if self._warns else logging.DEBUG, "%s (told once; run.stats() counts)", message)
+        """Count something that went wrong, and log it the first time for its kind.
+
+        Args:
+            kind: What is counted together; `stats()["warnings"]` has the counts.
+            message: What happened, and the fix.
+            level: Of the log record.
+
+        """
+        self.recorder.warn_once(to_text(kind), to_text(message), level if type(level) is int else logging.WARNING)
 
     def __enter__(self) -> Self:
         return self
@@ -295,65 +378,45 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         failed = error is not None and is_failure(error)
-        if failed:
-            self._stop_background_tasks()
+        if failed and self._active:
+            self.recorder.stop_background_tasks()
             self._scopes.end(self._scope, error)
         self.close("failed" if failed else "completed")
 
     def after_fork(self, number: int) -> None:
-        """In a forked child, the parent's `number`-th, whose first event begins a session of its own."""
-        self._lock, self._keeping_up = threading.Lock(), threading.Lock()
-        self._warns = False
-        self.background_tasks, self.background_events = [], 0
-        self._late = None
-        self.identity = self.identity.for_worker(number)
-        self._scopes.before_fork_child(self.identity)
-        self._journal.after_fork()
-        self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
+        """In a forked child, the parent's `number`-th, whose first event opens a session of its own."""
+        self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
+        try:
+            self.delivery.after_fork()
+            self.recorder.after_fork(number)
+            self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
+        except Exception as error:
+            self.warn_once("fork", f"a forked child records nothing: {error!r}")
 
-    def _stop_background_tasks(self) -> None:
-        while self.background_tasks:
-            task = self.background_tasks.pop()
-            try:
-                task.stop()
-            except Exception as error:
-                self.warn_once("companion", f"{type(task).__name__} did not stop well: {error!r}")
+    @property
+    def _session(self) -> SessionWriter | None:
+        return self.pipeline.journal.session if self.pipeline else None
 
     def _upkeep(self) -> None:
-        if not self._keeping_up.acquire(blocking=False):
+        if not self._in_upkeep.acquire(blocking=False):
             return  # another thread is at it, or this one, interrupted by a signal handler that logs
         try:
-            self._tell_trouble()
+            self.recorder.report_journal_errors()
             self.delivery.watch()
         finally:
-            self._keeping_up.release()
+            self._in_upkeep.release()
 
-    def _tell_trouble(self) -> None:
-        writer = self._journal.writer
-        if writer is None or writer.trouble is None:
-            return
-        trouble, writer.trouble = writer.trouble, None
-        if isinstance(trouble, SessionGone):
-            self.warn_once("journal_gone", f"{trouble}: its latest lines are counted as lost")
-        else:
-            self.warn_once(
-                "journal", f"the journal at {writer.path} cannot be written: {trouble}; lines wait in memory"
-            )
+    def _close_with_worker(self) -> None:
+        """A worker of multiprocessing leaves past atexit: close the run by its own way of ending."""
+        if util := sys.modules.get("multiprocessing.util"):
+            util.Finalize(None, self.close, exitpriority=0)
 
-    def _record(self, tag: str, fields: Any, *, inside: bool = False) -> None:
-        """Emit an event. `fields()` may run a user's code, so it runs where nothing it raises gets out."""
-        try:
-            parent = {"parent": self._scopes.parent()} if inside else {}
-            self._emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
-        except Exception as error:
-            self.warn_once(tag, f"{tag} was lost: {error!r}")
-
-    def _whole(self, field: str, value: Any) -> int | None:
-        if type(value) is int and 0 <= value < LARGEST:
+    def _whole_number(self, field: str, value: Any) -> int | None:
+        if type(value) is int and 0 <= value < MAX_INTEGER:
             return value
         try:
             number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
-            if 0 <= number < LARGEST:
+            if 0 <= number < MAX_INTEGER:
                 return number
             why = "below 0 or beyond 64 bits"
         except Exception as error:  # a user's __index__ may raise anything
@@ -361,29 +424,13 @@ class Run:
         self.warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
         return None
 
-    def _header(self) -> Event:
-        """The header of a session that begins now, in this process."""
-        me = self.identity
-        if me.role and (util := sys.modules.get("multiprocessing.util")):
-            util.Finalize(None, self.close, exitpriority=0)  # a worker of multiprocessing leaves past atexit
-        header: Event = {
-            "ts": 0,
-            "seq": 0,
-            "tag": "header",
-            "schema": SCHEMA,
-            "session": os.urandom(8).hex(),
-            "run_key": me.run_key,
-            "job_id": me.job_id,
-            "rank": me.rank,
-            "local_rank": me.local_rank,
-            "world_size": me.world_size,
-            "role": me.role,
-            "attempt": list(me.attempt),
-            "launcher": me.launcher,
-            "started": self._journal.clock(),
-            "pid": os.getpid(),
-            "host": me.host,
-            "boot_id": self._boot_id,
-            "resource": {**self._resource, "service.instance.id": me.instance},
-        }
-        return self.pipeline.process(header) or header
+    def _seconds(self, timeout: Any) -> float:
+        try:
+            return max(0.0, float(timeout))
+        except Exception as error:  # a user's __float__ may raise anything
+            self.warn_once("flush", f"timeout={to_text(timeout):.80}: not a number of seconds: {to_text(error)}")
+            return 0.0
+
+
+DISABLED = Run(NullRecorder())
+"""The run where none is open, and where stepspan is switched off: it records nothing."""

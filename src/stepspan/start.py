@@ -1,4 +1,8 @@
-"""Starting a run: settings and identity in, an open `Run` out; and which run is open in this process."""
+"""Starting a run: settings and identity in, an open `Run` out; and which run is open in this process.
+
+start_run ─► open_run: settings ─► journal ─► identity ─► resource ─► pipeline ─► session opened
+                       ─► delivery.start() ─► Run, which writes its first event ─► background tasks
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepspan.disabled import DISABLED, switched_off
 from stepspan.errors import ConfigError
-from stepspan.run import Run
+from stepspan.identity.variables import switched_off
+from stepspan.run import DISABLED, Run
 
 if TYPE_CHECKING:
     from stepspan.config import Settings
@@ -22,12 +26,14 @@ if TYPE_CHECKING:
     from stepspan.exporters.jsonl import JsonlExporter
     from stepspan.exporters.otlp import OtlpExporter
     from stepspan.identity import Identity
+    from stepspan.journal.journal import Journal
     from stepspan.processors import Processor
+    from stepspan.recording.warnings import WarningSink
 
 log = logging.getLogger("stepspan")
 
 _open: Run | None = None
-_started = 0
+_runs_opened = 0
 _forks = 0
 
 
@@ -52,22 +58,39 @@ def start_run(
 ) -> Run:
     """Begin a run in this process. All arguments are optional; a run that is still open is closed first.
 
-    Identity (`job_id`, `rank`, `local_rank`, `world_size`, `attempt`) comes from the launcher: torchrun, SLURM, MPI and
-    others. `directory` is where the journal goes, "stepspan-runs" by default. `endpoint` is an OTLP endpoint; without
-    one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent. `resource` adds resource attributes.
-    `processors` run before the journal, after redaction. `exporters` follow the journal: `OtlpExporter`, `SdkExporter`
-    or your own; a `JsonlExporter` in the first place says where and how the journal is kept. `config` is a YAML file
-    with any of `stepspan.config.Settings`. `enabled=False`, or STEPSPAN_DISABLED=1 whatever the argument says: a run
-    that does nothing.
+    Args:
+        job_id: What all ranks of the job have in common. By default this and the next four come from the launcher:
+            torchrun, SLURM, MPI and others.
+        name: A name for people; the job id by default.
+        group: What the job belongs to: a sweep, an experiment.
+        tags: Words to find it by.
+        rank: This process among all ranks, from 0.
+        local_rank: This process among those of its host, from 0.
+        world_size: How many ranks there are.
+        attempt: How often the scheduler restarted the job.
+        service_name: `service.name` of the Resource; "training" by default.
+        directory: Where the journal goes, "stepspan-runs" by default.
+        endpoint: An OTLP endpoint. Without one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent.
+        resource: Further attributes of the OpenTelemetry Resource.
+        processors: Called before the journal, after redaction.
+        exporters: Follow the journal: `OtlpExporter`, `SdkExporter` or your own. A `JsonlExporter` among them says
+            where and how the journal is kept.
+        config: A YAML file with any of `stepspan.config.Settings`.
+        enabled: False: a run that records nothing. STEPSPAN_DISABLED=1 disables it whatever the argument says.
 
-    Raises `ConfigError` where an argument, variable or file entry is wrong.
+    Returns:
+        The run, open; use it as a context manager, or close it.
+
+    Raises:
+        ConfigError: An argument, variable or file entry is wrong.
+
     """
-    global _open, _started
+    global _open, _runs_opened
     if enabled is False or switched_off(os.environ):
         return DISABLED
-    from stepspan import config as settings_of
+    from stepspan import config as configuration
 
-    settings = settings_of.load(
+    settings = configuration.load(
         {
             "name": name,
             "group": group,
@@ -83,7 +106,7 @@ def start_run(
     )
     if not settings.enabled:
         return DISABLED
-    before, after = _listed("processors", processors) or [], _listed("exporters", exporters)
+    given_processors, given_exporters = _listed("processors", processors) or [], _listed("exporters", exporters)
     if _open is not None and not _open.closed:
         _open.warn_once("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
         _open.close()
@@ -96,78 +119,74 @@ def start_run(
         "group": settings.group,
     }
     try:
-        _open = _assemble(settings, who, before, after)
+        _open = open_run(settings, who, given_processors, given_exporters)
     except OSError as error:
         log.warning("no journal can be kept, so nothing is recorded: %s", error)
         return DISABLED
-    _started += 1
+    _runs_opened += 1
     return _open
 
 
 def current_run() -> Run:
-    """The open run, or one that does nothing."""
+    """The open run, or one that records nothing."""
     return _open if _open is not None and not _open.closed else DISABLED
 
 
-def _assemble(
-    settings: Settings, who: Mapping[str, Any], processors: Sequence[Processor], exporters: Sequence[Any] | None
+def open_run(
+    settings: Settings,
+    who: Mapping[str, Any] | None = None,
+    processors: Sequence[Processor] = (),
+    exporters: Sequence[Any] | None = None,
 ) -> Run:
-    from stepspan import identity as identity_of
-    from stepspan.exporters.jsonl import JsonlExporter
-    from stepspan.journal.layout import sessions_of_rank
+    """Open a run that is not `current_run()`.
+
+    Args:
+        settings: In force.
+        who: What is given of the identity: job_id, rank, local_rank, world_size, attempt, group.
+        processors: Of the user's, after redaction and those of the settings.
+        exporters: In place of those that settings and variables name.
+
+    Raises:
+        ConfigError: Something that was given is wrong.
+        OSError: No journal can be kept.
+
+    """
+    from stepspan import identity as identities
     from stepspan.pipeline import Pipeline
     from stepspan.processors import Redact, build
+    from stepspan.recording.recorder import JournalRecorder
+    from stepspan.recording.warnings import WarningSink
 
-    journal: JsonlExporter
-    if exporters and isinstance(exporters[0], JsonlExporter):
-        journal, followers = exporters[0], list(exporters[1:])
-    else:
-        journal = JsonlExporter(settings.directory, limits=settings.limits())
-        followers = list(exporters) if exporters is not None else _exporters_of(settings)
-    facts = identity_of.host_facts()
-    identity = identity_of.resolve(
-        who,
-        os.environ,
-        facts,
-        earlier_sessions=lambda job, rank: len(sessions_of_rank(journal.directory, job, rank)),
-        ordinal=_started,
-    )
-    identity = _apart_from_living(identity, journal, facts.boot_id)
-    attributes, warnings = identity_of.resource_attributes(
+    jsonl, followers = _exporters(settings, exporters)
+    journal = jsonl.journal
+    facts = identities.host_facts()
+    identity, identity_warnings = _identity(who or {}, journal, facts)
+    resource, resource_warnings = identities.resource_attributes(
         identity, os.environ, service_name=settings.service_name, resource=settings.resource
     )
+    warnings = WarningSink(audible=identity.local_rank == 0)
     redact = [Redact(settings.redact_names)] if settings.redact else []
-    sink = _WarningSink()
-    pipeline = Pipeline([*redact, *build(settings.processors), *processors], [journal, *followers], warn=sink)
-    delivery = _delivery(settings, identity, journal, followers, facts.boot_id, sink)
-    run = Run(
+    pipeline = Pipeline(
+        [*redact, *build(settings.processors), *processors], [jsonl, *followers], warn=warnings.warn_once
+    )
+    recorder = JournalRecorder(
         identity,
-        attributes,
-        pipeline,
-        delivery,
+        resource,
+        journal,
+        pipeline.emit,
+        pipeline.process,
+        warnings=warnings,
         boot_id=facts.boot_id,
-        name=settings.name,
-        tags=settings.tags,
         propagate=settings.propagate,
     )
-    sink.run = run
-    if settings.stall_after:
-        from stepspan.recording.stall import StallWatch
-
-        run.background_tasks.append(StallWatch(run, settings.stall_after))
-    if settings.samplers:
-        from stepspan.samplers import start_sampling
-
-        start_sampling(run, settings.samplers, settings.sample_interval)
-    for warning in (*identity.warnings, *warnings):
+    recorder.open()
+    delivery = _delivery(settings, identity, journal, followers, facts.boot_id, warnings)
+    delivery.start()
+    run = Run(recorder, pipeline, delivery, name=settings.name, tags=settings.tags)
+    _start_background_tasks(run, settings)
+    for warning in (*identity_warnings, *resource_warnings):
         run.warn_once(warning, warning)
-    if not journal.durable:
-        run.warn_once(
-            "memory", f"{settings.directory} cannot be written: the journal lies in memory, at {journal.directory}"
-        )
-    elif identity.rank == 0 and not _started and sys.stderr is not None:
-        with suppress(Exception):  # somebody else's stream
-            sys.stderr.write(f"stepspan: the journal lies in {journal.directory}\n")
+    _announce(run, settings.directory, journal)
     return run
 
 
@@ -177,16 +196,16 @@ def _listed(field: str, value: Any) -> list[Any] | None:
     return None if value is None else list(value)
 
 
-class _WarningSink:
-    """Passes on what goes wrong in the parts of a run to the run, once there is one."""
+def _exporters(settings: Settings, given: Sequence[Any] | None) -> tuple[JsonlExporter, list[Any]]:
+    """What keeps the journal, and what follows it."""
+    from stepspan.exporters.jsonl import JsonlExporter
 
-    run: Run | None = None
-
-    def __call__(self, kind: str, message: str) -> None:
-        if self.run is not None:
-            self.run.warn_once(kind, message)
-        else:
-            log.warning("%s", message)
+    keeper = next((exporter for exporter in given or () if isinstance(exporter, JsonlExporter)), None)
+    if keeper is None:
+        keeper = JsonlExporter(settings.directory, limits=settings.limits())
+    if given is None:
+        return keeper, _exporters_of(settings)
+    return keeper, [exporter for exporter in given if exporter is not keeper]
 
 
 def _exporters_of(settings: Settings) -> list[OtlpExporter]:
@@ -197,14 +216,43 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
     return otlp_exporters(os.environ, endpoint=settings.endpoint, protocol=settings.protocol, further=further)
 
 
+def _identity(who: Mapping[str, Any], journal: Journal, facts: Any) -> tuple[Identity, tuple[str, ...]]:
+    """Who this process is, and what there is to warn of."""
+    from stepspan import identity as identities
+    from stepspan.journal.layout import sessions_of_rank
+
+    identity = identities.resolve(
+        who,
+        os.environ,
+        facts,
+        earlier_sessions=lambda job, rank: len(sessions_of_rank(journal.directory, job, rank)),
+        ordinal=_runs_opened,
+    )
+    return _deduplicate_instance(identity, journal.directory)
+
+
+def _deduplicate_instance(identity: Identity, directory: Path) -> tuple[Identity, tuple[str, ...]]:
+    """A series identity of its own where another live process has this job id and rank: two would mix in one series."""
+    from stepspan.journal.layout import sessions_of_rank
+    from stepspan.journal.liveness import is_alive_here
+
+    for session in sessions_of_rank(directory, identity.job_id, identity.rank):
+        if is_alive_here(session.path):
+            role = f"twin{os.getpid()}"
+            duplicate = f"another live process is rank {identity.rank} of {identity.job_id}: {session.path}"
+            return replace(identity, role=role), (*identity.warnings, f"{duplicate}; this one goes by {role}")
+    return identity, identity.warnings
+
+
 def _delivery(
     settings: Settings,
     identity: Identity,
-    journal: JsonlExporter,
+    journal: Journal,
     followers: Sequence[Any],
     boot_id: str,
-    warn: Any,
+    warnings: WarningSink,
 ) -> Delivery:
+    """What sends the journal to the followers: nothing, a process, or threads where a follower can't leave this one."""
     from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
 
     if settings.delivery == "off" or not followers:
@@ -212,7 +260,7 @@ def _delivery(
     from stepspan.exporters.otlp import OtlpExporter
 
     def session() -> Path | None:
-        return journal.writer.path if journal.writer else None
+        return journal.session.path if journal.session else None
 
     portable = all(isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors) for e in followers)
     if settings.delivery == "process" and portable:
@@ -222,29 +270,36 @@ def _delivery(
             followers,
             first=identity.local_rank == 0,
             health=settings.health,
-            warn=warn,
+            warn=warnings.warn_once,
             session=session,
         )
     return ThreadDelivery(followers, session, boot_id)
 
 
-def _apart_from_living(identity: Identity, journal: JsonlExporter, boot_id: str) -> Identity:
-    """A series identity of its own where another live process has this job id and rank: two would mix in one series."""
-    from stepspan.journal.layout import sessions_of_rank
-    from stepspan.journal.liveness import is_alive_here
+def _start_background_tasks(run: Run, settings: Settings) -> None:
+    if settings.stall_after:
+        from stepspan.recording.stall import StallWatch
 
-    for session in sessions_of_rank(journal.directory, identity.job_id, identity.rank):
-        if is_alive_here(session.path):
-            warning = f"another live process is rank {identity.rank} of {identity.job_id}: {session.path}"
-            role = f"twin{os.getpid()}"
-            return replace(identity, role=role, warnings=(*identity.warnings, f"{warning}; this one goes by {role}"))
-    return identity
+        run.recorder.add_background_task(StallWatch(run.recorder, settings.stall_after))
+    if settings.samplers:
+        from stepspan.samplers import start_sampling
+
+        start_sampling(run.recorder, settings.samplers, settings.sample_interval)
+
+
+def _announce(run: Run, wanted: Path, journal: Journal) -> None:
+    """Say where the journal is."""
+    if not journal.durable:
+        run.warn_once("memory", f"{wanted} cannot be written: the journal is kept in memory, at {journal.directory}")
+    elif run.identity.rank == 0 and not _runs_opened and sys.stderr is not None:
+        with suppress(Exception):  # somebody else's stream
+            sys.stderr.write(f"stepspan: the journal is in {journal.directory}\n")
 
 
 def _close_at_exit() -> None:
     if _open is not None and not _open.closed:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
-        if hasattr(sys, "ps1"):  # or, where somebody types, what went wrong in some line before
+        if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
             error = None
         _open.__exit__(type(error) if error else None, error, None)
 
@@ -256,7 +311,6 @@ def _count_fork() -> None:
 
 def _after_fork_in_child() -> None:
     if _open is not None and not _open.closed:
-        _open.delivery.after_fork()
         _open.after_fork(_forks)
 
 

@@ -34,8 +34,8 @@ from unittest.mock import patch
 
 from stepspan.events import Event
 from stepspan.exporters.jsonl import JsonlExporter
+from stepspan.journal.disk import Limits
 from stepspan.journal.layout import find_sessions
-from stepspan.journal.writer import Limits
 from stepspan.mapping.records import Log, Point, Record, Signal, Span
 from stepspan.reading.sessions import Session, read_session
 from stepspan.run import Run
@@ -196,7 +196,7 @@ def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterat
                 del os.environ[name]
             os.environ["STEPSPAN_SAMPLERS"] = "none"
             run = start_run(exporters=[journal], **{**IDENTITY, **arguments})
-        recording = Recording(run, journal.directory)
+        recording = Recording(run, journal.journal.directory)
         try:
             with run:
                 yield recording

@@ -7,11 +7,14 @@ container raises. Numbers that JSON has no word for are written as proto3 JSON d
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+"""The numbers that JSON has no word for, by how they are written."""
 MAX_DEPTH = 32
 """Levels of nesting that `json_value` keeps; what lies deeper becomes text."""
 MAX_STACK_CHARS = 64 << 10

@@ -30,11 +30,10 @@ from transformers import (
 )
 
 import stepspan
-from stepspan.disabled import DISABLED
-from stepspan.events import decode
 from stepspan.integrations.huggingface import StepspanCallback
+from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 start = runs.start

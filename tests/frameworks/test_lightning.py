@@ -27,11 +27,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils.data import DataLoader, TensorDataset
 
 import stepspan
-from stepspan.disabled import DISABLED
-from stepspan.events import decode
 from stepspan.integrations.lightning import StepspanCallback
+from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 start = runs.start

@@ -12,8 +12,9 @@ from harness.journals import NOON, ROOMY, RUN, SECOND, header, session_of
 from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import DeliveryTask
+from stepspan.journal.disk import Limits
 from stepspan.journal.layout import SessionPath
-from stepspan.journal.writer import JournalWriter, Limits
+from stepspan.journal.writer import SessionWriter
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 
@@ -107,7 +108,7 @@ class Training:
         place.mkdir(parents=True, exist_ok=True)
         resource = {"service.name": "training", "service.instance.id": f"job-{rank}", "job_id": "job", "rank": rank}
         about = header(session, rank=rank, world_size=2, started=self.now, resource=resource, **fields)
-        self.writer = JournalWriter(place, about, limits=limits, clock=self._clock)
+        self.writer = SessionWriter(place, about, limits=limits, clock=self._clock)
         self.path = session_of(self.writer.path)
         self.run = self.emit("run_begin", **RUN)
 
@@ -117,7 +118,7 @@ class Training:
 
     def emit(self, tag: str, **fields: Any) -> int:
         event = {"ts": 0, "seq": 0, "tag": tag, **fields}
-        self.writer.append(event)
+        self.writer.write(event, self._clock())
         if tag == "metrics":
             self.losses[event["ts"] // 10**6] = fields["metrics"]["loss"]
         return self.writer.seq

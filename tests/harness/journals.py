@@ -15,12 +15,15 @@ from typing import Any
 
 import pytest
 
-from stepspan.events import SCHEMA, Event, decode, encode
+from stepspan.events import SCHEMA, Event
 from stepspan.journal.cursor import Position
+from stepspan.journal.disk import Disk, Limits
+from stepspan.journal.format import decode, encode
+from stepspan.journal.journal import Journal
 from stepspan.journal.layout import SessionPath, segment_name, session_name
 from stepspan.journal.liveness import Closed
 from stepspan.journal.reader import EventBatch, JournalReader
-from stepspan.journal.writer import Disk, JournalWriter, Limits
+from stepspan.journal.writer import SessionWriter
 from stepspan.reading.sessions import read_batches
 
 NOON = 1_795_262_400_000_000_000  # 2026-11-21 12:00:00 UTC
@@ -73,10 +76,44 @@ def metrics(number: int, **fields: Any) -> Event:
     return {"ts": 0, "seq": 0, "tag": "metrics", "split": "train", "metrics": {"n": number}, **fields}
 
 
+class OpenJournal(Journal):
+    """A journal whose session is open, seen as that session."""
+
+    def __init__(self, place: Path, about: Event, **arguments: Any) -> None:
+        upkeep = arguments.pop("upkeep", None)
+        super().__init__(place, **arguments)
+        self.upkeep = upkeep
+        self.open(lambda: about, job_id="job", host="node")
+
+    @property
+    def writer(self) -> SessionWriter:
+        assert self.session is not None
+        return self.session
+
+    @property
+    def path(self) -> Path:
+        return self.writer.path
+
+    @property
+    def seq(self) -> int:
+        return self.writer.seq
+
+    @property
+    def lost(self) -> int:
+        return self.writer.lost
+
+    @property
+    def error(self) -> OSError | None:
+        return self.writer.error
+
+    def forget(self) -> None:
+        self.writer.forget()
+
+
 def open_writer(
     place: Path, *, limits: Limits = ROOMY, clock: HandClock | None = None, disk: Disk | None = None, **fields: Any
-) -> JournalWriter:
-    return JournalWriter(place, header(**fields), limits=limits, clock=clock or HandClock(), disk=disk)
+) -> OpenJournal:
+    return OpenJournal(place, header(**fields), limits=limits, clock=clock or HandClock(), disk=disk)
 
 
 def lay_down(place: Path, *segments: Iterable[Event | bytes], session: str = SESSION) -> SessionPath:
@@ -165,7 +202,7 @@ class FaultyDisk(Disk):
         return self.is_low
 
 
-def log(writer: JournalWriter, numbers: range) -> None:
+def log(writer: Journal, numbers: range) -> None:
     for number in numbers:
         writer.append(metrics(number))
 

@@ -19,10 +19,10 @@ from stepspan._version import __version__
 from stepspan.config import Settings, load
 from stepspan.errors import ConfigError
 from stepspan.events import SCHEMA
-from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.identity import host_facts, resolve, resource_attributes
+from stepspan.journal.disk import Limits
+from stepspan.journal.journal import Journal
 from stepspan.journal.layout import sessions_of_rank
-from stepspan.journal.writer import JournalWriter, Limits
 from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Verdict
@@ -108,7 +108,7 @@ def _journal(findings: Findings, directory: Path, limits: Limits) -> None:
     try:
         absolute = directory.absolute()
         created = [path for path in (absolute, *absolute.parents) if not path.exists()]
-        journal = JsonlExporter(directory, limits=limits)
+        journal = Journal(directory, limits=limits)
     except (ConfigError, OSError) as error:
         findings.failure("directory", error)
         return
@@ -118,14 +118,15 @@ def _journal(findings: Findings, directory: Path, limits: Limits) -> None:
     findings.fact("directory", journal.directory)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=journal.directory) as session:
         header = {"ts": 0, "seq": 0, "tag": "header", "session": "0" * 16, "rank": 0, "role": "", "schema": SCHEMA}
-        writer = JournalWriter(Path(session), header, limits=limits)
+        probe = Journal(session, limits=limits)
+        probe.open(lambda: header, job_id="doctor", host="doctor")
         before = time.perf_counter()
         for number in range(PROBE_LINES):
             metrics = {"loss": 0.5, "accuracy": 0.9, "lr": 1e-3, "grad_norm": 2.0, "throughput": 900.0}
-            writer.append({"ts": 0, "seq": 0, "tag": "metrics", "step": number, "split": "train", "metrics": metrics})
+            probe.append({"ts": 0, "seq": 0, "tag": "metrics", "step": number, "split": "train", "metrics": metrics})
         seconds = (time.perf_counter() - before) / PROBE_LINES
-        problem = writer.trouble
-        writer.close("completed")
+        problem = probe.session.error if probe.session else None
+        probe.close("completed")
     if created:
         (journal.directory / ".gitignore").unlink(missing_ok=True)
         with suppress(OSError):  # a run has begun there meanwhile

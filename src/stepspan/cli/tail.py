@@ -17,7 +17,7 @@ from rich.text import Text
 from stepspan.cli.event_text import event_text, printable
 from stepspan.cli.table import rank_label
 from stepspan.errors import ConfigError, JournalError
-from stepspan.events import FIELDS, Event
+from stepspan.events import TAGS, Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed, read_closed
@@ -173,9 +173,9 @@ def _written_at(session: SessionPath) -> float:
 
 def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: Collection[str]) -> int:
     """Print the newest lines, and with `follow` those that come. The exit code. Raises `ConfigError`."""
-    unknown = [tag for tag in tags if tag not in FIELDS]
+    unknown = [tag for tag in tags if tag not in TAGS]
     if unknown:
-        raise ConfigError("--tag", unknown[0], f"unknown; known are {', '.join(FIELDS)}")
+        raise ConfigError("--tag", unknown[0], f"unknown; known are {', '.join(TAGS)}")
     sessions = Follow(path, rank, frozenset(tags))
     console = Console(highlight=False)
     lines = sessions.newest(count)

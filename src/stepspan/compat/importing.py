@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from stepspan.events import SCHEMA, Event
+from stepspan.journal.disk import Limits
 from stepspan.journal.layout import SessionPath, segment_name, session_name, slug
 from stepspan.journal.liveness import CLOSED, LOCK, read_closed
-from stepspan.journal.writer import JournalWriter, Limits
+from stepspan.journal.writer import SessionWriter
 from stepspan.processors import Redact
 
 NS_PER_US = 1_000
@@ -136,7 +137,7 @@ class SessionImport:
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         limits = Limits(session_bytes=1 << 62, free_bytes=0, free_ratio=0.0)
         header = self._redact(imported.header())
-        self._writer = JournalWriter(parent, header, limits=limits, clock=lambda: self._now)
+        self._writer = SessionWriter(parent, header, limits=limits, clock=lambda: self._now)
         if cursors is not None:
             cursors.rename(self.path / "cursors")
         about = {"name": imported.name, "group": None, "tags": list(imported.tags), "attempt": [0, 0]}
@@ -146,9 +147,10 @@ class SessionImport:
         """Write some lines."""
         before = self._writer.seq
         for self._now, each, begin in lines:
-            self._writer.append(self._redact(each) if each["tag"] in self._redact.tags else each, begin)
-        if self._writer.lost or self._writer.trouble is not None:
-            raise self._writer.trouble or OSError(f"{self.path}: {self._writer.lost} events could not be written")
+            redacted = self._redact(each) if each["tag"] in self._redact.tags else each
+            self._writer.write(redacted, self._now, begin)
+        if self._writer.lost or self._writer.error is not None:
+            raise self._writer.error or OSError(f"{self.path}: {self._writer.lost} events could not be written")
         self.written += self._writer.seq - before
 
     def close(self, status: str, ended: int | None) -> None:

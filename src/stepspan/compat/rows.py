@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.errors import RecordError, short_repr
-from stepspan.events import NONFINITE
-from stepspan.values import json_number, to_float
+from stepspan.values import NONFINITE, json_number, to_float
 
 NS_PER_S = 1_000_000_000
 MAX_UNIX_S = float(1 << 63) / NS_PER_S

@@ -13,8 +13,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from stepspan.disabled import DISABLED
 from stepspan.integrations.loop import FrameworkCallback, hooks, known_total, samples_of
+from stepspan.run import DISABLED
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 STEP, EPOCH = "_step", "_epoch"

@@ -14,9 +14,8 @@ import logging
 import threading
 from typing import Any
 
-from stepspan.disabled import DISABLED
 from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
 from stepspan.values import error_fields, json_value, to_text
 
@@ -54,7 +53,8 @@ class StepspanHandler(logging.Handler):
             return
         with recording_depth as depth:
             if depth < MAX_DEPTH:
-                run._record("log", lambda: {"parent": run._scopes.around(), **_fields(record)})
+                scopes = run.recorder.scopes
+                run.recorder.record("log", lambda: {"parent": scopes.parent_without_closing(), **_fields(record)})
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

@@ -15,10 +15,9 @@ from itertools import islice
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stepspan.disabled import DISABLED
 from stepspan.errors import ConfigError
 from stepspan.recording.scopes import Scope
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 from stepspan.start import current_run, start_run
 
 if TYPE_CHECKING:

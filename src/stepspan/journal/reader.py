@@ -18,8 +18,9 @@ from itertools import accumulate, islice, repeat
 from pathlib import Path
 
 from stepspan.errors import Damaged, NewerSchema
-from stepspan.events import SCHEMA_MAJOR, Event, decode, decode_sequence
+from stepspan.events import SCHEMA_MAJOR, Event
 from stepspan.journal.cursor import Ledger, Position
+from stepspan.journal.format import decode, decode_sequence
 from stepspan.journal.layout import SessionPath, open_directory, open_file, segment_name
 from stepspan.journal.liveness import Closed
 

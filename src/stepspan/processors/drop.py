@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from stepspan.errors import ConfigError
-from stepspan.events import FIELDS, Event
+from stepspan.events import TAGS, Event
 
 
 class Drop:
@@ -35,8 +35,8 @@ class Drop:
             if isinstance(given, str):
                 raise ConfigError(f"drop.{field}", given, f"give a list: [{given!r}]")
         for tag in tags:
-            if tag not in FIELDS:
-                raise ConfigError("drop.tags", tag, f"unknown; known are {', '.join(FIELDS)}")
+            if tag not in TAGS:
+                raise ConfigError("drop.tags", tag, f"unknown; known are {', '.join(TAGS)}")
         self.patterns = tuple(metrics)
         self.dropped_tags = frozenset(tags)
         self.names = tuple(events)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from stepspan.errors import ConfigError
-from stepspan.events import FIELDS, Event
+from stepspan.events import TAGS, Event
 
 REDACTED = "[redacted]"
 MAX_CACHED_CHARS = 100
@@ -69,7 +69,7 @@ class Redact:
 
     """
 
-    tags = frozenset(FIELDS) - NUMERIC_TAGS
+    tags = frozenset(TAGS - NUMERIC_TAGS)
 
     def __init__(self, names: Sequence[str] = ()) -> None:
         if isinstance(names, str):

@@ -7,12 +7,12 @@ Imports neither torch nor JAX: a tensor is known by the module of its class.
   and the training thread goes on. The call writes its line at once, with the values that are known and null for those
   that are not; another line with the call's time (`at`) follows when the device has got there, written by one thread
   that asks the device now and then and never waits for it.
-- A value on its way survives the process only from that second line on. Everything else of the call is as durable as
+- A deferred value survives the process only from that second line on. Everything else of the call is as durable as
   ever.
-- Values of a series keep the order of their calls: while one is on its way, later ones of its key wait behind it,
+- Values of a series keep the order of their calls: while one is deferred, later ones of its key wait behind it,
   whatever they are. So no point is ever older than one of its series that has been sent.
-- At most `MOST_LATE` are on their way; what comes beyond, and what a closing run has waited `DRAIN` seconds for in
-  vain, is lost, counted and told once.
+- At most `MAX_DEFERRED` calls and spans are deferred; what comes beyond, and what a closing run has waited
+  `DRAIN_TIMEOUT_S` for in vain, is lost, counted and logged once.
 """
 
 from __future__ import annotations
@@ -25,99 +25,108 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import Event
-from stepspan.values import json_number, json_value
+from stepspan.mapping.names import metric_name
+from stepspan.values import json_number, to_text
 
 if TYPE_CHECKING:
-    from stepspan.run import Run
+    from stepspan.recording.scopes import Emit
 
-POLL = 0.01
-"""Seconds from asking the device to asking again. The values' times do not depend on it."""
-DRAIN = 5.0
-"""Seconds that the end of a run waits for a device."""
-MOST_LATE = 1024
+POLL_INTERVAL_S = 0.01
+"""From asking the device to asking again. The values' times do not depend on it."""
+DRAIN_TIMEOUT_S = 5.0
+"""How long the end of a run waits for a device."""
+MAX_DEFERRED = 1024
 """Calls and spans; a GPU is hardly ever that far behind, because its queue of launches is no longer."""
-TOO_MANY = f"more than {MOST_LATE} are on their way"
+TOO_MANY = f"more than {MAX_DEFERRED} are pending"
 LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
-"""The first name of a class's module -> whose it is."""
-MOST_KINDS = 1000
+"""The first name of a class's module, and the library that it belongs to."""
+MAX_KNOWN_TYPES = 1000
+
+PENDING: Any = object()
+"""In place of a number that a device still computes."""
+
+Warn = Callable[[str, str], None]
 
 
-LATER: Any = object()
-"""In place of a number that a device will tell."""
-
-
-class Copying(Protocol):
+class AsyncCopy(Protocol):
     """Values of one call on their way from a device."""
 
     def ready(self) -> bool:
-        """Whether they are here. Does not wait."""
+        """Whether they have arrived. Does not wait."""
         ...
 
     def numbers(self) -> list[Any]:
-        """They, in order. Whatever the device raises."""
+        """The values, in order. Raises whatever the device raises."""
         ...
 
 
-class Late(Protocol):
+class DeferredEvent(Protocol):
     """An event that can't be written yet."""
 
     series: Collection[Hashable]
-    """What must not be written before it by others."""
+    """The series of which nothing else may be written before it."""
 
     def ready(self) -> bool:
         """Whether it can be written. Does not wait."""
         ...
 
     def event(self) -> Event | None:
-        """It; None where nothing of it is left. Whatever the device raises."""
+        """The event; None where nothing of it is left. Raises whatever the device raises."""
         ...
 
     def lost(self) -> Event | None:
-        """What is written where `event` is not to be had."""
+        """What is written where `event` fails or never becomes ready."""
         ...
 
 
-def library(value: Any) -> str | None:
-    """Whose class a value has, of those whose values may lie on a device."""
+def library_of(value: Any) -> str | None:
+    """The library of a value's class, of those whose values may lie on a device: "torch", "jax" or None."""
     kind = type(value)
     try:
-        return _known[kind]
+        return _known_types[kind]
     except KeyError:
-        if len(_known) > MOST_KINDS:  # somebody makes classes as he goes
-            _known.clear()
+        if len(_known_types) > MAX_KNOWN_TYPES:  # a program that makes classes as it goes
+            _known_types.clear()
         roots = (str(base.__module__).partition(".")[0] for base in kind.__mro__)
-        found = _known[kind] = next((LIBRARIES[root] for root in roots if root in LIBRARIES), None)
+        found = _known_types[kind] = next((LIBRARIES[root] for root in roots if root in LIBRARIES), None)
         return found
 
 
-_known: dict[type, str | None] = {}
+_known_types: dict[type, str | None] = {}
 
 
-def on_device(value: Any) -> bool:
+def is_on_device(value: Any) -> bool:
     """Whether a device still has to compute a value, or to hand it over. Asks without waiting."""
-    origin = library(value)
-    if origin is None:
+    library = library_of(value)
+    if library is None:
         return False
-    if origin == "torch":
+    if library == "torch":
         return bool(value.device.type != "cpu")
     return hasattr(value, "is_ready") and not value.is_ready()
 
 
-def number_of(key: Any, value: Any, warn: Callable[[str, str], None]) -> float | str | None:
-    """The number in a number, or in an array or tensor of one element, as JSON can hold it; `LATER` of a device's.
+def metric_value(key: Any, value: Any, warn: Warn) -> float | str | None:
+    """The number of a metric as JSON can hold it.
 
-    None for what is no one number: `tell` says so.
+    Args:
+        key: Of the metric, for the warning.
+        value: A number, anything with `__float__`, or an array or tensor of one element.
+        warn: Is called with a kind and a message where `value` is no single number.
+
+    Returns:
+        The number; `PENDING` where a device still computes it; None where there is none.
+
     """
     try:
         if isinstance(value, (str, bytes)):
             raise TypeError("text")
-        late = on_device(value)
-        if late and any(size != 1 for size in value.shape):
+        pending = is_on_device(value)
+        if pending and any(size != 1 for size in value.shape):
             raise ValueError("not one element")
         if hasattr(value, "placements"):
-            value = whole(value)
-        if late:
-            return LATER  # type: ignore[no-any-return] # for its caller's eyes alone
+            value = local_tensor(value)
+        if pending:
+            return PENDING  # type: ignore[no-any-return] # for its caller's eyes alone
         item = getattr(value, "item", None)
         if callable(item):
             mask = getattr(value, "mask", None)
@@ -126,37 +135,47 @@ def number_of(key: Any, value: Any, warn: Callable[[str, str], None]) -> float |
             value = item()
         return json_number(float(value))
     except Exception as error:  # a user's __float__ may raise anything, and so may a device
-        warn("value", f"metric {json_value(key)!s:.80}={about(value)}: not a number: {json_value(error)!s:.200}")
+        warn("value", f"metric {to_text(key):.80}={summary(value)}: not a number: {to_text(error):.200}")
         return None
 
 
-def whole(value: Any) -> Any:
-    """A torch DTensor's tensor, where each rank has the whole of it: to gather it would be a collective. ValueError."""
+def local_tensor(value: Any) -> Any:
+    """A torch DTensor's tensor, where each rank has all of it.
+
+    Raises:
+        ValueError: The tensor is in parts: to gather it would be a collective, which all ranks must call.
+
+    """
     if all(placement.is_replicate() for placement in value.placements):
         return value.to_local()
     raise ValueError("a DTensor in parts: log its full_tensor(), which all ranks must call")
 
 
-def about(value: Any) -> str:
-    """A value in words, such that nobody waits for a device to say it."""
-    if library(value) is None:
-        return f"{json_value(value)!s:.80}"
+def summary(value: Any) -> str:
+    """A value in words, without waiting for a device to print it."""
+    if library_of(value) is None:
+        return f"{to_text(value):.80}"
     return f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
 
 
-def copying(values: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
-    """Begin to copy values that lie on devices: which keys come together."""
-    found: list[tuple[list[str], Copying]] = []
-    ours = {key: value for key, value in values.items() if library(value) == "torch"}
-    if ours:
-        found += import_module("stepspan.integrations.torch.values").copying(ours)
-    theirs = {key: value for key, value in values.items() if key not in ours}
-    if theirs:
-        found.append((list(theirs), Arrays(list(theirs.values()))))
-    return found
+def start_copies(values: Mapping[str, Any]) -> list[tuple[list[str], AsyncCopy]]:
+    """Begin to copy values that lie on devices.
+
+    Returns:
+        For each copy the keys of the values that it brings, in its order.
+
+    """
+    copies: list[tuple[list[str], AsyncCopy]] = []
+    tensors = {key: value for key, value in values.items() if library_of(value) == "torch"}
+    if tensors:
+        copies += import_module("stepspan.integrations.torch.values").start_copies(tensors)
+    arrays = {key: value for key, value in values.items() if key not in tensors}
+    if arrays:
+        copies.append((list(arrays), ArrayCopy(list(arrays.values()))))
+    return copies
 
 
-class Arrays:
+class ArrayCopy:
     """Copies of JAX arrays, which the device makes: it deletes an array that is donated to what comes next.
 
     One element lies whole on each device of its array, so one device's is copied: no other process takes part.
@@ -168,24 +187,33 @@ class Arrays:
             array.copy_to_host_async()
 
     def ready(self) -> bool:
-        """Whether they are computed."""
+        """Whether all of them are computed."""
         return all(array.is_ready() for array in self._arrays)
 
     def numbers(self) -> list[Any]:
-        """They."""
+        """Their values, in order."""
         return [array.item() for array in self._arrays]
 
 
-class LateMetrics:
-    """A call's values that were not known yet. `event`: the call's, less them, with its time as `at`."""
+class DeferredCall:
+    """The values of a `log_metrics` call that were not known yet.
+
+    Args:
+        event: The call's event without its values, with its time as `at`.
+        known: The values that are known, but wait behind others of their series.
+        copies: The values that are on their way from devices.
+        series: Of all these.
+        warn: Takes a kind and a message of what went wrong.
+
+    """
 
     def __init__(
         self,
         event: Event,
         known: Mapping[str, Any],
-        copies: Iterable[tuple[list[str], Copying]],
+        copies: Iterable[tuple[list[str], AsyncCopy]],
         series: Collection[Hashable],
-        warn: Callable[[str, str], None],
+        warn: Warn,
     ) -> None:
         self.series: Collection[Hashable] = series
         self._warn = warn
@@ -202,105 +230,112 @@ class LateMetrics:
         values = dict(self._known)
         for keys, copy in self._copies:
             for key, number in zip(keys, copy.numbers(), strict=True):
-                if (found := number_of(key, number, self._warn)) is not None:
-                    values[key] = found
+                if (value := metric_value(key, number, self._warn)) is not None:
+                    values[key] = value
         return {**self._event, "metrics": values} if values else None
 
     def lost(self) -> Event | None:
-        """The line with what had been known."""
+        """The line with the values that had been known."""
         return {**self._event, "metrics": dict(self._known)} if self._known else None
 
 
-def resolver_of(run: Run) -> Resolver:
-    """The run's own, made when it is first needed."""
-    if run._late is None:
-        run._late = Resolver(run)
-        run.background_tasks.append(run._late)
-    return run._late
-
-
-class Stamp:
-    """Takes the place and time of a line as it is written."""
+class WrittenAt:
+    """Takes the number and time of a line as it is written."""
 
     seq = ts = 0
 
 
-class Resolver:
-    """A companion of a run: writes what is late as soon as it is known, in the order in which it came."""
+class DeferredMetrics:
+    """A background task of a run: writes deferred events as soon as they are ready, in the order in which they came.
 
-    def __init__(self, run: Run) -> None:
-        from stepspan.mapping.names import metric_name  # which loads all of the mapping
+    Args:
+        emit: Writes the line of a call.
+        emit_background: Writes the lines that follow.
+        warn: Takes a kind and a message of what went wrong.
+        clock: Gives Unix ns.
 
-        self._run = run
-        self._name = metric_name
+    """
+
+    def __init__(
+        self, emit: Emit, emit_background: Callable[[Event], None], warn: Warn, clock: Callable[[], int]
+    ) -> None:
+        self._emit = emit
+        self._emit_background = emit_background
+        self._warn = warn
+        self._clock = clock
         self._changed = threading.Condition()  # on a lock that a signal handler which logs may take again
-        self._queue: deque[Late] = deque()
+        self._queue: deque[DeferredEvent] = deque()
         self._series: Counter[Hashable] = Counter()
         self._ended = False
         self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether anything is on its way."""
+        """Whether anything is pending."""
         return bool(self._queue)
 
-    def metrics(self, event: Event, late: Mapping[str, Any]) -> None:
-        """Write a call's event, in whose `metrics` those of `late` are None, and have them follow."""
+    def write_metrics(self, event: Event, pending: Mapping[str, Any]) -> None:
+        """Write a call's event now, and have the values that are missing follow.
+
+        Args:
+            event: Of the call; its values of `pending` are None.
+            pending: The values that devices still compute.
+
+        """
         with self._changed:
             values, split = event["metrics"], event["split"]
-            names: dict[str, Hashable] = {key: self._name(key, split) for key in values}
+            names: dict[str, Hashable] = {key: metric_name(key, split) for key in values}
             behind = {key: value for key, value in values.items() if value is not None and names[key] in self._series}
-            copies = self._copies(late)
+            copies = self._start_copies(pending)
             values.update(dict.fromkeys(behind))
-            stamp = Stamp()
-            if not self._run.pipeline.emit(event, stamp):
+            written = WrittenAt()
+            if not self._emit(event, written):
                 return
-            at = stamp.ts or self._run.pipeline.journal.clock()  # 0: it is a signal handler's, and not written yet
+            observed_at = written.ts or self._clock()  # 0: it is a signal handler's, and not written yet
             follows = [*behind, *(key for keys, _ in copies for key in keys)]
             if follows:
                 fields: Event = {name: event[name] for name in ("split", "step") if name in event}
-                event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": at}
-                self.add(LateMetrics(event, behind, copies, {names[key] for key in follows}, self._run.warn_once))
+                event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": observed_at}
+                self.add(DeferredCall(event, behind, copies, {names[key] for key in follows}, self._warn))
 
-    def add(self, late: Late) -> None:
-        """Have an event follow."""
+    def add(self, deferred: DeferredEvent) -> None:
+        """Have an event follow when it is ready."""
         with self._changed:
-            if self._ended or len(self._queue) >= MOST_LATE:
-                self._warn("the run has ended" if self._ended else TOO_MANY)
-                if not late.series:  # otherwise what is on its way comes before
-                    self._write(late.lost())
+            if self._ended or len(self._queue) >= MAX_DEFERRED:
+                self._warn_lost("the run has ended" if self._ended else TOO_MANY)
+                if not deferred.series:  # otherwise what is pending comes first
+                    self._write(deferred.lost())
                 return
-            self._queue.append(late)
-            self._series.update(late.series)
+            self._queue.append(deferred)
+            self._series.update(deferred.series)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="stepspan-late", daemon=True)
+                self._thread = threading.Thread(target=self._work, name="stepspan-deferred", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
 
     def drain(self, timeout: float) -> bool:
-        """Wait until nothing is on its way; False where `timeout` seconds did not suffice."""
-        deadline = time.monotonic() + timeout
+        """Wait until nothing is pending; False where `timeout` seconds did not suffice."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue, max(0.0, deadline - time.monotonic()))
+            return self._changed.wait_for(lambda: not self._queue, max(0.0, timeout))
 
     def stop(self) -> None:
-        """Write what arrives in `DRAIN` seconds, and end."""
-        self.drain(DRAIN)
+        """Write what arrives within `DRAIN_TIMEOUT_S`, and end."""
+        self.drain(DRAIN_TIMEOUT_S)
         with self._changed:
             self._ended = True
             while self._queue:
-                self._warn(f"the device did not get there in {DRAIN:g} s")
+                self._warn_lost(f"the device did not get there in {DRAIN_TIMEOUT_S:g} s")
                 self._write(self._queue.popleft().lost())
             self._changed.notify_all()
 
-    def _copies(self, late: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
-        if late and len(self._queue) >= MOST_LATE:
-            self._warn(TOO_MANY)
+    def _start_copies(self, pending: Mapping[str, Any]) -> list[tuple[list[str], AsyncCopy]]:
+        if pending and len(self._queue) >= MAX_DEFERRED:
+            self._warn_lost(TOO_MANY)
             return []
         try:
-            return copying(late) if late else []
+            return start_copies(pending) if pending else []
         except Exception as error:  # whatever a device raises
-            self._run.warn_once("value", f"{', '.join(late):.80}: {error!s:.200}")
+            self._warn("value", f"{', '.join(pending):.80}: {error!s:.200}")
             return []
 
     def _work(self) -> None:
@@ -312,12 +347,12 @@ class Resolver:
                 head = self._queue[0]
             try:
                 if not head.ready():
-                    time.sleep(POLL)
+                    time.sleep(POLL_INTERVAL_S)
                     continue
                 event = head.event()
-            except Exception as error:  # as above
+            except Exception as error:  # whatever a device raises
                 event = head.lost()
-                self._warn(error)
+                self._warn_lost(error)
             if not self._ended:
                 self._write(event)
             with self._changed:
@@ -328,7 +363,7 @@ class Resolver:
 
     def _write(self, event: Event | None) -> None:
         if event is not None:
-            self._run.emit_background(event)
+            self._emit_background(event)
 
-    def _warn(self, why: object) -> None:
-        self._run.warn_once("late", f"a value of a device was lost: {why!s:.200}")
+    def _warn_lost(self, why: object) -> None:
+        self._warn("late", f"a value of a device was lost: {why!s:.200}")

@@ -2,45 +2,70 @@
 
 The innermost open scope of a thread or asyncio task stands in a context variable; a thread that has none takes the
 run's main one. A scope that exits ends what is still open inside it, with its own outcome: that is how a step learns
-whether its loop was left by `break` or by an exception, which the loop's iterator is never told.
+whether its loop was left by `break` or by an exception, which the loop's iterator never hears of.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from threading import get_ident
 from types import ModuleType, TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import Event
 from stepspan.mapping import ids
-from stepspan.values import json_value
+from stepspan.values import to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from stepspan.identity import Identity
-    from stepspan.pipeline import Pipeline
+    from stepspan.journal.journal import Journal
+    from stepspan.journal.writer import Begun
 
-T = TypeVar("T")
-SECOND = 1_000_000_000
+SECOND_NS = 1_000_000_000
 
 current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
 
 
+class Emit(Protocol):
+    """Takes an event to the journal; False where a processor dropped it."""
+
+    def __call__(self, event: Event, begun: Begun | None = None) -> bool:
+        """Write one event."""
+        ...
+
+
+class RecordError(Protocol):
+    """Records an exception in the innermost open scope."""
+
+    def __call__(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
+        """Write the event of an exception."""
+        ...
+
+
 class Scope:
-    """An open run, epoch, step or span; a context manager. `seq` and `ts` are those of its begin line."""
+    """An open run, epoch, step or span; a context manager.
+
+    Attributes:
+        samples: How many samples a step processed: `training.throughput`. May be set while the step is open.
+        tokens: How many tokens it processed.
+        seq: The number of its begin line.
+        ts: The time of its begin line, Unix ns.
+
+    """
 
     __slots__ = (
-        "begin", "epoch", "home", "lap", "leaving", "loose", "outer", "owner",
-        "samples", "seq", "split", "step", "tag", "thread", "token", "tokens", "ts", "waited",
+        "abandoned_at", "begin", "epoch", "lap", "on_exit", "owner", "parent", "samples", "seq", "session", "split",
+        "step", "tag", "thread", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
-    aside = False  # whether what it times goes on beside the code here, so that nothing comes to lie in it
+    detached = False
+    """Whether what it times goes on beside the code here, so that nothing comes to lie in it."""
 
     def __init__(
         self, owner: Scopes, tag: str, begin: Event, step: int | None = None, split: str | None = None
@@ -53,21 +78,20 @@ class Scope:
         self.split = split
         self.epoch: int | None = None
         self.seq = self.ts = self.lap = 0
-        self.loose = 0
-        """When its loop was left, Unix ns; 0 while it is held."""
-        self.home: Any = None
-        """The session it was begun in; None when it is not open."""
-        self.outer: Scope | None = None
-        """What it lies in. One that goes on beside other code is told; the others find it as they begin."""
-        self.leaving: tuple[Callable[[], None], ...] = ()
+        self.abandoned_at = 0
+        """When its loop was left without its knowing how, Unix ns; 0 while the loop goes on."""
+        self.session: object | None = None
+        """The journal session that it was begun in; None while it is not open."""
+        self.parent: Scope | None = None
+        """The scope that it lies in. A detached one is given it; the others find it as they begin."""
+        self.on_exit: tuple[Callable[[], None], ...] = ()
         """To be called just before it ends."""
         self.waited: int | None = None
         """Nanoseconds that a step waited for its data."""
         self.samples: float | None = None
-        """How many samples a step processed: `training.throughput`. May be set while the step is open."""
         self.tokens: float | None = None
-        """How many tokens."""
         self.token: Any = None
+        """Of the OpenTelemetry context, while it is the current span there."""
         self.thread = 0
         """The ident of the thread that began it."""
 
@@ -82,32 +106,48 @@ class Scope:
 
 
 class Scopes:
-    """The open scopes of one run, and the events of their beginning and ending. Nothing here raises."""
+    """The open scopes of one run, and the events of their beginning and ending. Nothing here raises.
+
+    Args:
+        identity: Which job and rank this process is, for the ids of spans.
+        journal: Whose session the scopes lie in.
+        emit: Writes an event.
+        warn: Takes a kind and a message of what went wrong.
+        record_error: Writes the exception that a scope failed with.
+        propagate: Whether a scope becomes the current OpenTelemetry span; None: unless a global TracerProvider is
+            installed.
+
+    """
 
     def __init__(
         self,
         identity: Identity,
-        pipeline: Pipeline,
+        journal: Journal,
+        emit: Emit,
         *,
         warn: Callable[[str, str], None],
-        record_error: Callable[[BaseException], None],
+        record_error: RecordError,
         propagate: bool | None,
     ) -> None:
-        self.clock = pipeline.journal.clock
+        self.clock: Callable[[], int] = journal.clock
         self.closed = False
         self._identity = identity
-        self._journal = pipeline.journal
-        self._emit = pipeline.emit
+        self._journal = journal
+        self._emit = emit
         self._warn = warn
         self._record_error = record_error
         self._propagate = propagate
         self._propagation: ModuleType | None = None
-        self._forebears: dict[object, Identity] = {}
-        """The session of a process that forked this one -> its identity."""
+        self._parent_identities: dict[object, Identity] = {}
+        """The session of a process that forked this one, and its identity."""
+        self._begin_counting()
+
+    def _begin_counting(self) -> None:
         self._main: Scope | None = None
         self._spans: dict[Scope, None] = {}
         """The open ones of all threads, in the order of their beginning."""
         self._laps: dict[str, tuple[int, int, int]] = {}
+        """Split -> epoch, step and lap of its last step."""
         self._next_epoch = 0
         self._next_step: dict[str, int] = {}
 
@@ -139,30 +179,35 @@ class Scopes:
     def begin(self, scope: Scope) -> None:
         """Open a scope inside the innermost one."""
         try:
-            tag, event, home = scope.tag, scope.begin, self._journal.home
+            tag, event, session = scope.tag, scope.begin, self._journal.session
             scope.thread = get_ident()
-            if not scope.aside:
-                scope.outer = self.innermost()
-            outer = scope.outer
-            if outer is not None and outer.home is home:
-                event["parent"] = outer.seq
+            if not scope.detached:
+                scope.parent = self.innermost()
+            parent = scope.parent
+            if parent is not None and parent.session is session:
+                event["parent"] = parent.seq
                 if tag == "step":
-                    scope.epoch = outer.epoch
+                    scope.epoch = parent.epoch
                 elif tag == "span":
-                    scope.epoch, scope.step, scope.split, scope.lap = outer.epoch, outer.step, outer.split, outer.lap
+                    scope.epoch, scope.step, scope.split, scope.lap = (
+                        parent.epoch,
+                        parent.step,
+                        parent.split,
+                        parent.lap,
+                    )
             if tag == "step":
-                self._place(scope, event)
+                self._number_lap(scope, event)
             self._emit(event, scope)
             if self.closed:
                 return
-            scope.home = self._journal.home
-            if scope.home is not home:  # the event opened a session of its own: nothing there to lie in
+            scope.session = self._journal.session
+            if scope.session is not session:  # the event opened a session of its own: nothing there to lie in
                 event["parent"] = 0
             if tag == "span":
                 self._spans[scope] = None
             else:
                 self._main = scope
-            if scope.aside:
+            if scope.detached:
                 return
             current.set(scope)
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
@@ -171,40 +216,47 @@ class Scopes:
             self._warn("begin", f"a {scope.tag} could not be begun: {error!r}")
 
     def end(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
-        """Close a scope and whatever is still open inside it. `status`: of one that no exception has failed."""
-        if scope.home is None:
+        """Close a scope and whatever is still open inside it.
+
+        Args:
+            scope: What ends; nothing is done where it is not open.
+            error: The exception that leaves it, if any.
+            status: Of one that no exception has failed.
+
+        """
+        if scope.session is None:
             return
         try:
             if current.get() is not scope:
                 self._end_inside(scope, error)
-            for leave in scope.leaving:
-                leave()
+            for call in scope.on_exit:
+                call()
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
             if scope.waited is not None:
-                event["data_wait"] = scope.waited / SECOND
+                event["data_wait"] = scope.waited / SECOND_NS
             if scope.samples is not None and (samples := self.amount("samples", scope.samples)) is not None:
                 event["samples"] = samples
             if scope.tokens is not None and (tokens := self.amount("tokens", scope.tokens)) is not None:
                 event["tokens"] = tokens
-            if scope.loose:
-                event["ended"], scope.loose = scope.loose, 0
+            if scope.abandoned_at:
+                event["ended"], scope.abandoned_at = scope.abandoned_at, 0
             if error is not None and is_failure(error):
                 self._fail(error)
                 event["status"] = "failed" if scope.tag == "run" else "error"
             elif status is not None:
                 event["status"] = status
-            if scope.home is self._journal.home:
+            if scope.session is self._journal.session:
                 self._emit(event, scope)
         except Exception as failure:
             self._warn("end", f"a {scope.tag} could not be ended: {failure!r}")
         finally:
-            scope.home = None
+            scope.session = None
             if current.get() is scope:
-                current.set(scope.outer)
+                current.set(scope.parent)
             if scope.tag == "span":
                 self._spans.pop(scope, None)
             elif self._main is scope:
-                self._main = scope.outer
+                self._main = scope.parent
             if scope.token is not None:
                 self._detach(scope)
 
@@ -213,10 +265,10 @@ class Scopes:
         scope = current.get()
         if scope is None or scope.owner is not self:
             scope = self._main
-        while scope is not None and (scope.loose or scope.home is None):
-            outer = scope.outer
+        while scope is not None and (scope.abandoned_at or scope.session is None):
+            parent = scope.parent
             self.end(scope, None)  # its loop was left, and no exception has come by since
-            scope = outer
+            scope = parent
         return scope
 
     def open(self) -> list[Scope]:
@@ -224,72 +276,84 @@ class Scopes:
         chain, scope = [], self._main
         while scope is not None:
             chain.append(scope)
-            scope = scope.outer
+            scope = scope.parent
         chain.reverse()
-        home = self._journal.home
+        session = self._journal.session
         chain += [span for span in list(self._spans) if span not in chain]
-        return [scope for scope in chain if scope.home is home and not scope.loose]
+        return [scope for scope in chain if scope.session is session and not scope.abandoned_at]
 
-    def parent(self) -> int:
+    def parent_seq(self) -> int:
         """The `seq` of the innermost scope's begin line; 0 for none in this session."""
         scope = self.innermost()
-        return scope.seq if scope is not None and scope.home is self._journal.home else 0
+        return scope.seq if scope is not None and scope.session is self._journal.session else 0
 
-    def around(self) -> int:
-        """The same, but a step whose loop was left stays open: what asks may itself run as an exception passes."""
+    def parent_without_closing(self) -> int:
+        """The same, but a step whose loop was left stays open: the caller may itself run as an exception passes."""
         scope = current.get()
         if scope is None or scope.owner is not self:
             scope = self._main
-        while scope is not None and (scope.loose or scope.home is not self._journal.home):
-            scope = scope.outer
+        while scope is not None and (scope.abandoned_at or scope.session is not self._journal.session):
+            scope = scope.parent
         return scope.seq if scope is not None else 0
 
-    def recorded(self, error: BaseException) -> None:
-        """Remember that an exception stands in this session: the scopes it passes through need not say it again."""
+    def mark_recorded(self, error: BaseException) -> None:
+        """Remember that an exception stands in this session: the scopes it passes through need not record it again."""
         with suppress(Exception):  # one that takes no attribute is recorded by every scope
-            error._stepspan_recorded = self._mark  # type: ignore[attr-defined]
+            error._stepspan_recorded = self._recorded_token  # type: ignore[attr-defined]
 
     def ids(self, scope: Scope) -> tuple[bytes, bytes]:
-        """The trace and span id that the mapping will give a scope."""
-        me = self._forebears.get(scope.home, self._identity)
+        """The trace id (16 bytes) and span id (8 bytes) that the mapping will give a scope."""
+        me = self._parent_identities.get(scope.session, self._identity)
         top = scope
-        while top.tag == "span" and top.begin["parent"] and top.outer is not None and top.outer.tag in {"span", "step"}:
-            top = top.outer
+        while top.tag == "span" and top.begin["parent"] and top.parent is not None and top.parent.tag in _IN_TRACE:
+            top = top.parent
         if top.tag == "step":
             trace_id = ids.step_trace_id(me.run_key, top.split or "", top.epoch, top.lap, top.step or 0)
         else:
             trace_id = ids.outside_trace_id(me.run_key, me.rank, me.role, top.epoch, top.ts)
         if scope.tag == "step":
             return trace_id, ids.step_span_id(trace_id, me.rank, me.role)
-        session = getattr(scope.home or self._journal.writer, "session", "")
+        session = getattr(scope.session or self._journal.session, "id", "")
         return trace_id, ids.span_id(session, scope.seq)
 
     def amount(self, field: str, given: Any, batch: Any = None, before: float | None = None) -> float | None:
-        """`before` plus how much is in a batch. What is no number at all is counted, and told once."""
+        """`before` plus how much is in a batch.
+
+        Args:
+            field: "samples" or "tokens", for the warning.
+            given: A number, or a function of the batch that counts.
+            batch: What the function is called with.
+            before: The amount so far.
+
+        Returns:
+            The sum; `before`, with a warning, where `given` yields no finite number of 0 or more.
+
+        """
         try:
             found = float(given(batch) if callable(given) else given)
             if 0 <= found < math.inf:
                 return found + (before or 0.0)
             raise ValueError("below 0 or not finite")
         except Exception as error:  # a user's function may raise anything
-            self._warn(field, f"{field}={json_value(given)!s:.80}: {json_value(error)}; throughput is left out")
+            self._warn(field, f"{field}={to_text(given):.80}: {to_text(error)}; throughput is left out")
             return before
 
-    def before_fork_child(self, identity: Identity) -> None:
+    def after_fork(self, identity: Identity) -> None:
         """In a forked child, while the journal is still the parent's: what the parent has open is not ours to end."""
-        self._forebears[self._journal.home] = self._identity
+        if self._journal.session is not None:
+            self._parent_identities[self._journal.session] = self._identity
         self._identity = identity
         self._main = None
         self._spans.clear()
         current.set(None)
 
     @property
-    def _mark(self) -> str:
+    def _recorded_token(self) -> str:
         return self._identity.run_key + self._identity.role
 
     def _fail(self, error: BaseException) -> None:
         with suppress(Exception):
-            if error._stepspan_recorded == self._mark:  # type: ignore[attr-defined]
+            if error._stepspan_recorded == self._recorded_token:  # type: ignore[attr-defined]
                 return
         self._record_error(error)
 
@@ -297,12 +361,12 @@ class Scopes:
         inside, inner = [], current.get()
         while inner is not None and inner is not scope:
             inside.append(inner)
-            inner = inner.outer
+            inner = inner.parent
         if inner is scope:  # otherwise this is another thread or task, whose scopes are its own
-            for left in inside:
-                self.end(left, error)
+            for left_open in inside:
+                self.end(left_open, error)
 
-    def _place(self, scope: Scope, event: Event) -> None:
+    def _number_lap(self, scope: Scope, event: Event) -> None:
         """Epoch and lap of a step: how often the steps of its split have begun again. (epoch, step) grows in a lap."""
         epoch, number = scope.epoch, scope.step or 0
         if epoch is None:
@@ -322,13 +386,36 @@ class Scopes:
             from stepspan.recording import propagation
 
             self._propagation = propagation
-        if self._propagate or not self._propagation.foreign_provider():
-            scope.token = self._propagation.attach(scope)
+        if self._propagate or not self._propagation.sampler_would_be_overruled():
+            scope.token = self._propagation.attach(lambda: self.ids(scope))
 
     def _detach(self, scope: Scope) -> None:
         token, scope.token = scope.token, None
         if self._propagation is not None:
             self._propagation.detach(token)
+
+
+class NullScopes(Scopes):
+    """Of a run that records nothing: its scopes are never open."""
+
+    def __init__(self) -> None:
+        self.clock = lambda: 0
+        self.closed = False
+        self._begin_counting()
+
+    def begin(self, scope: Scope) -> None:
+        """Leave the scope closed, so that there is nothing to end."""
+
+    def mark_recorded(self, error: BaseException) -> None:
+        """Leave the exception alone."""
+
+    def amount(self, field: str, given: Any, batch: Any = None, before: float | None = None) -> float | None:
+        """Call nothing of the user's."""
+        return None
+
+
+_IN_TRACE = frozenset({"span", "step"})
+"""A span that lies in one of these is in its trace."""
 
 
 def is_failure(error: BaseException) -> bool:

@@ -3,9 +3,9 @@
 A thread of its own looks now and then whether this process has written an event; what samplers write does not count.
 It installs no signal handler, and reads no file: a stall may well be a file system that does not answer.
 
-What is known to take long has `PATIENCE` times as long, for time counts for that much less while it goes on: while a
-span named in `LONG_SPANS` is open, or while the thread that trains stands in one of `LONG_SOURCES`, which the compilers
-of torch and JAX only pass through as they compile.
+Time counts for `SLOW_WORK_FACTOR` times less while something goes on that is known to take long: while a span named in
+`LONG_SPANS` is open, or while the thread that trains stands in one of `LONG_SOURCES`, which the compilers of torch and
+JAX only pass through as they compile.
 """
 
 from __future__ import annotations
@@ -16,16 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepspan.events import Event
-from stepspan.journal.writer import asleep
+from stepspan.journal.writer import mostly_idle
+from stepspan.recording.recorder import Recorder
+from stepspan.recording.scopes import Scope
 
-if TYPE_CHECKING:
-    from stepspan.recording.scopes import Scope
-    from stepspan.run import Run
-
-PATIENCE = 6
+SLOW_WORK_FACTOR = 6
 LONG_SPANS = frozenset(
     {"compile", "compilation", "checkpoint", "save_checkpoint", "load_checkpoint", "validation", "predict"}
 )
@@ -37,41 +35,47 @@ LONG_SOURCES = (
     "/torch/serialization.py",
     "/torch/distributed/checkpoint/",
 )
-SELDOM = 3600.0
-"""Seconds from one report of a stall to the next."""
-OFTEN = 10.0
-"""Seconds from look to look, at most; a twentieth of `stall_after` where that is less."""
-LONGEST_STACKS = 64 << 10
-MOST_FRAMES = 100
-"""Of one thread, in the text."""
-OURS = "stepspan"
-"""What the names of our own threads begin with."""
+REPEAT_INTERVAL_S = 3600.0
+"""From one report of a stall to the next, at least."""
+CHECK_INTERVAL_S = 10.0
+"""From check to check, at most; a twentieth of `stall_after` where that is less."""
+MAX_STACKS_CHARS = 64 << 10
+"""Of the text of all stacks."""
+MAX_FRAMES = 100
+"""Of one thread, in that text."""
+THREAD_PREFIX = "stepspan"
+"""What the names of stepspan's own threads begin with."""
 
 
 class StallWatch:
-    """Reports, as event `training.stall`, that `run` has written nothing for `stall_after` seconds, and its recovery.
+    """Reports, as event `training.stall`, that training has written nothing for a while, and its recovery.
 
-    `start=False`: no thread; whoever holds it calls `look()` each `every` seconds of `clock`.
+    Args:
+        recorder: Of the run that is watched.
+        stall_after: Seconds without an event of training after which it counts as stalled.
+        clock: Gives seconds that only grow.
+        start: False: no thread, `check()` is called each `every` seconds of `clock`.
+
     """
 
     def __init__(
-        self, run: Run, stall_after: float, *, clock: Callable[[], float] = time.monotonic, start: bool = True
+        self, recorder: Recorder, stall_after: float, *, clock: Callable[[], float] = time.monotonic, start: bool = True
     ) -> None:
-        self.every = min(OFTEN, stall_after / 20)
-        self._run = run
+        self.every = min(CHECK_INTERVAL_S, stall_after / 20)
+        self._recorder = recorder
         self._stall_after = stall_after
         self._clock = clock
         self._seen: tuple[Any, int] = (None, 0)
         """The session that was written to, and how many events of training it held."""
-        self._looked = clock()
+        self._checked_at = clock()
         self._silent = 0.0
-        self._long = 0.0
+        self._slow = 0.0
         """How much of that went by while something was known to take long."""
-        self._told: float | None = None
+        self._reported_at: float | None = None
         self._stalled = False
         self._stop = threading.Event()
-        self._looking = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name=f"{OURS}-stall", daemon=True)
+        self._checking = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name=f"{THREAD_PREFIX}-stall", daemon=True)
         if start:
             self._thread.start()
 
@@ -79,61 +83,60 @@ class StallWatch:
         """End; a stall that is over is said to be."""
         self._stop.set()
         if self._stalled:
-            self.look()
+            self.check()
         if self._thread.ident is not None:
             self._thread.join(0.5)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Look once. Where another thread does, it will say what there is to say."""
-        if not self._looking.acquire(blocking=False):
+        if not self._checking.acquire(blocking=False):
             return
         try:
-            self._look()
+            self._check()
         except Exception as error:
-            self._run.warn_once("stall", f"the stall watch failed: {error!r}")
+            self._recorder.warn_once("stall", f"the stall watch failed: {error!r}")
         finally:
-            self._looking.release()
+            self._checking.release()
 
     def _watch(self) -> None:
-        with asleep():
+        with mostly_idle():
             while not self._stop.wait(self.every):
-                self.look()
+                self.check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         now = self._clock()
         # While nobody looked, the whole process stood (SIGSTOP, a laptop's lid): that is no stall of training.
-        passed = min(now - self._looked, 2 * self.every)
+        passed = min(now - self._checked_at, 2 * self.every)
         self._silent += passed
-        self._looked = now
+        self._checked_at = now
         if self._went_on():
-            silent, self._silent, self._long = self._silent, 0.0, 0.0
+            silent, self._silent, self._slow = self._silent, 0.0, 0.0
             if self._stalled:
                 self._stalled = False
-                self._say("recovered", "info", {"seconds": round(silent, 1)}, self._run._scopes.open())
+                self._report("recovered", "info", {"seconds": round(silent, 1)}, self._recorder.scopes.open())
             return
         if self._stalled:
             return
-        scopes = self._run._scopes.open()
-        ident = trains(scopes)
+        scopes = self._recorder.scopes.open()
+        ident = training_thread(scopes)
         frame = sys._current_frames().get(ident)
-        if takes_long(scopes, frame):
-            self._long += passed
-        counts = self._silent - self._long + self._long / PATIENCE
-        if counts >= self._stall_after and not (self._told and now - self._told < SELDOM):
-            self._stalled, self._told = True, now
-            self._say(
-                "stalled", "error", {"seconds": round(self._silent, 1), **_place(frame), **_stacks(ident)}, scopes
+        if is_slow_work(scopes, frame):
+            self._slow += passed
+        counts = self._silent - self._slow + self._slow / SLOW_WORK_FACTOR
+        if counts >= self._stall_after and not (self._reported_at and now - self._reported_at < REPEAT_INTERVAL_S):
+            self._stalled, self._reported_at = True, now
+            self._report(
+                "stalled", "error", {"seconds": round(self._silent, 1), **_location(frame), **_stacks(ident)}, scopes
             )
 
     def _went_on(self) -> bool:
-        writer = self._run.pipeline.journal.writer
-        before, self._seen = self._seen, (writer, (writer.seq if writer else 0) - self._run.background_events)
-        return before[0] is not writer or before[1] < self._seen[1]
+        (session, count), self._seen = self._seen, self._recorder.training_events()
+        return session is not self._seen[0] or count < self._seen[1]
 
-    def _say(self, status: str, severity: str, attributes: Event, scopes: list[Scope]) -> None:
-        inside: Event = {name: value for scope in scopes for name, value in _about(scope).items()}
+    def _report(self, status: str, severity: str, attributes: Event, scopes: list[Scope]) -> None:
+        inside: Event = {name: value for scope in scopes for name, value in _labels(scope).items()}
         about = {**inside, "spans": [_title(scope) for scope in scopes], "collective": _in_collective(scopes)}
-        self._run.emit_background(
+        self._recorder.emit_background(
             {
                 "ts": 0,
                 "seq": 0,
@@ -147,13 +150,13 @@ class StallWatch:
         )
 
 
-def trains(scopes: list[Scope]) -> int:
+def training_thread(scopes: list[Scope]) -> int:
     """The thread that trains: which began the innermost of run, epoch and step. The main one where none is open."""
     found = [scope.thread for scope in scopes if scope.tag != "span"]
     return found[-1] if found else threading.main_thread().ident or 0
 
 
-def takes_long(scopes: list[Scope], frame: FrameType | None) -> bool:
+def is_slow_work(scopes: list[Scope], frame: FrameType | None) -> bool:
     """Whether what goes on here is known to take long: compiling, or keeping a checkpoint."""
     return any(scope.begin.get("name") in LONG_SPANS for scope in scopes if scope.tag == "span") or any(
         source in code.co_filename for code, _ in _frames(frame) for source in LONG_SOURCES
@@ -170,11 +173,11 @@ def _in_collective(scopes: list[Scope]) -> bool:
     return any("collective" in scope.begin for scope in scopes)
 
 
-def _about(scope: Scope) -> Event:
+def _labels(scope: Scope) -> Event:
     return {name: scope.begin[name] for name in ("epoch", "step", "split") if name in scope.begin}
 
 
-def _place(frame: FrameType | None) -> Event:
+def _location(frame: FrameType | None) -> Event:
     """Where the training thread stands, in a word: ranks that wait for another stand alike, that one elsewhere."""
     for code, line in _frames(frame):
         return {"at": f"{code.co_filename}:{line} in {code.co_name}"}
@@ -187,13 +190,13 @@ def _stacks(first: int) -> Event:
     text = ""
     for ident, frame in sorted(sys._current_frames().items(), key=lambda item: item[0] != first):
         name = threads[ident].name if ident in threads else f"thread {ident}"
-        if not name.startswith(OURS):
+        if not name.startswith(THREAD_PREFIX):
             lines = [
                 f'  File "{code.co_filename}", line {line}, in {code.co_name}\n'
-                for code, line in islice(_frames(frame), MOST_FRAMES)
+                for code, line in islice(_frames(frame), MAX_FRAMES)
             ]
             text += f"{name} (innermost call first):\n{''.join(lines)}"
-    return {"stacks": text if len(text) <= LONGEST_STACKS else f"{text[: LONGEST_STACKS - 1]}…"}
+    return {"stacks": text if len(text) <= MAX_STACKS_CHARS else f"{text[: MAX_STACKS_CHARS - 1]}…"}
 
 
 def _frames(frame: FrameType | None) -> Iterator[tuple[CodeType, int]]:

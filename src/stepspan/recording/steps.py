@@ -10,14 +10,24 @@ from stepspan.recording.scopes import Scope, Scopes
 T = TypeVar("T")
 
 Amount: TypeAlias = "float | Callable[[Any], float] | None"
-"""How much is in a batch: a number, or what counts it."""
+"""How much is in a batch: a number, or a function of the batch that counts it."""
 
 
 class Steps(Generic[T]):
     """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
 
-    An object and not a generator: it has a length, and it can be left in any way. `accumulate` batches make one step.
-    A loop over one that was exhausted begins again, as a loop over the iterable would.
+    An object and not a generator: it has a length, and its loop can be left in any way. A loop over one that was
+    exhausted begins again, as a loop over the iterable would.
+
+    Args:
+        scopes: Of the run.
+        iterable: The batches.
+        start: The first step's number; None: the one after the last of this split.
+        accumulate: How many batches make one step.
+        split: What the steps are of: "train", "val", …
+        samples: How many samples a batch holds.
+        tokens: How many tokens.
+
     """
 
     def __init__(
@@ -92,4 +102,4 @@ class Steps(Generic[T]):
     def __del__(self) -> None:
         scope = self._scope
         if scope is not None:
-            scope.loose = self._clock()  # the loop was left; how, the scope around it will know
+            scope.abandoned_at = self._clock()  # the loop was left; how, the scope around it will find out

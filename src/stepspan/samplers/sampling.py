@@ -31,11 +31,11 @@ from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from stepspan.events import Event
-from stepspan.journal.writer import asleep
+from stepspan.journal.writer import mostly_idle
 from stepspan.values import json_number
 
 if TYPE_CHECKING:
-    from stepspan.run import Run
+    from stepspan.recording.recorder import Recorder
 
 Observation: TypeAlias = "tuple[str, float] | tuple[str, float, Mapping[str, str | int]]"
 """A metric's name, its value and its attributes: `stepspan.mapping.samples` has the units and kinds."""
@@ -99,7 +99,7 @@ class Sampling:
     """A background task that samples a run. `sample()` samples once; `start()` does so on a thread until `stop()`.
 
     Args:
-        run: Takes the `sample` events, as events that are no sign that training goes on.
+        recorder: Takes the `sample` events, as events that are no sign that training goes on.
         openers: Name of each sampler and what opens it.
         interval: Seconds from sample to sample.
         clock: Seconds, for utilizations.
@@ -109,14 +109,14 @@ class Sampling:
 
     def __init__(
         self,
-        run: Run,
+        recorder: Recorder,
         openers: Mapping[str, Opener],
         interval: float,
         *,
         clock: Callable[[], float] = time.monotonic,
         wait: Callable[[float], bool] | None = None,
     ) -> None:
-        self._run = run
+        self._recorder = recorder
         self._openers = dict(openers)
         self._interval = interval
         self._clock = clock
@@ -163,7 +163,7 @@ class Sampling:
             self._warn("close", error)
 
     def _work(self) -> None:
-        with asleep():
+        with mostly_idle():
             try:
                 for delay in chain((FIRST_SAMPLE_S, min(SECOND_SAMPLE_S, self._interval)), repeat(self._interval)):
                     if self._wait(delay):
@@ -206,11 +206,11 @@ class Sampling:
 
     def _emit(self, event: Event) -> None:
         if not self._stopped:
-            self._run.emit_background(event)
+            self._recorder.emit_background(event)
 
     def _warn(self, name: str, error: Exception, level: int = logging.WARNING) -> None:
         reason = str(error) if isinstance(error, (Absent, Gone)) else repr(error)
-        self._run.warn_once(f"samplers.{name}", f"{name} is not sampled: {reason}", level)
+        self._recorder.warn_once(f"samplers.{name}", f"{name} is not sampled: {reason}", level)
 
 
 def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:
@@ -218,24 +218,24 @@ def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:
     return [name for name in SAMPLERS if name in names and (name != "host" or local_rank == 0)]
 
 
-def start_sampling(run: Run, names: Sequence[str], interval: float) -> None:
+def start_sampling(recorder: Recorder, names: Sequence[str], interval: float) -> None:
     """Sample a run until it ends.
 
     Args:
-        run: The run; a thread that cannot be started is a warning in it.
+        recorder: The run; a thread that cannot be started is a warning in it.
         names: The wanted samplers, keys of `SAMPLERS`.
         interval: Seconds from sample to sample.
 
     """
-    local_rank = run.identity.local_rank
+    local_rank = recorder.identity.local_rank
     openers = {name: partial(_open_by_name, name, local_rank) for name in sampled_by(names, local_rank)}
-    sampling = Sampling(run, openers, interval)
+    sampling = Sampling(recorder, openers, interval)
     try:
         sampling.start()
     except RuntimeError as error:
-        run.warn_once("samplers", f"nothing is sampled: {error}")
+        recorder.warn_once("samplers", f"nothing is sampled: {error}")
     else:
-        run.background_tasks.append(sampling)
+        recorder.add_background_task(sampling)
 
 
 def _open_by_name(name: str, local_rank: int, emit: Emit) -> Sampler:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
-from stepspan.disabled import DISABLED
 from stepspan.errors import ConfigError
+from stepspan.run import DISABLED
 from stepspan.start import current_run, start_run
 
 if TYPE_CHECKING:

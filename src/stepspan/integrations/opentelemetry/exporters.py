@@ -27,10 +27,9 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from stepspan import start
-from stepspan.disabled import DISABLED
 from stepspan.integrations.opentelemetry import encoding
 from stepspan.integrations.opentelemetry.sink import JournalSink
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 
 log = logging.getLogger("stepspan")
 
@@ -183,7 +182,7 @@ def _open_run(directory: Path | None, resource: Resource) -> Run:
         **NO_WATCHERS,
     }
     settings = config.load(given, os.environ)
-    return start._assemble(settings, {}, (), ()) if settings.enabled else DISABLED
+    return start.open_run(settings, exporters=()) if settings.enabled else DISABLED
 
 
 def _after_fork_in_child() -> None:

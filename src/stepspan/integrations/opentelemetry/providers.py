@@ -15,13 +15,12 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.trace import TracerProvider
 
-from stepspan.disabled import DISABLED
 from stepspan.integrations.opentelemetry.processors import (
     JournalLogRecordProcessor,
     JournalMetricExporter,
     JournalSpanProcessor,
 )
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 from stepspan.start import current_run, start_run
 
 if TYPE_CHECKING:

@@ -12,10 +12,9 @@ from typing import Any
 
 from opentelemetry.sdk.resources import Resource
 
-from stepspan.disabled import DISABLED
 from stepspan.events import Event
 from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
-from stepspan.run import Run
+from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
 
 
@@ -41,8 +40,8 @@ class JournalSink:
         with recording_depth as depth:
             run = None if self._shut_down or depth >= MAX_DEPTH else self._run()
             if run is not None:
-                scopes = run._scopes
-                run._record("otel", lambda: {"parent": scopes.around(), **fields()})
+                scopes = run.recorder.scopes
+                run.recorder.record("otel", lambda: {"parent": scopes.parent_without_closing(), **fields()})
 
     def _export(self, resource: Resource | None, events: Iterable[Event], result: Any) -> Any:
         """Write a batch.
@@ -65,7 +64,7 @@ class JournalSink:
                     return result.FAILURE
                 lost = run.stats()["lost"]
                 for fields in events:
-                    run.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
+                    run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
                 return result.SUCCESS if run.stats()["lost"] == lost else result.FAILURE
             except Exception as error:  # wrong settings, no place for a journal, or a record that is none
                 self._warn(error)

@@ -64,11 +64,11 @@ def watch_collectives(model: Any, run: Run | None = None) -> None:
 # ------------------------------------------------------------------------------------------------------------- a wait
 
 
-class Aside(Scope):
+class DetachedSpan(Scope):
     """Begins in one thread and ends in another."""
 
     __slots__ = ()
-    aside = True
+    detached = True
 
 
 class Wait:
@@ -77,13 +77,13 @@ class Wait:
     def __init__(self, run: Run, name: str, inside: Scope | None, timer: Timer | None) -> None:
         told = {"cuda": True} if timer is not None else {}
         self.timer = timer
-        self._scope = Aside(run._scopes, "span", {**NOT_YET, "name": name, "collective": True, **told})
-        self._scope.outer = inside
-        run._scopes.begin(self._scope)
+        self._scope = DetachedSpan(run.recorder.scopes, "span", {**NOT_YET, "name": name, "collective": True, **told})
+        self._scope.parent = inside
+        run.recorder.scopes.begin(self._scope)
 
     def end(self) -> None:
         """Until now."""
-        home = self._scope.home
+        home = self._scope.session
         self._scope.owner.end(self._scope, None)
         if self.timer is not None:
             self.timer.follow(self._scope.seq, home)
@@ -94,7 +94,7 @@ def recording(given: Run | None) -> Run | None:
     from stepspan.start import current_run
 
     run = given or current_run()
-    return run if hasattr(run, "_scopes") else None
+    return run if run.recorder.active else None
 
 
 def device_timer(run: Run, tensor: Any) -> Timer | None:
@@ -151,7 +151,7 @@ class Watch:
                     timer = device_timer(run, bucket.buffer())
                     if timer is not None:
                         timer.mark()
-                    self._wait = Wait(run, "all_reduce", run._scopes.innermost(), timer)
+                    self._wait = Wait(run, "all_reduce", run.recorder.scopes.innermost(), timer)
             except Exception as error:
                 failed(run, error)
 
@@ -195,15 +195,15 @@ class Steps:
         run = None
         try:
             run = recording(self._given)
-            step = None if run is None else run._scopes.innermost()
+            step = None if run is None else run.recorder.scopes.innermost()
             while step is not None and step.tag != "step":
-                step = step.outer
+                step = step.parent
             if run is None or step is None:
                 return None
             if self._wait is None or step is not self._step:
                 wait = Wait(run, "collectives", step, device_timer(run, tensor) or HostTimer(run))
                 self._step, self._wait = step, wait
-                step.leaving += (wait.end,)
+                step.on_exit += (wait.end,)
             return self._wait.timer
         except Exception as error:
             failed(run, error)

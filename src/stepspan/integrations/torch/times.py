@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.events import Event
 from stepspan.integrations.torch.captures import leave_captures_alone
-from stepspan.recording.deferred import resolver_of
 from stepspan.recording.scopes import Scope
 
 if TYPE_CHECKING:
@@ -28,8 +27,8 @@ def device_span(run: Run, begin: Event) -> Scope:
     cuda = getattr(modules.get("torch"), "cuda", None)
     if cuda is None or not cuda.is_initialized():
         run.warn_once("cuda", f"span {begin['name']:.80}: cuda=True, but torch has no CUDA at work: timed on the host")
-        return run._scopes.span(begin)
-    span = DeviceSpan(run._scopes, "span", {**NOT_YET, **begin, "cuda": True})
+        return run.recorder.scopes.span(begin)
+    span = DeviceSpan(run.recorder.scopes, "span", {**NOT_YET, **begin, "cuda": True})
     span.timer = DeviceTimer(run, cuda)
     return span
 
@@ -48,7 +47,7 @@ class DeviceSpan(Scope):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        home = self.home
+        home = self.session
         self.timer.mark()
         self.owner.end(self, error)
         self.timer.follow(self.seq, home)
@@ -76,7 +75,7 @@ class Timer:
         """Have the time follow: of the span that began with line `begin` of session `home`."""
         self._begin, self._home = begin, home
         if home is not None:
-            resolver_of(self._run).add(self)
+            self._run.recorder.deferred.add(self)
 
     def ready(self) -> bool:
         """Whether all marks have been reached."""
@@ -95,7 +94,7 @@ class Timer:
         return self._written(None)
 
     def _written(self, seconds: float | None) -> Event:
-        here = self._home is self._run.pipeline.journal.home  # otherwise the number is another line's
+        here = self._home is self._run.recorder.session  # otherwise the number is another line's
         return {"ts": 0, "seq": 0, "tag": "device_time", "begin": self._begin if here else 0, "seconds": seconds}
 
 

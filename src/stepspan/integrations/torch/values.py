@@ -8,7 +8,7 @@ from sys import modules
 from typing import Any, cast
 
 from stepspan.integrations.torch.captures import leave_captures_alone
-from stepspan.recording.deferred import Copying, whole
+from stepspan.recording.deferred import AsyncCopy, local_tensor
 
 ROWS, NUMBERS = 2048, 16
 """Of the pinned memory for copies from one device: 256 KiB."""
@@ -16,7 +16,7 @@ LARGEST = 8
 """Bytes of a number."""
 
 
-def copying(values: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
+def start_copies(values: Mapping[str, Any]) -> list[tuple[list[str], AsyncCopy]]:
     """Begin to copy tensors of one element from their devices: the keys of those that come together, and their copy.
 
     The current stream takes a snapshot of them, because what it does next may change them; a stream of our own, which
@@ -24,9 +24,9 @@ def copying(values: Mapping[str, Any]) -> list[tuple[list[str], Copying]]:
     """
     groups: dict[Any, list[tuple[str, Any]]] = {}
     for key, value in values.items():
-        tensor = (whole(value) if hasattr(value, "placements") else value).detach()
+        tensor = (local_tensor(value) if hasattr(value, "placements") else value).detach()
         groups.setdefault((tensor.device, tensor.dtype), []).append((key, tensor.reshape(())))
-    found: list[tuple[list[str], Copying]] = []
+    found: list[tuple[list[str], AsyncCopy]] = []
     for (device, _), entries in groups.items():
         place = _places.get(device) or _places.setdefault(device, Place(modules["torch"], device))
         for first in range(0, len(entries), NUMBERS):
@@ -50,7 +50,7 @@ class Place:
             self._stream = self._api.Stream(device)
             self._free = deque(range(ROWS))
 
-    def copy(self, tensors: Collection[Any]) -> Copying:
+    def copy(self, tensors: Collection[Any]) -> AsyncCopy:
         """Begin to copy tensors of no dimension and one type. RuntimeError."""
         torch, api = self._torch, self._api
         capturing = getattr(api, "is_current_stream_capturing", None)

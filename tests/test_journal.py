@@ -34,11 +34,11 @@ from harness.processes import status_of_child
 
 from stepspan.errors import ConfigError
 from stepspan.events import Event
-from stepspan.exporters import jsonl
-from stepspan.exporters.jsonl import JsonlExporter
+from stepspan.journal import location
+from stepspan.journal.journal import Journal
 from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import Closed, read_closed, write_closed
-from stepspan.journal.writer import JournalWriter, SessionTaken
+from stepspan.journal.writer import SessionWriter
 
 
 def in_child(work: Callable[[], None]) -> int:
@@ -56,10 +56,10 @@ def in_child(work: Callable[[], None]) -> int:
 sessions = count()
 
 
-def exporter_in(directory: Path, **arguments: Any) -> JsonlExporter:
+def exporter_in(directory: Path, **arguments: Any) -> Journal:
     """An exporter whose sessions are numbered."""
-    exporter = JsonlExporter(directory, **{"limits": ROOMY, **arguments})
-    exporter.start(lambda: header(f"{os.getpid():08x}{next(sessions):08x}"), job_id="job", host="node")
+    exporter = Journal(directory, **{"limits": ROOMY, **arguments})
+    exporter.open(lambda: header(f"{os.getpid():08x}{next(sessions):08x}"), job_id="job", host="node")
     return exporter
 
 
@@ -73,7 +73,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_file_where_a_directory_should_be_is_a_wrong_setting(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="is a file: name a directory") as caught:
-        JsonlExporter(tmp_path / "file" / below)
+        Journal(tmp_path / "file" / below)
     assert caught.value.field == "directory"
     assert caught.value.value == str(tmp_path / "file" / below)
     assert (tmp_path / "file").read_text() == "mine"
@@ -81,14 +81,14 @@ def test_a_file_where_a_directory_should_be_is_a_wrong_setting(tmp_path: Path, b
 
 def test_a_path_that_is_none_is_a_wrong_setting() -> None:
     with pytest.raises(ConfigError, match="null byte"):
-        JsonlExporter("runs\0")
+        Journal("runs\0")
 
 
 def test_a_fresh_directory_is_private_and_ignored_by_git(tmp_path: Path) -> None:
     exporter = exporter_in(tmp_path / "a" / "runs")
     assert (tmp_path / "a" / "runs" / ".gitignore").read_text() == "*\n"
-    assert exporter.writer is not None
-    made = [exporter.writer.path, *exporter.writer.path.parents][:4]
+    assert exporter.session is not None
+    made = [exporter.session.path, *exporter.session.path.parents][:4]
     assert [path.name for path in made][1:] == ["node", "job", "runs"]
     assert [stat.S_IMODE(path.stat().st_mode) for path in made] == [0o700] * 4
     exporter_in(tmp_path)
@@ -108,13 +108,15 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stands for shared memory."""
     place = tmp_path / "shm"
     place.mkdir()
-    monkeypatch.setattr(jsonl, "SHARED_MEMORY", str(place))
+    monkeypatch.setattr(location, "SHARED_MEMORY", str(place))
     return place
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, *refused: Path) -> None:
     monkeypatch.setattr(
-        jsonl, "_takes_files", lambda path: not any(path.is_relative_to(place) for place in refused) and path.is_dir()
+        location,
+        "_takes_files",
+        lambda path: not any(path.is_relative_to(place) for place in refused) and path.is_dir(),
     )
 
 
@@ -126,8 +128,8 @@ def test_a_directory_that_cannot_be_written_is_replaced_by_memory(
     assert not exporter.durable
     assert exporter.directory == memory / f"stepspan-{os.geteuid()}"
     exporter.append(metrics(1))
-    assert exporter.writer is not None
-    assert logged(lines(exporter.writer.path)) == [1]
+    assert exporter.session is not None
+    assert logged(lines(exporter.session.path)) == [1]
     size = os.statvfs(memory).f_blocks * os.statvfs(memory).f_frsize
     assert exporter.limits.session_bytes <= min(256 << 20, size // 16)
     assert exporter.limits.segment_bytes * 4 <= exporter.limits.session_bytes
@@ -138,8 +140,8 @@ def test_a_place_in_memory_that_is_somebody_elses_is_not_used(
 ) -> None:
     (tmp_path / "theirs").mkdir()
     (memory / f"stepspan-{os.geteuid()}").symlink_to(tmp_path / "theirs")
-    judged = jsonl._takes_files
-    monkeypatch.setattr(jsonl, "_takes_files", lambda path: path != tmp_path / "runs" and judged(path))
+    judged = location._takes_files
+    monkeypatch.setattr(location, "_takes_files", lambda path: path != tmp_path / "runs" and judged(path))
     exporter = exporter_in(tmp_path / "runs")
     assert exporter.directory.parent == memory
     assert exporter.directory.name.startswith(f"stepspan-{os.geteuid()}-")
@@ -147,10 +149,10 @@ def test_a_place_in_memory_that_is_somebody_elses_is_not_used(
 
 
 def test_nowhere_to_write_is_said_at_once(tmp_path: Path, memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "_takes_files", lambda path: False)
+    monkeypatch.setattr(location, "_takes_files", lambda path: False)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     with pytest.raises(ConfigError, match=r"cannot be written, nor can .*: name one that can") as caught:
-        JsonlExporter(tmp_path / "runs")
+        Journal(tmp_path / "runs")
     assert caught.value.value == str(tmp_path / "runs")
 
 
@@ -181,9 +183,9 @@ def test_a_directory_of_somebody_elses_is_not_written(tmp_path: Path, memory: Pa
     assert not exporter_in(tmp_path / "link").durable, "nor do we follow somebody else's link"
 
 
-def taken(writer: JournalWriter) -> None:
+def taken(writer: SessionWriter) -> None:
     """What a deliverer does that found the session silent."""
-    write_closed(writer.path, Closed(writer.seq, writer._last, "interrupted"), by="deliverer")
+    write_closed(writer.path, Closed(writer.seq, writer.ts, "interrupted"), by="deliverer")
 
 
 def of_sessions(directory: Path) -> list[list[Event]]:
@@ -194,7 +196,7 @@ def of_sessions(directory: Path) -> list[list[Event]]:
 def test_a_writer_whose_session_was_closed_goes_on_in_a_new_one(tmp_path: Path) -> None:
     clock = HandClock()
     exporter = exporter_in(tmp_path, clock=clock)
-    first = exporter.writer
+    first = exporter.session
     assert first is not None
     scope = Scope()
     exporter.append({"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0}, scope)
@@ -203,7 +205,7 @@ def test_a_writer_whose_session_was_closed_goes_on_in_a_new_one(tmp_path: Path) 
     clock.skip(900)
     exporter.append({"ts": 0, "seq": 0, "tag": "step_begin", "parent": scope.seq, "step": 7, "split": "train"}, Scope())
     exporter.append(metrics(2))
-    assert exporter.writer is not first
+    assert exporter.session is not first
     exporter.close("completed")
     old, new = of_sessions(tmp_path)
     assert logged(old) == [1]
@@ -211,8 +213,7 @@ def test_a_writer_whose_session_was_closed_goes_on_in_a_new_one(tmp_path: Path) 
     assert [event["tag"] for event in new] == ["header", "step_begin", "metrics"]
     assert new[1]["parent"] == 0, "what it lay in has ended with the old session"
     assert_ordered(new)
-    with pytest.raises(SessionTaken):
-        first.append(metrics(3))
+    assert first.closed
     assert logged(lines(first.path)) == [1]
 
 
@@ -221,8 +222,8 @@ def test_the_end_of_what_began_in_a_closed_session_is_not_written_to_the_next(tm
     exporter = exporter_in(tmp_path, clock=clock)
     scope = Scope()
     exporter.append({"ts": 0, "seq": 0, "tag": "span_begin", "parent": 0, "name": "x"}, scope)
-    assert exporter.writer is not None
-    taken(exporter.writer)
+    assert exporter.session is not None
+    taken(exporter.session)
     clock.skip(900)
     exporter.append({"ts": 0, "seq": 0, "tag": "span_end", "begin": 0}, scope)
     exporter.append(metrics(1))
@@ -238,9 +239,9 @@ def test_threads_that_find_their_session_closed_meet_in_one_new_session(tmp_path
     meet = threading.Barrier(threads)
 
     def close_session() -> None:
-        assert exporter.writer is not None
-        taken(exporter.writer)
-        exporter.writer._next_tick = 0  # due
+        assert exporter.session is not None
+        taken(exporter.session)
+        exporter._next_check = 0  # due
 
     def work(thread: int) -> None:
         for turn in range(rounds):
@@ -272,7 +273,7 @@ def test_what_waited_in_a_closed_session_is_counted_in_the_next(tmp_path: Path) 
     clock, disk = HandClock(), FaultyDisk()
     exporter = exporter_in(tmp_path, clock=clock, disk=disk)
     exporter.append(metrics(0))
-    first = exporter.writer
+    first = exporter.session
     assert first is not None
     disk.space = 0
     for number in range(1, 4):
@@ -285,14 +286,14 @@ def test_what_waited_in_a_closed_session_is_counted_in_the_next(tmp_path: Path) 
     assert [event["tag"] for event in new] == ["header", "gap", "metrics"]
     assert new[1]["dropped"] == 3
     assert "No space left" in new[1]["why"]
-    assert exporter.writer is not None
-    assert exporter.writer.lost == 3
+    assert exporter.session is not None
+    assert exporter.session.lost == 3
 
 
 @pytest.mark.parametrize("occasion", ["first use", "closed session"])
 def test_a_handler_that_logs_while_a_session_is_opened_lands_in_it(tmp_path: Path, occasion: str) -> None:
     clock = HandClock()
-    exporter = JsonlExporter(tmp_path, limits=ROOMY, clock=clock)
+    exporter = Journal(tmp_path, limits=ROOMY, clock=clock)
     made = iter(range(10))
 
     def header_amid_signals() -> Event:
@@ -301,12 +302,12 @@ def test_a_handler_that_logs_while_a_session_is_opened_lands_in_it(tmp_path: Pat
             signal.raise_signal(signal.SIGUSR1)
         return header(f"{number:016x}")
 
-    exporter.start(header_amid_signals, job_id="job", host="node")
-    assert exporter.writer is not None
+    exporter.open(header_amid_signals, job_id="job", host="node")
+    assert exporter.session is not None
     if occasion == "first use":
         exporter.after_fork()
     else:
-        taken(exporter.writer)
+        taken(exporter.session)
         clock.skip(900)
     with handled(signal.SIGUSR1, lambda *_: exporter.append(metrics(1000))):
         exporter.append(metrics(1))
@@ -316,9 +317,9 @@ def test_a_handler_that_logs_while_a_session_is_opened_lands_in_it(tmp_path: Pat
 def test_a_handler_that_logged_when_the_session_was_found_closed_is_not_lost(tmp_path: Path) -> None:
     clock = Interrupting(set())
     exporter = exporter_in(tmp_path, clock=clock)
-    assert exporter.writer is not None
+    assert exporter.session is not None
     exporter.append(metrics(0))
-    taken(exporter.writer)
+    taken(exporter.session)
     clock.clock.skip(900)
     clock.looks = {clock.count + 1}
     with handled(signal.SIGUSR1, lambda *_: exporter.append(metrics(1000))):
@@ -328,10 +329,10 @@ def test_a_handler_that_logged_when_the_session_was_found_closed_is_not_lost(tmp
 
 def test_upkeep_comes_about_once_a_second_of_event_time(tmp_path: Path) -> None:
     clock = HandClock()
-    exporter = JsonlExporter(tmp_path, limits=ROOMY, clock=clock)
+    exporter = Journal(tmp_path, limits=ROOMY, clock=clock)
     calls: list[int] = []
     exporter.upkeep = lambda: calls.append(clock.now)
-    exporter.start(header, job_id="job", host="node")
+    exporter.open(header, job_id="job", host="node")
     for number in range(1000):
         exporter.append(metrics(number))
         clock.skip(0.01)
@@ -344,8 +345,8 @@ def test_a_fork_while_another_thread_writes_leaves_two_whole_sessions(tmp_path: 
     inside, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        assert exporter.writer is not None
-        with exporter.writer._lock, exporter._lock:
+        assert exporter.session is not None
+        with exporter._lock:
             inside.set()
             leave.wait()
 

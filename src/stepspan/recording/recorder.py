@@ -1,0 +1,326 @@
+"""What records a run: the one thing that samplers, the stall watch, deferred values and integrations need of it.
+
+`Recorder` is the contract. `JournalRecorder` takes a run's events through its pipeline to the journal; `NullRecorder`
+takes everything and does nothing, which is all that makes a run a disabled one.
+
+Nothing here raises into training: what goes wrong is counted, and said once by the kind of trouble it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from stepspan.events import SCHEMA, Event
+from stepspan.identity import Identity, host_facts, resolve
+from stepspan.journal.journal import Journal
+from stepspan.journal.writer import Begun, SessionGone
+from stepspan.recording.deferred import DeferredMetrics
+from stepspan.recording.scopes import Emit, NullScopes, Scopes
+from stepspan.recording.warnings import WarningSink
+from stepspan.values import error_fields, json_value
+
+
+class BackgroundTask(Protocol):
+    """What works beside training, on a thread of its own, until the run ends."""
+
+    def stop(self) -> None:
+        """Write what is left to write, and end."""
+        ...
+
+
+class Recorder(Protocol):
+    """What the parts of a run, and what is attached to it, need in order to record."""
+
+    @property
+    def active(self) -> bool:
+        """False where nothing is recorded: what is costly to find out need not be found out."""
+        ...
+
+    @property
+    def identity(self) -> Identity:
+        """Which job and rank this process is."""
+        ...
+
+    @property
+    def scopes(self) -> Scopes:
+        """What is open: run, epoch, step, spans."""
+        ...
+
+    @property
+    def session(self) -> object | None:
+        """The journal session that events go to now: what began in another one cannot end in it."""
+        ...
+
+    @property
+    def deferred(self) -> DeferredMetrics:
+        """Writes events whose values a device still computes, when it has got there."""
+        ...
+
+    def clock(self) -> int:
+        """The time that an event would get now, Unix ns."""
+        ...
+
+    def emit(self, event: Event, begun: Begun | None = None) -> bool:
+        """Write one event of training; False where a processor dropped it. May raise."""
+        ...
+
+    def emit_background(self, event: Event) -> None:
+        """Write one event that does not show that training goes on."""
+        ...
+
+    def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
+        """Write an event of training.
+
+        Args:
+            tag: Of the event.
+            fields: Makes its fields; may run a user's code, so it is called where nothing it raises gets out.
+            inside: Whether the event carries the innermost open scope as its `parent`.
+
+        """
+        ...
+
+    def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
+        """Write an exception, once for all the scopes that it passes through."""
+        ...
+
+    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
+        """Count something that went wrong, and log it the first time for its kind."""
+        ...
+
+    def add_background_task(self, task: BackgroundTask) -> None:
+        """Have a task stopped before the run ends; a forked child has none."""
+        ...
+
+    def training_events(self) -> tuple[object | None, int]:
+        """The session, and how many events of training it holds: whether training goes on."""
+        ...
+
+
+class JournalRecorder:
+    """Records a run through `emit` in `journal`.
+
+    Args:
+        identity: Which job and rank this process is.
+        resource: Attributes of the OpenTelemetry Resource, for the header of each session.
+        journal: Where the events end up.
+        emit: Takes them there, through the processors.
+        process: Takes a header through the processors; None where one dropped it.
+        warnings: Counts what goes wrong.
+        boot_id: Of the host's kernel.
+        propagate: Whether steps become parents of the user's own OpenTelemetry spans; None: unless a global
+            TracerProvider is installed.
+
+    """
+
+    active = True
+
+    def __init__(
+        self,
+        identity: Identity,
+        resource: Mapping[str, Any],
+        journal: Journal,
+        emit: Emit,
+        process: Callable[[Event], Event | None],
+        *,
+        warnings: WarningSink,
+        boot_id: str,
+        propagate: bool | None = None,
+    ) -> None:
+        self.identity = identity
+        self.emit = emit
+        self.clock = journal.clock
+        self.warn_once = warnings.warn_once
+        self.background_tasks: list[BackgroundTask] = []
+        """Stopped before the run ends; a forked child has none."""
+        self.background_events = 0
+        """How many events of the session came from background tasks."""
+        self.on_worker_session: Callable[[], None] = lambda: None
+        """Called as a forked worker opens a session of its own."""
+        self.scopes = Scopes(
+            identity, journal, emit, warn=self.warn_once, record_error=self.record_error, propagate=propagate
+        )
+        self._journal = journal
+        self._process = process
+        self._resource = dict(resource)
+        self._warnings = warnings
+        self._boot_id = boot_id
+        self._deferred: DeferredMetrics | None = None
+
+    def open(self) -> None:
+        """Open the journal. OSError where none can be kept."""
+        self._journal.open(self._header, job_id=self.identity.job_id, host=self.identity.host)
+
+    @property
+    def session(self) -> object | None:
+        """The journal session that events go to now."""
+        return self._journal.session
+
+    @property
+    def deferred(self) -> DeferredMetrics:
+        """Made when it is first needed."""
+        if self._deferred is None:
+            self._deferred = DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.clock)
+            self.add_background_task(self._deferred)
+        return self._deferred
+
+    @property
+    def warning_counts(self) -> Mapping[str, int]:
+        """How often each kind of warning came up."""
+        return self._warnings.counts
+
+    @property
+    def defers(self) -> bool:
+        """Whether a device still computes values of an earlier call."""
+        return self._deferred is not None and self._deferred.busy
+
+    def emit_background(self, event: Event) -> None:
+        """Write one event that does not show that training goes on."""
+        try:
+            self.background_events += 1  # before it is written: the stall watch may look at any time
+            if not self.emit(event):
+                self.background_events -= 1
+        except Exception as error:
+            self.warn_once(event["tag"], f"{event['tag']} was lost: {error!r}")
+
+    def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
+        """Write an event of training, whose `fields()` may raise anything."""
+        try:
+            parent = {"parent": self.scopes.parent_seq()} if inside else {}
+            self.emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
+        except Exception as error:
+            self.warn_once(tag, f"{tag} was lost: {error!r}")
+
+    def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
+        """Write an exception, once for all the scopes that it passes through."""
+        self.record("error", lambda: {**error_fields(error), "attributes": json_value(attributes or {})}, inside=True)
+        self.scopes.mark_recorded(error)
+
+    def add_background_task(self, task: BackgroundTask) -> None:
+        """Have a task stopped before the run ends."""
+        self.background_tasks.append(task)
+
+    def stop_background_tasks(self) -> None:
+        """Stop all of them, the latest first."""
+        while self.background_tasks:
+            task = self.background_tasks.pop()
+            try:
+                task.stop()
+            except Exception as error:
+                self.warn_once("background", f"{type(task).__name__} did not stop well: {error!r}")
+
+    def training_events(self) -> tuple[object | None, int]:
+        """The session, and how many of its events came from training."""
+        session = self._journal.session
+        return session, (session.seq if session else 0) - self.background_events
+
+    def report_journal_errors(self) -> None:
+        """Warn of what the journal has met since the last time."""
+        session = self._journal.session
+        if session is None or session.error is None:
+            return
+        error, session.error = session.error, None
+        if isinstance(error, SessionGone):
+            self.warn_once("journal_gone", f"{error}: its latest lines are counted as lost")
+        else:
+            message = f"the journal at {session.path} cannot be written: {error}; lines wait in memory"
+            self.warn_once("journal", message)
+
+    def after_fork(self, number: int) -> None:
+        """In a forked child, the parent's `number`-th, whose first event opens a session of its own."""
+        self._warnings.audible = False
+        self.background_tasks, self.background_events = [], 0
+        self._deferred = None
+        self.identity = self.identity.for_worker(number)
+        self.scopes.after_fork(self.identity)
+        self._journal.after_fork()
+
+    def _header(self) -> Event:
+        """The header of a session that begins now, in this process."""
+        me = self.identity
+        if me.role:
+            self.on_worker_session()
+        header: Event = {
+            "ts": 0,
+            "seq": 0,
+            "tag": "header",
+            "schema": SCHEMA,
+            "session": os.urandom(8).hex(),
+            "run_key": me.run_key,
+            "job_id": me.job_id,
+            "rank": me.rank,
+            "local_rank": me.local_rank,
+            "world_size": me.world_size,
+            "role": me.role,
+            "attempt": list(me.attempt),
+            "launcher": me.launcher,
+            "started": self.clock(),
+            "pid": os.getpid(),
+            "host": me.host,
+            "boot_id": self._boot_id,
+            "resource": {**self._resource, "service.instance.id": me.instance},
+        }
+        return self._process(header) or header
+
+
+class NullRecorder:
+    """Records nothing: of a run that is switched off, and of a process where none is open."""
+
+    active = False
+    defers = False
+    session = None
+    warning_counts: Mapping[str, int] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.scopes: Scopes = NullScopes()
+
+    @cached_property
+    def identity(self) -> Identity:
+        """Which process this would be by its launcher alone; looked up only if somebody asks."""
+        env = {name: value for name, value in os.environ.items() if not name.startswith("STEPSPAN_")}
+        return resolve({}, env, host_facts(), earlier_sessions=lambda job, rank: 0)
+
+    @property
+    def deferred(self) -> DeferredMetrics:
+        """Takes values and loses them."""
+        return DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.clock)
+
+    def clock(self) -> int:
+        """No time passes."""
+        return 0
+
+    def emit(self, event: Event, begun: Begun | None = None) -> bool:
+        """Drop an event."""
+        return False
+
+    def emit_background(self, event: Event) -> None:
+        """Drop an event."""
+
+    def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
+        """Make no event."""
+
+    def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
+        """Make no event."""
+
+    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
+        """Say nothing."""
+
+    def add_background_task(self, task: BackgroundTask) -> None:
+        """Leave the task alone: it has nothing to write at the end."""
+
+    def stop_background_tasks(self) -> None:
+        """There are none."""
+
+    def report_journal_errors(self) -> None:
+        """There is no journal."""
+
+    def after_fork(self, number: int) -> None:
+        """A child has nothing to record either."""
+
+    def training_events(self) -> tuple[object | None, int]:
+        """None at all."""
+        return None, 0
