@@ -181,13 +181,13 @@ def failed_outcome(
     return Outcome(answer.verdict, message, retry_after, reason_hidden=answer.reason_hidden)
 
 
-def delivered_outcome(rejected: int, text: str, endpoint: Endpoint) -> Outcome:
+def delivered_outcome(endpoint: Endpoint, rejected: int, text: str) -> Outcome:
     """The outcome of a success.
 
     Args:
+        endpoint: Where the request was sent.
         rejected: Number of records that the receiver says it did not accept.
         text: What the receiver says about them.
-        endpoint: Where the request was sent.
 
     """
     line = redacted_line(endpoint, text)

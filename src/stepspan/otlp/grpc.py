@@ -12,21 +12,8 @@ from typing import Any
 
 import grpc
 
-from stepspan.otlp.answers import (
-    GRPC_ANSWERS,
-    NAME_FAULT,
-    PHRASES,
-    PROTOCOL_FAULT,
-    TLS_FAULT,
-    UNKNOWN_ANSWER,
-    USER_AGENT,
-    Phrase,
-    delivered_outcome,
-    failed_outcome,
-    partial_success,
-    status_details,
-    uninstrumented,
-)
+from stepspan.otlp import answers
+from stepspan.otlp.answers import Phrase
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
 
@@ -42,15 +29,15 @@ _UNAVAILABLE = frozenset({Verdict.RETRY})
 
 GRPC_PHRASES: tuple[Phrase, ...] = (
     # gRPC has one code, UNAVAILABLE, for all that keeps it from connecting. By the words of 1.50 to 1.85.
-    Phrase("errors resolving", NAME_FAULT, _UNAVAILABLE),
-    Phrase("dns resolution failed", NAME_FAULT, _UNAVAILABLE),
-    Phrase("ssl_error_ssl", TLS_FAULT, _UNAVAILABLE),
-    Phrase("certificate_verify_failed", TLS_FAULT, _UNAVAILABLE),
-    Phrase("hostname verification", TLS_FAULT, _UNAVAILABLE),
-    Phrase("security handshaker", TLS_FAULT, _UNAVAILABLE),
-    Phrase("expected settings frame", PROTOCOL_FAULT, _UNAVAILABLE),
-    Phrase("http1.x server", PROTOCOL_FAULT, _UNAVAILABLE),
-    *PHRASES,
+    Phrase("errors resolving", answers.NAME_FAULT, _UNAVAILABLE),
+    Phrase("dns resolution failed", answers.NAME_FAULT, _UNAVAILABLE),
+    Phrase("ssl_error_ssl", answers.TLS_FAULT, _UNAVAILABLE),
+    Phrase("certificate_verify_failed", answers.TLS_FAULT, _UNAVAILABLE),
+    Phrase("hostname verification", answers.TLS_FAULT, _UNAVAILABLE),
+    Phrase("security handshaker", answers.TLS_FAULT, _UNAVAILABLE),
+    Phrase("expected settings frame", answers.PROTOCOL_FAULT, _UNAVAILABLE),
+    Phrase("http1.x server", answers.PROTOCOL_FAULT, _UNAVAILABLE),
+    *answers.PHRASES,
 )
 
 
@@ -71,14 +58,14 @@ class GrpcTransport:
 
     def send(self, body: bytes) -> Outcome:
         """Call Export once."""
-        with uninstrumented():
+        with answers.uninstrumented():
             try:
                 answer = self._export()(body, timeout=self._endpoint.timeout, metadata=self._metadata)
             except OSError as error:  # a certificate file
-                return failed_outcome(self._endpoint, "", TLS_FAULT, str(error))
+                return answers.failed_outcome(self._endpoint, "", answers.TLS_FAULT, str(error))
             except grpc.RpcError as error:
                 return self._error_outcome(error)
-        return delivered_outcome(*partial_success(answer), self._endpoint)
+        return answers.delivered_outcome(self._endpoint, *answers.partial_success(answer))
 
     def close(self) -> None:
         """Close the channel."""
@@ -96,10 +83,10 @@ class GrpcTransport:
         code = error.code()
         if code in _CONNECTION_FAILED:
             self.close()
-        return failed_outcome(
+        return answers.failed_outcome(
             self._endpoint,
             code.name,
-            GRPC_ANSWERS.get(code.name, UNKNOWN_ANSWER),
+            answers.GRPC_ANSWERS.get(code.name, answers.UNKNOWN_ANSWER),
             error.details() or "",
             phrases=GRPC_PHRASES,
             retry_after=_retry_delay(error.trailing_metadata() or ()),
@@ -108,7 +95,7 @@ class GrpcTransport:
 
 def _open_channel(endpoint: Endpoint) -> grpc.Channel:
     options = (
-        ("grpc.primary_user_agent", USER_AGENT),
+        ("grpc.primary_user_agent", answers.USER_AGENT),
         # Otherwise a new channel inherits the failed connection of the one that was dropped, and its back-off.
         ("grpc.use_local_subchannel_pool", 1),
     )
@@ -132,5 +119,5 @@ def _retry_delay(trailing: Iterable[tuple[str, str | bytes]]) -> float | None:
     """Seconds to wait by the google.rpc.RetryInfo in a status' details."""
     for name, value in trailing:
         if name == "grpc-status-details-bin" and isinstance(value, bytes):
-            return (status_details(value) or ("", None))[1]
+            return (answers.status_details(value) or ("", None))[1]
     return None

@@ -22,22 +22,8 @@ import orjson
 import requests
 import urllib3
 
-from stepspan.otlp.answers import (
-    HTTP_ANSWERS,
-    HTTP_REDIRECT,
-    NAME_FAULT,
-    PROTOCOL_FAULT,
-    TLS_FAULT,
-    UNKNOWN_ANSWER,
-    USER_AGENT,
-    Answer,
-    delivered_outcome,
-    failed_outcome,
-    malformed_note,
-    partial_success,
-    status_details,
-    uninstrumented,
-)
+from stepspan.otlp import answers
+from stepspan.otlp.answers import Answer
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
 
@@ -47,11 +33,11 @@ MAX_ANSWER_BYTES = 64 * 1024
 _GZIP_LEVEL = 1  # 5.5 µs a step against 13.7 at level 6, for a few percent of size
 
 FAULTS: tuple[tuple[type[BaseException], Answer], ...] = (
-    (requests.exceptions.SSLError, TLS_FAULT),
-    (ssl.SSLError, TLS_FAULT),
-    (socket.gaierror, NAME_FAULT),
+    (requests.exceptions.SSLError, answers.TLS_FAULT),
+    (ssl.SSLError, answers.TLS_FAULT),
+    (socket.gaierror, answers.NAME_FAULT),
     (http.client.RemoteDisconnected, Answer(Verdict.RETRY, "{url} closed the connection")),
-    (http.client.BadStatusLine, PROTOCOL_FAULT),
+    (http.client.BadStatusLine, answers.PROTOCOL_FAULT),
     (requests.exceptions.Timeout, Answer(Verdict.RETRY, "no answer from {url} in time")),
     (
         ValueError,
@@ -59,7 +45,7 @@ FAULTS: tuple[tuple[type[BaseException], Answer], ...] = (
     ),
     (requests.exceptions.RequestException, Answer(Verdict.RETRY, "no connection to {url}")),
     (urllib3.exceptions.HTTPError, Answer(Verdict.RETRY, "no connection to {url}")),
-    (OSError, TLS_FAULT),  # requests' error for a certificate file that is not there
+    (OSError, answers.TLS_FAULT),  # requests' error for a certificate file that is not there
 )
 """Why there is no answer, by the first type that is in the chain of errors."""
 
@@ -89,7 +75,7 @@ class HttpTransport:
         bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
         self._verify = endpoint.certificate or bundle or True
         self._headers = {
-            "user-agent": USER_AGENT,
+            "user-agent": answers.USER_AGENT,
             **endpoint.headers,
             "content-type": _CONTENT_TYPES[endpoint.protocol],
         }
@@ -100,7 +86,7 @@ class HttpTransport:
         """Post the request once."""
         endpoint = self._endpoint
         data = gzip.compress(body, _GZIP_LEVEL, mtime=0) if endpoint.compression == "gzip" else body
-        with uninstrumented():
+        with answers.uninstrumented():
             try:
                 response = self._session.post(
                     endpoint.url,
@@ -125,11 +111,11 @@ class HttpTransport:
     def _outcome(self, response: requests.Response, content: bytes) -> Outcome:
         endpoint, code = self._endpoint, response.status_code
         if 200 <= code < 300:
-            return delivered_outcome(*_partial_success(endpoint, content), endpoint)
-        return failed_outcome(
+            return answers.delivered_outcome(endpoint, *_partial_success(endpoint, content))
+        return answers.failed_outcome(
             endpoint,
             str(code),
-            HTTP_REDIRECT if 300 <= code < 400 else HTTP_ANSWERS.get(code, UNKNOWN_ANSWER),
+            answers.HTTP_REDIRECT if 300 <= code < 400 else answers.HTTP_ANSWERS.get(code, answers.UNKNOWN_ANSWER),
             _error_text(response, content),
             retry_after=retry_after(response.headers.get("retry-after"), self._clock()),
             location=response.headers.get("location", "").partition("?")[0],
@@ -186,12 +172,12 @@ def _partial_success(endpoint: Endpoint, content: bytes) -> tuple[int, str]:
     if not content.strip():
         return 0, ""
     if endpoint.protocol == "http/protobuf":
-        return partial_success(content)
+        return answers.partial_success(content)
     try:
         partial = _json_object(content).get("partialSuccess") or {}
         return int(partial.get(_REJECTED[endpoint.signal]) or 0), str(partial.get("errorMessage") or "")
     except (AttributeError, TypeError, ValueError):
-        return 0, malformed_note(content)
+        return 0, answers.malformed_note(content)
 
 
 def _error_text(response: requests.Response, content: bytes) -> str:
@@ -202,7 +188,7 @@ def _error_text(response: requests.Response, content: bytes) -> str:
             return str(_json_object(content)["message"])
         except (KeyError, TypeError, ValueError):
             pass
-    if kind == _CONTENT_TYPES["http/protobuf"] and (status := status_details(content)) is not None:
+    if kind == _CONTENT_TYPES["http/protobuf"] and (status := answers.status_details(content)) is not None:
         return status[0]
     return content.decode("utf-8", "replace")
 
@@ -218,7 +204,7 @@ def _fault_outcome(endpoint: Endpoint, error: BaseException) -> Outcome:
     """The outcome of a request that got no answer."""
     chain = list(_error_chain(error))
     answer = next(answer for kind, answer in FAULTS if any(isinstance(link, kind) for link in chain))
-    return failed_outcome(endpoint, "", answer, str(chain[-1]) or type(chain[-1]).__name__, phrases=())
+    return answers.failed_outcome(endpoint, "", answer, str(chain[-1]) or type(chain[-1]).__name__, phrases=())
 
 
 def _error_chain(error: BaseException) -> Iterator[BaseException]:
