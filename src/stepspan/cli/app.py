@@ -65,21 +65,13 @@ def sync(
     paths: JournalPaths,
     endpoint: Endpoint = None,
     protocol: Annotated[str | None, typer.Option(help="http/protobuf, grpc or http/json.")] = None,
-    follow: Annotated[
-        bool, typer.Option("--follow", help="Keep sending what is written from now on, until interrupted.")
-    ] = False,
-    this_host: Annotated[
-        bool, typer.Option("--this-host", help="Only sessions that were written on this host.")
-    ] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Keep sending what is written, until interrupted.")] = False,
+    this_host: Annotated[bool, typer.Option("--this-host", help="Only sessions written on this host.")] = False,
     destination: Annotated[
-        str | None, typer.Option(help="A name for the cursors, instead of a hash of the endpoints.")
+        str | None, typer.Option(help="Name of the cursors; by default a hash of the endpoints.")
     ] = None,
-    rejected: Annotated[
-        bool, typer.Option("--rejected", help="Send only what the receiver has rejected, once more.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what is pending and how old it is. Nothing is sent.")
-    ] = False,
+    rejected: Annotated[bool, typer.Option("--rejected", help="Send only the rejected records, once more.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what is pending, and how old it is.")] = False,
     state_directory: StateDirectory = None,
     dead_after: DeadAfter = DEAD_AFTER_S,
 ) -> None:
