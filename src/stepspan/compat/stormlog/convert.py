@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepspan.compat.stormlog.events import TelemetryEventLike, event_of
-from stepspan.compat.stormlog.fields import IDENTITY, SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, require_text
+from stepspan.compat.stormlog.fields import IDENTITY, SCHEMA_VERSION_V2, SCHEMA_VERSION_V3
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
-from stepspan.compat.stormlog.legacy import (
-    UNKNOWN_HOST,
-    UNKNOWN_PID,
-    check_legacy,
-    metadata_of_legacy,
-    record_of_legacy,
-)
+from stepspan.compat.stormlog.legacy import check_legacy, record_of_legacy, session_of
 from stepspan.compat.stormlog.validate import LAYOUTS, accepted, layout_of
 from stepspan.errors import RecordError, short_repr
 
@@ -49,7 +42,7 @@ def telemetry_event_from_record(
         layout, values = known
         if layout.version != SCHEMA_VERSION_V2:
             return event_of(layout.version, values)
-        session = _session(record, record["metadata"], default_session_id)
+        session = session_of(record, record["metadata"], default_session_id)
         return event_of(SCHEMA_VERSION_V3, (SCHEMA_VERSION_V3, session, *values[1:]))
     if not isinstance(record, Mapping):
         raise RecordError(f"record must be a mapping, not {short_repr(record)}")
@@ -57,31 +50,8 @@ def telemetry_event_from_record(
         return _upgraded(record, default_session_id)
     if not permissive_legacy:
         raise RecordError("Legacy record conversion is disabled (permissive_legacy=False)", "schema_version")
-    metadata = metadata_of_legacy(record)
-    session = _session(record, metadata, default_session_id)
-    converted = record_of_legacy(record, metadata, session, default_collector, default_sampling_interval_ms)
+    converted = record_of_legacy(record, default_session_id, default_collector, default_sampling_interval_ms)
     return _checked(converted, check_legacy)
-
-
-def legacy_session_id(*seed: object) -> str:
-    """The session of records that name none, the same for the same seed."""
-    name = "::".join(str(part) for part in seed if part is not None)
-    # A lone surrogate, which JSON allows, has no UTF-8; all else comes back as it was.
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_URL, name)}"
-
-
-def _session(record: Mapping[str, Any], metadata: Mapping[str, Any], default: str | None) -> str:
-    """The session that a record or its metadata names, else the default, else one made from the record."""
-    name = record.get("session_id")
-    if name is None:
-        name = metadata.get("session_id")
-    if isinstance(name, str) and name.strip():
-        return name
-    if default is not None:
-        return require_text("session_id", default)
-    time = record.get("timestamp_ns", record.get("timestamp"))
-    return legacy_session_id(time, record.get("host", UNKNOWN_HOST), record.get("pid", UNKNOWN_PID))
 
 
 def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> TelemetryEventLike:
@@ -89,7 +59,7 @@ def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> Tele
     if "metadata" in record and not isinstance(record["metadata"], dict):
         raise RecordError(f"metadata must be an object, not {short_repr(record['metadata'])}", "metadata")
     identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY})
-    session = _session(record, record.get("metadata", {}), default_session_id)
+    session = session_of(record, record.get("metadata", {}), default_session_id)
     version = max(version, SCHEMA_VERSION_V3)
     return _checked({**identity, **record, "schema_version": version, "session_id": session})
 

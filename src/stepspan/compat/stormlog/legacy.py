@@ -1,49 +1,72 @@
-"""Records from before the schema had versions, turned into records of schema 3.
+"""Records from before the schema had versions, turned into records of schema 3, and sessions of records that name none.
 
-Permissive, as stormlog is: a field goes by several names, what is not there has a default, unknown keys are dropped.
-What is there must be of the right type all the same.
+Permissive, as stormlog is: a field goes by several names, what is missing has a default, unknown keys are dropped. What
+is there must be of the right type all the same.
 """
 
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
-from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, require_int
+from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, require_int, require_text
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
 from stepspan.errors import RecordError, short_repr
 
 BYTES_PER_MIB = 1024 * 1024
+NS_PER_S = 1e9
 NO_DEVICE = -1
 UNKNOWN_PID = -1
 UNKNOWN_HOST = "unknown"
 TOTALS = ("total_memory", "device_total", "total_bytes")
 BACKENDS = ("cuda", "rocm", "mps", "cpu")
+METADATA_PREFIX = "metadata_"
 _CHECKED_FIRST = (
     *(field for field in FIELDS if field.kind is int and field.name not in IDENTITY),
     *(field for field in FIELDS if field.name in ("event_type", "host")),
 )
-_FIELDS_IN_METADATA = (*IDENTITY, "session_id")
-"""They become fields of their own."""
 _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
-def record_of_legacy(
-    record: Mapping[str, Any], metadata: dict[str, Any], session_id: str, collector: str, sampling_interval_ms: int
-) -> dict[str, Any]:
-    """A record of schema 3, yet to be checked; the last two arguments are for a legacy record that does not say.
+def legacy_session_id(*seed: object) -> str:
+    """The session of records that name none, the same for the same seed."""
+    name = "::".join(str(part) for part in seed if part is not None)
+    # A lone surrogate, which JSON allows, has no UTF-8; all else comes back as it was.
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return f"legacy-{uuid.uuid5(uuid.NAMESPACE_URL, name)}"
 
-    Takes out of its `metadata` what becomes a field. Raises `RecordError` for a time that is none, a counter that is no
-    integer, and a rank outside its world.
+
+def session_of(record: Mapping[str, Any], metadata: Mapping[str, Any], default: str | None) -> str:
+    """The session that a record or its metadata names, else the default, else one made from the record."""
+    name = record.get("session_id")
+    if name is None:
+        name = metadata.get("session_id")
+    if isinstance(name, str) and name.strip():
+        return name
+    if default is not None:
+        return require_text("session_id", default)
+    time = record.get("timestamp_ns", record.get("timestamp"))
+    return legacy_session_id(time, record.get("host", UNKNOWN_HOST), record.get("pid", UNKNOWN_PID))
+
+
+def record_of_legacy(
+    record: Mapping[str, Any], session_id: str | None, collector: str, sampling_interval_ms: int
+) -> dict[str, Any]:
+    """A record of schema 3, yet to be checked; the last three arguments are for a legacy record that does not say.
+
+    Raises `RecordError` for a time that is not one, a counter that is not an integer, metadata that is not an object,
+    and a rank outside its world.
     """
+    metadata = _metadata(record)
+    session_id = session_of(record, metadata, session_id)
     time = _timestamp_ns(record)
     device_id = _device_id(record)
-    backend = _backend(record, metadata)
     used_by_default = require_int("device_used_bytes", record.get("device_used_bytes", 0))
-    allocated = _counter(
-        record, ("allocator_allocated_bytes", "memory_allocated"), _used_bytes(record, used_by_default)
-    )
+    measured = _scaled("memory_mb", record.get("memory_mb"), BYTES_PER_MIB)
+    allocated_by_default = used_by_default if measured is None else measured
+    allocated = _counter(record, ("allocator_allocated_bytes", "memory_allocated"), allocated_by_default)
     used = record.get("device_used_bytes", allocated)
     total = _total(record, metadata)
     converted = {
@@ -51,7 +74,7 @@ def record_of_legacy(
         "session_id": session_id,
         "timestamp_ns": time,
         "event_type": _first(record, ("event_type", "type"), "sample"),
-        "collector": _collector(record, backend, device_id, collector),
+        "collector": _collector(record, _backend(record, metadata), device_id, collector),
         "sampling_interval_ms": record.get("sampling_interval_ms", sampling_interval_ms),
         "pid": record.get("pid", metadata.get("pid", UNKNOWN_PID)),
         "host": record.get("host", metadata.get("host", UNKNOWN_HOST)),
@@ -73,9 +96,8 @@ def record_of_legacy(
         except RecordError:
             check_legacy(converted)
             raise
-    for name in _FIELDS_IN_METADATA:
-        metadata.pop(name, None)
-    return {**converted, **identity, "metadata": metadata}
+    others = {key: value for key, value in metadata.items() if key not in IDENTITY and key != "session_id"}
+    return {**converted, **identity, "metadata": others}
 
 
 def check_legacy(converted: Mapping[str, Any]) -> None:
@@ -84,54 +106,42 @@ def check_legacy(converted: Mapping[str, Any]) -> None:
         field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
 
 
+def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a record's metadata, with what is in `metadata_*` keys."""
+    metadata = record.get("metadata")
+    if metadata is not None and not isinstance(metadata, dict):
+        raise RecordError(f"metadata must be an object when provided, not {short_repr(metadata)}", "metadata")
+    flat = (key for key in record if isinstance(key, str) and key.startswith(METADATA_PREFIX))
+    return {**(metadata or {}), **{key.removeprefix(METADATA_PREFIX): record[key] for key in flat}}
+
+
 def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    for name in names:
-        if name in record:
-            return record[name]
-    return default
+    return next((record[name] for name in names if name in record), default)
 
 
 def _counter(record: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
-    for name in names:
-        if name in record:
-            return require_int(name, record[name])
-    return default
+    return next((require_int(name, record[name]) for name in names if name in record), default)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _scaled(name: str, value: float, scale: float) -> int:
+def _scaled(name: str, value: object, scale: float) -> int | None:
+    """A number times `scale`, as an integer; None for what is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
     try:
         return int(float(value) * scale)
     except (OverflowError, ValueError):
         raise RecordError(f"{name} must be a finite number, not {short_repr(value)}", name) from None
 
 
-def metadata_of_legacy(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a record's metadata, with what stands in `metadata_*` keys. Raises `RecordError` if it is no object."""
-    metadata = record.get("metadata")
-    if metadata is not None and not isinstance(metadata, dict):
-        raise RecordError(f"metadata must be an object when provided, not {short_repr(metadata)}", "metadata")
-    prefix = "metadata_"
-    flat = {
-        key[len(prefix) :]: value for key, value in record.items() if isinstance(key, str) and key.startswith(prefix)
-    }
-    return {**(metadata or {}), **flat}
-
-
 def _timestamp_ns(record: Mapping[str, Any]) -> int:
     if "timestamp_ns" in record:
         return require_int("timestamp_ns", record["timestamp_ns"])
     seconds = record.get("timestamp")
-    if not _is_number(seconds):
-        raise RecordError(
-            f"Legacy record is missing a valid timestamp: give `timestamp` in seconds or `timestamp_ns`,"
-            f" not timestamp={short_repr(seconds)}",
-            "timestamp",
-        )
-    return _scaled("timestamp", seconds, 1e9)  # type: ignore[arg-type]  # a number it is
+    time = _scaled("timestamp", seconds, NS_PER_S)
+    if time is None:
+        problem = "Legacy record is missing a valid timestamp: give `timestamp` in seconds or `timestamp_ns`"
+        raise RecordError(f"{problem}, not timestamp={short_repr(seconds)}", "timestamp")
+    return time
 
 
 def _device_id(record: Mapping[str, Any]) -> int:
@@ -169,15 +179,9 @@ def _collector(record: Mapping[str, Any], backend: str, device_id: int, default:
     return default
 
 
-def _used_bytes(record: Mapping[str, Any], default: int) -> int:
-    size = record.get("memory_mb")
-    return _scaled("memory_mb", size, BYTES_PER_MIB) if _is_number(size) else default  # type: ignore[arg-type]
-
-
 def _total(record: Mapping[str, Any], metadata: Mapping[str, Any]) -> int | None:
     """The device's memory; a null that is given stays null."""
-    sources = ((record, ("device_total_bytes", *TOTALS)), (metadata, TOTALS))
-    for source, names in sources:
+    for source, names in ((record, ("device_total_bytes", *TOTALS)), (metadata, TOTALS)):
         for name in names:
             if name in source:
                 return None if source[name] is None else require_int(name, source[name])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.compat.rows import parse_row
-from stepspan.compat.stormlog.convert import legacy_session_id, telemetry_event_from_record
+from stepspan.compat.stormlog.convert import telemetry_event_from_record
 from stepspan.compat.stormlog.events import TelemetryEventLike
+from stepspan.compat.stormlog.legacy import legacy_session_id
 from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, select_events, sort_sessions, summary_of
 from stepspan.compat.stormlog.sink import MANIFEST, Manifest, read_manifest, segments_of
 from stepspan.errors import RecordError, short_repr
