@@ -318,12 +318,7 @@ class Telemetry:
         self.close()
 
     def _emit_status(
-        self,
-        status: str,
-        metrics: Mapping[str, Any] | None,
-        message: Any,
-        event: str | None,
-        fields: Mapping[str, Any],
+        self, status: str, metrics: Mapping[str, Any] | None, message: Any, event: str | None, fields: Mapping[str, Any]
     ) -> Emitted:
         try:
             measurements = {key: value for key, value in fields.items() if measured(value) is not None}

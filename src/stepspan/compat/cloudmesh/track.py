@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from stepspan.compat.cloudmesh.writing import Emitted
 from stepspan.recording.scopes import is_failure
@@ -19,14 +19,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class EmitStatus(Protocol):
-    """Emits a record of something that is tracked; never raises."""
-
-    def __call__(
-        self, status: str, message: Any, metrics: Mapping[str, Any], span: str, error: BaseException | None, /
-    ) -> Emitted:
-        """Emit one record; `span` is what the record of a start and that of its end have in common."""
-        ...
+EmitStatus: TypeAlias = "Callable[[str, Any, Mapping[str, Any], str, BaseException | None], Emitted]"
+"""Emits a record of what is tracked, and never raises: its status, message, metrics, span (which the record of a start
+and that of its end have in common), and the exception of a failure."""
 
 
 class Tracked:

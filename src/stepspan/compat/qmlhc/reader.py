@@ -7,17 +7,20 @@ step or epoch is a run that was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from stepspan.compat.importing import NS_PER_US, BeginLine, ImportedSession, Line, default_job_id, event
 from stepspan.compat.rows import first_row, read_rows, row_index, row_numbers, unix_ns
 from stepspan.errors import RecordError, short_repr
+from stepspan.events import Event
 
 COUNTED = {"step_begin": "step", "step_end": "step", "epoch_begin": "epoch", "epoch_end": "epoch"}
 """Tag -> the field that says which step or epoch."""
 TAGS = frozenset({*COUNTED, "error"})
+INNERMOST_FIRST = {"step": ("step",), "epoch": ("step", "epoch")}
+"""Scope -> itself, and what may be open inside it."""
 
 
 def detect(path: Path) -> str | None:
@@ -59,7 +62,7 @@ def read_sessions(path: Path, *, job_id: str | None = None) -> Iterator[Imported
         if edge == "begin":
             unended.add(scope)
         elif edge == "end":
-            unended -= {"step", "epoch"} if scope == "epoch" else {"step"}
+            unended.difference_update(INNERMOST_FIRST[scope])
     if not first:
         raise RecordError("no rows", where=str(path))
     status = "failed" if failed else "interrupted" if unended else "completed"
@@ -107,56 +110,45 @@ class _Translation:
     def lines(self, path: Path, last: int, left_open: str) -> Iterator[Line]:
         """All events; `left_open` is the status of a step or epoch that the file ends in, at `last`."""
         for ts, row in _timed_rows(path):
-            tag = row["tag"]
-            if tag == "error":
+            scope, _, edge = row["tag"].partition("_")
+            if scope == "error":
                 fields = {"type": str(row.get("type")), "message": str(row.get("message"))}
                 yield ts, event("error", parent=self._parent(), **fields, stack="", attributes={}), None
-            elif tag == "epoch_begin":
-                yield from self._begin_epoch(ts, row)
-            elif tag == "step_begin":
-                yield from self._begin_step(ts, row)
+            elif edge == "begin":
+                yield from self._end(INNERMOST_FIRST[scope], self._before, status="interrupted")
+                begin = self._begin_event(scope, row_index(row[scope]) or 0)
+                self._open[scope] = BeginLine()
+                yield ts, begin, self._open[scope]
             else:
-                yield from self._end_row(ts, row)
+                yield from self._end(INNERMOST_FIRST[scope][:-1], self._before, status="interrupted")
+                if metrics := _metrics(row.get("context")):
+                    of_step = {"step": row_index(row["step"])} if scope == "step" else {}
+                    yield ts, event("metrics", split="train", **of_step, metrics=metrics), None
+                yield from self._end((scope,), ts)
+                if scope == "epoch":
+                    self._epoch = None
             self._before = ts
-        yield from self._end("step", last, status=left_open)
-        yield from self._end("epoch", last, status=left_open)
+        yield from self._end(INNERMOST_FIRST["epoch"], last, status=left_open)
 
-    def _begin_epoch(self, ts: int, row: Mapping[str, Any]) -> Iterator[Line]:
-        yield from self._end("step", self._before, status="interrupted")
-        yield from self._end("epoch", self._before, status="interrupted")
-        self._epoch = row_index(row["epoch"])
-        self._open["epoch"] = BeginLine()
-        yield ts, event("epoch_begin", parent=self._run.seq, epoch=self._epoch), self._open["epoch"]
-
-    def _begin_step(self, ts: int, row: Mapping[str, Any]) -> Iterator[Line]:
-        yield from self._end("step", self._before, status="interrupted")
-        step = row_index(row["step"]) or 0
-        current = (-1 if self._epoch is None else self._epoch, step)
+    def _begin_event(self, scope: str, index: int) -> Event:
+        parent = self._parent()
+        if scope == "epoch":
+            self._epoch = index
+            return event("epoch_begin", parent=parent, epoch=index)
+        current = (-1 if self._epoch is None else self._epoch, index)
         self._lap += current <= self._last_step  # as a run counts its laps
         self._last_step = current
-        begin = event("step_begin", parent=self._parent(), step=step, split="train")
+        begin = event("step_begin", parent=parent, step=index, split="train")
         if self._epoch is not None:
             begin["epoch"] = self._epoch
         if self._lap:
             begin["lap"] = self._lap
-        self._open["step"] = BeginLine()
-        yield ts, begin, self._open["step"]
+        return begin
 
-    def _end_row(self, ts: int, row: Mapping[str, Any]) -> Iterator[Line]:
-        scope = COUNTED[row["tag"]]
-        if scope == "epoch":
-            yield from self._end("step", self._before, status="interrupted")
-        metrics = _metrics(row.get("context"))
-        if metrics:
-            of_step = {"step": row_index(row["step"])} if scope == "step" else {}
-            yield ts, event("metrics", split="train", **of_step, metrics=metrics), None
-        yield from self._end(scope, ts)
-        if scope == "epoch":
-            self._epoch = None
-
-    def _end(self, scope: str, ts: int, **fields: Any) -> Iterator[Line]:
-        if scope in self._open:
-            yield ts, event(f"{scope}_end", begin=0, **fields), self._open.pop(scope)
+    def _end(self, scopes: Iterable[str], ts: int, **fields: Any) -> Iterator[Line]:
+        for scope in scopes:
+            if scope in self._open:
+                yield ts, event(f"{scope}_end", begin=0, **fields), self._open.pop(scope)
 
     def _parent(self) -> int:
         return (self._open.get("step") or self._open.get("epoch") or self._run).seq
