@@ -55,9 +55,9 @@ class ImportedSession:
     source: Path
     job_id: str
     name: str
-    """Of the run's span."""
+    """The name of the run's span."""
     started: int
-    """Unix ns, before the first line."""
+    """When the run began, Unix ns; before the first line."""
     ended: int | None
     """Unix ns of the run's end, not before the last line; None where the run's end is not known."""
     lines: Callable[[BeginLine], Iterable[Line]]
@@ -79,20 +79,18 @@ class ImportedSession:
 
     @property
     def session(self) -> str:
-        """Its id: 16 hex digits."""
+        """The session's id: 16 hex digits, the same at each import of the same source."""
         return _digest(self.system, str(self.source.resolve()), self.key, self.job_id, str(self.rank), size=8)
 
     def header(self) -> Event:
-        """The header of its journal."""
+        """The header line of the session's journal."""
+        identity = {name: getattr(self, name) for name in ("job_id", "rank", "local_rank", "world_size")}
         return event(
             "header",
             schema=SCHEMA,
             session=self.session,
             run_key=_digest(self.system, self.job_id, size=16),
-            job_id=self.job_id,
-            rank=self.rank,
-            local_rank=self.local_rank,
-            world_size=self.world_size,
+            **identity,
             role="",
             attempt=[0, 0],
             launcher=f"import from {self.system}",
@@ -104,10 +102,7 @@ class ImportedSession:
                 "service.name": "training",
                 **self.resource,
                 "service.instance.id": f"{self.job_id}-{self.rank}",
-                "job_id": self.job_id,
-                "rank": self.rank,
-                "local_rank": self.local_rank,
-                "world_size": self.world_size,
+                **identity,
                 "host.name": self.host,
                 "import.system": self.system,
                 "import.source": str(self.source),
@@ -125,10 +120,10 @@ class SessionImport:
         parent = directory / slug(imported.job_id) / slug(imported.host)
         self.path = parent / session_name(imported.rank, "", imported.session)
         self.complete = read_closed(self.path) is not None
-        """It was imported before, to its end."""
+        """Whether it was imported before, to its end."""
         self.run = BeginLine()
         self.written = 0
-        """How many events, without the header."""
+        """How many events were written, without the header."""
         if self.complete:
             return
         self._now = imported.started
@@ -144,7 +139,7 @@ class SessionImport:
         self.write([(imported.started, event("run_begin", parent=0, **about), self.run)])
 
     def write(self, lines: Iterable[Line]) -> None:
-        """Write some lines."""
+        """Write lines, whose times must not go back. Raises OSError."""
         before = self._writer.seq
         for self._now, each, begin in lines:
             redacted = self._redact(each) if each["tag"] in self._redact.tags else each
@@ -177,7 +172,7 @@ def write_session(directory: Path, imported: ImportedSession) -> tuple[Path, int
     """Write one session below a directory of journals.
 
     Args:
-        directory: Where journals lie, as `start_run` takes it.
+        directory: The directory of journals, as `start_run` takes it.
         imported: What a reader's `read_sessions` gave.
 
     Returns:

@@ -50,7 +50,7 @@ class RowWriter:
         self._reset()
 
     def _reset(self) -> None:
-        """Start in this process, with nothing waiting."""
+        """Start anew in this process, with no rows waiting."""
         self._lock = threading.RLock()
         self._waiting = bytearray()
         self._busy = False

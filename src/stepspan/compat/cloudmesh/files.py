@@ -19,7 +19,7 @@ from stepspan.values import json_value
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 SETTLE_S = 0.02
-"""More than a write takes."""
+"""Longer than a write takes."""
 FILE_MODE = 0o600
 
 
@@ -41,7 +41,7 @@ def file_path(path: object, default: str) -> Path:
 
 
 def is_database(path: Path) -> bool:
-    """Whether a file is SQLite's."""
+    """Whether a file is a SQLite database; False where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return file.read(len(SQLITE_MAGIC)) == SQLITE_MAGIC
@@ -64,7 +64,7 @@ class JsonlBackend:
         """Whether our own last line is known to be complete."""
 
     def emit(self, record: Mapping[str, Any]) -> None:
-        """Append a record. Raises OSError."""
+        """Append a record as a JSON line. Raises OSError."""
         line = orjson.dumps(json_value(record)) + b"\n"
         with open_append(self.path, mode=FILE_MODE, flags=os.O_RDWR | getattr(os, "O_NONBLOCK", 0)) as fd:
             if not self._ends_with_line and _is_torn(fd):
@@ -82,7 +82,7 @@ class TextBackend:
         self.path = None if path is None else file_path(path, "")
 
     def emit(self, record: Mapping[str, Any]) -> None:
-        """Append a record. Raises OSError."""
+        """Append a record as three lines. Raises OSError."""
         metrics = ", ".join(f"{key}={value}" for key, value in (record.get("metrics") or {}).items())
         event = f" {record['event']}" if record.get("event") else ""
         status = str(record.get("status") or "-").upper()
@@ -98,7 +98,7 @@ class TextBackend:
 
 
 def _is_torn(fd: int) -> bool:
-    """Whether a file ends within a line, and nobody is just writing it: others see a write in parts."""
+    """Whether a file ends within a line that no other process is just writing: a write may be seen in parts."""
     size = os.fstat(fd).st_size
     if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
         return False

@@ -1,8 +1,8 @@
 """The OpenTelemetry backend: records become points, spans and logs of a run.
 
-The run is the one that is open (`stepspan.current_run()`); where there is none, the first record starts one, and
-`close()` or the interpreter's end closes it. What is "started" and later "completed" or "failed" is a span: that of
-`track()` holds what happens inside it, the others hold only their own two log records, so that they may overlap.
+The run is the open one (`stepspan.current_run()`); where there is none, the first record starts one, and `close()` or
+the interpreter's exit closes it. What is "started" and later "completed" or "failed" is a span: that of `track()` holds
+what happens inside it, the others hold only their own two log records, so that they may overlap.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class OtelBackend:
     """Records as events of a run.
 
     Args:
-        path: The directory of the journal of a run of its own.
-        endpoint: The OTLP endpoint of a run of its own.
-        job_id: The job id of a run of its own.
+        path: The directory of the journal of a run that it starts itself.
+        endpoint: The OTLP endpoint of such a run.
+        job_id: The job id of such a run.
 
     Raises:
         ConfigError: `path` cannot be a directory.
@@ -50,7 +50,7 @@ class OtelBackend:
         self._job_id = job_id
         self._own: Run | None = None
         self._shared: Run | None = None
-        """The last run that the program itself opened."""
+        """The last open run that this backend did not start."""
         self._spans: dict[str, tuple[Scope, contextvars.Context | None]] = {}
 
     def emit(self, record: Mapping[str, Any], *, error: BaseException | None = None, inside: bool = False) -> None:
@@ -62,7 +62,7 @@ class OtelBackend:
             inside: Whether its span holds what happens until the record of its end.
 
         Raises:
-            ConfigError: A run of its own cannot be started.
+            ConfigError: There is no open run, and none can be started.
 
         """
         run = self._run(record)
@@ -91,7 +91,7 @@ class OtelBackend:
         _call_in(context, run.log_event, name, status=status, **attributes)
 
     def close(self) -> None:
-        """Close the run, if it is its own."""
+        """Close the run, if this backend started it."""
         if self._own is not None:
             self._own.close()
 

@@ -139,7 +139,7 @@ class _Session:
 
     @property
     def status(self) -> str:
-        """How it ended, by the last record that says so. A release's log is of many runs: it has just ended."""
+        """How it ended, by the last record of an end. A release's log is of many runs: it counts as completed."""
         if not self.job:
             return "completed"
         last = next((record for _, record in reversed(self.records) if edge(record) == "end"), {})

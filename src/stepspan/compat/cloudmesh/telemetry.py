@@ -83,9 +83,9 @@ class Telemetry:
         backend: "jsonl" (the default), "sqlite", "otel", "text" (for people, on standard output), or an object with
             `emit(record)`; in addition to `backends`.
         path: The file of `backend`: by default "telemetry.jsonl" for "jsonl", "telemetry.db" for "sqlite". With "otel",
-            the directory of the journal of a run of its own.
-        endpoint: With "otel", the OTLP endpoint of a run of its own; by default the OTEL_EXPORTER_OTLP_* variables'.
-            A run that is open already is used instead, and keeps its own directory and endpoint.
+            the directory of the journal of a run that it starts itself.
+        endpoint: With "otel", the OTLP endpoint of a run that it starts itself; by default the OTEL_EXPORTER_OTLP_*
+            variables'. If a run is open already, records go to that one, and `path` and `endpoint` are not used.
         job_id: The run that records belong to; by default the open one's, or the launcher's.
         clock: Gives the Unix time in nanoseconds.
 
@@ -291,7 +291,7 @@ class Telemetry:
         return all([done, *(self._guard("otel", run.flush, timeout) for run in self._runs)])
 
     def close(self) -> None:
-        """Write what waits, and close databases and a run of its own, which waits for delivery.
+        """Write what waits, close databases, and close the run that it started itself, which waits for delivery.
 
         It blocks: in an event loop, call it in a thread (`await asyncio.to_thread(t.close)`).
         """
@@ -375,7 +375,7 @@ class Telemetry:
         return emitted
 
     def _lost(self, error: Exception) -> Emitted:
-        """Count a record that could not be made."""
+        """Count a record that could not be made, and warn the first time."""
         self._warn("record", f"a record was lost: {error!r}")
         return Emitted()
 
@@ -403,8 +403,8 @@ class Telemetry:
         return None
 
     def _who(self) -> Identity:
-        """The open run's identity, or the launcher's."""
-        start = sys.modules.get("stepspan.start")  # where nobody imported it, no run is open
+        """The job and rank that a record belongs to: the open run's, or else the launcher's."""
+        start = sys.modules.get("stepspan.start")  # where it was never imported, no run is open
         run = start.current_run() if start else DISABLED
         return self._identity if run is DISABLED else run.identity
 
@@ -429,7 +429,7 @@ class Telemetry:
 
 
 def is_off(env: Mapping[str, str]) -> bool:
-    """Whether the environment turns telemetry off."""
+    """Whether an environment variable turns telemetry off."""
     return env.get(VARIABLE, "").strip().lower() in {"1", "true", "yes"} or switched_off(env)
 
 

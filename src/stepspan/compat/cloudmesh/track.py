@@ -27,7 +27,7 @@ and that of its end have in common), and the exception of a failure."""
 class Tracked:
     """What `Telemetry.track` returns: a context manager, also an asynchronous one, and a decorator.
 
-    It may be entered again once it is left; a decorated function has one of its own for each call.
+    It may be entered again once it is left; a decorated function uses a new one for each call.
     """
 
     def __init__(self, emit: EmitStatus, message: str | None) -> None:

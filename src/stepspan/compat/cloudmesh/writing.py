@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 MAX_WAITING = 10_000
-"""Records."""
+"""How many records may wait for the thread."""
 
 
 class Emitted:
@@ -88,7 +88,7 @@ class Writing:
 
 
 def in_event_loop() -> bool:
-    """Whether the caller runs in asyncio's loop."""
+    """Whether the calling thread is running an asyncio event loop."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The LogStore contract of evsys."""
+"""The LogStore contract of evsys: what a log store must have."""
 
 from __future__ import annotations
 

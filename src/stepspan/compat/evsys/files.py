@@ -28,15 +28,6 @@ from stepspan.journal.layout import open_directory, replace_file
 log = logging.getLogger("stepspan")
 
 
-class JSONLLogStoreConfig(StoreConfig):
-    """The parameters of the `jsonl` store in YAML: where the files are, and what they are called."""
-
-    log_dir: str
-    metrics_file: str = "metrics.jsonl"
-    hyperparams_file: str = "hyperparams.json"
-    artifacts_file: str = "artifacts.json"
-
-
 @register_log_store("jsonl")
 class JSONLLogStore:
     """Metrics, hyperparameters and artifacts as JSON files, which `stepspan import` makes a journal of.
@@ -58,7 +49,14 @@ class JSONLLogStore:
     """
 
     name: ClassVar[str] = "jsonl"
-    Config: ClassVar[type] = JSONLLogStoreConfig
+
+    class Config(StoreConfig):
+        """The parameters of the `jsonl` store in YAML: where the files are, and what they are called."""
+
+        log_dir: str
+        metrics_file: str = "metrics.jsonl"
+        hyperparams_file: str = "hyperparams.json"
+        artifacts_file: str = "artifacts.json"
 
     def __init__(
         self,

@@ -15,12 +15,6 @@ from stepspan.compat.evsys.registry import StoreConfig, StoreSpec, make_log_stor
 log = logging.getLogger("stepspan")
 
 
-class MultiplexLogStoreConfig(StoreConfig):
-    """The parameters of the `multiplex` store in YAML: the stores, each as `{kind, params}`."""
-
-    children: list[StoreSpec] = Field(default_factory=list)
-
-
 @register_log_store("multiplex")
 class MultiplexLogStore:
     """Passes every call on to several stores, its children, in order.
@@ -37,7 +31,11 @@ class MultiplexLogStore:
     """
 
     name: ClassVar[str] = "multiplex"
-    Config: ClassVar[type] = MultiplexLogStoreConfig
+
+    class Config(StoreConfig):
+        """The parameters of the `multiplex` store in YAML: the stores, each as `{kind, params}`."""
+
+        children: list[StoreSpec] = Field(default_factory=list)
 
     def __init__(self, *, children: Sequence[Mapping[str, Any]] = ()) -> None:
         self.failures: Counter[str] = Counter()

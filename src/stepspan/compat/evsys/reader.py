@@ -33,7 +33,7 @@ FOLDERS = {"training": "train", "validation": "val", "test": "test"}
 """Folder -> the split of rows in it that name none."""
 FIELDS = {"ts", "step", "split", "metrics", "name"}
 STATUSES = {"failed": "failed", "error": "failed", "interrupted": "interrupted", "cancelled": "interrupted"}
-"""What a conclusion says -> how the run ended."""
+"""Status in a conclusion -> how the run ended."""
 MAX_CONCLUSION_CHARS = 1 << 16
 NS_PER_MS = 1_000_000
 
@@ -104,7 +104,7 @@ class _MetricsFile:
         given = array("q", (self._time(number, row) for number, row in read_rows(path)))
         self._as_written = _with_all_times(given, path.stat().st_mtime_ns)
         self.times = array("q", sorted(self._as_written))
-        """Unix ns."""
+        """The times of the rows, ascending, Unix ns."""
 
     def __iter__(self) -> Iterator[Line]:
         pairs = zip(self._events(), self._as_written, strict=False)  # the file may have grown
@@ -174,7 +174,7 @@ def _artifacts(path: Path) -> Iterator[Line]:
 
 
 def _status(path: Path) -> str:
-    """How the run ended, where its conclusion says so."""
+    """How the run ended by its conclusion: completed, where that does not say."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")[:MAX_CONCLUSION_CHARS]
     except OSError:

@@ -135,7 +135,7 @@ def _load(point: EntryPoint) -> None:
             register_log_store(getattr(found, "name", None) or point.name)(found)
         elif len(_stores) == before:
             raise TypeError(f"{point.value} is not a class, and did not register one: write it as module:Class")
-    except (Exception, SystemExit) as error:  # somebody else's package may do anything
+    except (Exception, SystemExit) as error:  # an installed package may do anything
         log.warning("log store %s of %s cannot be used: %r", point.name, point.group, error)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 class RunLogStore:
     """Passes what is logged on to an open run, as `run.as_log_store()` does.
 
-    Nothing but the constructor of a run raises. The run stays open: whoever started it closes it.
+    Nothing here raises. The run stays open: the code that started it closes it.
 
     Args:
         run: A `stepspan.Run`.

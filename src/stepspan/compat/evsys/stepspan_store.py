@@ -6,7 +6,7 @@ log_store: {kind: stepspan, params: {endpoint: "http://localhost:4318"}}
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from pydantic import ConfigDict
 
@@ -15,32 +15,9 @@ from stepspan.compat.evsys.run_store import RunLogStore
 from stepspan.start import start_run
 
 
-class StepspanLogStoreConfig(StoreConfig):
-    """The parameters of the `stepspan` store in YAML: the arguments of `stepspan.start_run`."""
-
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # `job_id: 4711` is an int in YAML
-
-    job_id: str | None = None
-    name: str | None = None
-    group: str | None = None
-    tags: list[str] | None = None
-    rank: int | None = None
-    local_rank: int | None = None
-    world_size: int | None = None
-    attempt: int | None = None
-    service_name: str | None = None
-    directory: Path | None = None
-    endpoint: str | None = None
-    resource: dict[str, Any] | None = None
-    processors: list[Any] | None = None
-    exporters: list[Any] | None = None
-    config: Path | None = None
-    enabled: bool | None = None
-
-
 @register_log_store("stepspan")
 class StepspanLogStore(RunLogStore):
-    """A run of its own: started by the constructor, ended by `close`. evsys has no such store.
+    """A log store that is a run: the constructor starts it, and `close` ends it. evsys has no such store.
 
     Args:
         arguments: The arguments of `stepspan.start_run`.
@@ -50,7 +27,27 @@ class StepspanLogStore(RunLogStore):
 
     """
 
-    Config: ClassVar[type] = StepspanLogStoreConfig
+    class Config(StoreConfig):
+        """The parameters of the `stepspan` store in YAML: the arguments of `stepspan.start_run`."""
+
+        model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # `job_id: 4711` is an int in YAML
+
+        job_id: str | None = None
+        name: str | None = None
+        group: str | None = None
+        tags: list[str] | None = None
+        rank: int | None = None
+        local_rank: int | None = None
+        world_size: int | None = None
+        attempt: int | None = None
+        service_name: str | None = None
+        directory: Path | None = None
+        endpoint: str | None = None
+        resource: dict[str, Any] | None = None
+        processors: list[Any] | None = None
+        exporters: list[Any] | None = None
+        config: Path | None = None
+        enabled: bool | None = None
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(start_run(**arguments))

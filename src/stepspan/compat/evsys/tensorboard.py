@@ -12,13 +12,6 @@ from pydantic import Field
 from stepspan.compat.evsys.registry import StoreConfig, register_log_store
 
 
-class TensorBoardLogStoreConfig(StoreConfig):
-    """The parameters of the `tensorboard` store in YAML."""
-
-    log_dir: str
-    flush_secs: int = Field(default=30, gt=0)
-
-
 @register_log_store("tensorboard")
 class TensorBoardLogStore:
     """An event file for TensorBoard: metrics as scalars, hyperparameters and artifacts as texts.
@@ -36,7 +29,12 @@ class TensorBoardLogStore:
     """
 
     name: ClassVar[str] = "tensorboard"
-    Config: ClassVar[type] = TensorBoardLogStoreConfig
+
+    class Config(StoreConfig):
+        """The parameters of the `tensorboard` store in YAML."""
+
+        log_dir: str
+        flush_secs: int = Field(default=30, gt=0)
 
     def __init__(self, *, log_dir: str, flush_secs: int = 30) -> None:
         try:

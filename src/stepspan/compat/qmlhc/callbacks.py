@@ -152,7 +152,7 @@ class TelemetryLogger(_RowLogger):
         weakref.finalize(self, self._rows.flush)
 
     def flush(self) -> None:
-        """Write the rows that wait."""
+        """Write the rows that wait. Never raises."""
         self._rows.flush()
         self._since = 0
         self._flushed = self._clock()
@@ -185,7 +185,7 @@ class RunCallback(Callback):
     Everything else in `context` is ignored. Nothing here raises.
 
     Args:
-        run: The run, as `stepspan.start_run` returned it. It stays open: whoever started it closes it.
+        run: The run, as `stepspan.start_run` returned it. It stays open: the code that started it closes it.
 
     """
 

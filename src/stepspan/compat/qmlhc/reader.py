@@ -94,15 +94,15 @@ def _timed_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 class _Translation:
-    """The rows of a file as events."""
+    """Turns the rows of a file into events."""
 
     def __init__(self, run: BeginLine, started: int) -> None:
         self._run = run
         self._open: dict[str, BeginLine] = {}
-        """"step" and "epoch", where one is open."""
+        """What is open: "step", "epoch", both or neither."""
         self._epoch: int | None = None
         self._last_step = (-1, -1)
-        """Epoch and step."""
+        """Epoch and step of the last step that began."""
         self._lap = 0
         self._before = started
         """The time of the row before."""

@@ -1,4 +1,4 @@
-"""Records become events."""
+"""Records of any version of the schema become events of the versions 3 and 4."""
 
 from __future__ import annotations
 

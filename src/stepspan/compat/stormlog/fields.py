@@ -15,7 +15,7 @@ SCHEMA_VERSION_V2: Final = 2
 SCHEMA_VERSION_V3: Final = 3
 SCHEMA_VERSION_V4: Final = 4
 SCHEMA_VERSION_LATEST: Final = 3
-"""What is written; V4 is only read."""
+"""The version that is written; V4 is only read."""
 VERSIONS = (SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, SCHEMA_VERSION_V4)
 
 

@@ -153,10 +153,10 @@ class _Translation:
         self._run = run
         self._done = 0
         self._phases: list[tuple[str, BeginLine]] = []
-        """The open ones, the innermost last."""
+        """The open phases, the innermost last."""
 
     def lines(self, session: LoadedTelemetrySession) -> Iterator[Line]:
-        """What is new in a session that has grown."""
+        """The lines of the events that a session has gained."""
         while self._done < len(session.events):
             self._done += 1
             yield from self._lines_of(session.events[self._done - 1])
@@ -186,6 +186,6 @@ class _Translation:
 
 
 def _phase(record: TelemetryEventLike) -> str:
-    """The name of a phase event's phase."""
+    """The name of the phase that an event enters or leaves."""
     context = record.context if record.context and record.context.strip() else "phase"
     return phase_name(record.metadata.get("phase_scope")) or context

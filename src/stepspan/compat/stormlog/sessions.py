@@ -12,7 +12,7 @@ from stepspan.compat.stormlog.projection import ProjectedTelemetryRecord, projec
 from stepspan.errors import RecordError, short_repr
 
 STATUSES = ("completed", "interrupted", "incomplete", "running")
-"""The one to choose first comes first."""
+"""In the order in which sessions are preferred."""
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from stepspan.errors import RecordError, short_repr
 MANIFEST = "manifest.json"
 SEGMENTS = "segment-*.jsonl"
 FIRST_SCHEMA_WITH_SESSIONS = 2
+INTEGERS = {"pid": -1, "rank": 0, "local_rank": 0, "world_size": 1}
+"""Fields that a session in a manifest may lack, and what they are then."""
 
 
 @dataclass
@@ -82,12 +84,9 @@ def _add_session(manifest: Manifest, entry: dict[str, Any]) -> None:
         started_at_ns=require_int("started_at_ns", entry.get("started_at_ns")),
         ended_at_ns=None if ended is None else require_int("ended_at_ns", ended),
         host=require_text("host", entry.get("host")),
-        pid=require_int("pid", entry.get("pid", -1)),
         job_id=None if job_id is None else require_text("job_id", job_id),
-        rank=require_int("rank", entry.get("rank", 0)),
-        local_rank=require_int("local_rank", entry.get("local_rank", 0)),
-        world_size=require_int("world_size", entry.get("world_size", 1)),
         source=require_text("source", entry.get("source", "stormlog.telemetry_sink")),
+        **{name: require_int(name, entry.get(name, default)) for name, default in INTEGERS.items()},
     )
     manifest.sessions[summary.session_id] = summary
 
