@@ -125,7 +125,7 @@ def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[]
     def deliver() -> int:
         prepare_process()
         deliverer.start()
-        while not all(scheduler.idle_runs or scheduler.broken for scheduler in deliverer.schedulers):
+        while not all(scheduler.idle or scheduler.broken for scheduler in deliverer.schedulers):
             time.sleep(0.005)
         deliverer.stop()
         states = cursors(Path(task["state"], session.path.name))[exporter.destination].values()

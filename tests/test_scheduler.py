@@ -438,4 +438,4 @@ def test_it_does_not_rest_when_nobody_lives(tmp_path):
     one = scheduler(tmp_path, Scripted(answer), options(time))
     assert one.run_once()
     one.run_once()
-    assert one.idle_runs, "it has looked again at once, and found nothing"
+    assert one.idle, "it has looked again at once, and found nothing"

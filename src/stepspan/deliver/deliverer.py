@@ -158,14 +158,9 @@ def interrupt_on_signal(deliverer: Deliverer) -> None:
 
 def caught_up(deliverer: Deliverer) -> bool:
     """Whether `stepspan sync` is done: each session is at its end or held, or the receiver has been silent too long."""
-    return all(
-        s.broken or (s.idle_runs > 0 and (s.idle or s.silent_for() >= SILENCE_LIMIT_S)) for s in deliverer.schedulers
-    )
+    return all(s.broken or s.idle or s.silent_for() >= SILENCE_LIMIT_S for s in deliverer.schedulers)
 
 
 def run_is_over(deliverer: Deliverer) -> bool:
     """Whether a run's deliverer is done: all is delivered or held, or no writer lives and the receiver is silent."""
-    return all(
-        s.broken or (s.idle_runs > 0 and (s.over or s.receiver_unreachable(SILENCE_LIMIT_S)))
-        for s in deliverer.schedulers
-    )
+    return all(s.broken or s.over or s.receiver_unreachable(SILENCE_LIMIT_S) for s in deliverer.schedulers)

@@ -77,10 +77,8 @@ class Scheduler:
         """All sessions that were found."""
         self.listed = False
         """Whether everything that was there at the beginning has been found."""
-        self.idle_runs = 0
-        """How often `run_once` moved nothing. `idle` and `over` are as of the last of these."""
         self.idle = False
-        """Whether every session is at its end for now, or held."""
+        """Whether every session is at its end for now, or held. As of the last run that moved nothing, as `over` is."""
         self.over = False
         """Whether nothing is left to do that time alone would bring: no session lives, and the rest is held."""
         self.broken = False
@@ -192,7 +190,6 @@ class Scheduler:
                 self._give_up(path, error)
         self.idle = all(task.held or (task.at_end and task.failing_since is None) for task in tasks)
         self.over = all(task.held for task in tasks) and not self._living
-        self.idle_runs += 1
 
     def _eligible(self) -> list[DeliveryTask]:
         """The sessions that may go on, the slowest first; of those that share a series identity only the first."""
