@@ -44,7 +44,7 @@ def work(task: dict[str, Any]) -> None:
             settle()
         measuring.answer(ready=True)
         for order in measuring.orders():
-            turn, block = TURNS[order["kind"]], blocks[order["block"]]
+            turn, block = TURNS[str(order["kind"])], blocks[str(order["block"])]
             between = settle if theirs else lambda: None  # otherwise its queue overflows, and what it drops is cheap
             gc.collect()
             with beside_a_busy_thread() if order.get("busy") else contextlib.nullcontext():
@@ -62,7 +62,8 @@ Turn = tuple[int, dict[str, float]]
 
 def blocks_of_steps(block: Block, n: int, steps: int, seconds: float, between: Callable[[], object]) -> Turn:
     """Blocks back to back for some seconds: microseconds a step."""
-    wall, cpu = [], []
+    wall: list[float] = []
+    cpu: list[float] = []
     end = time.monotonic() + seconds
     while not wall or time.monotonic() < end:
         cpu_before, before = time.thread_time_ns(), time.perf_counter_ns()
@@ -76,7 +77,8 @@ def blocks_of_steps(block: Block, n: int, steps: int, seconds: float, between: C
 
 def paced_steps(block: Block, n: int, steps: int, seconds: float, between: Callable[[], object]) -> Turn:
     """One step at a time, each after a millisecond's work elsewhere, which is what a training loop does to caches."""
-    wall, cpu = [], []
+    wall: list[float] = []
+    cpu: list[float] = []
     end = time.monotonic() + seconds
     while not wall or time.monotonic() < end:
         started = time.perf_counter()

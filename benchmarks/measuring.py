@@ -46,7 +46,8 @@ class Receiver:
     def counts(self) -> dict[str, float]:
         """Requests and their bytes since the last time it was asked, and the CPU seconds it has used."""
         with urllib.request.urlopen(f"{self.endpoint}/counts") as answer:
-            return json.load(answer)
+            counts: dict[str, float] = json.load(answer)
+            return counts
 
     def close(self) -> None:
         self._process.terminate()
@@ -107,8 +108,8 @@ def _serve_grpc(counts: Counter[str]) -> int:
         counts["bytes"] += len(request)
         return b""
 
-    class Everything(grpc.GenericRpcHandler):
-        def service(self, _: object) -> grpc.RpcMethodHandler:
+    class Everything(grpc.GenericRpcHandler):  # type: ignore[type-arg] # it takes none at run time
+        def service(self, _: object) -> grpc.RpcMethodHandler[bytes, bytes]:
             return grpc.unary_unary_rpc_method_handler(take)
 
     server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
@@ -144,7 +145,8 @@ class Worker:
         answer = self._process.stdout.readline()
         if not answer:
             raise SystemExit(f"a contender ended early: exit code {self._process.wait()}")
-        return json.loads(answer)
+        results: dict[str, float] = json.loads(answer)
+        return results
 
     def close(self) -> None:
         assert self._process.stdin is not None

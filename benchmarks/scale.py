@@ -370,7 +370,7 @@ def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> Non
     with prometheus, gateway, agent:
         generator = Worker(thousand.__file__, task)
         generator.result()
-        servers = {"prometheus": prometheus, "gateway": gateway, "agent": agent, "generator": generator}
+        servers: dict[str, Any] = {"prometheus": prometheus, "gateway": gateway, "agent": agent, "generator": generator}
         for name, server in servers.items():
             chain.processes[name].append(psutil.Process(server._process.pid))
         try:

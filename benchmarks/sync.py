@@ -36,7 +36,7 @@ from measuring import Receiver, Worker
 
 if TYPE_CHECKING:
     from stepspan.journal.layout import SessionPath
-    from stepspan.mapping.records import Record, Signal
+    from stepspan.mapping.records import Signal
 
 BETA = "(beta)"
 STEP_BYTES = 412  # of journal, about
@@ -193,7 +193,7 @@ def official_exporters(task: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def batches(session: SessionPath, signal: Signal) -> Iterator[tuple[Any, Sequence[Record]]]:
+def batches(session: SessionPath, signal: Signal) -> Iterator[tuple[Any, Sequence[Any]]]:
     """The records of a journal as delivery would send them, request by request."""
     from stepspan.deliver.options import BATCH_BYTES
     from stepspan.mapping.mapper import mapper

@@ -95,9 +95,9 @@ def on_a_gpu(run: Run, rounds: int) -> None:
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, log in ways.items():
-            taken = training.steps(log)
+            lasted = training.steps(log)
             if number:  # the first one warms up
-                found[name].append(taken)
+                found[name].append(lasted)
     print(
         f"\n{torch.cuda.get_device_name()}: a step, ms (median of {rounds} rounds of {STEPS} steps), to nothing logged"
     )

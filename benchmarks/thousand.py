@@ -115,11 +115,11 @@ def generate(task: dict[str, Any]) -> None:
     measuring.answer(ready=True)
     for order in measuring.orders():
         if "history" in order:
-            seconds = int(str(order["history"]))
+            past = int(str(order["history"]))
             now = time.time_ns()
-            clock.by_hand = now - seconds * 1_000_000_000
+            clock.by_hand = now - past * 1_000_000_000
             begin(place / "history", 0)
-            for _ in range(seconds):
+            for _ in range(past):
                 second = clock.by_hand
                 for rank in ranks:
                     rank.step(steps)

@@ -181,7 +181,7 @@ def parse(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], 
 def promql() -> Iterator[tuple[str, str]]:
     """Every PromQL expression there is: of what, and the expression with its variables filled."""
     for name in grafana.NAMES:
-        for query in (*grafana.queries(name), *grafana.annotations(name)):
+        for query in (*grafana.queries(name), *grafana.marks(name)):
             if query.source == "prometheus":
                 yield query.of, query.filled(**VALUES)
     for file in ("recording.yml", "alerts.yml"):

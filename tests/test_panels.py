@@ -168,7 +168,7 @@ def test_every_alert_asks_for_series_that_are_there(shown: Shown):
 
 @pytest.mark.parametrize(
     "query",
-    [q for name in grafana.NAMES for q in (*grafana.queries(name), *grafana.annotations(name)) if q.source == "loki"],
+    [q for name in grafana.NAMES for q in (*grafana.queries(name), *grafana.marks(name)) if q.source == "loki"],
     ids=lambda query: query.of,
 )
 def test_loki_answers_the_panels_and_marks(shown: Shown, query: grafana.Query):

@@ -52,8 +52,10 @@ class Scripted:
         destination: str = "there",
     ) -> None:
         self.destination, self.signals, self.processors = destination, signals, processors
-        listed = None if callable(answers) else iter(answers)
-        self.answer = answers if callable(answers) else lambda _: next(listed, OK)
+        if not callable(answers):
+            listed = iter(answers)
+            answers = lambda _: next(listed, OK)  # noqa: E731
+        self.answer = answers
         self.requests: list[tuple[Attributes, list[tuple[Any, ...]], Outcome]] = []
         self.closed = False
 

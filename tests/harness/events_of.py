@@ -11,7 +11,7 @@ from harness.journals import RUN, header
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.mapper import mapper
-from stepspan.mapping.records import Record, Series, Signal
+from stepspan.mapping.records import Series, Signal
 
 MS = 1_000_000
 SECOND = 1_000_000_000
@@ -70,7 +70,7 @@ class SessionEvents:
         return [*fold.map(self.events), *(fold.finish(self.closed(status)) if status else ())]
 
 
-def by_series(points: Sequence[Record]) -> dict[tuple[Any, ...], list[tuple[float, Any]]]:
+def by_series(points: Sequence[Any]) -> dict[tuple[Any, ...], list[tuple[float, Any]]]:
     """(name, *(label, value)…) -> (seconds since START, value) of its points, in order."""
     found: dict[tuple[Any, ...], list[tuple[float, Any]]] = {}
     for series, ts, value in points:
@@ -82,7 +82,7 @@ def key_of(series: Series) -> tuple[Any, ...]:
     return (series.name, *sorted(series.attributes.items()))
 
 
-def values(points: Sequence[Record], name: str, **attributes: Any) -> list[Any]:
+def values(points: Sequence[Any], name: str, **attributes: Any) -> list[Any]:
     """The values of one series, in order."""
     return [
         value

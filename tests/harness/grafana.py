@@ -78,7 +78,7 @@ def queries(name: str) -> Iterator[Query]:
             yield Query(of, target["datasource"]["uid"], text, legend, instant, target.get("exemplar", False))
 
 
-def annotations(name: str) -> Iterator[Query]:
+def marks(name: str) -> Iterator[Query]:
     for mark in dashboard(name).get("annotations", {}).get("list", []):
         assert mark["expr"] == mark["target"]["expr"]
         yield Query(f"{name}: {mark['name']}", mark["datasource"]["uid"], mark["target"]["expr"])

@@ -179,7 +179,7 @@ class FaultyDisk(Disk):
 
     def __init__(self, code: int = errno.ENOSPC) -> None:
         super().__init__()
-        self.write_keeping_gil = lambda fd, data, _: self.write(fd, data)
+        self.write_keeping_gil: Any = lambda fd, data, _: self.write(fd, data)
         self.space: int | None = None
         self.code = code
         self.is_low = False

@@ -128,6 +128,6 @@ def all_spans(path: Path) -> list[Span]:
 
 def spans(where: Run | Path) -> dict[str, Span]:
     """The same by name and number of step or epoch; of several, the last."""
-    number = lambda span: span.attributes.get("step", span.attributes.get("epoch", ""))  # noqa: E731
     found = all_spans(where if isinstance(where, Path) else path_of(where))
-    return {f"{span.name} {number(span)}".rstrip(): span for span in found}
+    numbers = [span.attributes.get("step", span.attributes.get("epoch", "")) for span in found]
+    return {f"{span.name} {number}".rstrip(): span for span, number in zip(found, numbers, strict=True)}

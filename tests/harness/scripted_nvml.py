@@ -123,9 +123,10 @@ class ScriptedNvml:
 
     def _nvmlDeviceGetMigDeviceHandleByIndex(self, gpu: GPU, index: int) -> GPU:  # noqa: N802
         places = [None, *gpu.instances]  # the first place is free, as after an instance was destroyed
-        if index >= len(places) or places[index] is None:
+        found = places[index] if index < len(places) else None
+        if found is None:
             raise pynvml.NVMLError_NotFound()
-        return places[index]
+        return found
 
     def _nvmlDeviceGetUtilizationRates(self, gpu: GPU) -> SimpleNamespace:  # noqa: N802
         return SimpleNamespace(gpu=gpu.utilization, memory=0)

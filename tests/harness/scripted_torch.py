@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Gpu:
@@ -62,7 +62,7 @@ class Gpu:
             raise self.fails
         return done
 
-    def waited(self, call: str) -> Any:
+    def waited(self, call: str) -> NoReturn:
         self.waits.append((threading.current_thread().name, call))
         raise AssertionError(f"{call} waits for the GPU")
 

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -86,7 +87,7 @@ def earlier_attempt(directory: Path, rank: int, started: float) -> float:
     """One rank's attempt of two minutes, by a clock of its own. When it ended."""
     clock = FixedClock(round(started * 1e9), step_ns=1000)
     journal = JsonlExporter(directory, clock=clock)
-    who = {"job_id": JOB, "rank": rank, "local_rank": rank, "world_size": 2, "attempt": 0}
+    who: dict[str, Any] = {"job_id": JOB, "rank": rank, "local_rank": rank, "world_size": 2, "attempt": 0}
     with stepspan.start_run(exporters=[journal], name=JOB, group="tests", **who) as run:
         openers = {
             "host": lambda emit: host(rank, emit),
@@ -114,7 +115,7 @@ def live_rank(rank: int, directory: Path, endpoint: str, barrier: Any, enough: A
         del os.environ[name]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ.update(STEPSPAN_SAMPLERS="host,process,gpu,torch", STEPSPAN_SAMPLE_INTERVAL="1")
-    sys.modules.update(pynvml=gpus(), torch=scripted_torch())  # type: ignore[arg-type]
+    sys.modules |= {"pynvml": cast("ModuleType", gpus()), "torch": scripted_torch()}
 
     def meet() -> None:
         if rank == 0:
@@ -172,7 +173,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     prometheus = StackPrometheus(place / "prometheus", rule_files=rules)
     loki = Loki(place / "loki") if binary("prometheus").with_name("loki").exists() else None
     tempo = Tempo(place / "tempo") if binary("prometheus").with_name("tempo").exists() else None
-    stores = {"PROMETHEUS_OTLP": prometheus.otlp_endpoint}
+    stores: dict[str, Any] = {"PROMETHEUS_OTLP": prometheus.otlp_endpoint}
     if loki:
         stores["LOKI_OTLP"] = loki.otlp_endpoint
     if tempo:
@@ -234,4 +235,4 @@ def await_all(shown: Shown) -> None:
         f'ALERTS{{alertname="LossIsNaN",alertstate="firing",job_id="{JOB}"}}',
     )
     for promql in last:
-        until(lambda promql=promql: shown.prometheus.query(promql), PATIENCE)
+        until(partial(shown.prometheus.query, promql), PATIENCE)

@@ -36,7 +36,8 @@ class Line:
         known = self.values[np.isfinite(self.values)]
         if not len(known):
             return math.nan
-        return float({"min": np.min, "mean": np.mean, "max": np.max, "lastNotNull": lambda v: v[-1]}[which](known))
+        calcs: dict[str, Any] = {"min": np.min, "mean": np.mean, "max": np.max, "lastNotNull": lambda v: v[-1]}
+        return float(calcs[which](known))
 
 
 class Drawn:

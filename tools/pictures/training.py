@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
 import numpy as np
 from harness import grafana
@@ -68,7 +69,7 @@ class Hardware:
     def install(self) -> None:
         module = scripted_torch()
         self.stats = module.cuda.memory_stats(0)
-        sys.modules.update(pynvml=ScriptedNvml(*self.gpus), torch=module)  # type: ignore[arg-type]
+        sys.modules |= {"pynvml": cast("ModuleType", ScriptedNvml(*self.gpus)), "torch": module}
 
     def follow(self, step: int, busy: float, lasted: float) -> None:
         """After a step that was busy for a share of its time."""
@@ -223,7 +224,7 @@ def servers(place: Path) -> Iterator[Servers]:
     for file in rules:  # every second: ten seconds are long in four minutes
         file.write_text((grafana.PROMETHEUS_STACK / file.name).read_text().replace("interval: 10s", "interval: 1s"))
     prometheus, loki = StackPrometheus(place / "prometheus", rule_files=rules), Loki(place / "loki")
-    stores = {"PROMETHEUS_OTLP": prometheus.otlp_endpoint, "LOKI_OTLP": loki.otlp_endpoint}
+    stores: dict[str, Any] = {"PROMETHEUS_OTLP": prometheus.otlp_endpoint, "LOKI_OTLP": loki.otlp_endpoint}
     collector = StackCollector(place / "collector", "single.yaml", **stores)
     prometheus.scrapes.append(collector.metrics_address)
     with prometheus, loki, collector:

@@ -38,7 +38,8 @@ def seconds(value: float, decimals: int | None = None) -> str:
 
 def duration(value: float) -> str:
     """In words, to the second."""
-    parts, rest = [], abs(value)
+    parts: list[str] = []
+    rest = abs(value)
     for name, size in DURATIONS:
         count, begun = int(rest // size), bool(parts)
         if count or begun:
