@@ -38,11 +38,13 @@ def test_the_committed_files_are_what_the_code_makes(tmp_path: Path):
         assert (grafana.STACK / path).read_text() == text, f"{path} is not up to date: make dashboards"
 
 
+@pytest.mark.stack
 @pytest.mark.parametrize("file", ["recording.yml", "alerts.yml"])
 def test_promtool_takes_the_rules(file: str):
     promtool("check", "rules", "--lint=all", "--lint-fatal", file)
 
 
+@pytest.mark.stack
 def test_alerts_fire_when_they_should_and_not_otherwise():
     promtool("test", "rules", "alerts_test.yml")
 
