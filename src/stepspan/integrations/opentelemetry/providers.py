@@ -54,7 +54,9 @@ class Configured:
 
         """
         self._follows = run is None
-        logger_provider = _provider(_logs.get_logger_provider(), ProxyLoggerProvider, _install_logging)
+        logger_provider = _provider(
+            _logs.get_logger_provider, _logs.set_logger_provider, ProxyLoggerProvider, LoggerProvider
+        )
         if isinstance(tracer_provider, TracerProvider):
             spans = JournalSpanProcessor(run)
             tracer_provider.add_span_processor(spans)
@@ -176,7 +178,9 @@ def configure(run: Run | None = None) -> Configured:
     global _latest
     if _latest is not None and _latest.serves(run):
         return _latest
-    tracer_provider = _provider(trace.get_tracer_provider(), trace.ProxyTracerProvider, _install_tracing)
+    tracer_provider = _provider(
+        trace.get_tracer_provider, trace.set_tracer_provider, trace.ProxyTracerProvider, TracerProvider
+    )
     wanted = run or current_run()
     configured = Configured(wanted, owned=False) if wanted is not DISABLED else Configured(start_run(), owned=True)
     if configured.run is not DISABLED:
@@ -186,18 +190,10 @@ def configure(run: Run | None = None) -> Configured:
     return configured
 
 
-def _provider(installed: Any, proxy: type, install: Callable[[], Any]) -> Any:
-    """The global provider; one that is installed now, where only the API's proxy is there."""
-    return install() if isinstance(installed, proxy) else installed
-
-
-def _install_tracing() -> TracerProvider:
-    provider = TracerProvider()
-    trace.set_tracer_provider(provider)
-    return provider
-
-
-def _install_logging() -> LoggerProvider:
-    provider = LoggerProvider()
-    _logs.set_logger_provider(provider)
+def _provider(get: Callable[[], Any], install: Callable[[Any], None], proxy: type, kind: Callable[[], Any]) -> Any:
+    """The global provider; one of the SDK's that is installed now, where only the API's proxy is there."""
+    provider = get()
+    if isinstance(provider, proxy):
+        provider = kind()
+        install(provider)
     return provider
