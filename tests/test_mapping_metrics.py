@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 from harness.events_of import MS, SECOND, START, SessionEvents, by_series, key_of, restored, values, whole_run
@@ -15,8 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from stepspan import __version__
-from stepspan.mapping import histogram
 from stepspan.mapping import metrics as mapping
+from stepspan.mapping import open_scopes
+from stepspan.mapping.histogram import HistogramState
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Histogram, Sum
 from stepspan.otlp import json as otlp_json
@@ -281,7 +283,7 @@ def test_attributes_that_a_processor_added_make_series_of_their_own():
 
 
 def test_many_sets_of_keys_are_not_all_remembered_and_still_are_the_same_series(monkeypatch):
-    monkeypatch.setattr(mapping, "MOST_TABLES", 2)
+    monkeypatch.setattr(mapping, "MAX_TABLES", 2)
     s = SessionEvents()
     for number in range(9):
         s.metrics({"loss": float(number), f"other_{number % 4}": 1.0})
@@ -354,14 +356,14 @@ def test_the_end_of_what_nobody_saw_begin_is_no_point():
 
 
 def test_what_never_ends_is_not_kept_for_ever(monkeypatch):
-    monkeypatch.setattr(mapping, "MOST_OPEN", 5)
+    monkeypatch.setattr(open_scopes, "MAX_OPEN", 5)
     s = SessionEvents()
     for number in range(20):
         s.emit("step_begin", parent=0, step=number, split="train")
     s.emit("event", 10.0, parent=0, name="later")
     fold = mapper("metrics", s.header)
     fold.map(s.events)
-    assert [event["step"] for event in fold.state()["open"]] == [15, 16, 17, 18, 19]
+    assert [scope["begin"]["step"] for scope in fold.state()["steps"]["open"]] == [15, 16, 17, 18, 19]
 
 
 def test_mapping_leaves_the_events_as_they_are():
@@ -380,10 +382,10 @@ def test_mapping_leaves_the_events_as_they_are():
 def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(durations):
     bounds = [2 ** (index / 8) for index in range(-170, 150)]
     assume(all(abs(d / b - 1) > 1e-12 for d in durations for b in bounds))
-    state = histogram.empty()
+    state = HistogramState()
     for duration in durations:
-        histogram.add(state, [duration])
-    found = histogram.value(json.loads(json.dumps(state)), START, ())
+        state.add([duration])
+    found = HistogramState(**json.loads(json.dumps(asdict(state)))).value(START)
     assert (found.count, found.sum, found.minimum, found.maximum, found.zero_count) == (
         len(durations), sum(durations), min(durations), max(durations), 0
     )  # fmt: skip
@@ -397,15 +399,15 @@ def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(dur
     ("duration", "bucket"), [(1.0, -1), (2.0, 7), (0.5, -9), (math.nextafter(1.0, 2.0), 0), (1.05, 0)]
 )
 def test_a_bucket_has_its_upper_bound_and_not_its_lower_one(duration, bucket):
-    state = histogram.empty()
-    histogram.add(state, [duration])
-    assert (histogram.value(state, START, ()).offset, state["buckets"]) == (bucket, {str(bucket): 1})
+    state = HistogramState()
+    state.add([duration])
+    assert (state.value(START).offset, state.buckets) == (bucket, {str(bucket): 1})
 
 
 def test_a_duration_of_zero_is_counted_as_zero():
-    state = histogram.empty()
-    histogram.add(state, [0.0])
-    found = histogram.value(state, START, ())
+    state = HistogramState()
+    state.add([0.0])
+    found = state.value(START)
     assert (found.count, found.zero_count, list(found.counts), found.maximum) == (1, 1, [], 0.0)
 
 

@@ -407,7 +407,7 @@ def test_a_clock_that_went_back_makes_no_span_of_negative_length():
 
 
 def test_what_never_ends_is_not_kept_for_ever_but_the_run_is(monkeypatch):
-    monkeypatch.setattr(open_scopes, "MOST_OPEN", 4)
+    monkeypatch.setattr(open_scopes, "MAX_OPEN", 4)
     s = SessionEvents()
     run = s.run()
     for number in range(20):
@@ -539,10 +539,10 @@ def test_steps_that_a_processor_marked_thin_do_not_go_out_not_even_slow_or_faile
 def test_above_2000_ranks_a_trace_holds_a_subset_of_them_and_always_rank_0():
     world = 10_000
     s = SessionEvents(rank=0, world_size=world)
-    begins = [s.events[s.step(number) - 1] for number in range(3)]
-    end = {"ts": START, "begin": 0}
-    for begin in begins:
-        kept = [rank for rank in range(world) if thinning.Thinning({**s.header, "rank": rank}).keeps(begin, end, 0.01)]
+    steps = [open_scopes.Step(s.events[s.step(number) - 1]) for number in range(3)]
+    for step in steps:
+        step.end = {"ts": START, "begin": 0}
+        kept = [rank for rank in range(world) if thinning.Thinning({**s.header, "rank": rank}).keeps(step)]
         assert kept[0] == 0
         assert len(kept) == pytest.approx(2000, rel=0.1)
     assert len(spans_of(s)) == 3
@@ -556,7 +556,7 @@ def test_at_2000_ranks_all_of_them_are_in_the_trace():
 
 
 def test_a_step_of_very_many_spans_keeps_the_first_ones(monkeypatch):
-    monkeypatch.setattr(traces, "MOST_CHILDREN", 3)
+    monkeypatch.setattr(traces, "MAX_CHILDREN", 3)
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     for number in range(5):

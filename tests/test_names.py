@@ -9,7 +9,7 @@ from harness.events_of import SessionEvents
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from stepspan.mapping.names import LONGEST, metric_name
+from stepspan.mapping.names import MAX_NAME_CHARS, metric_name
 from stepspan.mapping.records import Series
 
 OF_A_SESSION = {
@@ -90,7 +90,7 @@ def test_a_key_becomes(key, name, split, attribute):
 def test_keys_of_300_characters_are_cut_but_told_apart():
     one, other = "x" * 300, "x" * 299 + "y"
     assert metric_name(one, "train").name == metric_name(other, "train").name
-    assert len(metric_name(one, "train").name) == LONGEST == 255
+    assert len(metric_name(one, "train").name) == MAX_NAME_CHARS == 255
     assert metric_name(one, "train").key == one
     assert prometheus_series(one) != prometheus_series(other)
 

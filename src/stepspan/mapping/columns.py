@@ -1,6 +1,6 @@
 """A batch's points, most of them in columns: values that are logged together come together, at one time each.
 
-A column costs an encoder a third of what as many single points do. Everybody else finds a sequence in time order.
+A column costs an encoder a third of what as many single points do. Everybody else sees a sequence in time order.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from typing import Any, TypeAlias
 from stepspan.mapping.records import Point, SdkRecord, Series
 
 Column: TypeAlias = tuple[Series, Sequence[int], Sequence[Any]]
-"""Points of one series in time order: their times (Unix ns) and their values."""
+"""Points of one series in time order: the series, n times (Unix ns) and n values."""
 
 TIME = itemgetter(1)
 
 
 class Points(Sequence["Point | SdkRecord"]):
-    """Points of one request: `singles` in time order, and `columns` of gauges whose values are floats."""
+    """The points of one request.
 
-    def __init__(self, singles: list[Point | SdkRecord], columns: list[Column]) -> None:
-        self.singles = singles
+    Args:
+        points: Single ones. Each series' are in time order.
+        columns: Those of gauges whose values are floats. A series may have several columns, and single points as well.
+
+    """
+
+    def __init__(self, points: list[Point | SdkRecord], columns: list[Column]) -> None:
+        self.points = points
         self.columns = columns
-        self._length = len(singles) + sum(len(times) for _, times, _ in columns)
+        self._length = len(points) + sum(len(times) for _, times, _ in columns)
 
     def __len__(self) -> int:
         return self._length
@@ -32,7 +38,7 @@ class Points(Sequence["Point | SdkRecord"]):
     def __getitem__(self, index: Any) -> Any:
         if index == -1 and self._length:  # delivery keeps the last of each request
             last = ((series, times[-1], values[-1]) for series, times, values in self.columns)
-            return sorted([*self.singles[-1:], *last], key=TIME)[-1]
+            return sorted([*self.points[-1:], *last], key=TIME)[-1]
         return self._listed[index]
 
     def __iter__(self) -> Iterator[Point | SdkRecord]:
@@ -40,15 +46,15 @@ class Points(Sequence["Point | SdkRecord"]):
 
     @cached_property
     def _listed(self) -> list[Point | SdkRecord]:
-        listed = list(self.singles)
+        listed = list(self.points)
         for series, times, values in self.columns:
             listed += [(series, time, value) for time, value in zip(times, values, strict=True)]
         listed.sort(key=TIME)
         return listed
 
 
-def merged(first: Column, second: Column) -> Column:
-    """Two columns of one series as one."""
+def merge_columns(first: Column, second: Column) -> Column:
+    """Two columns of one series as one, in time order."""
     points = sorted([*zip(*first[1:], strict=True), *zip(*second[1:], strict=True)], key=itemgetter(0))
     times, values = zip(*points, strict=True)
     return first[0], times, values

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.mapping import histogram, ids
-from stepspan.mapping.open_scopes import step_trace_id
+from stepspan.mapping import ids
+from stepspan.mapping.histogram import HistogramState
+from stepspan.mapping.open_scopes import Step, step_trace_id
 from stepspan.mapping.records import Exemplar, Histogram
-from stepspan.mapping.thinning import Step, Thinning
+from stepspan.mapping.thinning import Thinning, ThinningState
 
-TOGETHER = 4096
+MAX_UNCOUNTED = 256
+"""Steps that are counted at once: that costs less than to count each as it ends."""
+
+
+@dataclass(slots=True)
+class DurationsState:
+    """What is carried on: by split, the histogram, and the slowest step since the last point with a trace that goes
+    out, as its duration (s), end (Unix ns) and begin event.
+    """
+
+    histograms: dict[str, HistogramState] = field(default_factory=dict)
+    slowest: dict[str, tuple[float, int, Event]] = field(default_factory=dict)
 
 
 class Durations:
@@ -20,53 +34,47 @@ class Durations:
     def __init__(self, header: Event) -> None:
         self._header = header
         self._thinning = Thinning(header)
-        self._histograms: dict[str, dict[str, Any]] = {}
-        self._ended: list[Step] = []
-        """Steps that are not counted yet: that is done for many at once."""
-        self._slowest: dict[str, list[Any]] = {}
-        """Split -> duration (s), end (ns) and begin event."""
+        self._state = DurationsState()
+        self._uncounted: list[Step] = []
 
-    def add(self, begin: Event, end: Event, duration: float) -> None:
-        """A step of `duration` seconds has ended. Call it once for each step, in order."""
-        self._ended.append((begin, end, duration))
-        if len(self._ended) == TOGETHER:
+    def add(self, step: Step) -> None:
+        """Add a step that has ended. Call it once for each step, in order."""
+        self._uncounted.append(step)
+        if len(self._uncounted) == MAX_UNCOUNTED:
             self._count()
 
     def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
         """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
         self._count()
-        for split, counted in self._histograms.items():
-            slowest = self._slowest.pop(split, None)
-            exemplars = () if slowest is None else (self._exemplar(*slowest),)
-            yield split, histogram.value(counted, start, exemplars)
+        for split, histogram in self._state.histograms.items():
+            slowest = self._state.slowest.pop(split, None)
+            yield split, histogram.value(start, () if slowest is None else (self._exemplar(*slowest),))
 
-    @property
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
         self._count()
-        return {"histograms": self._histograms, "slowest": self._slowest, "thinning": self._thinning.state}
+        return {**asdict(self._state), "thinning": asdict(self._thinning.state)}
 
-    @state.setter
-    def state(self, state: dict[str, Any]) -> None:
-        self._histograms, self._slowest = state["histograms"], state["slowest"]
-        self._thinning.state = state["thinning"]
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        histograms = {split: HistogramState(**counted) for split, counted in state["histograms"].items()}
+        self._state = DurationsState(histograms, state["slowest"])
+        self._thinning.state = ThinningState(**state["thinning"])
 
     def _count(self) -> None:
-        durations: dict[str, list[float]] = {}
-        for begin, _, duration in self._ended:
-            durations.setdefault(begin["split"], []).append(duration)
-        for split, found in durations.items():
-            if split not in self._histograms:
-                self._histograms[split] = histogram.empty()
-            histogram.add(self._histograms[split], found)
-        for begin, end, duration in self._thinning.kept(self._ended):
-            slowest = self._slowest.get(begin["split"])
-            if slowest is None or duration > slowest[0]:
-                self._slowest[begin["split"]] = [duration, end["ts"], begin]
-        self._ended = []
+        steps, self._uncounted = self._uncounted, []
+        histograms, slowest = self._state.histograms, self._state.slowest
+        durations: defaultdict[str, list[float]] = defaultdict(list)
+        for step in steps:
+            durations[step.begin["split"]].append(step.duration)
+        for split, values in durations.items():
+            histograms.setdefault(split, HistogramState()).add(values)
+        for step in self._thinning.kept(steps):
+            split = step.begin["split"]
+            if split not in slowest or step.duration > slowest[split][0]:
+                slowest[split] = step.duration, step.end["ts"], step.begin
 
     def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
         trace_id = step_trace_id(self._header, begin)
-        return Exemplar(
-            ended, duration, trace_id, ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
-        )
+        span_id = ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
+        return Exemplar(ended, duration, trace_id, span_id)

@@ -3,37 +3,63 @@
 A step's ids hash what names the step within its run, so all ranks' spans of a step meet in one trace and each rank
 knows rank 0's span id, its parent. Every other span id hashes the session and the `seq` of its begin line. No random
 numbers: a user's `random.seed(42)` in every rank changes nothing, and sending twice gives the same span twice.
+
+=====================  =====================================================  ===================
+id                     hashes                                                 shared by
+=====================  =====================================================  ===================
+trace of a step        run key, split, epoch, lap, step                       all ranks
+span of a step         its trace, rank, role                                  nobody
+trace outside steps    run key, rank, role, epoch, hour                       one rank's sessions
+any other span         session, `seq`                                         nobody
+=====================  =====================================================  ===================
+
+These are on disk and in backends for ever: what is hashed, and how it is written, must not change.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
 
-HOUR = 3600 * 1_000_000_000
+HOUR_NS = 3600 * 1_000_000_000
 
 
 def _bytes(text: str) -> bytes:
-    """As the journal writes it: a lone surrogate is a "?"."""
+    """A text as the journal writes it: a lone surrogate is a "?"."""
     return text.encode("utf-8", "replace")
 
 
 def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: int) -> bytes:
-    """The trace that all ranks' spans of one step share."""
+    """The trace that all ranks' spans of one step share.
+
+    Args:
+        run_key: What the ranks of one run have in common, and no other run has.
+        split: "train", "val" …
+        epoch: The number of the epoch that the step lies in; None outside of epochs.
+        lap: How many times the steps of this split have begun to count again.
+        step: The step's number.
+
+    Returns:
+        16 bytes.
+
+    """
     named = f"step\0{epoch}\0{lap}\0{step}\0{len(split)}\0{split}{run_key}"
     return blake2b(_bytes(named), digest_size=16).digest()
 
 
 def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
-    """One rank's span of a step; rank 0's without a role is the root."""
+    """One rank's span of the step whose trace it is, 8 bytes; rank 0's without a role is the root."""
     return blake2b(trace_id + b"%d\0%b" % (rank, _bytes(role)), digest_size=8).digest()
 
 
 def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: int) -> bytes:
-    """The trace of what one rank does outside steps: one for each epoch and hour, so that none grows without end."""
-    named = f"rank\0{rank}\0{epoch}\0{ts // HOUR}\0{len(role)}\0{role}{run_key}"
+    """The trace of what one rank does outside steps, 16 bytes.
+
+    One for each epoch and each hour of `ts` (Unix ns), so that none grows without end.
+    """
+    named = f"rank\0{rank}\0{epoch}\0{ts // HOUR_NS}\0{len(role)}\0{role}{run_key}"
     return blake2b(_bytes(named), digest_size=16).digest()
 
 
 def span_id(session: str, seq: int) -> bytes:
-    """Any other span, by the `seq` of its begin line."""
+    """Any other span, by its session's id and the `seq` of its begin line, 8 bytes."""
     return blake2b(b"%b\0%d" % (session.encode(), seq), digest_size=8).digest()

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
+from stepspan.mapping.attributes import (
+    MAX_TEXT_CHARS,
+    artifact_attributes,
+    event_attributes,
+    exception_attributes,
+    flatten,
+)
+from stepspan.mapping.dispatch import dispatch
 from stepspan.mapping.open_scopes import OpenScopes
 from stepspan.mapping.records import Log, Record, SdkRecord
 from stepspan.mapping.sdk_records import SdkRecords
-from stepspan.mapping.values import ARTIFACT, MALFORMED, flat, short, warn_unmappable
+from stepspan.values import shorten
 
 TRACE, DEBUG, INFO, WARN, ERROR, FATAL = 1, 5, 9, 13, 17, 21
 SEVERITIES = {"trace": TRACE, "debug": DEBUG, "info": INFO, "warning": WARN, "error": ERROR, "critical": FATAL}
-FAILED = frozenset({"failed", "error", "failure"})
+"""An event's `severity` -> OTLP's severity number."""
+FAILED_STATUSES = frozenset({"failed", "error", "failure"})
+"""Of a milestone, in lower case: what makes its severity ERROR."""
 
 
 class LogMapper:
@@ -26,29 +36,25 @@ class LogMapper:
         self.filtered = 0
         self._scopes = OpenScopes(header)
         self._logs: list[Log | SdkRecord] = []
-        self._foreign = SdkRecords("logs")
-        self._handlers: dict[str, Callable[[Event], None]] = {
+        self._sdk_records = SdkRecords("logs")
+        self._handlers: dict[str, Callable[[Event], Any]] = {
             "hyperparams": self._hyperparams,
             "artifact": self._artifact,
             "event": self._event,
             "error": self._error,
             "log": self._log,
             "gap": self._gap,
-            "otel": lambda event: self._logs.extend(self._foreign.of(event)),
-            **dict.fromkeys(("run_begin", "epoch_begin", "step_begin", "span_begin"), self._scopes.begin),
-            **dict.fromkeys(("run_end", "epoch_end", "step_end", "span_end"), self._end),
+            "otel": lambda event: self._logs.extend(self._sdk_records.of(event)),
+            "run_begin": self._scopes.begin_run,
+            **dict.fromkeys(("epoch_begin", "span_begin"), self._scopes.begin),
+            "step_begin": self._scopes.begin_step,
+            **dict.fromkeys(("run_end", "epoch_end", "step_end", "span_end"), self._scopes.close),
         }
 
     def map(self, events: Sequence[Event]) -> list[Record]:
         """The log records of the next events."""
         self._logs = []
-        for event in events:
-            handler = self._handlers.get(event["tag"])
-            if handler:
-                try:
-                    handler(event)
-                except MALFORMED as error:
-                    warn_unmappable(event["tag"], repr(error))
+        dispatch(self._handlers, events)
         return list(self._logs)
 
     def finish(self, closed: Closed) -> list[Record]:
@@ -56,55 +62,45 @@ class LogMapper:
         return []
 
     def state(self) -> dict[str, Any]:
-        """What is carried on."""
-        return {"filtered": self.filtered, "scopes": self._scopes.state()}
+        """What is carried on, as JSON."""
+        return {"scopes": self._scopes.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        self.filtered = state["filtered"]
         self._scopes.restore(state["scopes"])
 
-    def _end(self, event: Event) -> None:
-        self._scopes.end(event["begin"])
-
     def _add(self, event: Event, severity: int, name: str, body: str, attributes: dict[str, Any]) -> None:
-        trace_id, span_id = self._scopes.ids_of(event.get("parent", 0)) or self._scopes.run_ids or (None, None)
-        self._logs.append(Log(event["ts"], severity, short(body), name, attributes, trace_id, span_id))
+        scope = self._scopes.open.get(event.get("parent", 0))
+        ids = self._scopes.run_ids if scope is None else self._scopes.ids_of(scope)
+        trace_id, span_id, _ = ids or (None, None, None)
+        body = shorten(body, MAX_TEXT_CHARS)
+        self._logs.append(Log(event["ts"], severity, body, name, attributes, trace_id, span_id))
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]
-        self._add(event, INFO, "training.hyperparams", orjson.dumps(params).decode(), flat(params))
+        self._add(event, INFO, "training.hyperparams", orjson.dumps(params).decode(), flatten(params))
 
     def _artifact(self, event: Event) -> None:
-        fields: dict[str, Any] = {name: event[name] for name in ARTIFACT if name in event}
-        self._add(event, INFO, "training.artifact", f"{event['kind']} {event['name']}: {event['path']}", flat(fields))
+        body = f"{event['kind']} {event['name']}: {event['path']}"
+        self._add(event, INFO, "training.artifact", body, artifact_attributes(event))
 
     def _event(self, event: Event) -> None:
         status = event.get("status")
-        severity = ERROR if status is not None and status.lower() in FAILED else INFO
+        severity = ERROR if status is not None and status.lower() in FAILED_STATUSES else INFO
         severity = SEVERITIES.get(event.get("severity", ""), severity)
-        told = {"status": status} if status is not None else {}
         body = event["name"] if status is None else f"{event['name']}: {status}"
-        self._add(event, severity, event["name"], body, {**flat(event.get("attributes", {})), **told})
+        self._add(event, severity, event["name"], body, event_attributes(event))
 
     def _error(self, event: Event) -> None:
-        body = f"{event['type']}: {event['message']}"
-        self._add(event, ERROR, "exception", body, {**flat(event.get("attributes", {})), **_exception(event)})
+        self._add(event, ERROR, "exception", f"{event['type']}: {event['message']}", exception_attributes(event))
 
     def _log(self, event: Event) -> None:
-        about = {"logger": short(event["logger"]), **(_exception(event["exception"]) if "exception" in event else {})}
         severity = SEVERITIES.get(event["severity"], INFO)
-        self._add(event, severity, "", event["message"], {**flat(event.get("attributes", {})), **about})
+        attributes = {**flatten(event.get("attributes", {})), "logger": shorten(event["logger"], MAX_TEXT_CHARS)}
+        if "exception" in event:
+            attributes |= exception_attributes(event["exception"])
+        self._add(event, severity, "", event["message"], attributes)
 
     def _gap(self, event: Event) -> None:
         body = f"{event['dropped']} events could not be written: {event['why']}"
         self._add(event, WARN, "stepspan.gap", body, {"dropped": event["dropped"]})
-
-
-def _exception(error: Mapping[str, str]) -> dict[str, str]:
-    """By the semantic conventions."""
-    return {
-        "exception.type": error["type"],
-        "exception.message": short(error["message"]),
-        "exception.stacktrace": short(error["stack"]),
-    }

@@ -1,9 +1,12 @@
 """Events become records: a pure function of the journal, one mapper for each signal.
 
-Same lines, same points, same ids, whatever the batches, the protocol or the number of restarts. A mapper is a fold: it
-keeps what is open and what is cumulative, all of it plain JSON (`state()`, `restore()`), so that a checkpoint is a file
-and a restart reads on from it. Cumulative points come out when event time crosses a multiple of 10 s and at the end of
-a session, never because a batch ended.
+The same lines give the same points, times and ids, whatever the batches, the protocol or the number of restarts. A
+mapper is a fold: it keeps what is open and what is cumulative, and hands it out as plain JSON, so that a checkpoint is
+a file and a restart reads on from it. Cumulative points come out when event time crosses a multiple of 10 s and at the
+end of a session, never because a batch ended.
+
+The order of calls: `restore`, if there is a state; `map` with all events of the session in order, in batches that end
+between two milliseconds; `finish` once, after the last one.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from stepspan.mapping.metrics import MetricMapper
 from stepspan.mapping.records import Record, Signal
 from stepspan.mapping.traces import TraceMapper
 
-VERSION = 1
-"""Of the mapping: state kept by another version is rebuilt from the journal."""
+VERSION = 2
+"""Of the mappers' state. A checkpoint of another version is not used: the state is rebuilt from the journal."""
 
 
 class Mapper(Protocol):
@@ -27,29 +30,51 @@ class Mapper(Protocol):
 
     @property
     def filtered(self) -> int:
-        """Records that were made and left out, so far."""
+        """Records that were made and left out, since the beginning of the session or the state."""
         ...
 
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
-        """The records of the next events, which end between two milliseconds."""
+        """Map a batch.
+
+        Args:
+            events: The next events. The last one of a millisecond is in the same batch as the first.
+
+        Returns:
+            Their records, and those that were waiting for them.
+
+        """
         ...
 
     def finish(self, closed: Closed) -> Sequence[Record]:
-        """The records of the session's end."""
+        """Map the session's end.
+
+        Args:
+            closed: When and how it ended.
+
+        Returns:
+            The records of what was still open, cumulative or waiting.
+
+        """
         ...
 
     def state(self) -> dict[str, Any]:
-        """All that is carried from batch to batch, as JSON."""
+        """All that is carried from batch to batch, as JSON. Valid until the next batch."""
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from a state of the same `VERSION`, which now belongs to the mapper."""
         ...
 
 
-def mapper(signal: Signal, header: Event) -> Mapper:
-    """A mapper for one signal of the session that begins with `header`."""
-    return MAPPERS[signal](header)
-
-
 MAPPERS: dict[Signal, Callable[[Event], Mapper]] = {"metrics": MetricMapper, "traces": TraceMapper, "logs": LogMapper}
+
+
+def mapper(signal: Signal, header: Event) -> Mapper:
+    """A mapper that has seen nothing yet.
+
+    Args:
+        signal: What it makes: points, spans or log records.
+        header: The header of the session.
+
+    """
+    return MAPPERS[signal](header)

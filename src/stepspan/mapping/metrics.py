@@ -1,35 +1,42 @@
-"""Metrics: a gauge point for each logged value, and stepspan's own series of steps, phases and runs."""
+"""Metrics: a gauge point for each logged value, and stepspan's own series of steps, phases and runs.
+
+Cumulative points (errors, durations), and those that a join must find (`training.run.*`), go out when event time
+crosses a multiple of `PERIOD_NS`, and after the last event; errors also at once, because the one that ends a run must
+not wait.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.mapping.deferred import Late
+from stepspan.mapping.attributes import MAX_TEXT_CHARS
+from stepspan.mapping.deferred import DeferredPoints
+from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import metric_name
+from stepspan.mapping.open_scopes import Step
 from stepspan.mapping.point_buffer import PointBuffer, Table
-from stepspan.mapping.progress import Progress
-from stepspan.mapping.records import Attributes, Record, Series, Sum
-from stepspan.mapping.samples import sampled
+from stepspan.mapping.progress import Progress, ProgressState
+from stepspan.mapping.records import MILLISECOND_NS, SECOND_NS, Attributes, Kind, Record, Series, Sum
+from stepspan.mapping.samples import sampled_values
 from stepspan.mapping.sdk_records import SdkRecords
-from stepspan.mapping.values import MALFORMED, number, short, warn_unmappable
+from stepspan.mapping.steps import StepFold, is_failed_sdk_span
+from stepspan.values import shorten, to_float
 
-MILLISECOND = 1_000_000
-SECOND = 1_000_000_000
-PERIOD = 10 * SECOND
-MOST_OPEN = 10_000
-CHOSEN = (
+PERIOD_NS = 10 * SECOND_NS
+INFO_HYPERPARAMS = (
     "model", "model_name", "model_name_or_path", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "seed",
     "epochs", "max_steps",
 )  # fmt: skip
 """Hyperparameters that are labels of `training.run.info`."""
-LONGEST_LABEL = 120
-MOST_TABLES = 1000
-OURS: dict[str, tuple[str, str, Any]] = {
+MAX_LABEL_CHARS = 120
+MAX_TABLES = 1000
+OWN_SERIES: dict[str, tuple[str, str, Kind]] = {
     "training.step.number": ("split", "", "gauge"),
     "training.step.time": ("split", "s", "gauge"),
     "training.step.wait": ("split", "s", "gauge"),
@@ -38,47 +45,65 @@ OURS: dict[str, tuple[str, str, Any]] = {
     "training.phase.device_time": ("phase", "s", "gauge"),
     "training.run.errors": ("error.type", "{error}", "sum"),
 }
-"""Our own metrics that have one attribute: which, the unit and the kind."""
+"""stepspan's own metrics that have one attribute: which, the unit and the kind."""
+
+
+@dataclass(slots=True)
+class MetricState:
+    """What is carried on beside the series and the folds.
+
+    Attributes:
+        boundary: The next time at which cumulative points go out, Unix ns.
+        epoch: The number of the last epoch that began.
+        info: The labels of `training.run.info`.
+        errors: An error's type -> how many.
+
+    """
+
+    boundary: int = 0
+    epoch: float | None = None
+    info: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
 
 
 class MetricMapper:
     """One session's events as points; each series' points in time order."""
 
     def __init__(self, header: Event) -> None:
-        self._header = header
         self._start: int = header["started"]
         self._series: dict[Any, Series] = {}
-        self._ours: dict[tuple[str, str], Series] = {}
+        """By name and attributes."""
+        self._own_series: dict[tuple[str, str], Series] = {}
+        """Those of `OWN_SERIES`, by name and label."""
         self._points = PointBuffer()
-        self._put = self._points.put
+        self._add = self._points.add
         self._tables: dict[tuple[Any, ...], Table] = {}
         """A call's split, whether it has a step, and keys; or a step's split and which times it has -> their points."""
-        self._foreign = SdkRecords("metrics")
-        self._late = Late(self._start, self._points, self._own)
         self._millisecond = 0
-        self._open: dict[int, Event] = {}
-        self._boundary = 0
-        self._epoch: float | None = None
-        self._info: dict[str, str] = {}
-        self._errors: dict[str, int] = {}
+        self._state = MetricState()
+        self._steps = StepFold(header)
         self._durations = Durations(header)
         self._progress = Progress()
-        self._handlers: dict[str, Callable[[Event], None]] = {
+        self._deferred = DeferredPoints(self._start, self._points)
+        self._sdk_records = SdkRecords("metrics")
+        self._handlers: dict[str, Callable[[Event], Any]] = {
             "metrics": self._metrics,
-            "step_begin": self._begin,
+            "step_begin": self._steps.begin_step,
             "step_end": self._step_end,
-            "span_begin": self._begin,
+            "span_begin": self._steps.begin,
             "span_end": self._span_end,
-            "device_time": self._late.device_time,
+            "device_time": self._device_time,
             "epoch_begin": self._epoch_begin,
+            "epoch_end": self._steps.close,
             "run_begin": self._run_begin,
+            "run_end": self._steps.close,
             "hyperparams": self._hyperparams,
             "error": self._error,
             "progress": self._progress.plan,
             "artifact": self._progress.artifact,
             "memory": self._memory,
             "sample": self._sample,
-            "otel": lambda event: self._points.singles.extend(self._foreign.of(event)),
+            "otel": self._otel,
         }
 
     @property
@@ -88,44 +113,44 @@ class MetricMapper:
 
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """The points of the next events. Of several of a series in one millisecond, the last."""
-        handlers, points = self._handlers, self._points
-        since = self._millisecond
+        handler_of, next_millisecond = self._handlers.get, self._points.next_millisecond
+        since, boundary = self._millisecond, self._state.boundary
         for event in events:
             ts = event["ts"]
-            if not 0 <= ts - since < MILLISECOND:
-                since = self._millisecond = ts - ts % MILLISECOND
-                points.next_millisecond()
-                if ts >= self._boundary:
-                    self._cross(ts)
-            handler = handlers.get(event["tag"])
+            if not 0 <= ts - since < MILLISECOND_NS:
+                since = self._millisecond = ts - ts % MILLISECOND_NS
+                next_millisecond()
+                if ts >= boundary:
+                    boundary = self._cross_boundary(ts)
+            handler = handler_of(event["tag"])
             if handler:
                 try:
                     handler(event)
                 except MALFORMED as error:
                     warn_unmappable(event["tag"], repr(error))
-        return points.take()
+        return self._points.flush()
 
     def finish(self, closed: Closed) -> Sequence[Record]:
         """The cumulative points after the last event, and then the end of every series."""
-        after = (closed.ts // MILLISECOND + 1) * MILLISECOND
-        self._cumulative(after)
-        info = self._of("training.run.info", self._info) if self._info else None
+        self._steps.give_up_device_times()
+        self._settle(closed.ts)
+        self._points.next_millisecond()
+        after = (closed.ts // MILLISECOND_NS + 1) * MILLISECOND_NS
+        self._add_cumulative(after)
+        info = self._of("training.run.info", self._state.info) if self._state.info else None
         live = (s for s in self._series.values() if s is info or s.name != "training.run.info")
-        return [*self._points.take(), *((series, after + MILLISECOND, None) for series in live)]
+        return [*self._points.flush(), *((series, after + MILLISECOND_NS, None) for series in live)]
 
     def state(self) -> dict[str, Any]:
-        """What is carried on."""
+        """What is carried on, as JSON."""
         return {
-            "filtered": self.filtered,
+            "filtered": self._points.filtered,
             "series": [[s.name, s.attributes, s.unit, s.kind] for s in self._series.values()],
-            "open": list(self._open.values()),
-            "boundary": self._boundary,
-            "epoch": self._epoch,
-            "info": self._info,
-            "errors": self._errors,
-            "durations": self._durations.state,
-            "progress": self._progress.state,
-            "late": self._late.state,
+            "metrics": asdict(self._state),
+            "steps": self._steps.state(),
+            "durations": self._durations.state(),
+            "progress": asdict(self._progress.state),
+            "deferred": self._deferred.last,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -133,14 +158,13 @@ class MetricMapper:
         self._points.filtered = state["filtered"]
         for series in state["series"]:
             self._of(*series)
-        self._open = {event["seq"]: event for event in state["open"]}
-        self._boundary, self._epoch = state["boundary"], state["epoch"]
-        self._info, self._errors = state["info"], state["errors"]
-        self._durations.state = state["durations"]
-        self._progress.state = state["progress"]
-        self._late.state = state["late"]
+        self._state = MetricState(**state["metrics"])
+        self._steps.restore(state["steps"])
+        self._durations.restore(state["durations"])
+        self._progress.state = ProgressState(**state["progress"])
+        self._deferred.last = state["deferred"]
 
-    def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Any = "gauge") -> Series:
+    def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Kind = "gauge") -> Series:
         """The series of that name and those attributes."""
         identity = (name, *sorted((key, str(value)) for key, value in attributes.items()))
         series = self._series.get(identity)
@@ -149,11 +173,12 @@ class MetricMapper:
         return series
 
     def _own(self, name: str, label: str) -> Series:
-        """One of `OURS`."""
-        series = self._ours.get((name, label))
+        """One of `OWN_SERIES`."""
+        series = self._own_series.get((name, label))
         if series is None:
-            attribute, unit, kind = OURS[name]
-            series = self._ours[name, label] = self._of(name, {attribute: label}, unit, kind)
+            attribute, unit, kind = OWN_SERIES[name]
+            value = shorten(label, MAX_TEXT_CHARS)
+            series = self._own_series[name, label] = self._of(name, {attribute: value}, unit, kind)
         return series
 
     def _metrics(self, event: Event) -> None:
@@ -161,168 +186,172 @@ class MetricMapper:
         call = (event["split"], step is not None, *metrics)
         table = self._tables.get(call)
         if table is None or "attributes" in event or "at" in event or None in metrics.values():
-            self._unusual(event, call)
+            self._unusual_metrics(event, call)
             return
         row = [*metrics.values(), step]
         if len(row) != len(table.series):
             row[-1:] = repeat(step, len(table.series) - len(metrics))
-        self._points.lay("metrics", table, event["ts"], row)
+        self._points.add_row("metrics", table, event["ts"], row)
 
-    def _unusual(self, event: Event, call: tuple[Any, ...]) -> None:
-        """A call of keys that were not seen together before, with attributes, or with values that come late."""
+    def _unusual_metrics(self, event: Event, call: tuple[Any, ...]) -> None:
+        """A call of keys that were not seen together before, with attributes, or with deferred values."""
         ts, attributes, metrics = event["ts"], event.get("attributes"), event["metrics"]
-        late = "at" in event
-        series = self._series_of((call[0], call[1] and not late, *metrics), attributes)
-        if late:
-            for one, value in zip(series, map(number, metrics.values()), strict=True):
+        follows = "at" in event
+        series = self._series_of((call[0], call[1] and not follows, *metrics), attributes)
+        if follows:
+            for one, value in zip(series, map(to_float, metrics.values()), strict=True):
                 if value is not None:
-                    self._late.put(one, event["at"], value, ts)
+                    self._deferred.add(one, event["at"], value, ts)
             return
         if None in metrics.values():
-            self._late.expect(series, metrics, ts)
-        self._points.put_row(series, ts, [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))])
+            self._deferred.expect(series, metrics, ts)
+        self._points.add_each(series, ts, [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))])
         if not attributes and len(set(series)) == len(series):
-            if len(self._tables) >= MOST_TABLES:
+            if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
             self._tables[call] = Table(series)
 
     def _series_of(self, call: tuple[Any, ...], attributes: Attributes | None) -> list[Series]:
-        """The series of a call's keys; where it has a step, also those that tell the step of each split."""
-        split, stepped, *keys = call
+        """The series of a call's keys; where it has a step, also those of the step's number in each split."""
+        split, has_step, *keys = call
         names = [metric_name(key, split) for key in keys]
         series = [
             self._of(name, {**(attributes or {}), "split": of, **({} if key is None else {"key": key})})
             for name, of, key in names
         ]
-        if stepped:
+        if has_step:
             splits = dict.fromkeys(name.split for name in names)
             series += [self._of("training.step.number", {**(attributes or {}), "split": of}) for of in splits]
         return series
 
-    def _begin(self, event: Event) -> None:
-        self._open[event["seq"]] = event
-
     def _step_end(self, event: Event) -> None:
-        begin = self._open.pop(event["begin"], None)
-        if begin is None:
+        step = self._steps.end(event)
+        if not isinstance(step, Step):
             return
-        ts, split = event["ts"], begin["split"]
-        duration = (event.get("ended", ts) - begin["ts"]) / SECOND
-        if duration < 0:
-            duration = 0.0
-        row = [duration]
-        waited = "wait" in begin
-        if self._late.steps:
-            waited = not self._late.step_end(begin, ts) and waited
-        if waited:
-            row.append(begin["wait"])
+        ts, split, wait = event["ts"], step.begin["split"], step.wait
+        row = [step.duration]
+        if wait is not None and step.pending:
+            wait = None
+            self._deferred.reserve(self._own("training.step.wait", split), ts)
+            self._settle(ts)
+        if wait is not None:
+            row.append(wait)
         if "data_wait" in event:
             row.append(event["data_wait"])
-        call = ("step", split, waited, "data_wait" in event)
+        call = ("step", split, wait is not None, "data_wait" in event)
         table = self._tables.get(call)
         if table is None:
             table = self._tables[call] = self._step_table(*call[1:])
-        self._points.lay("step", table, ts, row)
+        self._points.add_row("step", table, ts, row)
         if "samples" in event:
-            self._throughput("samples", split, event, duration)
+            self._add_throughput("samples", split, event, step.duration)
         if "tokens" in event:
-            self._throughput("tokens", split, event, duration)
+            self._add_throughput("tokens", split, event, step.duration)
         if split == "train":
-            self._progress.step(begin, ts)
-        self._durations.add(begin, event, duration)
+            self._progress.step(step, ts)
+        self._durations.add(step)
 
-    def _step_table(self, split: str, waited: bool, waited_for_data: bool) -> Table:
+    def _step_table(self, split: str, has_wait: bool, has_data_wait: bool) -> Table:
         series = [self._own("training.step.time", split)]
-        if waited:
+        if has_wait:
             series.append(self._own("training.step.wait", split))
-        if waited_for_data:
+        if has_data_wait:
             series.append(self._own("training.phase.time", "data_wait"))
         return Table(series)
 
-    def _put_progress(self, ts: int) -> None:
-        for name, unit, value in self._progress.values(ts):
-            self._put(self._of(name, {}, unit), ts, value)
+    def _settle(self, now: int) -> None:
+        for step in self._steps.settle():
+            if step.wait is not None:
+                series = self._own("training.step.wait", step.begin["split"])
+                self._deferred.add(series, step.end["ts"], step.wait, now)
 
-    def _throughput(self, item: str, split: str, event: Event, duration: float) -> None:
-        amount, taken = number(event[item]), duration + event.get("data_wait", 0.0)
-        if amount is not None and taken > 0:
+    def _add_throughput(self, item: str, split: str, event: Event, duration: float) -> None:
+        amount, seconds = to_float(event[item]), duration + event.get("data_wait", 0.0)
+        if amount is not None and seconds > 0:
             series = self._of("training.throughput", {"item": item, "split": split}, "{item}/s")
-            self._put(series, event["ts"], amount / taken)
+            self._add(series, event["ts"], amount / seconds)
 
     def _span_end(self, event: Event) -> None:
-        begin = self._open.pop(event["begin"], None)
-        if begin is None:
-            return
-        duration = max(0, event["ts"] - begin["ts"]) / SECOND
-        phase, step = short(begin["name"]), None
-        self._put(self._own("training.phase.time", phase), event["ts"], duration)
-        if begin.get("collective"):
-            outer = self._open.get(begin["parent"])
-            while outer is not None and outer["tag"] == "span_begin" and not outer.get("collective"):
-                outer = self._open.get(outer["parent"])
-            if outer is not None and outer["tag"] == "step_begin":
-                step = outer
-        if begin.get("cuda"):
-            self._late.span_end(begin, event, phase, step)
-        elif step is not None:
-            self._open[step["seq"]] = {**step, "wait": step.get("wait", 0.0) + duration}
+        span = self._steps.end(event)
+        if span is not None:
+            self._add(self._own("training.phase.time", span.begin["name"]), event["ts"], span.duration)
+
+    def _device_time(self, event: Event) -> None:
+        span, seconds = self._steps.device_time(event), to_float(event.get("seconds"))
+        if span is not None and seconds is not None:
+            self._deferred.add(self._own("training.phase.device_time", span.phase), span.ended, seconds, event["ts"])
+        self._settle(event["ts"])
 
     def _memory(self, event: Event) -> None:
         device = {"device_id": event["device_id"]}
         for name, size in event["counters"].items():
-            self._put(self._of(f"training.memory.{name}", device, "By"), event["ts"], float(size))
+            self._add(self._of(f"training.memory.{name}", device, "By"), event["ts"], float(size))
 
     def _sample(self, event: Event) -> None:
-        for name, attributes, unit, kind, value in sampled(event):
+        for name, attributes, unit, kind, value in sampled_values(event):
             point = value if kind == "gauge" else Sum(self._start, value)
-            self._put(self._of(name, attributes, unit, kind), event["ts"], point)
+            self._add(self._of(name, attributes, unit, kind), event["ts"], point)
+
+    def _otel(self, event: Event) -> None:
+        self._points.points += self._sdk_records.of(event)
+        if event["signal"] == "traces" and is_failed_sdk_span(event["record"]):
+            self._steps.sdk_span(event)
 
     def _epoch_begin(self, event: Event) -> None:
-        self._epoch = float(event["epoch"])
-        self._put(self._of("training.run.epoch", {}), event["ts"], self._epoch)
+        self._steps.begin(event)
+        self._state.epoch = float(event["epoch"])
+        self._add(self._of("training.run.epoch", {}), event["ts"], self._state.epoch)
 
     def _run_begin(self, event: Event) -> None:
-        self._warn(event["ts"], {"name": event["name"], "group": event["group"]})
+        self._steps.begin_run(event)
+        self._set_info(event["ts"], {"name": event["name"], "group": event["group"]})
         self._progress.begin(self._start)
-        self._put_progress(event["ts"])
+        self._add_progress(event["ts"])
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]
-        self._warn(event["ts"], {key: params[key] for key in CHOSEN if isinstance(params.get(key), (str, int, float))})
+        chosen = {key: params[key] for key in INFO_HYPERPARAMS if isinstance(params.get(key), (str, int, float))}
+        self._set_info(event["ts"], chosen)
 
-    def _warn(self, ts: int, labels: dict[str, Any]) -> None:
-        """Change what `training.run.info` says: one series ends, another begins."""
-        told = {**self._info, **{key: str(value)[:LONGEST_LABEL] for key, value in labels.items() if value is not None}}
-        if told == self._info:
+    def _set_info(self, ts: int, labels: dict[str, Any]) -> None:
+        """Change the labels of `training.run.info`: one series ends, another begins."""
+        before = self._state.info
+        info = {**before, **{key: str(value)[:MAX_LABEL_CHARS] for key, value in labels.items() if value is not None}}
+        if info == before:
             return
-        if self._info:
-            self._put(self._of("training.run.info", self._info), ts, None)
-        self._info = told
-        self._put(self._of("training.run.info", told), ts, 1.0)
+        if before:
+            self._add(self._of("training.run.info", before), ts, None)
+        self._state.info = info
+        self._add(self._of("training.run.info", info), ts, 1.0)
 
     def _error(self, event: Event) -> None:
-        kind = event["type"]
-        self._errors[kind] = self._errors.get(kind, 0) + 1
-        self._put(self._own("training.run.errors", kind), event["ts"], Sum(self._start, float(self._errors[kind])))
+        kind, errors = event["type"], self._state.errors
+        errors[kind] = errors.get(kind, 0) + 1
+        self._add(self._own("training.run.errors", kind), event["ts"], Sum(self._start, float(errors[kind])))
+        self._steps.error(event)
 
-    def _cross(self, ts: int) -> None:
-        """Event time has crossed a multiple of the period: say what has come together since the start."""
-        while len(self._open) > MOST_OPEN:  # begun and never ended
-            del self._open[next(iter(self._open))]
-        boundary = ts // PERIOD * PERIOD
-        if self._boundary:
-            self._cumulative(boundary)
+    def _cross_boundary(self, ts: int) -> int:
+        """Event time has crossed a multiple of the period: add what is cumulative as of then. Returns the next one."""
+        boundary = ts // PERIOD_NS * PERIOD_NS
+        if self._state.boundary:
+            self._add_cumulative(boundary)
             if boundary != self._millisecond:
                 self._points.next_millisecond()
-        self._boundary = boundary + PERIOD
+        self._state.boundary = boundary + PERIOD_NS
+        return self._state.boundary
 
-    def _cumulative(self, ts: int) -> None:
-        if self._info:
-            self._put(self._of("training.run.info", self._info), ts, 1.0)
-        if self._epoch is not None:
-            self._put(self._of("training.run.epoch", {}), ts, self._epoch)
-        self._put_progress(ts)
-        for kind, count in self._errors.items():
-            self._put(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
+    def _add_progress(self, ts: int) -> None:
+        for name, unit, value in self._progress.values(ts):
+            self._add(self._of(name, {}, unit), ts, value)
+
+    def _add_cumulative(self, ts: int) -> None:
+        state = self._state
+        if state.info:
+            self._add(self._of("training.run.info", state.info), ts, 1.0)
+        if state.epoch is not None:
+            self._add(self._of("training.run.epoch", {}), ts, state.epoch)
+        self._add_progress(ts)
+        for kind, count in state.errors.items():
+            self._add(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
         for split, durations in self._durations.values(self._start):
-            self._put(self._own("training.step.duration", split), ts, durations)
+            self._add(self._own("training.step.duration", split), ts, durations)

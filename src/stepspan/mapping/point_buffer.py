@@ -1,7 +1,15 @@
-"""Where a mapper gathers the points of a batch, such that of several of a series in one millisecond the last remains.
+"""Where a mapper buffers the points of a batch, such that each series has at most one in a millisecond.
 
-What always comes together (the keys of one `log_metrics` call, the times of a step) is laid into a table, a row each
-time: that costs a tenth of what single points do, and a table's columns are what encoders want.
+Why at most one: Prometheus keeps times in milliseconds, and refuses a second value of a series for a time it has. So of
+several points of a series in one millisecond the **last** goes out; those before it count as `filtered`. A batch never
+ends within a millisecond, so which one is the last does not depend on the batches.
+
+Why rows: what always comes together (the keys of one `log_metrics` call, the times of a step) is added to a `Table`, a
+row each time. A row costs a tenth of what as many single points do, and a table's columns are what encoders want. Only
+where a row of the current millisecond gives way to a later point of one of its series is it demoted to single points.
+
+The order of calls: `next_millisecond` before the first point of each millisecond, `add` and `add_row` as the events
+come, `flush` at the end of a batch.
 """
 
 from __future__ import annotations
@@ -12,106 +20,134 @@ from typing import Any
 
 from stepspan.mapping.columns import Column, Points
 from stepspan.mapping.records import Point, Record, SdkRecord, Series
-from stepspan.mapping.values import number
+from stepspan.values import to_float
 
-FLOAT, INT = {float}, {int}
+ALL_FLOATS, ALL_INTEGERS = {float}, {int}
 
 
 @dataclass(slots=True, eq=False)
 class Table:
-    """Gauges whose points come together, no two of one series: a time (Unix ns) and a value for each, row by row."""
+    """Gauges whose points come together, no two of one series.
+
+    Attributes:
+        series: n series.
+        times: Of each row, Unix ns.
+        rows: n values each, as the journal holds them; what is no number is left out when the table is flushed.
+
+    """
 
     series: Sequence[Series]
     times: list[int] = field(default_factory=list)
     rows: list[Sequence[Any]] = field(default_factory=list)
-    """Numbers as the journal holds them; what is none is left out."""
 
 
 class PointBuffer:
-    """The points of one batch. Tables of one `kind` may share series, those of different kinds never do."""
+    """The points of one batch. Tables of one kind may share series, those of different kinds never do.
+
+    Attributes:
+        filtered: Points that gave way to a later one, since the beginning of the session.
+        points: Single points of this batch. What needs no look at the current millisecond may be appended to it.
+
+    """
 
     def __init__(self) -> None:
         self.filtered = 0
-        self.singles: list[Point | SdkRecord] = []
-        self._used: list[Table] = []
-        self._now: dict[Series, int] = {}
-        """Series -> the index of its single point of this millisecond."""
-        self._laid: dict[str, Table | None] = {}
-        """Kind -> the table whose last row is of this millisecond; None once that has been taken up again."""
+        self.points: list[Point | SdkRecord] = []
+        self._tables: list[Table] = []
+        """Those that have rows."""
+        self._current_points: dict[Series, int] = {}
+        """Series -> the index of its single point of the current millisecond."""
+        self._current_rows: dict[str, Table | None] = {}
+        """Kind -> the table whose last row is of the current millisecond; None once that row was demoted."""
 
     def next_millisecond(self) -> None:
-        """What comes now shares no millisecond with what came before."""
-        if self._now:
-            self._now.clear()
-        self._laid.clear()
+        """Begin a millisecond: what comes now shares none with what came before."""
+        if self._current_points:
+            self._current_points.clear()
+        if self._current_rows:
+            self._current_rows.clear()
 
-    def lay(self, kind: str, table: Table, ts: int, row: Sequence[Any]) -> None:
-        """A row of points."""
-        if kind in self._laid or (self._now and not self._now.keys().isdisjoint(table.series)):
-            self._take_up(kind)
-            self.put_row(table.series, ts, row)
+    def add_row(self, kind: str, table: Table, ts: int, row: Sequence[Any]) -> None:
+        """Add a point of each of a table's series.
+
+        Args:
+            kind: What the table is of; of each kind one row is kept as a row in a millisecond.
+            table: The table, which is emptied by `flush`.
+            ts: Their time, Unix ns.
+            row: A value for each series; what is no number is no point.
+
+        """
+        if kind in self._current_rows or (
+            self._current_points and not self._current_points.keys().isdisjoint(table.series)
+        ):
+            self._demote_row(kind)
+            self.add_each(table.series, ts, row)
             return
-        self._laid[kind] = table
+        self._current_rows[kind] = table
         if not table.rows:
-            self._used.append(table)
+            self._tables.append(table)
         table.times.append(ts)
         table.rows.append(row)
 
-    def put_row(self, series: Sequence[Series], ts: int, row: Sequence[Any]) -> None:
-        """Points that come together this time."""
+    def add_each(self, series: Sequence[Series], ts: int, row: Sequence[Any]) -> None:
+        """Add single points that come together this time; `row` as for `add_row`."""
         for one, value in zip(series, row, strict=True):
-            known = number(value)
-            if known is not None:
-                self.put(one, ts, known)
+            number = to_float(value)
+            if number is not None:
+                self.add(one, ts, number)
 
-    def put(self, series: Series, ts: int, value: Any) -> None:
-        """One point."""
-        for kind, table in self._laid.items():
+    def add(self, series: Series, ts: int, value: Any) -> None:
+        """Add a point of the current millisecond, at `ts` (Unix ns); it replaces the one that the series has there."""
+        for kind, table in self._current_rows.items() if self._current_rows else ():
             if table is not None and series in table.series:
-                self._take_up(kind)
+                self._demote_row(kind)
                 break
-        known = self._now.get(series)
-        if known is None:
-            self._now[series] = len(self.singles)
-            self.singles.append((series, ts, value))
+        index = self._current_points.get(series)
+        if index is None:
+            self._current_points[series] = len(self.points)
+            self.points.append((series, ts, value))
         else:
-            self.singles[known] = (series, ts, value)
+            self.points[index] = (series, ts, value)
             self.filtered += 1
 
-    def holds(self, series: Series) -> bool:
-        """Whether it has a point of this millisecond."""
-        return series in self._now or any(
+    def has_current(self, series: Series) -> bool:
+        """Whether a series has a point of the current millisecond."""
+        return series in self._current_points or any(
             table is not None and series in table.series and table.rows[-1][table.series.index(series)] is not None
-            for table in self._laid.values()
+            for table in self._current_rows.values()
         )
 
-    def take(self) -> Sequence[Record]:
-        """All points since the last time."""
+    def flush(self) -> Sequence[Record]:
+        """Return all points since the last flush, and begin a millisecond."""
         self.next_millisecond()
-        singles, self.singles = self.singles, []
-        columns = [column for table in self._used for column in _columns(table)]
-        self._used = []
-        return Points(singles, columns) if columns else singles
+        points, self.points = self.points, []
+        columns = [column for table in self._tables for column in _flush_columns(table)]
+        self._tables = []
+        return Points(points, columns) if columns else points
 
-    def _take_up(self, kind: str) -> None:
-        """Make the last row single points, which others may replace."""
-        table, self._laid[kind] = self._laid.get(kind), None
+    def _demote_row(self, kind: str) -> None:
+        """Make the current row single points, which others may replace."""
+        table, self._current_rows[kind] = self._current_rows.get(kind), None
         if table is not None:
-            self.put_row(table.series, table.times.pop(), table.rows.pop())
+            self.add_each(table.series, table.times.pop(), table.rows.pop())
 
 
-def _columns(table: Table) -> list[Column]:
-    """A table's columns; the table is empty afterwards."""
-    found: list[Column] = []
+def _flush_columns(table: Table) -> list[Column]:
+    """Empty a table into its columns."""
+    columns: list[Column] = []
     for series, values in zip(table.series, zip(*table.rows, strict=True), strict=False):  # no rows, no columns
-        kinds = set(map(type, values))
-        if kinds == FLOAT:
-            found.append((series, table.times, values))
-        elif kinds == INT:
-            found.append((series, table.times, [float(value) for value in values]))
+        types = set(map(type, values))
+        if types == ALL_FLOATS:
+            columns.append((series, table.times, values))
+        elif types == ALL_INTEGERS:
+            columns.append((series, table.times, [float(value) for value in values]))
         else:
-            known = [(ts, n) for ts, value in zip(table.times, values, strict=True) if (n := number(value)) is not None]
-            if known:
-                found.append((series, [ts for ts, _ in known], [value for _, value in known]))
+            numbers = [
+                (ts, number)
+                for ts, value in zip(table.times, values, strict=True)
+                if (number := to_float(value)) is not None
+            ]
+            if numbers:
+                columns.append((series, [ts for ts, _ in numbers], [number for _, number in numbers]))
     table.times, table.rows = [], []
-    return found
+    return columns

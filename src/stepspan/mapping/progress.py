@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 from stepspan.events import Event
-from stepspan.mapping.values import number
+from stepspan.mapping.open_scopes import Step
+from stepspan.mapping.records import SECOND_NS
+from stepspan.values import to_float
 
-SECOND = 1_000_000_000
-SMOOTH = 0.7
+SMOOTHING = 0.7
 """How much of the pace before counts in the next: half of a change shows after two periods, nine tenths after seven."""
+
+
+@dataclass(slots=True)
+class ProgressState:
+    """What is carried on.
+
+    Attributes:
+        started: When the session began, Unix s.
+        checkpoint: When the last checkpoint was recorded, Unix s.
+        total: How many training steps there will be.
+        last_step: The number of the last training step.
+        last_ended: When that ended, Unix ns.
+        measured_step: The number of the step at which the pace was measured last.
+        measured_at: When that ended, Unix ns.
+        pace: Seconds for each training step.
+
+    """
+
+    started: float | None = None
+    checkpoint: float | None = None
+    total: float | None = None
+    last_step: float | None = None
+    last_ended: int = 0
+    measured_step: float | None = None
+    measured_at: int = 0
+    pace: float | None = None
 
 
 class Progress:
@@ -20,63 +47,49 @@ class Progress:
     """
 
     def __init__(self) -> None:
-        self._started: float | None = None
-        self._checkpoint: float | None = None
-        self._total: float | None = None
-        self._last: tuple[Event, int] | None = None
-        """The begin event of the last training step, and when that ended (ns)."""
-        self._measured: tuple[float, int] | None = None
-        """The step's number and end (ns) at which the pace was measured last."""
-        self._pace: float | None = None
+        self.state = ProgressState()
 
     def begin(self, started: int) -> None:
         """A run has begun in a session that started then (Unix ns)."""
-        self._started = started / SECOND
+        self.state.started = started / SECOND_NS
 
     def plan(self, event: Event) -> None:
-        """How many steps there will be."""
-        self._total = number(event["total_steps"])
+        """Take how many steps there will be from a `progress` event."""
+        self.state.total = to_float(event["total_steps"])
 
-    def step(self, begin: Event, ended: int) -> None:
-        """A training step has ended."""
-        if self._measured is None:
-            self._measured = begin["step"] - 1, begin["ts"]
-        self._last = begin, ended
+    def step(self, step: Step, ended: int) -> None:
+        """Take a training step whose end was written at `ended` (Unix ns)."""
+        state, number = self.state, step.begin["step"]
+        if state.measured_step is None:
+            state.measured_step, state.measured_at = number - 1, step.begin["ts"]
+        state.last_step, state.last_ended = number, ended
 
     def artifact(self, event: Event) -> None:
-        """An artifact was recorded."""
+        """Take an `artifact` event: one of kind "checkpoint" says when the last checkpoint was made."""
         if event["kind"] == "checkpoint":
-            self._checkpoint = event["ts"] / SECOND
+            self.state.checkpoint = event["ts"] / SECOND_NS
 
     def values(self, ts: int) -> Iterator[tuple[str, str, float]]:
-        """Name, unit and value of each metric at a time (Unix ns)."""
-        if self._started is not None:
-            yield "training.run.start_time", "s", self._started
-        if self._checkpoint is not None:
-            yield "training.run.checkpoint_time", "s", self._checkpoint
-        if self._total is not None:
-            yield "training.run.total_steps", "", self._total
-            left = self._left(self._total, ts)
-            if left is not None:
-                yield "training.run.eta", "s", left
+        """Name, unit and value of each metric that is known at a time (Unix ns)."""
+        state = self.state
+        if state.started is not None:
+            yield "training.run.start_time", "s", state.started
+        if state.checkpoint is not None:
+            yield "training.run.checkpoint_time", "s", state.checkpoint
+        if state.total is not None:
+            yield "training.run.total_steps", "", state.total
+            remaining = self._remaining(state.total, ts)
+            if remaining is not None:
+                yield "training.run.eta", "s", remaining
 
-    def _left(self, total: float, ts: int) -> float | None:
-        """Seconds until the last step has ended."""
-        step = number(self._last[0]["step"]) if self._last else None
-        if self._last is None or self._measured is None or step is None:
+    def _remaining(self, total: float, ts: int) -> float | None:
+        """Seconds until the last step will have ended."""
+        state = self.state
+        step = to_float(state.last_step)
+        if step is None or state.measured_step is None:
             return None
-        ended, (before, since) = self._last[1], self._measured
-        if step > before:
-            pace = (ended - since) / SECOND / (step - before)
-            self._pace = pace if self._pace is None else SMOOTH * self._pace + (1 - SMOOTH) * pace
-        self._measured = step, ended
-        return max(0.0, (self._pace or 0.0) * (total - step - 1) - (ts - ended) / SECOND)
-
-    @property
-    def state(self) -> list[Any]:
-        """What is carried on, as JSON."""
-        return [self._started, self._checkpoint, self._total, self._last, self._measured, self._pace]
-
-    @state.setter
-    def state(self, state: list[Any]) -> None:
-        self._started, self._checkpoint, self._total, self._last, self._measured, self._pace = state
+        if step > state.measured_step:
+            pace = (state.last_ended - state.measured_at) / SECOND_NS / (step - state.measured_step)
+            state.pace = pace if state.pace is None else SMOOTHING * state.pace + (1 - SMOOTHING) * pace
+        state.measured_step, state.measured_at = step, state.last_ended
+        return max(0.0, (state.pace or 0.0) * (total - step - 1) - (ts - state.last_ended) / SECOND_NS)

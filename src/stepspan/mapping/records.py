@@ -1,8 +1,8 @@
 """The neutral records: what an event becomes before an encoder writes it as OTLP JSON, protobuf or SDK objects.
 
-Times are Unix nanoseconds, ids are bytes (16 for a trace, 8 for a span). A point is a plain tuple and its `Series` is
-shared by all points of the series, because points are what there are most of: an encoder writes what a series has in
-common once and keeps it in `Series.encoded`.
+Times are Unix nanoseconds, durations seconds, ids bytes (16 for a trace, 8 for a span). A point is a plain tuple and
+its `Series` is shared by all points of the series, because points are what there are most of: an encoder writes what a
+series has in common once and keeps it in `Series.encoded`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+SECOND_NS = 1_000_000_000
+MILLISECOND_NS = 1_000_000
+
 Signal: TypeAlias = Literal["metrics", "traces", "logs"]
 SIGNALS: tuple[Signal, ...] = ("metrics", "traces", "logs")
 
@@ -18,25 +21,38 @@ Scalar: TypeAlias = "str | bool | int | float"
 AttributeValue: TypeAlias = "Scalar | Sequence[Scalar] | Mapping[str, AttributeValue]"
 """Integers beyond 64 bits are written as strings; a mapping as a key-value list (log bodies and attributes)."""
 Attributes: TypeAlias = Mapping[str, AttributeValue]
+Kind: TypeAlias = Literal["gauge", "sum", "histogram"]
+"""A sum is cumulative and monotonic; a histogram is cumulative and exponential."""
+
+METRIC_DATA = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "summary"})
+"""The fields of an OTLP JSON Metric that hold data points; a Metric has one of them."""
 
 
 @dataclass(slots=True, eq=False)
 class Series:
-    """What all points of one series share. Compared by identity: a mapper keeps one object a series."""
+    """What all points of one series share. Compared by identity: a mapper keeps one object for each series.
+
+    Attributes:
+        name: The metric's name, as in `training.loss`.
+        attributes: The attributes of each of its points.
+        unit: By UCUM ("s", "By", "{error}/s"); "" for a user's metric, whose unit nobody knows.
+        kind: What the values are: a float of a gauge, a `Sum`, a `Histogram`.
+        description: For people.
+        encoded: What encoders keep: encoder name -> its own form.
+
+    """
 
     name: str
     attributes: Attributes
     unit: str = ""
-    kind: Literal["gauge", "sum", "histogram"] = "gauge"
-    """A sum is cumulative and monotonic; a histogram is cumulative and exponential."""
+    kind: Kind = "gauge"
     description: str = ""
     encoded: dict[str, object] = field(default_factory=dict)
-    """What encoders keep: encoder name -> its own form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """The value of a cumulative sum since `start`."""
+    """The value of a cumulative, monotonic sum since `start` (Unix ns)."""
 
     start: int
     value: float
@@ -44,7 +60,7 @@ class Sum:
 
 @dataclass(frozen=True, slots=True)
 class Exemplar:
-    """One measurement that stands for others, with the span it was made in."""
+    """One measurement that stands for others, with the span it was made in; `time` in Unix ns."""
 
     time: int
     value: float
@@ -54,7 +70,21 @@ class Exemplar:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """A cumulative exponential histogram since `start`; positive values only, `counts[0]` is bucket `offset`."""
+    """A cumulative exponential histogram of positive values, as OTLP defines it.
+
+    Attributes:
+        start: Since when it counts, Unix ns.
+        count: Number of values, those of 0 included.
+        sum: Of all values.
+        minimum: Of all values.
+        maximum: Of all values.
+        scale: Each bucket is 2 ** 2 ** -scale times as wide as the one before.
+        zero_count: Number of values that are 0.
+        offset: The index of the bucket of `counts[0]`. Bucket i holds values in (base ** i, base ** (i + 1)].
+        counts: Number of values in each bucket, without a hole.
+        exemplars: Values with a trace.
+
+    """
 
     start: int
     count: int
@@ -69,12 +99,12 @@ class Histogram:
 
 
 Point: TypeAlias = "tuple[Series, int, float | Sum | Histogram | None]"
-"""Series, time, value. None is "no recorded value": the series ends here."""
+"""Series, time (Unix ns), value. None is "no recorded value": the series ends here."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpanEvent:
-    """Something that happened at one time within a span."""
+    """Something that happened at one time (Unix ns) within a span."""
 
     name: str
     time: int
@@ -92,7 +122,21 @@ class Link:
 
 @dataclass(slots=True)
 class Span:
-    """A finished span of kind INTERNAL, sampled. `error` is the status message of a failed one ("" without text)."""
+    """A finished span of kind INTERNAL, sampled.
+
+    Attributes:
+        trace_id: 16 bytes.
+        span_id: 8 bytes.
+        parent_id: 8 bytes; None for the root of its trace.
+        name: As in `training.step`.
+        start: Unix ns.
+        end: Unix ns, not before `start`.
+        attributes: Flat.
+        error: The status message of a failed span ("" without text); None for one that has not failed.
+        events: In the order of their times.
+        links: To other traces.
+
+    """
 
     trace_id: bytes
     span_id: bytes
@@ -108,7 +152,18 @@ class Span:
 
 @dataclass(slots=True)
 class Log:
-    """A log record; `event_name` makes it an event. `severity`: 9 INFO, 13 WARN, 17 ERROR, 21 FATAL."""
+    """A log record.
+
+    Attributes:
+        time: Unix ns.
+        severity: OTLP's severity number: 1 TRACE, 5 DEBUG, 9 INFO, 13 WARN, 17 ERROR, 21 FATAL.
+        body: The message.
+        event_name: What makes it an event; "" for a line of a log.
+        attributes: Flat.
+        trace_id: Of the span that it was logged in, if there is one.
+        span_id: Likewise.
+
+    """
 
     time: int
     severity: int
@@ -121,28 +176,34 @@ class Log:
 
 @dataclass(slots=True, eq=False)
 class SdkScope:
-    """What records of other instrumentation share, as OTLP JSON. Compared by identity, like a series."""
+    """What records of other instrumentation share, as OTLP JSON. Compared by identity, like a series.
+
+    Attributes:
+        scope: Their InstrumentationScope.
+        schema_url: Of the scope.
+        metric: Of data points: their Metric, without the points. None for spans and log records.
+
+    """
 
     scope: Mapping[str, Any]
-    """Its InstrumentationScope."""
     schema_url: str = ""
     metric: Mapping[str, Any] | None = None
-    """Of data points: their Metric, whose data has none."""
-
-
-METRIC_DATA = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "summary"})
-"""The fields of an OTLP JSON Metric that hold data points; a Metric has one of them."""
 
 
 class SdkRecord(NamedTuple):
     """What an OpenTelemetry SDK handed over: one span, log record or data point, as OTLP JSON. Encoders change nothing.
 
     Begins like a point, so that points and these can be told apart by series and not one by one.
+
+    Attributes:
+        source: What it shares with others.
+        time: Unix ns.
+        record: The Span, LogRecord or data point.
+
     """
 
     source: SdkScope
     time: int
-    """Unix ns."""
     record: Mapping[str, Any]
 
 

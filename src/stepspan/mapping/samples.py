@@ -1,20 +1,21 @@
 """What samplers read, as points: names and units from OpenTelemetry's semantic conventions where it has them.
 
 https://opentelemetry.io/docs/specs/semconv/system/ (host, process) and .../hardware/gpu/. What those count up and down
-(memory, files, threads) is a gauge here: it is read, not added up. Our own, for want of theirs: `system.memory.limit`
-of what a container may use, `hw.gpu.clock`, `hw.gpu.throttled`, and the allocator's.
+(memory, files, threads) is a gauge here: it is read, not added up. Where they have none, the name is stepspan's own:
+`system.memory.limit` of what a container may use, `hw.gpu.clock`, `hw.gpu.throttled`, and the allocator's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from stepspan.events import Event
-from stepspan.mapping.records import Attributes
-from stepspan.mapping.values import flat, number
+from stepspan.mapping.attributes import flatten
+from stepspan.mapping.records import Attributes, Kind
+from stepspan.values import to_float
 
-METRICS: Mapping[str, tuple[str, Literal["gauge", "sum"]]] = {
+METRICS: Mapping[str, tuple[str, Kind]] = {
     "system.cpu.utilization": ("1", "gauge"),
     "system.memory.usage": ("By", "gauge"),
     "system.memory.limit": ("By", "gauge"),
@@ -42,13 +43,18 @@ METRICS: Mapping[str, tuple[str, Literal["gauge", "sum"]]] = {
 """Name -> unit and kind. A sum is cumulative and monotonic since the sampler's start. A name that is not here is a
 gauge without a unit."""
 
-UNKNOWN: tuple[str, Literal["gauge"]] = ("", "gauge")
+OTHER: tuple[str, Kind] = ("", "gauge")
 
 
-def sampled(event: Event) -> Iterator[tuple[str, Attributes, str, Literal["gauge", "sum"], float]]:
-    """Name, attributes, unit, kind and value of each of a `sample` event's values; what is no number is left out."""
-    for name, value, *more in event["values"]:
-        read: float | None = number(value)
-        if read is not None:
-            attributes: dict[str, Any] = flat(more[0]) if more else {}
-            yield name, attributes, *METRICS.get(name, UNKNOWN), read
+def sampled_values(event: Event) -> Iterator[tuple[str, Attributes, str, Kind, float]]:
+    """The values of a `sample` event, in order; what is no number is left out.
+
+    Yields:
+        Name, attributes, unit, kind and value of each.
+
+    """
+    for name, value, *attributes in event["values"]:
+        number: float | None = to_float(value)
+        if number is not None:
+            flat: dict[str, Any] = flatten(attributes[0]) if attributes else {}
+            yield name, flat, *METRICS.get(name, OTHER), number

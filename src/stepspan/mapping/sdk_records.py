@@ -13,18 +13,19 @@ import orjson
 from stepspan.events import Event
 from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope, Signal
 
-MOST_SOURCES = 10_000
+MAX_SCOPES = 10_000
+"""Scopes that are remembered, so that records share them."""
 
 
 class SdkRecords:
-    """The records of one signal's `otel` events. Raises one of `values.MALFORMED` for what is no OTLP JSON."""
+    """The records of one signal's `otel` events. Raises one of `dispatch.MALFORMED` for what is no OTLP JSON."""
 
     def __init__(self, signal: Signal) -> None:
         self._signal = signal
-        self._sources: dict[bytes, SdkScope] = {}
+        self._scopes: dict[bytes, SdkScope] = {}
 
     def of(self, event: Event) -> list[SdkRecord]:
-        """The records of one event; none of another signal's."""
+        """The records of one `otel` event, as it was handed over; none where it is of another signal."""
         if event["signal"] != self._signal:
             return []
         record: Mapping[str, Any] = event["record"]
@@ -34,20 +35,20 @@ class SdkRecords:
             time = record["endTimeUnixNano"]
         else:
             time = record.get("timeUnixNano") or record["observedTimeUnixNano"]
-        return [SdkRecord(self._source(event, None), int(time), record)]
+        return [SdkRecord(self._scope(event, None), int(time), record)]
 
     def _points(self, event: Event, metric: Mapping[str, Any]) -> list[SdkRecord]:
         (kind,) = metric.keys() & METRIC_DATA
         rest = {name: value for name, value in metric[kind].items() if name != "dataPoints"}
-        source = self._source(event, {**metric, kind: rest})
-        return [SdkRecord(source, int(point["timeUnixNano"]), point) for point in metric[kind]["dataPoints"]]
+        shared = self._scope(event, {**metric, kind: rest})
+        return [SdkRecord(shared, int(point["timeUnixNano"]), point) for point in metric[kind]["dataPoints"]]
 
-    def _source(self, event: Event, metric: Mapping[str, Any] | None) -> SdkScope:
+    def _scope(self, event: Event, metric: Mapping[str, Any] | None) -> SdkScope:
         scope, schema_url = dict(event["scope"]), event.get("schema_url", "")
         key = orjson.dumps([scope, schema_url, metric])
-        source = self._sources.get(key)
-        if source is None:
-            if len(self._sources) >= MOST_SOURCES:
-                self._sources.clear()
-            source = self._sources[key] = SdkScope(scope, schema_url, metric)
-        return source
+        found = self._scopes.get(key)
+        if found is None:
+            if len(self._scopes) >= MAX_SCOPES:
+                self._scopes.clear()
+            found = self._scopes[key] = SdkScope(scope, schema_url, metric)
+        return found

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-from stepspan.mapping.columns import Column, Points, merged
+from stepspan.mapping.columns import Column, Points, merge_columns
 from stepspan.mapping.records import Point, Record, SdkRecord, SdkScope, Series, Signal
 
 SCOPE_NAME = "stepspan"
@@ -96,7 +96,7 @@ def partition(signal: Signal, records: Sequence[Record]) -> tuple[list[Any], lis
 
 def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list[Column]], list[SdkRecord]]:
     """Points, mixed over series -> metric -> its series, each in time order; and the data points of an SDK."""
-    single_points, columns = (points.singles, points.columns) if isinstance(points, Points) else (points, ())
+    single_points, columns = (points.points, points.columns) if isinstance(points, Points) else (points, ())
     by_series: defaultdict[Series | SdkScope, list[Any]] = defaultdict(list)
     for point in single_points:
         by_series[point[0]].append(point)
@@ -110,7 +110,7 @@ def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list
             found[series] = series, times, values
     for column in columns:
         series = column[0]
-        found[series] = merged(found[series], column) if series in found else column
+        found[series] = merge_columns(found[series], column) if series in found else column
     metrics: dict[MetricKey, list[Column]] = {}
     for series, column in found.items():
         metrics.setdefault((series.name, series.unit, series.kind), []).append(column)

@@ -11,8 +11,8 @@ from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath
-from stepspan.mapping.open_scopes import OpenScopes
-from stepspan.mapping.values import MALFORMED
+from stepspan.mapping.dispatch import MALFORMED
+from stepspan.mapping.open_scopes import OpenScopes, Step
 from stepspan.reading.metric_values import MetricValues, logged_values
 from stepspan.reading.sessions import SessionReader, job_folder
 from stepspan.reading.step_times import StepTimes, quantiles
@@ -95,10 +95,10 @@ class SessionSummary:
         handlers = {
             "run_begin": self._run_begin,
             "epoch_begin": self._epoch_begin,
-            "step_begin": scopes.begin,
+            "step_begin": scopes.begin_step,
             "step_end": self._step_end,
             "span_begin": scopes.begin,
-            "span_end": lambda event: scopes.end(event["begin"]),
+            "span_end": scopes.close,
             "metrics": self._metrics,
             "hyperparams": lambda event: self.hyperparams.update(event["params"]),
             "progress": self._progress,
@@ -125,8 +125,8 @@ class SessionSummary:
         finally:
             self.last_event = position.ts
             self.step_time, self.collective_waits = quantiles(steps.times), steps.collective_waits
-            begun = [scope["begin"] for scope in scopes.open.values()]
-            self.open_step = next((begin["step"] for begin in reversed(begun) if begin["tag"] == "step_begin"), None)
+            open_steps = [scope for scope in scopes.open.values() if isinstance(scope, Step)]
+            self.open_step = open_steps[-1].begin["step"] if open_steps else None
 
     def as_dict(self) -> dict[str, Any]:
         """What `stepspan report --json` prints of a session."""
@@ -169,10 +169,10 @@ class SessionSummary:
         self.epoch = event["epoch"]
 
     def _step_end(self, event: Event) -> None:
-        scope = self._scopes.end(event["begin"])
+        scope = self._scopes.close(event)
         if scope is None:
             return
-        begin = scope["begin"]
+        begin = scope.begin
         self.failed_steps += event.get("status") not in SUCCEEDED
         if begin["split"] == "train":
             self.last_step = begin["step"]
@@ -197,9 +197,9 @@ class SessionSummary:
         if len(self.errors) == MAX_LISTED:
             return
         scope = self._scopes.open.get(event.get("parent", 0))
-        step = self._scopes.step_of(scope) if scope else None
+        step = self._scopes.open_step(scope) if scope else None
         error = {"rank": self.rank, "type": event["type"], "message": event["message"], "ts": event["ts"]}
-        self.errors.append({**error, "step": int(step["begin"]["step"]) if step else None})
+        self.errors.append({**error, "step": int(step.begin["step"]) if step else None})
 
     def _event(self, event: Event) -> None:
         self.stalls += event["name"] == "training.stall" and event.get("status") != "recovered"

@@ -22,34 +22,34 @@ def by_series(records: object) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def lay(gathering: PointBuffer, table: Table, *rows: tuple) -> None:
+def add_rows(buffer: PointBuffer, table: Table, *rows: tuple) -> None:
     for ts, *row in rows:
-        gathering.next_millisecond()
-        gathering.lay("metrics", table, ts, row)
+        buffer.next_millisecond()
+        buffer.add_row("metrics", table, ts, row)
 
 
 def test_rows_leave_as_columns_that_share_their_times():
-    gathering = PointBuffer()
-    lay(gathering, Table([A, B]), (1, 0.5, 2), (2, 0.25, 3))
-    points = gathering.take()
+    buffer = PointBuffer()
+    add_rows(buffer, Table([A, B]), (1, 0.5, 2), (2, 0.25, 3))
+    points = buffer.flush()
     assert points.columns == [(A, [1, 2], (0.5, 0.25)), (B, [1, 2], [2.0, 3.0])]
     assert points.columns[0][1] is points.columns[1][1]
     assert list(points) == [(A, 1, 0.5), (B, 1, 2.0), (A, 2, 0.25), (B, 2, 3.0)]
     assert (len(points), points[-1], points[:2]) == (4, (B, 2, 3.0), [(A, 1, 0.5), (B, 1, 2.0)])
-    assert gathering.take() == []
+    assert buffer.flush() == []
 
 
 @pytest.mark.parametrize("value", ["1e", None, {}, []])
 def test_what_is_no_number_costs_its_point_alone(value):
-    gathering = PointBuffer()
-    lay(gathering, Table([A, B]), (1, 0.5, value), (2, "NaN", 3))
-    assert str(by_series(gathering.take())) == "{'a': [(1, 0.5), (2, nan)], 'b': [(2, 3.0)]}"
+    buffer = PointBuffer()
+    add_rows(buffer, Table([A, B]), (1, 0.5, value), (2, "NaN", 3))
+    assert str(by_series(buffer.flush())) == "{'a': [(1, 0.5), (2, nan)], 'b': [(2, 3.0)]}"
 
 
 def test_a_column_of_nothing_is_none():
-    gathering = PointBuffer()
-    lay(gathering, Table([A, B]), (1, 0.5, None))
-    assert by_series(gathering.take()) == {"a": [(1, 0.5)]}
+    buffer = PointBuffer()
+    add_rows(buffer, Table([A, B]), (1, 0.5, None))
+    assert by_series(buffer.flush()) == {"a": [(1, 0.5)]}
 
 
 AB, BC = Table([A, B]), Table([B, C])
@@ -59,37 +59,37 @@ AB, BC = Table([A, B]), Table([B, C])
     ("calls", "expected", "filtered"),
     [
         pytest.param(
-            [("lay", AB, 1, (1.0, 2.0)), ("lay", AB, 2, (3.0, 4.0))],
+            [("add_row", AB, 1, (1.0, 2.0)), ("add_row", AB, 2, (3.0, 4.0))],
             {"a": [(2, 3.0)], "b": [(2, 4.0)]},
             2,
             id="the same row twice",
         ),
         pytest.param(
-            [("lay", AB, 1, (1.0, 2.0)), ("lay", BC, 2, (3.0, 4.0))],
+            [("add_row", AB, 1, (1.0, 2.0)), ("add_row", BC, 2, (3.0, 4.0))],
             {"a": [(1, 1.0)], "b": [(2, 3.0)], "c": [(2, 4.0)]},
             1,
             id="rows that share a series",
         ),
         pytest.param(
-            [("lay", AB, 1, (1.0, 2.0)), ("put", B, 2, 9.0)],
+            [("add_row", AB, 1, (1.0, 2.0)), ("add", B, 2, 9.0)],
             {"a": [(1, 1.0)], "b": [(2, 9.0)]},
             1,
             id="a point after a row",
         ),
         pytest.param(
-            [("put", B, 1, 9.0), ("lay", AB, 2, (1.0, 2.0))],
+            [("add", B, 1, 9.0), ("add_row", AB, 2, (1.0, 2.0))],
             {"a": [(2, 1.0)], "b": [(2, 2.0)]},
             1,
             id="a row after a point",
         ),
         pytest.param(
-            [("put", C, 1, 9.0), ("lay", AB, 2, (1.0, 2.0)), ("put", C, 3, 8.0)],
+            [("add", C, 1, 9.0), ("add_row", AB, 2, (1.0, 2.0)), ("add", C, 3, 8.0)],
             {"a": [(2, 1.0)], "b": [(2, 2.0)], "c": [(3, 8.0)]},
             1,
             id="points beside a row",
         ),
         pytest.param(
-            [("lay", AB, 1, (1.0, 2.0)), ("lay", AB, 2, ("x", 4.0))],
+            [("add_row", AB, 1, (1.0, 2.0)), ("add_row", AB, 2, ("x", 4.0))],
             {"a": [(1, 1.0)], "b": [(2, 4.0)]},
             1,
             id="what is no number replaces nothing",
@@ -97,24 +97,24 @@ AB, BC = Table([A, B]), Table([B, C])
     ],
 )
 def test_within_a_millisecond_the_last_point_of_a_series_remains(calls, expected, filtered):
-    gathering = PointBuffer()
+    buffer = PointBuffer()
     for call, *given in calls:
-        if call == "lay":
-            gathering.lay("metrics", *given)
+        if call == "add_row":
+            buffer.add_row("metrics", *given)
         else:
-            gathering.put(*given)
-    assert by_series(gathering.take()) == expected
-    assert gathering.filtered == filtered
+            buffer.add(*given)
+    assert by_series(buffer.flush()) == expected
+    assert buffer.filtered == filtered
 
 
 def test_a_series_with_columns_and_single_points_leaves_in_time_order():
-    gathering = PointBuffer()
-    lay(gathering, AB, (1, 1.0, 1.0))
-    gathering.next_millisecond()
-    gathering.put(B, 2, 2.0)
-    lay(gathering, BC, (3, 3.0, 3.0))
-    lay(gathering, AB, (4, 4.0, 4.0))
-    points = gathering.take()
+    buffer = PointBuffer()
+    add_rows(buffer, AB, (1, 1.0, 1.0))
+    buffer.next_millisecond()
+    buffer.add(B, 2, 2.0)
+    add_rows(buffer, BC, (3, 3.0, 3.0))
+    add_rows(buffer, AB, (4, 4.0, 4.0))
+    points = buffer.flush()
     assert isinstance(points, Points)
     assert by_series(points)["b"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert [ts for _, ts, _ in points] == [1, 1, 2, 3, 3, 4, 4]
@@ -123,7 +123,7 @@ def test_a_series_with_columns_and_single_points_leaves_in_time_order():
 @pytest.mark.parametrize("encode", [json.encode, protobuf.encode], ids=["json", "protobuf"])
 @pytest.mark.parametrize("value", [0.5, "NaN", "-Infinity"])
 def test_encoders_write_columns_as_they_write_points(encode, value):
-    gathering = PointBuffer()
-    lay(gathering, AB, (1, 1.0, value), (2, 2.0, 5))
-    points = gathering.take()
+    buffer = PointBuffer()
+    add_rows(buffer, AB, (1, 1.0, value), (2, 2.0, 5))
+    points = buffer.flush()
     assert encode("metrics", {}, points) == encode("metrics", {}, list(points))

@@ -1,0 +1,198 @@
+"""What telemetry says of a step: how long it took, how long it waited for other ranks, and whether it failed.
+
+Computed once, here, for metrics and traces alike, and for whoever else folds a journal.
+
+A step waits in its collectives: spans with `collective`. Of collectives within each other the outer one counts. What
+is timed on the host is known when the span ends. What is timed on the device (`cuda`) is known when its `device_time`
+event comes, which may be after the step has ended: such a step is **pending**, and so is every step that waited and
+ended after it, because the points of a series must be in time order. `settle` returns pending steps, in the order in
+which they ended, when
+
+- all device times of the step have come, and no step before it is pending: its `wait` is known; or
+- more than `MAX_PENDING_STEPS` are pending, or the session has ended: its `wait` is None, and so is that of a step of
+  which a device time was lost (an event without a number).
+
+All of this depends on the events alone, not on batches or restarts.
+
+The order of calls: `begin`, `begin_step`, `error`, `sdk_span`, `device_time` and `end` as the events come; `settle`
+after each `device_time`, and after each `end` of a step that is pending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from stepspan.events import Event
+from stepspan.mapping.attributes import MAX_TEXT_CHARS
+from stepspan.mapping.open_scopes import OpenScopes, Scope, Step, seq_of
+from stepspan.mapping.records import SECOND_NS
+from stepspan.values import shorten, to_float
+
+MAX_DEVICE_SPANS = 10_000
+"""Spans whose device time is still to come."""
+MAX_PENDING_STEPS = 1000
+STATUS_ERROR = 2
+"""The status code of a failed span in OTLP JSON."""
+
+
+class DeviceSpan(NamedTuple):
+    """A span that has ended, and whose time on the device is still to come.
+
+    Attributes:
+        phase: Its name.
+        ended: When it ended, Unix ns.
+        step: The `seq` of the step whose wait the time is a part of; 0 where it is none.
+
+    """
+
+    phase: str
+    ended: int
+    step: int
+
+
+class StepFold(OpenScopes):
+    """Open scopes, and what becomes of them when they end."""
+
+    def __init__(self, header: Event) -> None:
+        super().__init__(header)
+        self._pending: dict[int, Step] = {}
+        """The `seq` of a step's begin -> the step, in the order in which they ended."""
+        self._device_spans: dict[int, DeviceSpan] = {}
+        """By the `seq` of their begin, in the order in which they ended."""
+
+    def end(self, event: Event) -> Scope | None:
+        """End a scope, and add what is no step to the step it is in.
+
+        Args:
+            event: Its end event.
+
+        Returns:
+            The scope, with what is known of it now; None where its begin was never seen.
+
+        """
+        scope = self.open.pop(event["begin"], None)
+        if scope is None:
+            return None
+        begin = scope.begin
+        scope.end = event
+        duration = (event["ended" if "ended" in event else "ts"] - begin["ts"]) / SECOND_NS
+        scope.duration = duration if duration > 0.0 else 0.0
+        if isinstance(scope, Step):
+            if "status" in event and scope.failed:
+                scope.has_failure = True
+            if self._pending or scope.missing is not None:
+                self._postpone(scope)
+        elif "collective" in begin or "cuda" in begin or "status" in event:
+            self._add_to_step(scope)
+        return scope
+
+    def error(self, event: Event) -> Scope | None:
+        """Fail the scope that an `error` event was raised in, and return it; None where there is none."""
+        scope = self.open.get(event["parent"])
+        if scope is not None:
+            scope.error = shorten(f"{event['type']}: {event['message']}", MAX_TEXT_CHARS)
+            step = self.open_step(scope)
+            if step is not None:
+                step.has_failure = True
+        return scope
+
+    def sdk_span(self, event: Event) -> Step | None:
+        """The open step in whose trace an `otel` event's span lies, which fails the step if it failed itself."""
+        scope, record = self.open.get(event.get("parent", 0)), event["record"]
+        step = None if scope is None else self.open_step(scope)
+        if step is None or self.ids_of(step).trace_id.hex() != record["traceId"]:
+            return None
+        if is_failed_sdk_span(record):
+            step.has_failure = True
+        return step
+
+    def device_time(self, event: Event) -> DeviceSpan | None:
+        """Take the device time of a span that has ended, and return the span; None for one that is not known."""
+        span = self._device_spans.pop(event["begin"], None)
+        if span is not None:
+            self._add_device_time(span, to_float(event.get("seconds")))
+        return span
+
+    def settle(self) -> Iterator[Step]:
+        """The steps that are no longer pending, in the order in which they ended."""
+        while self._pending:
+            seq, step = next(iter(self._pending.items()))
+            if step.missing and len(self._pending) <= MAX_PENDING_STEPS:
+                return
+            del self._pending[seq]
+            step.pending = False
+            if step.missing or step.wait_lost:
+                step.wait = None
+            yield step
+
+    def give_up_device_times(self) -> None:
+        """Take the device times that are still to come for lost: the session has ended."""
+        for span in self._device_spans.values():
+            self._add_device_time(span, None)
+        self._device_spans.clear()
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON."""
+        pending = [self._to_json(step) for step in self._pending.values()]
+        spans = [[seq, list(span)] for seq, span in self._device_spans.items()]
+        return {**super().state(), "pending": pending, "device_spans": spans}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        super().restore(state)
+        steps = map(self._from_json, state["pending"])
+        self._pending = {seq_of(step): step for step in steps if isinstance(step, Step)}
+        self._device_spans = {seq: DeviceSpan(*span) for seq, span in state["device_spans"]}
+
+    def _add_to_step(self, span: Scope) -> None:
+        """Add a span that has ended to the step it is in: a wait, or a failure."""
+        begin, step = span.begin, self.open_step(span)
+        waiting = step if begin.get("collective") and not self._in_collective(span) else None
+        if begin.get("cuda"):
+            self._expect_device_time(span, waiting)
+        elif waiting is not None:
+            waiting.wait = (waiting.wait or 0.0) + span.duration
+        if step is not None and span.failed:
+            step.has_failure = True
+
+    def _postpone(self, step: Step) -> None:
+        """Make a step pending whose wait is not known, or comes behind one that is not."""
+        if step.wait_lost and not step.missing:
+            step.wait = None
+        elif step.missing or (self._pending and step.wait is not None):
+            step.pending = True
+            self._pending[step.begin["seq"]] = step
+
+    def _expect_device_time(self, span: Scope, step: Step | None) -> None:
+        """A span has ended whose device time is to come; `step`: whose wait that is a part of."""
+        if step is not None:
+            step.wait, step.missing = step.wait or 0.0, (step.missing or 0) + 1
+        phase = span.begin["name"]
+        self._device_spans[span.begin["seq"]] = DeviceSpan(phase, span.end["ts"], seq_of(step))
+        if len(self._device_spans) > MAX_DEVICE_SPANS:
+            oldest = next(iter(self._device_spans))
+            self._add_device_time(self._device_spans.pop(oldest), None)
+
+    def _add_device_time(self, span: DeviceSpan, seconds: float | None) -> None:
+        step = self.open.get(span.step) or self._pending.get(span.step)
+        if isinstance(step, Step):
+            step.missing = (step.missing or 0) - 1
+            if seconds is None:
+                step.wait_lost = True
+            else:
+                step.wait = (step.wait or 0.0) + seconds
+
+    def _in_collective(self, scope: Scope) -> bool:
+        """Whether a wait lies within another one of the same step."""
+        above = self.open.get(scope.begin["parent"])
+        while above is not None and above.begin["tag"] == "span_begin":
+            if above.begin.get("collective"):
+                return True
+            above = self.open.get(above.begin["parent"])
+        return False
+
+
+def is_failed_sdk_span(record: Event) -> bool:
+    """Whether a span in OTLP JSON has failed."""
+    return bool(record.get("status", {}).get("code") == STATUS_ERROR)
