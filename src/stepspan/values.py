@@ -72,6 +72,11 @@ def to_text(value: Any) -> str:
         return _str(value)
 
 
+def utf8(text: str) -> bytes:
+    """A text as UTF-8; a lone surrogate (of a file name, of a torn string) becomes "?" rather than an error."""
+    return text.encode("utf-8", "replace")
+
+
 def shorten(text: str, limit: int) -> str:
     """A text of at most about `limit` characters: its beginning and its end, with an ellipsis between them."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
@@ -127,6 +132,6 @@ def fields_of(params: Any) -> Mapping[str, Any]:
 
 def _str(value: Any) -> str:
     try:
-        return str(value).encode("utf-8", "replace").decode()
+        return utf8(str(value)).decode()
     except Exception as error:  # a user's __str__ may do anything
         return f"<{type(value).__name__}: {type(error).__name__} in __str__>"

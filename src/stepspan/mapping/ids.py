@@ -20,12 +20,9 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
+from stepspan.values import utf8
+
 HOUR_NS = 3600 * 1_000_000_000
-
-
-def _bytes(text: str) -> bytes:
-    """A text as the journal writes it: a lone surrogate is a "?"."""
-    return text.encode("utf-8", "replace")
 
 
 def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: int) -> bytes:
@@ -43,12 +40,12 @@ def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: i
 
     """
     named = f"step\0{epoch}\0{lap}\0{step}\0{len(split)}\0{split}{run_key}"
-    return blake2b(_bytes(named), digest_size=16).digest()
+    return blake2b(utf8(named), digest_size=16).digest()
 
 
 def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
     """One rank's span of the step whose trace it is, 8 bytes; rank 0's without a role is the root."""
-    return blake2b(trace_id + b"%d\0%b" % (rank, _bytes(role)), digest_size=8).digest()
+    return blake2b(trace_id + b"%d\0%b" % (rank, utf8(role)), digest_size=8).digest()
 
 
 def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: int) -> bytes:
@@ -57,7 +54,7 @@ def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: 
     One for each epoch and each hour of `ts` (Unix ns), so that none grows without end.
     """
     named = f"rank\0{rank}\0{epoch}\0{ts // HOUR_NS}\0{len(role)}\0{role}{run_key}"
-    return blake2b(_bytes(named), digest_size=16).digest()
+    return blake2b(utf8(named), digest_size=16).digest()
 
 
 def span_id(session: str, seq: int) -> bytes:

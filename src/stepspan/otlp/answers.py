@@ -16,6 +16,7 @@ from typing import NamedTuple
 from stepspan._version import __version__
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.values import shorten
 
 USER_AGENT = f"stepspan/{__version__}"
 MAX_TEXT_CHARS = 300
@@ -234,11 +235,11 @@ def malformed_note(content: bytes) -> str:
 
 
 def redacted_line(endpoint: Endpoint, text: str) -> str:
-    """A receiver's text as a message may show it: on one line, without credentials, at most `MAX_TEXT_CHARS` long."""
+    """A receiver's text as a message may show it: on one line, without credentials, of about `MAX_TEXT_CHARS`."""
     for secret in endpoint.secrets:
         text = text.replace(secret, "***")
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return line if len(line) <= MAX_TEXT_CHARS else line[: MAX_TEXT_CHARS - 3] + "..."
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return shorten(" ".join(printable.split()), MAX_TEXT_CHARS)
 
 
 def _quoted(line: str) -> str:

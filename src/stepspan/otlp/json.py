@@ -43,9 +43,8 @@ from stepspan.otlp.rules import (
     SEVERITY_TEXT,
     Metric,
     partition,
-    utf8,
 )
-from stepspan.values import json_number
+from stepspan.values import json_number, utf8
 
 _Json = dict[str, Any]
 _CUMULATIVE = 2

@@ -71,11 +71,6 @@ Metric: TypeAlias = tuple[MetricKey, list[Column]]
 """The points of one metric, a column for each series."""
 
 
-def utf8(text: str) -> bytes:
-    """The text as UTF-8; a lone surrogate (a file name, a torn string) becomes "?" rather than an error."""
-    return text.encode("utf-8", "replace")
-
-
 def partition(signal: Signal, records: Sequence[Record]) -> tuple[list[Any], list[SdkRecord]]:
     """The records that stepspan made, and those that an OpenTelemetry SDK handed over.
 

@@ -25,8 +25,9 @@ from opentelemetry.proto.metrics.v1.metrics_pb2 import ScopeMetrics
 from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans
 
 from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope, Signal
-from stepspan.otlp.rules import FIELDS, NAN, utf8
+from stepspan.otlp.rules import FIELDS, NAN
 from stepspan.otlp.wire import bytes_field, varint, zigzag
+from stepspan.values import utf8
 
 _Json: TypeAlias = dict[str, Any]
 _Write: TypeAlias = Callable[[Any], bytes]

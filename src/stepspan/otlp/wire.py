@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import struct
 
-from stepspan.otlp.rules import NAN, utf8
+from stepspan.otlp.rules import NAN
+from stepspan.values import utf8
 
 _UINT64 = (1 << 64) - 1
 _ONE_BYTE = [bytes([number]) for number in range(128)]
