@@ -123,3 +123,12 @@ def test_delivery_is_summed_over_sessions() -> None:
         {"destination": "d", "signal": "metrics", "delivered": 10, "rejected": 0, "filtered": 2, "pending": 4,
          "sessions": 2, "finished": 1, "held": 1, "lag": 3.0, "messages": ["404"]}
     ]  # fmt: skip
+
+
+def test_a_step_that_fails_is_counted(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    for status in ({}, {"status": "error"}, {"status": "skipped"}):
+        step = training.emit("step_begin", parent=training.run, step=0, split="train")
+        training.emit("step_end", begin=step, **status)
+    (run,) = summarise([training.end()], boot_id="")
+    assert run["sessions"][0]["failed_steps"] == 1

@@ -25,7 +25,7 @@ from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions, segment_name
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.reading.runs import summarise
-from stepspan.reading.step_times import quantiles
+from stepspan.reading.session_summary import quantiles
 from stepspan.values import format_seconds
 
 

@@ -1,38 +1,52 @@
-"""All that one session says of its run, in one pass over its lines."""
+"""All that one session says of its run, in one pass over its lines.
+
+What a step took, what it waited for and whether it failed is what `mapping.steps` finds, as for metrics and traces.
+"""
 
 from __future__ import annotations
 
+import math
 from array import array
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from stepspan.errors import JournalError
 from stepspan.events import Event
-from stepspan.journal.cursor import Ledger, Position
+from stepspan.journal.cursor import Ledger
 from stepspan.journal.layout import SessionPath
-from stepspan.mapping.dispatch import MALFORMED
-from stepspan.mapping.open_scopes import OpenScopes, Step
+from stepspan.mapping.dispatch import dispatch
+from stepspan.mapping.open_scopes import Step
+from stepspan.mapping.records import SECOND_NS
+from stepspan.mapping.steps import StepFold
 from stepspan.reading.metric_values import MetricValues, logged_values
 from stepspan.reading.sessions import SessionReader, job_folder
-from stepspan.reading.step_times import StepTimes, quantiles
 
-SECOND_NS = 1_000_000_000
 MAX_LISTED = 100
 """Errors and checkpoints of a session that are kept one by one; the first errors, the last checkpoints."""
-SUCCEEDED = frozenset({None, "ok", "completed"})
+QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 
 
 class SessionSummary:
     """One session's part in a run. Memory: 24 bytes a training step, and what `MAX_LISTED` says.
 
     Times are Unix ns, durations seconds; None is not known.
+
+    Args:
+        path: The session.
+        header: Its header; empty if that cannot be read.
+
     """
 
-    def __init__(self, path: SessionPath) -> None:
+    def __init__(self, path: SessionPath, header: Event) -> None:
         self.path = path
-        self.job, self.role, self.rank, self.host = job_folder(path.path), "", path.rank, ""
-        self.started = self.last_event = 0
+        self.rank = path.rank
+        self.job = str(header.get("job_id", job_folder(path.path)))
+        self.role = str(header.get("role", ""))
+        self.host = str(header.get("host", ""))
+        self.started = int(header.get("started", 0))
+        self.last_event = 0
         self.status = "unreadable"
         self.problem = ""
         """Why the session, or the rest of it, cannot be read."""
@@ -44,9 +58,10 @@ class SessionSummary:
         self.epoch: int | None = None
         self.last_step: int | None = None
         """The number of the last training step that has ended."""
-        self.open_step: int | None = None
-        """The number of the innermost step that has not ended, of any split."""
         self.failed_steps = 0
+        """Of any split."""
+        self.step_times, self.data_waits, self.collective_waits = array("d"), array("d"), array("d")
+        """Of each training step: how long it took, waited for its data, and waited in collectives if it had any."""
         self.stalls = 0
         self.metrics: dict[str, MetricValues] = {}
         self.hyperparams: dict[str, Any] = {}
@@ -56,13 +71,23 @@ class SessionSummary:
         self.lines = Ledger()
         self.gaps: dict[str, int] = {}
         """Why events could not be written -> how many."""
-        self.data_waits = array("d")
-        """How long each training step waited for its data, in seconds."""
-        self.step_time: dict[str, float] | None = None
-        """Quantiles of the training steps' times, in seconds."""
-        self.collective_waits = array("d")
-        """How long each training step with collectives waited in them, in seconds."""
-        self._scopes: OpenScopes
+        self._steps = StepFold(header)
+        self._handlers: Mapping[str, Callable[[Event], None]] = {
+            "run_begin": self._run_begin,
+            "epoch_begin": self._epoch_begin,
+            "step_begin": self._steps.begin_step,
+            "step_end": self._step_end,
+            "span_begin": self._steps.begin,
+            "span_end": self._span_end,
+            "device_time": self._device_time,
+            "metrics": self._metrics,
+            "hyperparams": lambda event: self.hyperparams.update(event["params"]),
+            "progress": self._progress,
+            "artifact": self._artifact,
+            "error": self._error,
+            "event": self._event,
+            "gap": self._gap,
+        }
 
     @classmethod
     def read(cls, path: SessionPath, *, boot_id: str, state_directory: Path | None = None) -> SessionSummary:
@@ -74,62 +99,30 @@ class SessionSummary:
             state_directory: Where delivery keeps its cursors if it may not write to the journal.
 
         """
-        summary = cls(path)
+        summary = cls(path, {})
         try:
             with SessionReader(path, state_directory) as reader:
+                summary = cls(path, reader.header)
                 summary._read(reader, boot_id)
         except (OSError, JournalError) as error:
             summary.problem = str(error)
         return summary
 
     def _read(self, reader: SessionReader, boot_id: str) -> None:
-        header = reader.header
-        self.job, self.role = str(header.get("job_id", self.job)), str(header.get("role", ""))
-        self.host, self.started = str(header.get("host", "")), int(header.get("started", 0))
         self.status = reader.status(boot_id)
-        try:
-            steps = StepTimes(header)
-        except KeyError as missing:
-            raise JournalError(f"{self.path.path}: its header lacks {missing}") from None
-        scopes = self._scopes = OpenScopes(header)
-        handlers = {
-            "run_begin": self._run_begin,
-            "epoch_begin": self._epoch_begin,
-            "step_begin": scopes.begin_step,
-            "step_end": self._step_end,
-            "span_begin": scopes.begin,
-            "span_end": scopes.close,
-            "metrics": self._metrics,
-            "hyperparams": lambda event: self.hyperparams.update(event["params"]),
-            "progress": self._progress,
-            "artifact": self._artifact,
-            "error": self._error,
-            "event": self._event,
-            "gap": self._gap,
-        }
-        position = Position()
-        try:
-            for batch in reader.batches():
-                for event in batch.events:
-                    handler = handlers.get(event["tag"])
-                    if handler is not None:
-                        try:
-                            handler(event)
-                        except MALFORMED:
-                            continue
-                steps.add(batch.events)
-                self.lines = self.lines.plus(batch.counts)
-                position = batch.position
-            if reader.closed is not None:  # lines before the end that no later line shows to be missing
-                self.lines.damaged += max(0, reader.closed.seq - position.seq)
-        finally:
-            self.last_event = position.ts
-            self.step_time, self.collective_waits = quantiles(steps.times), steps.collective_waits
-            open_steps = [scope for scope in scopes.open.values() if isinstance(scope, Step)]
-            self.open_step = open_steps[-1].begin["step"] if open_steps else None
+        last_seq = 0
+        for batch in reader.batches():
+            dispatch(self._handlers, batch.events)
+            self.lines = self.lines.plus(batch.counts)
+            self.last_event, last_seq = batch.position.ts, batch.position.seq
+        if reader.closed is not None:  # lines before the end that no later line shows to be missing
+            self.lines.damaged += max(0, reader.closed.seq - last_seq)
+        self._steps.give_up_device_times()
+        self._settle()
 
     def as_dict(self) -> dict[str, Any]:
         """What `stepspan report --json` prints of a session."""
+        open_steps = [scope for scope in self._steps.open.values() if isinstance(scope, Step)]
         return {
             "rank": self.rank,
             "role": self.role,
@@ -143,11 +136,11 @@ class SessionSummary:
             "last_event": self.last_event,
             "seconds": max(0, self.last_event - self.started) / SECOND_NS if self.last_event else None,
             "epoch": self.epoch,
-            "steps": len(self.data_waits),
+            "steps": len(self.step_times),
             "failed_steps": self.failed_steps,
             "last_step": self.last_step,
-            "open_step": self.open_step,
-            "step_time": self.step_time,
+            "open_step": open_steps[-1].begin["step"] if open_steps else None,
+            "step_time": quantiles(self.step_times),
             "data_wait": fmean(self.data_waits) if self.data_waits else None,
             "collective_wait": median(self.collective_waits) if self.collective_waits else None,
             "errors": self.error_count,
@@ -169,14 +162,34 @@ class SessionSummary:
         self.epoch = event["epoch"]
 
     def _step_end(self, event: Event) -> None:
-        scope = self._scopes.close(event)
-        if scope is None:
+        step = self._steps.end(event)
+        if not isinstance(step, Step):  # its begin was never seen
             return
-        begin = scope.begin
-        self.failed_steps += event.get("status") not in SUCCEEDED
-        if begin["split"] == "train":
-            self.last_step = begin["step"]
+        self.failed_steps += step.failed
+        if step.begin["split"] == "train":
+            self.last_step = step.begin["step"]
+            self.step_times.append(step.duration)
             self.data_waits.append(event.get("data_wait", 0.0))
+        if step.pending:
+            self._settle()
+        else:
+            self._add_wait(step)
+
+    def _span_end(self, event: Event) -> None:
+        self._steps.end(event)
+
+    def _device_time(self, event: Event) -> None:
+        self._steps.device_time(event)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Take in the steps whose waits have become known by now."""
+        for step in self._steps.settle():
+            self._add_wait(step)
+
+    def _add_wait(self, step: Step) -> None:
+        if step.wait is not None and step.begin["split"] == "train":
+            self.collective_waits.append(step.wait)
 
     def _metrics(self, event: Event) -> None:
         for name, value in logged_values(event):
@@ -194,12 +207,11 @@ class SessionSummary:
 
     def _error(self, event: Event) -> None:
         self.error_count += 1
-        if len(self.errors) == MAX_LISTED:
-            return
-        scope = self._scopes.open.get(event.get("parent", 0))
-        step = self._scopes.open_step(scope) if scope else None
-        error = {"rank": self.rank, "type": event["type"], "message": event["message"], "ts": event["ts"]}
-        self.errors.append({**error, "step": int(step.begin["step"]) if step else None})
+        scope = self._steps.error(event)
+        if len(self.errors) < MAX_LISTED:
+            step = self._steps.open_step(scope) if scope else None
+            error = {"rank": self.rank, "type": event["type"], "message": event["message"], "ts": event["ts"]}
+            self.errors.append({**error, "step": int(step.begin["step"]) if step else None})
 
     def _event(self, event: Event) -> None:
         self.stalls += event["name"] == "training.stall" and event.get("status") != "recovered"
@@ -207,3 +219,11 @@ class SessionSummary:
     def _gap(self, event: Event) -> None:
         reason = str(event["why"])
         self.gaps[reason] = self.gaps.get(reason, 0) + int(event["dropped"])
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float] | None:
+    """Median, 99th percentile (both by nearest rank) and maximum of some values; None without any."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {name: ordered[max(0, math.ceil(q * len(ordered)) - 1)] for name, q in QUANTILES.items()}
