@@ -22,8 +22,6 @@ from stepspan.journal.liveness import CLOSED, LOCK, read_closed
 from stepspan.journal.writer import SessionWriter
 from stepspan.processors import Redact
 
-NS_PER_US = 1_000
-
 
 @dataclass(slots=True)
 class BeginLine:

@@ -16,7 +16,7 @@ from typing import Any
 from stepspan.errors import RecordError, short_repr
 from stepspan.values import NONFINITE, json_number, to_float
 
-NS_PER_S = 1_000_000_000
+NS_PER_S, NS_PER_MS, NS_PER_US = 1_000_000_000, 1_000_000, 1_000
 MAX_UNIX_S = float(1 << 63) / NS_PER_S
 MAX_FIRST_ROW_BYTES = 1 << 20
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
 from stepspan.errors import ConfigError
-from stepspan.run import DISABLED
 from stepspan.start import current_run, start_run
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class OtelBackend:
             _call_in(context, scope.owner.end, scope, error, "failed" if has_failed(record) else None)
             return
         scope = run.span(span_name(record), **attributes)
-        if run is DISABLED:
+        if not run.recorder.active:
             return
         context = None if inside else contextvars.copy_context()
         self._spans[span] = scope, context
@@ -101,7 +100,7 @@ class OtelBackend:
 
     def _run(self, record: Mapping[str, Any]) -> Run:
         run = current_run()
-        if run is not DISABLED:
+        if run.recorder.active:
             if run is not self._own and run is not self._shared:
                 self._shared = run
                 run.log_event("telemetry.context", system=record.get("system"), user=record.get("user"))

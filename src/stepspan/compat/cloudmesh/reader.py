@@ -24,8 +24,8 @@ from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.files import is_database
 from stepspan.compat.cloudmesh.records import Record, edge, has_failed, instant, milestone, numbers, span_name
 from stepspan.compat.cloudmesh.sqlite import COLUMNS, JSON_COLUMNS
-from stepspan.compat.importing import NS_PER_US, BeginLine, ImportedSession, Line, default_job_id, event
-from stepspan.compat.rows import first_row, read_rows, row_index
+from stepspan.compat.importing import BeginLine, ImportedSession, Line, default_job_id, event
+from stepspan.compat.rows import NS_PER_US, first_row, read_rows, row_index
 from stepspan.errors import RecordError, short_repr
 
 RELEASED_FIELDS = {"timestamp", "command", "status", "metrics", "system"}

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from stepspan.compat.rows import row_number, row_numbers, unix_ns
+from stepspan.compat.rows import NS_PER_US, row_number, row_numbers, unix_ns
 from stepspan.errors import RecordError, short_repr
 from stepspan.values import json_number, json_value, to_float
 
@@ -31,7 +31,6 @@ EDGE = re.compile(r"[_\-. :](?:start(?:ed)?|begin|end(?:ed)?|stop(?:ped)?|comple
 """The end of an event's name that says which end of a span it is."""
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 MICROSECOND = timedelta(microseconds=1)
-NS_PER_US = 1_000
 INT64_LIMIT = 1 << 63
 
 

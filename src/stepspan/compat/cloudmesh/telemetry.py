@@ -35,7 +35,6 @@ from stepspan.errors import ConfigError
 from stepspan.identity import HostFacts, Identity, host_facts, resolve
 from stepspan.identity.variables import switched_off
 from stepspan.processors.redact import Redact
-from stepspan.run import DISABLED
 from stepspan.values import json_value, to_text
 
 if TYPE_CHECKING:
@@ -405,8 +404,8 @@ class Telemetry:
     def _who(self) -> Identity:
         """The job and rank that a record belongs to: the open run's, or else the launcher's."""
         start = sys.modules.get("stepspan.start")  # where it was never imported, no run is open
-        run = start.current_run() if start else DISABLED
-        return self._identity if run is DISABLED else run.identity
+        run = start.current_run() if start else None
+        return run.identity if run is not None and run.recorder.active else self._identity
 
     def _guard(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

@@ -21,8 +21,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from stepspan.compat.importing import NS_PER_US, BeginLine, ImportedSession, Line, default_job_id, event
-from stepspan.compat.rows import first_row, read_json, read_rows, row_index, row_numbers, unix_ns
+from stepspan.compat.importing import BeginLine, ImportedSession, Line, default_job_id, event
+from stepspan.compat.rows import NS_PER_MS, NS_PER_US, first_row, read_json, read_rows, row_index, row_numbers, unix_ns
 from stepspan.errors import RecordError, short_repr
 from stepspan.values import to_text
 
@@ -35,7 +35,6 @@ FIELDS = {"ts", "step", "split", "metrics", "name"}
 STATUSES = {"failed": "failed", "error": "failed", "interrupted": "interrupted", "cancelled": "interrupted"}
 """Status in a conclusion -> how the run ended."""
 MAX_CONCLUSION_CHARS = 1 << 16
-NS_PER_MS = 1_000_000
 
 
 def detect(path: Path) -> str | None:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from stepspan.compat.importing import NS_PER_US, BeginLine, ImportedSession, Line, default_job_id, event
-from stepspan.compat.rows import first_row, read_rows, row_index, row_numbers, unix_ns
+from stepspan.compat.importing import BeginLine, ImportedSession, Line, default_job_id, event
+from stepspan.compat.rows import NS_PER_US, first_row, read_rows, row_index, row_numbers, unix_ns
 from stepspan.errors import RecordError, short_repr
 from stepspan.events import Event
 

@@ -11,12 +11,12 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from stepspan.compat.rows import NS_PER_S
 from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, require_int, require_text
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
 from stepspan.errors import RecordError, short_repr
 
 BYTES_PER_MIB = 1024 * 1024
-NS_PER_S = 1e9
 NO_DEVICE = -1
 UNKNOWN_PID = -1
 UNKNOWN_HOST = "unknown"
