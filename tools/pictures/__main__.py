@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import drawing
 import orjson
 import requests
 import training as scene
 import units
-from canvas import FAINT, GAP, WIDTH, Box, Canvas
+from drawing import FAINT, WIDTH, Box, Canvas, Drawn
 from harness import grafana
 
 DIRECTORY = Path(__file__).parents[2] / "docs" / "pictures"
 NARROWEST = 400  # px: points that a panel of the dashboards can show at least
 
 
-UNIT, HEAD, FOOT = 36, 58, 34
-"""px of a row of the dashboard's grid, of the heading, of the foot."""
+GAP, UNIT, HEAD, FOOT = 8, 36, 58, 34
+"""px between panels, of a row of the dashboard's grid, of the heading, of the foot."""
 HONEST = (
     "Drawn by stepspan from the dashboard's own queries against a real Prometheus (rules every second) and Loki; "
     "not a Grafana screenshot."
@@ -66,9 +65,9 @@ def draw(picture: Picture, board: dict[str, Any], answers: dict[str, Any], direc
     """Write `NAME.png`."""
     canvas = Canvas(HEAD + (picture.end - picture.first) * UNIT + FOOT)
     canvas.text(GAP + 6, 22, board["title"], size=19, weight="bold")
-    canvas.text(GAP + 6, 45, board["description"], size=13, colour=FAINT)
+    canvas.text(GAP + 6, 45, board["description"], size=13, color=FAINT)
     span = units.duration(answers["end"] - answers["start"])
-    canvas.text(WIDTH - GAP - 6, 22, f"job_id  {answers.get('job', '')}      last {span}", size=13, right=True)
+    canvas.text(WIDTH - GAP - 6, 22, f"job_id  {answers.get('job', '')}      last {span}", size=13, ha="right")
     for panel in board["panels"]:
         place = panel["gridPos"]
         if picture.first <= place["y"] < picture.end:
@@ -78,9 +77,8 @@ def draw(picture: Picture, board: dict[str, Any], answers: dict[str, Any], direc
             if panel["type"] == "row":
                 canvas.text(box.x + 4, box.y + 15, f"⌄  {panel['title']}", size=15, weight="bold")
             else:
-                drawing.Drawn(canvas, box, panel, answers).draw()
-    canvas.text(GAP + 6, canvas.height - 15, " ".join(filter(None, (HONEST, picture.note))), size=12, colour=FAINT)
-    directory.mkdir(parents=True, exist_ok=True)
+                Drawn(canvas, box, panel, answers).draw()
+    canvas.text(GAP + 6, canvas.height - 15, " ".join(filter(None, (HONEST, picture.note))), size=12, color=FAINT)
     canvas.save(directory / f"{picture.name}.png")
 
 
