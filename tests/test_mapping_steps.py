@@ -209,7 +209,7 @@ def sessions(draw: st.DrawFn) -> SessionEvents:
             trace = steps.StepFold(s.header)
             trace.begin_step(s.events[step - 1])
             record = {
-                "traceId": trace.ids_of(trace.open[step]).trace_id.hex(),
+                "traceId": trace.name(trace.open[step]).trace_id,
                 "spanId": "00" * 8,
                 "endTimeUnixNano": "1",
                 "status": {"code": 2},

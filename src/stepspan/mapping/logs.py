@@ -71,10 +71,12 @@ class LogMapper:
 
     def _add(self, event: Event, severity: int, name: str, body: str, attributes: dict[str, Any]) -> None:
         scope = self._scopes.open.get(event.get("parent", 0))
-        ids = self._scopes.run_ids if scope is None else self._scopes.ids_of(scope)
-        trace_id, span_id, _ = ids or (None, None, None)
+        ids = self._scopes.run_ids or ()
+        if scope is not None:
+            self._scopes.name(scope)
+            ids = scope.trace_id, scope.span_id
         body = shorten(body, MAX_TEXT_CHARS)
-        self._logs.append(Log(event["ts"], severity, body, name, attributes, trace_id, span_id))
+        self._logs.append(Log(event["ts"], severity, body, name, attributes, *map(bytes.fromhex, ids)))
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from stepspan.events import Event
 from stepspan.mapping import ids
@@ -27,14 +27,6 @@ def step_trace_id(header: Event, begin: Event) -> bytes:
     return ids.step_trace_id(header["run_key"], begin["split"], begin.get("epoch"), begin.get("lap", 0), begin["step"])
 
 
-class SpanIds(NamedTuple):
-    """A scope's trace and span id, and the span id of its parent (None for a root)."""
-
-    trace_id: bytes
-    span_id: bytes
-    parent_id: bytes | None
-
-
 @dataclass(eq=False)
 class Scope:
     """A run, epoch, step or span, from its begin event on.
@@ -43,11 +35,12 @@ class Scope:
         begin: Its begin event.
         parent: The scope it was begun in, if that was open. Not kept of a step.
         step: The nearest step around it, if that was open. Not kept of a step.
-        ids: Its ids, once they have been asked for.
+        trace_id: Of its trace, in hex, and likewise `span_id`; "" before they have been asked for.
+        parent_id: The span id of its parent, in hex; "" of a root.
         end: Its end event; not set before it has ended.
         duration: How long it took, s, once it has ended.
         error: What was raised in it: "ValueError: boom". None where nothing was.
-        in_thinned: Whether the trace of the step around it does not go out, if that was before a restart.
+        thinned: Whether it belongs to a step that has ended, and whose trace does not go out.
         events: Name, time (Unix ns) and attributes of each event of its span.
         hyperparams: Of a run: attributes of its span.
 
@@ -57,11 +50,13 @@ class Scope:
     parent: Scope | None = None
     step: Step | None = None
     # From here on defaults stand in the class: most scopes never have a value of their own.
-    ids: SpanIds | None = field(default=None, init=False)
+    trace_id: str = field(default="", init=False)
+    span_id: str = field(default="", init=False)
+    parent_id: str = field(default="", init=False)
     end: Event = field(init=False)
     duration: float = field(default=0.0, init=False)
     error: str | None = field(default=None, init=False)
-    in_thinned: bool = field(default=False, init=False)
+    thinned: bool = field(default=False, init=False)
     events: list[tuple[str, int, Attributes]] | None = field(default=None, init=False)
     hyperparams: dict[str, Any] | None = field(default=None, init=False)
 
@@ -87,7 +82,6 @@ class Step(Scope):
         missing: How many device times are missing in `wait`; None where there was none to come.
         wait_lost: Whether one of them will not come.
         pending: Whether it has ended, and its `wait` is still to come.
-        thinned: Whether it has ended, and its trace does not go out.
         children: The spans that go out with it; those of other instrumentation as `otel` events.
 
     """
@@ -100,7 +94,6 @@ class Step(Scope):
     missing: int | None = field(default=None, init=False)
     wait_lost: bool = field(default=False, init=False)
     pending: bool = field(default=False, init=False)
-    thinned: bool = field(default=False, init=False)
     children: list[Scope | Event] | None = field(default=None, init=False)
 
 
@@ -113,7 +106,7 @@ class OpenScopes:
     Attributes:
         open: The `seq` of a begin event -> its scope, in the order in which they began.
         run: The `seq` of the run's begin event; 0 where it is not known.
-        run_ids: The run's ids, also after it has ended.
+        run_ids: The run's trace and span id in hex, also after it has ended; None where it is not known.
 
     """
 
@@ -121,7 +114,7 @@ class OpenScopes:
         self._header = header
         self.open: dict[int, Scope] = {}
         self.run = 0
-        self.run_ids: SpanIds | None = None
+        self.run_ids: tuple[str, str] | None = None
 
     def begin(self, event: Event) -> None:
         """Open what is no step."""
@@ -141,7 +134,8 @@ class OpenScopes:
         """Open the scope of the run."""
         self.begin(event)
         self.run = event["seq"]
-        self.run_ids = self.ids_of(self.open[self.run])
+        run = self.name(self.open[self.run])
+        self.run_ids = run.trace_id, run.span_id
 
     def close(self, event: Event) -> Scope | None:
         """Close the scope of an end event; None where its begin was never seen."""
@@ -152,77 +146,70 @@ class OpenScopes:
         step = scope if isinstance(scope, Step) else scope.step
         return step if step is not None and step.begin["seq"] in self.open else None
 
-    def ids_of(self, scope: Scope) -> SpanIds:
-        """The ids of a scope. One of `MALFORMED` where its begin event has no names to make them of."""
+    def name(self, scope: Scope) -> Scope:
+        """Give a scope its ids, and return it. One of `MALFORMED` where its begin event has nothing to make them of."""
         unnamed: list[Scope] = []
         above: Scope | None = scope
-        while above is not None and above.ids is None:
+        while above is not None and not above.trace_id:
             unnamed.append(above)
             above = above.parent
-        found = None if above is None else above.ids
         while unnamed:
-            named = unnamed.pop()
-            found = named.ids = self._make_ids(named, found)
-        assert found is not None
-        return found
+            self._name(unnamed.pop())
+        return scope
 
-    def _make_ids(self, scope: Scope, parent_ids: SpanIds | None) -> SpanIds:
+    def _name(self, scope: Scope) -> None:
+        """Give a scope its ids; its parent has them."""
         begin, parent, header = scope.begin, scope.parent, self._header
         rank, role = header["rank"], header["role"]
-        if begin["tag"] == "step_begin":
+        if isinstance(scope, Step):
             trace_id = step_trace_id(header, begin)
-            root_id = ids.step_span_id(trace_id, 0) if rank or role else None
-            return SpanIds(trace_id, ids.step_span_id(trace_id, rank, role), root_id)
-        span_id = ids.span_id(header["session"], begin["seq"])
-        if parent is None or parent_ids is None:
-            parent_ids = None
-        elif begin["tag"] == "span_begin" and parent.begin["tag"] in {"span_begin", "step_begin"}:
-            return SpanIds(parent_ids.trace_id, span_id, parent_ids.span_id)
-        trace_id = ids.outside_trace_id(header["run_key"], rank, role, _epoch_of(scope), begin["ts"])
-        same_trace = parent_ids is not None and parent_ids.trace_id == trace_id
-        return SpanIds(trace_id, span_id, parent_ids.span_id if parent_ids is not None and same_trace else None)
+            if rank or role:
+                scope.parent_id = ids.step_span_id(trace_id, 0).hex()
+            scope.trace_id, scope.span_id = trace_id.hex(), ids.step_span_id(trace_id, rank, role).hex()
+            return
+        scope.span_id = ids.span_id(header["session"], begin["seq"]).hex()
+        if parent is not None and begin["tag"] == "span_begin" and parent.begin["tag"] in {"span_begin", "step_begin"}:
+            scope.trace_id, scope.parent_id = parent.trace_id, parent.span_id
+            return
+        epoch: Scope | None = scope
+        while epoch is not None and epoch.begin["tag"] != "epoch_begin":
+            epoch = epoch.parent
+        number = None if epoch is None else epoch.begin["epoch"]
+        scope.trace_id = ids.outside_trace_id(header["run_key"], rank, role, number, begin["ts"]).hex()
+        if parent is not None and parent.trace_id == scope.trace_id:
+            scope.parent_id = parent.span_id
 
     def state(self) -> dict[str, Any]:
         """All of it, as JSON."""
-        return {
-            "open": [self._to_json(scope) for scope in self.open.values()],
-            "run": self.run,
-            "run_ids": _ids_to_json(self.run_ids),
-        }
+        scopes = [self._to_json(scope) for scope in self.open.values()]
+        return {"open": scopes, "run": self.run, "run_ids": self.run_ids}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.open = {}
         for content in state["open"]:
-            scope = self._from_json(content)
-            self.open[scope.begin["seq"]] = scope
-        self.run, self.run_ids = state["run"], _ids_from_json(state["run_ids"])
+            self.open[content["begin"]["seq"]] = self._from_json(content)
+        self.run, self.run_ids = state["run"], state["run_ids"]
 
     def _forget_oldest(self) -> None:
         del self.open[next(seq for seq in self.open if seq != self.run)]
 
     def _to_json(self, scope: Scope) -> dict[str, Any]:
-        """A scope's own values; those around it by their `seq`. It gets its ids now, from those that have ended."""
+        """A scope's own values; those around it by their `seq`. It is named now, as those may have ended."""
         with contextlib.suppress(*MALFORMED):
-            self.ids_of(scope)
-        step = scope.step
-        content = {**vars(scope), "ids": _ids_to_json(scope.ids), "parent": seq_of(scope.parent), "step": seq_of(step)}
-        if step is not None and step.thinned:
-            content["in_thinned"] = True
+            self.name(scope)
+        content = {**vars(scope), "parent": seq_of(scope.parent), "step": seq_of(scope.step)}
         if isinstance(scope, Step) and scope.children:
             content["children"] = [self._to_json(c) if isinstance(c, Scope) else c for c in scope.children]
         return content
 
     def _from_json(self, content: dict[str, Any]) -> Scope:
-        begin = content.pop("begin")
-        parent, step = (self.open.get(content.pop(name)) for name in ("parent", "step"))
-        if begin["tag"] == "step_begin":
-            scope: Scope = Step(begin)
-        else:
-            scope = Scope(begin, parent, step if isinstance(step, Step) else None)
-        vars(scope).update(content, ids=_ids_from_json(content["ids"]))
-        if isinstance(scope, Step) and scope.children:
-            children: Sequence[Any] = scope.children
+        kind = Step if content["begin"]["tag"] == "step_begin" else Scope
+        scope = kind(content["begin"])
+        children: Sequence[Any] = content.pop("children", None) or ()
+        around = {name: self.open.get(content[name]) for name in ("parent", "step")}
+        vars(scope).update(content, **around)
+        if isinstance(scope, Step):
             scope.children = [c if "tag" in c else self._from_json(c) for c in children]
         return scope
 
@@ -231,27 +218,3 @@ def seq_of(scope: Scope | None) -> int:
     """The `seq` of a scope's begin event; 0 where there is no scope."""
     seq: int = 0 if scope is None else scope.begin["seq"]
     return seq
-
-
-def _ids_to_json(found: SpanIds | None) -> list[str | None] | None:
-    return None if found is None else [None if each is None else each.hex() for each in found]
-
-
-def _ids_from_json(content: Sequence[str | None] | None) -> SpanIds | None:
-    if content is None:
-        return None
-    trace_id, span_id, parent_id = content
-    return SpanIds(
-        bytes.fromhex(trace_id or ""), bytes.fromhex(span_id or ""), bytes.fromhex(parent_id) if parent_id else None
-    )
-
-
-def _epoch_of(scope: Scope) -> int | None:
-    """The number of the nearest epoch around something outside of steps."""
-    above: Scope | None = scope
-    while above is not None:
-        if above.begin["tag"] == "epoch_begin":
-            epoch: int = above.begin["epoch"]
-            return epoch
-        above = above.parent
-    return None

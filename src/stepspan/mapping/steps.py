@@ -101,7 +101,7 @@ class StepFold(OpenScopes):
         """The open step in whose trace an `otel` event's span lies, which fails the step if it failed itself."""
         scope, record = self.open.get(event.get("parent", 0)), event["record"]
         step = None if scope is None else self.open_step(scope)
-        if step is None or self.ids_of(step).trace_id.hex() != record["traceId"]:
+        if step is None or self.name(step).trace_id != record["traceId"]:
             return None
         if is_failed_sdk_span(record):
             step.has_failure = True

@@ -96,7 +96,7 @@ class TraceMapper:
         step = self._steps.open_step(scope)
         if step is not None:
             self._hold(step, scope)
-        elif scope.in_thinned or (scope.step is not None and scope.step.thinned):  # it has outlived its step
+        elif scope.thinned:  # it has outlived its step
             self.filtered += 1
         else:
             self._spans.append(self._span(scope))
@@ -117,6 +117,8 @@ class TraceMapper:
         if not self._thinning.keeps(step):
             self.filtered += 1 + len(step.children or ())
             step.thinned, step.children = True, None
+            for scope in self._steps.open.values():
+                scope.thinned |= scope.step is step
         elif not step.pending:
             self._emit(step)
         if step.pending:
@@ -153,16 +155,18 @@ class TraceMapper:
     def _span(self, scope: Scope) -> Span:
         begin, status = scope.begin, scope.end.get("status", "")
         kind = begin["tag"].removesuffix("_begin")
-        ids = self._steps.ids_of(scope)
+        self._steps.name(scope)
         return Span(
-            *ids,
+            trace_id=bytes.fromhex(scope.trace_id),
+            span_id=bytes.fromhex(scope.span_id),
+            parent_id=bytes.fromhex(scope.parent_id) if scope.parent_id else None,
             name=shorten(begin["name"], MAX_TEXT_CHARS) if kind == "span" else f"training.{kind}",
             start=begin["ts"],
             end=scope.ended,
             attributes=self._attributes(kind, scope),
             error=None if not scope.failed else status if scope.error is None else scope.error,
             events=[SpanEvent(*event) for event in scope.events or ()],
-            links=[] if kind == "run" or (kind == "span" and ids.parent_id) else self._links(),
+            links=[] if kind == "run" or (kind == "span" and scope.parent_id) else self._links(),
         )
 
     def _attributes(self, kind: str, scope: Scope) -> Attributes:
@@ -192,9 +196,9 @@ class TraceMapper:
 
     def _links(self) -> list[Link]:
         """Each span that begins a part of a trace leads to its run."""
-        ids = self._steps.run_ids
-        if not self._run_links and ids is not None:
-            self._run_links = [Link(ids.trace_id, ids.span_id, {"relation": "run"})]
+        if not self._run_links and self._steps.run_ids:
+            trace_id, span_id = map(bytes.fromhex, self._steps.run_ids)
+            self._run_links = [Link(trace_id, span_id, {"relation": "run"})]
         return self._run_links
 
     def _hyperparams(self, event: Event) -> None:
