@@ -9,7 +9,7 @@ from harness.delivery import Scripted, deliver, options, trained
 from rich.console import Console
 
 from stepspan.cli.status import print_ledgers
-from stepspan.cli.table import print_table, short_id_length
+from stepspan.cli.terminal import print_table, short_id_length
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.outcome import Outcome, Verdict

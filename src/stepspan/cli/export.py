@@ -94,7 +94,11 @@ def export_journals(
 
 
 def _export(paths: Sequence[Path], exporter: JsonLinesExporter, state_directory: Path, dead_after: float) -> int:
-    """Deliver to the files, with cursors in a temporary `state_directory`: the journals stay as they are."""
+    """Deliver to the files, with cursors in a temporary `state_directory`: the journals stay as they are.
+
+    A deliverer merges the sessions by event time. Whoever reads the lines in their order can send them to a receiver
+    that refuses points much older than the newest it has.
+    """
     sessions = require_sessions(*(path.absolute() for path in paths))
     options = Options(boot_id=host_facts().boot_id, dead_after=dead_after, state_directory=state_directory)
     deliverer = Deliverer([exporter], lambda: sessions, options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -11,11 +10,10 @@ from typing import Any
 
 import orjson
 from rich.console import Console
-from rich.text import Text
 
-from stepspan.cli.event_text import format_fields, format_value, printable
+from stepspan.cli.event_text import format_fields, format_value
 from stepspan.cli.journals import require_sessions
-from stepspan.cli.table import print_table, rank_label, short_id_length
+from stepspan.cli.terminal import print_line, print_table, rank_label, short_id_length, stdout_console
 from stepspan.identity import host_facts
 from stepspan.reading.runs import summarise
 from stepspan.values import format_seconds, json_value
@@ -24,8 +22,6 @@ MAX_SESSIONS, MAX_METRICS, MAX_LINES = 24, 40, 8
 """Rows of the tables of ranks and metrics; how many errors and checkpoints are shown."""
 STRAGGLER_SHARE = 0.1
 """A rank holds the others up if they wait longer than it does by this share of a step."""
-PIPED_COLUMNS = 200
-"""The width of a page where there is no terminal."""
 
 
 def show_report(path: Path, *, as_json: bool, state_directory: Path | None) -> int:
@@ -34,7 +30,7 @@ def show_report(path: Path, *, as_json: bool, state_directory: Path | None) -> i
     if as_json:
         print(orjson.dumps(json_value({"jobs": runs}), option=orjson.OPT_INDENT_2).decode())
         return 0
-    page = Page(Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS, highlight=False))
+    page = Page(stdout_console())
     for number, run in enumerate(runs):
         if number:
             page.line("")
@@ -61,7 +57,7 @@ class Page:
 
     def line(self, text: str, style: str = "") -> None:
         """Print a line of any text."""
-        self._console.print(Text(printable(text), style=style), soft_wrap=True)
+        print_line(self._console, text, style)
 
     def title(self, text: str) -> None:
         """Print the heading of a part."""

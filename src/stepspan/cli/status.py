@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
-from stepspan.cli.event_text import printable
 from stepspan.cli.journals import require_sessions
-from stepspan.cli.table import print_table, short_id_length
+from stepspan.cli.terminal import print_line, print_table, short_id_length, stdout_console
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.reading.sessions import job_folder, state_path
 from stepspan.values import format_seconds
 
 COUNTS = ("delivered", "filtered", "rejected", "pending", "damaged", "pruned", "dropped")
-PIPED_COLUMNS = 240
-"""The width of a table where there is no terminal."""
 
 
 def show_status(path: Path, *, as_json: bool, state_directory: Path | None) -> int:
@@ -41,14 +36,14 @@ def print_ledgers(ledgers: Sequence[dict[str, Any]], console: Console | None = N
         console: Where to; by default standard output.
 
     """
-    console = console or Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS, highlight=False)
+    console = console or stdout_console()
     jobs: dict[str, list[dict[str, Any]]] = {}
     for ledger in ledgers:
         jobs.setdefault(job_folder(Path(ledger["path"])), []).append(ledger)
     for number, (job, of_job) in enumerate(jobs.items()):
         if number:
             console.print()
-        console.print(Text(printable(job), style="bold"), soft_wrap=True)
+        print_line(console, job, "bold")
         _print_job(console, of_job)
     messages = {
         f"{destination} {signal} {state['state']}: {state['message']}": None
@@ -58,7 +53,7 @@ def print_ledgers(ledgers: Sequence[dict[str, Any]], console: Console | None = N
         if state["message"]
     }
     for message in messages:
-        console.print(Text(printable(message)), soft_wrap=True)
+        print_line(console, message)
 
 
 def _print_job(console: Console, ledgers: Sequence[dict[str, Any]]) -> None:

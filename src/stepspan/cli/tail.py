@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from stepspan.cli.event_text import event_text, printable
-from stepspan.cli.table import rank_label
+from stepspan.cli.terminal import print_line, rank_label
 from stepspan.errors import ConfigError, JournalError
 from stepspan.events import TAGS, Event
 from stepspan.journal.cursor import Position
@@ -220,7 +220,7 @@ def show(console: Console, lines: Sequence[Line], *, several_jobs: bool, job: st
             print(f"{moment}  {f'{printable(line.job)}  ' if several_jobs else ''}{columns}{line.text}", flush=True)
             continue
         if several_jobs and line.job != job:
-            console.print(Text(printable(line.job), style="bold"), soft_wrap=True)
+            print_line(console, line.job, "bold")
         job = line.job
         text = Text(f"{moment}  {columns}", style="dim")
         text.append(line.text, style="dim" if line.tag in DIM_TAGS else f"not dim {STYLES.get(line.tag, '')}")

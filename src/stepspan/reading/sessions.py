@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, segment_name
@@ -96,11 +97,17 @@ class SessionReader:
             boot_id: This host's boot. The lock of a session of the same boot tells whether its writer lives; any other
                 session counts as dead after 15 minutes of silence.
 
+        Raises:
+            OSError: The files cannot be listed.
+            JournalError: They were removed since the session was opened.
+
         """
         if self.closed is not None:
             return self.closed.status
-        newest = self.path.path / segment_name(self.path.segments()[-1])
-        silence = quiet_for(newest)
+        segments = self.path.segments()
+        if not segments:
+            raise JournalError(f"{self.path.path}: its files are gone")
+        silence = quiet_for(self.path.path / segment_name(segments[-1]))
         dead = is_dead(self.path.path, self.header, boot_id=boot_id, quiet_for=silence, dead_after=DEAD_AFTER)
         return "interrupted" if dead else "running"
 

@@ -1,7 +1,11 @@
-"""Tables for a terminal: columns that do not fit follow below the others, so that no cell is cut."""
+"""What is printed to a terminal: lines of any text, and tables without a cut cell.
+
+A journal holds what others wrote, so no text reaches a terminal except through `printable`.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 
 from rich.cells import cell_len
@@ -14,12 +18,24 @@ from stepspan.cli.event_text import printable
 GAP_COLUMNS = 2
 """Columns of the terminal between two of a table."""
 SHORT_ID_CHARS = 8
+PIPED_COLUMNS = 240
+"""The width of a page where there is no terminal."""
+
+
+def stdout_console() -> Console:
+    """Standard output, as wide as the terminal."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS, highlight=False)
+
+
+def print_line(console: Console, text: str, style: str = "") -> None:
+    """Print a line of any text; a terminal wraps it."""
+    console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def print_table(
     console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], *, keys: Sequence[str]
 ) -> None:
-    """Print a table, in several parts below each other if it is too wide.
+    """Print a table; columns that do not fit beside the others follow below them, so that no cell is cut.
 
     Args:
         console: Where to, and how wide.
