@@ -36,9 +36,9 @@ LAYERS = (
     ("recording",),
     ("pipeline",),
     ("run",),
-    ("samplers", "integrations"),
+    ("samplers",),
     ("start",),
-    ("compat", "testing"),
+    ("integrations", "compat", "testing"),
     ("callbacks", "stores", "stormlog"),  # the public names of what is in compat
     ("",),  # `stepspan` itself, which names what is public
     ("cli",),

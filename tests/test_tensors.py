@@ -18,10 +18,11 @@ from harness.scripted_torch import Bucket, Gpu, JaxArray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepspan.integrations.torch import values, watched
-from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, Steps
+from stepspan.integrations.torch import watched
+from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, StepWaits
 from stepspan.mapping.mapper import mapper
 from stepspan.recording import deferred as tensors
+from stepspan.recording import device_copies
 from stepspan.run import Run
 from stepspan.testing import recorded_run
 
@@ -33,7 +34,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Gpu:
     """The machine has one, and torch is at work on it."""
     found = Gpu()
     monkeypatch.setitem(sys.modules, "torch", found.torch)
-    monkeypatch.setattr(values, "_places", {})
+    monkeypatch.setattr(device_copies, "_buffers", {})
     monkeypatch.setattr(tensors, "POLL_INTERVAL_S", 0.001)
     return found
 
@@ -505,7 +506,7 @@ def test_the_wait_in_fsdp_is_what_all_collectives_of_a_step_take_on_the_device(g
     gpu.torch.distributed.all_gather_into_tensor = gpu.torch.distributed.reduce_scatter_tensor = collective
     with recorded_run() as recording:
         run, x = recording.run, gpu.tensor(0.0)
-        steps = Steps(run)
+        steps = StepWaits(run)
         gather, scatter = AllGather(steps), ReduceScatter(steps)
         for number in range(2):
             with run.step(number):

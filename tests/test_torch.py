@@ -11,7 +11,7 @@ from harness.runs import events
 
 import stepspan
 from stepspan.integrations.torch import watch_collectives, watched
-from stepspan.integrations.torch.values import Place
+from stepspan.recording.device_copies import PinnedBuffer
 from stepspan.run import Run
 from stepspan.testing import Recording, recorded_run
 
@@ -63,7 +63,7 @@ def test_anything_else_is_counted(start: Callable[..., Run], tensor: Any) -> Non
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_copies_through_streams_keep_what_was_logged(dtype: str) -> None:
     """`torch.cpu` has the interface of `torch.cuda`: what is launched is done at once."""
-    place = Place(torch, torch.device("cpu"), torch.cpu, pinned=False)
+    place = PinnedBuffer(torch, torch.device("cpu"), torch.cpu, pinned=False)
     tensors = [torch.tensor(number, dtype=getattr(torch, dtype)) for number in (0, 1)]
     copies = [place.copy(tensors), place.copy(tensors[:1])]
     for tensor in tensors:
@@ -72,7 +72,7 @@ def test_copies_through_streams_keep_what_was_logged(dtype: str) -> None:
 
 
 def test_the_place_for_copies_is_used_again() -> None:
-    place = Place(torch, torch.device("cpu"), torch.cpu, pinned=False)
+    place = PinnedBuffer(torch, torch.device("cpu"), torch.cpu, pinned=False)
     rows = len(place._free)
     with torch.inference_mode():
         for _ in range(3):

@@ -28,9 +28,9 @@ from stepspan.values import fields_of, json_value, to_text
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from stepspan.compat.evsys.run_store import RunLogStore
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
+    from stepspan.recording.log_store import RunLogStore
 
 T = TypeVar("T")
 
@@ -237,9 +237,9 @@ class Run:
             if attributes:
                 begin["attributes"] = json_value(attributes)
             if cuda and self._active:
-                from stepspan.integrations.torch.times import device_span
+                from stepspan.recording.cuda_spans import device_span
 
-                return device_span(self, begin)
+                return device_span(self.recorder, begin)
         except Exception as error:  # a user's mapping may raise anything
             self.warn_once("span", f"the attributes of a span were lost: {error!r}")
         return self._scopes.span(begin)
@@ -287,7 +287,7 @@ class Run:
 
     def as_log_store(self) -> RunLogStore:
         """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""
-        from stepspan.compat.evsys.run_store import RunLogStore
+        from stepspan.recording.log_store import RunLogStore
 
         return RunLogStore(self)
 

@@ -6,9 +6,9 @@ from stepspan.compat.evsys.contract import LogStore
 from stepspan.compat.evsys.files import JSONLLogStore
 from stepspan.compat.evsys.multiplex import MultiplexLogStore
 from stepspan.compat.evsys.registry import get_log_store, list_log_stores, make_log_store, register_log_store
-from stepspan.compat.evsys.run_store import RunLogStore
 from stepspan.compat.evsys.stepspan_store import StepspanLogStore
 from stepspan.compat.evsys.tensorboard import TensorBoardLogStore
+from stepspan.recording.log_store import RunLogStore
 
 __all__ = [
     "JSONLLogStore",

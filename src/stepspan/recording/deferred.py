@@ -21,11 +21,11 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import Event
 from stepspan.mapping.names import metric_name
+from stepspan.recording import device_copies
 from stepspan.values import json_number, to_text
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def metric_value(key: Any, value: Any, warn: Warn) -> float | str | None:
         if pending and any(size != 1 for size in value.shape):
             raise ValueError("not one element")
         if hasattr(value, "placements"):
-            value = local_tensor(value)
+            value = device_copies.local_tensor(value)
         if pending:
             return PENDING  # type: ignore[no-any-return] # for its caller's eyes alone
         item = getattr(value, "item", None)
@@ -137,18 +137,6 @@ def metric_value(key: Any, value: Any, warn: Warn) -> float | str | None:
     except Exception as error:  # a user's __float__ may raise anything, and so may a device
         warn("value", f"metric {to_text(key):.80}={summary(value)}: not a number: {to_text(error):.200}")
         return None
-
-
-def local_tensor(value: Any) -> Any:
-    """A torch DTensor's tensor, where each rank has all of it.
-
-    Raises:
-        ValueError: The tensor is in parts: to gather it would be a collective, which all ranks must call.
-
-    """
-    if all(placement.is_replicate() for placement in value.placements):
-        return value.to_local()
-    raise ValueError("a DTensor in parts: log its full_tensor(), which all ranks must call")
 
 
 def summary(value: Any) -> str:
@@ -168,7 +156,7 @@ def start_copies(values: Mapping[str, Any]) -> list[tuple[list[str], AsyncCopy]]
     copies: list[tuple[list[str], AsyncCopy]] = []
     tensors = {key: value for key, value in values.items() if library_of(value) == "torch"}
     if tensors:
-        copies += import_module("stepspan.integrations.torch.values").start_copies(tensors)
+        copies += device_copies.start_copies(tensors)
     arrays = {key: value for key, value in values.items() if key not in tensors}
     if arrays:
         copies.append((list(arrays), ArrayCopy(list(arrays.values()))))

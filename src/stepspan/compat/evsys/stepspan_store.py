@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict
 
 from stepspan.compat.evsys.registry import StoreConfig, register_log_store
-from stepspan.compat.evsys.run_store import RunLogStore
+from stepspan.recording.log_store import RunLogStore
 from stepspan.start import start_run
 
 

@@ -1,4 +1,4 @@
-"""An open run behind the LogStore contract. Imports nothing of stepspan, because `stepspan.run` uses it."""
+"""An open run behind the LogStore contract of evsys (`stepspan.compat.evsys.contract`)."""
 
 from __future__ import annotations
 
