@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepspan.deliver.options import Options
-from stepspan.errors import JournalError
 from stepspan.events import Event
-from stepspan.journal.layout import SessionPath, segment_name
-from stepspan.journal.liveness import Closed, is_dead, quiet_for, read_closed, write_closed
+from stepspan.journal.layout import SessionPath
+from stepspan.journal.liveness import Closed, read_closed, write_closed, writer_is_dead
 from stepspan.journal.reader import last_event
 
 CLOSED_INTERVAL_S = 0.1
@@ -46,19 +45,8 @@ class SessionEnd:
         now = self._options.clock()
         if self._closed is None and now - self._probed_at >= LIVENESS_INTERVAL_S:
             self._probed_at = now
-            if self._writer_is_dead():
+            boot_id, dead_after = self._options.boot_id, self._options.dead_after
+            if writer_is_dead(self._session, self._header, boot_id=boot_id, dead_after=dead_after):
                 seq, ts = last_event(self._session)
                 self._closed = write_closed(self._state_directory, Closed(seq, ts, "interrupted"), by="deliverer")
         return self._closed
-
-    def _writer_is_dead(self) -> bool:
-        segments = self._session.segments()
-        if not segments:
-            raise JournalError(f"{self._session.path}: it is gone")
-        return is_dead(
-            self._session.path,
-            self._header,
-            boot_id=self._options.boot_id,
-            quiet_for=quiet_for(self._session.path / segment_name(segments[-1])),
-            dead_after=self._options.dead_after,
-        )

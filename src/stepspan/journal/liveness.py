@@ -18,7 +18,8 @@ from typing import Any
 
 import orjson
 
-from stepspan.journal.layout import open_directory, open_file, read_file
+from stepspan.errors import JournalError
+from stepspan.journal.layout import SessionPath, open_directory, open_file, read_file, segment_name
 
 DEAD_AFTER = 900.0
 CLOSED = "closed.json"
@@ -110,6 +111,27 @@ def is_dead(directory: Path, header: Mapping[str, Any], *, boot_id: str, quiet_f
         with contextlib.suppress(OSError):  # no lock there, or not ours to read: only silence can tell
             return not lock_is_held(directory)
     return quiet_for >= dead_after
+
+
+def writer_is_dead(session: SessionPath, header: Mapping[str, Any], *, boot_id: str, dead_after: float) -> bool:
+    """Whether a session without a `closed.json` has ended; see above for how that is known.
+
+    Args:
+        session: The session.
+        header: Its header.
+        boot_id: This host's boot.
+        dead_after: Seconds of silence after which the session of another host or boot counts as dead.
+
+    Raises:
+        OSError: Its files cannot be listed.
+        JournalError: They are gone.
+
+    """
+    segments = session.segments()
+    if not segments:
+        raise JournalError(f"{session.path}: it is gone")
+    silence = quiet_for(session.path / segment_name(segments[-1]))
+    return is_dead(session.path, header, boot_id=boot_id, quiet_for=silence, dead_after=dead_after)
 
 
 def quiet_for(path: Path) -> float:

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.journal.cursor import Position
-from stepspan.journal.layout import SessionPath, segment_name
-from stepspan.journal.liveness import DEAD_AFTER, Closed, is_dead, quiet_for, read_closed
+from stepspan.journal.layout import SessionPath
+from stepspan.journal.liveness import DEAD_AFTER, Closed, read_closed, writer_is_dead
 from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Record, Signal
@@ -104,11 +103,7 @@ class SessionReader:
         """
         if self.closed is not None:
             return self.closed.status
-        segments = self.path.segments()
-        if not segments:
-            raise JournalError(f"{self.path.path}: its files are gone")
-        silence = quiet_for(self.path.path / segment_name(segments[-1]))
-        dead = is_dead(self.path.path, self.header, boot_id=boot_id, quiet_for=silence, dead_after=DEAD_AFTER)
+        dead = writer_is_dead(self.path, self.header, boot_id=boot_id, dead_after=DEAD_AFTER)
         return "interrupted" if dead else "running"
 
 
