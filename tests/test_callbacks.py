@@ -8,11 +8,13 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from harness import runs
 from harness.journals import handled
+from harness.stack import Collector, Prometheus
 
 import stepspan
 from stepspan import callbacks
@@ -20,11 +22,11 @@ from stepspan.callbacks import Callback, CallbackList, MemoryLogger, RunCallback
 from stepspan.testing import recorded_run
 
 
-def rows(path):
+def rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def train(callback, epochs=1, steps=2):
+def train(callback: Any, epochs: int = 1, steps: int = 2) -> None:
     """A loop of qmlhc's."""
     for epoch in range(epochs):
         callback.on_epoch_begin(epoch, {"info": "start"})
@@ -37,21 +39,21 @@ def train(callback, epochs=1, steps=2):
 # -------------------------------------------------------------------------------------------------------------- hooks
 
 
-def test_the_public_names_are_sorted_and_there():
+def test_the_public_names_are_sorted_and_there() -> None:
     assert callbacks.__all__ == sorted(callbacks.__all__)
     assert all(hasattr(callbacks, name) for name in callbacks.__all__)
 
 
-def test_a_callback_does_nothing():
+def test_a_callback_does_nothing() -> None:
     train(Callback())
     Callback().on_error(ValueError("x"), {})
 
 
-def test_a_list_dispatches_each_hook_in_order():
+def test_a_list_dispatches_each_hook_in_order() -> None:
     calls = []
 
     class Named(Callback):
-        def __init__(self, name):
+        def __init__(self, name: str) -> None:
             for hook in ("on_step_begin", "on_step_end", "on_epoch_begin", "on_epoch_end", "on_error"):
                 setattr(self, hook, lambda what, context, hook=hook: calls.append((name, hook, what, context)))
 
@@ -75,7 +77,7 @@ def test_a_list_dispatches_each_hook_in_order():
 # --------------------------------------------------------------------------------------------------------------- rows
 
 
-def test_the_rows_are_those_of_qmlhc(tmp_path):
+def test_the_rows_are_those_of_qmlhc(tmp_path: Path) -> None:
     times = iter([0.0, 1.5, 1.5, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0, 5.25, 5.25])
     logger = TelemetryLogger(tmp_path / "run" / "t.jsonl", clock=lambda: next(times))
     logger.on_epoch_begin(0, {"backend": object()})
@@ -92,7 +94,7 @@ def test_the_rows_are_those_of_qmlhc(tmp_path):
     )
 
 
-def test_the_memory_logger_keeps_the_same_rows_without_a_time():
+def test_the_memory_logger_keeps_the_same_rows_without_a_time() -> None:
     logger, context = MemoryLogger(), {"loss": 0.5, "state": [1]}
     logger.on_epoch_begin(0, {"a": 1})
     logger.on_step_begin(np.int64(3), {"a": 1})
@@ -111,7 +113,7 @@ def test_the_memory_logger_keeps_the_same_rows_without_a_time():
 
 
 class Hostile(Mapping):
-    def __getitem__(self, key):
+    def __getitem__(self, key: str) -> None:
         raise RuntimeError("no")
 
     __iter__ = __len__ = __str__ = __repr__ = __getitem__
@@ -137,7 +139,9 @@ circle.append(circle)
     ],
     ids=["object", "array", "numpy", "circle", "key", "surrogate", "hostile", "none", "number", "hostile whole"],
 )
-def test_a_context_that_json_cannot_take_is_written_as_text(tmp_path, context, written):
+def test_a_context_that_json_cannot_take_is_written_as_text(
+    tmp_path: Path, context: Any, written: dict[str, Any]
+) -> None:
     logger = TelemetryLogger(tmp_path / "t.jsonl")
     logger.on_step_end(1, context)
     logger.on_step_end(2, {"loss": 0.5})
@@ -146,7 +150,7 @@ def test_a_context_that_json_cannot_take_is_written_as_text(tmp_path, context, w
     assert second["context"] == {"loss": 0.5}
 
 
-def test_rows_wait_for_the_interval_or_five_seconds(tmp_path):
+def test_rows_wait_for_the_interval_or_five_seconds(tmp_path: Path) -> None:
     now = [100.0]
     logger = TelemetryLogger(tmp_path / "t.jsonl", flush_interval=3, clock=lambda: now[0])
     assert not (tmp_path / "t.jsonl").exists()
@@ -166,10 +170,10 @@ def test_rows_wait_for_the_interval_or_five_seconds(tmp_path):
 # ------------------------------------------------------------------------------------------------ not lost, not doubled
 
 
-def test_a_flush_that_fails_half_way_doubles_no_row(tmp_path, caplog):
+def test_a_flush_that_fails_half_way_doubles_no_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broken = [False]
 
-    def write(fd, data):
+    def write(fd: Any, data: Any) -> Any:
         if not broken[0]:
             return os.write(fd, data)
         broken[0] = None  # cut in the middle of a row, and then nothing more
@@ -177,7 +181,7 @@ def test_a_flush_that_fails_half_way_doubles_no_row(tmp_path, caplog):
             return os.write(fd, data[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def faulty(fd, data):
+    def faulty(fd: Any, data: Any) -> Any:
         if broken[0] is None:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data)
@@ -196,7 +200,9 @@ def test_a_flush_that_fails_half_way_doubles_no_row(tmp_path, caplog):
     assert len(caplog.records) == 1, "told once"
 
 
-def test_a_file_that_cannot_be_made_costs_the_file_and_nothing_else(tmp_path, caplog):
+def test_a_file_that_cannot_be_made_costs_the_file_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").write_text("")
     logger = TelemetryLogger(tmp_path / "file" / "t.jsonl")
     train(logger)
@@ -217,7 +223,7 @@ EXITS = {
 
 
 @pytest.mark.parametrize("end", EXITS, ids=EXITS)
-def test_no_row_is_lost_at_exit(tmp_path, end):
+def test_no_row_is_lost_at_exit(tmp_path: Path, end: Any) -> None:
     code = f"""
     from stepspan.callbacks import TelemetryLogger
     logger = TelemetryLogger(flush_interval=1000)
@@ -230,7 +236,7 @@ def test_no_row_is_lost_at_exit(tmp_path, end):
 
 
 @pytest.mark.parametrize("how", ["os.fork", "multiprocessing"])
-def test_a_forked_child_writes_its_own_rows_and_not_its_parents(tmp_path, how):
+def test_a_forked_child_writes_its_own_rows_and_not_its_parents(tmp_path: Path, how: str) -> None:
     child = """
         logger.on_step_end(100, {})
     """
@@ -260,10 +266,10 @@ def test_a_forked_child_writes_its_own_rows_and_not_its_parents(tmp_path, how):
     assert sorted(row["step"] for row in rows(tmp_path / "telemetry.jsonl")) == [0, 1, 100]
 
 
-def test_a_signal_handler_that_logs_in_the_middle_of_a_write_doubles_no_row(tmp_path):
+def test_a_signal_handler_that_logs_in_the_middle_of_a_write_doubles_no_row(tmp_path: Path) -> None:
     raised = []
 
-    def write(fd, data):
+    def write(fd: Any, data: Any) -> Any:
         written = os.write(fd, data)
         if not raised:
             raised.append(True)
@@ -280,7 +286,7 @@ def test_a_signal_handler_that_logs_in_the_middle_of_a_write_doubles_no_row(tmp_
 # ----------------------------------------------------------------------------------------------------------- the bridge
 
 
-def test_the_hooks_become_spans_and_metrics():
+def test_the_hooks_become_spans_and_metrics() -> None:
     with recorded_run() as recording:
         train(RunCallback(recording.run), epochs=2)
     steps = recording.spans("training.step")
@@ -297,9 +303,9 @@ def test_the_hooks_become_spans_and_metrics():
     ]  # fmt: skip
 
 
-def test_only_what_is_a_number_becomes_a_metric():
+def test_only_what_is_a_number_becomes_a_metric() -> None:
     class Unwilling:
-        def __float__(self):
+        def __float__(self) -> None:
             raise RuntimeError("no")
 
     context = {
@@ -315,7 +321,7 @@ def test_only_what_is_a_number_becomes_a_metric():
     assert event["step"] == 4
 
 
-def test_an_exception_marks_the_step_it_was_raised_in():
+def test_an_exception_marks_the_step_it_was_raised_in() -> None:
     with recorded_run() as recording:
         callback = RunCallback(recording.run)
         callback.on_epoch_begin(0, {})
@@ -336,7 +342,7 @@ def test_an_exception_marks_the_step_it_was_raised_in():
     assert log.span_id == steps[0].span_id
 
 
-def test_what_stays_open_ends_with_the_run():
+def test_what_stays_open_ends_with_the_run() -> None:
     with recorded_run() as recording:
         callback = RunCallback(recording.run)
         callback.on_epoch_begin(0, {})
@@ -350,7 +356,7 @@ def test_what_stays_open_ends_with_the_run():
     assert len(recording.logs("exception")) == 1
 
 
-def test_ends_without_a_beginning_and_late_hooks_raise_nothing():
+def test_ends_without_a_beginning_and_late_hooks_raise_nothing() -> None:
     with recorded_run() as recording:
         callback = RunCallback(recording.run)
         callback.on_epoch_end(0, {"accuracy": 1})
@@ -361,7 +367,7 @@ def test_ends_without_a_beginning_and_late_hooks_raise_nothing():
     assert recording.values("training.loss") == [1.0]
 
 
-def test_the_logger_and_the_run_say_the_same(tmp_path):
+def test_the_logger_and_the_run_say_the_same(tmp_path: Path) -> None:
     with recorded_run() as recording:
         train(CallbackList([TelemetryLogger(tmp_path / "t.jsonl"), RunCallback(recording.run)]))
     logged = [row["tag"] for row in rows(tmp_path / "t.jsonl")]
@@ -371,7 +377,7 @@ def test_the_logger_and_the_run_say_the_same(tmp_path):
 # ------------------------------------------------------------------------------------------------------- the whole way
 
 
-def test_what_a_qmlhc_loop_reports_arrives(collector, prometheus, tmp_path):
+def test_what_a_qmlhc_loop_reports_arrives(collector: Collector, prometheus: Prometheus, tmp_path: Path) -> None:
     who = {"job_id": "qmlhc", "rank": 2, "local_rank": 0, "world_size": 4}
     with stepspan.start_run(**who, directory=tmp_path / "runs", endpoint=collector.http_endpoint) as run:
         callback = CallbackList([RunCallback(run)])
@@ -395,7 +401,7 @@ def test_what_a_qmlhc_loop_reports_arrives(collector, prometheus, tmp_path):
     assert dict(samples) == logged
 
 
-def test_the_example_runs(tmp_path):
+def test_the_example_runs(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples" / "qmlhc_callbacks.py"
     done = runs.python(example.read_text(), tmp_path)
     assert done.returncode == 0, done.stderr

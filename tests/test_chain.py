@@ -82,7 +82,7 @@ def duplicates(collector: Collector) -> int:
 @pytest.mark.timeout(120)
 def test_a_gateway_that_is_killed_between_deliveries_loses_no_point(
     ranks: Ranks, tmp_path: Path, record_property: Callable[[str, object], None]
-):
+) -> None:
     prometheus = Prometheus(tmp_path / "prometheus")
     store = Collector(tmp_path / "store", prometheus)
     gateway = StackCollector(tmp_path / "gateway", "gateway.yaml", PROMETHEUS_OTLP=store.http_endpoint)
@@ -125,7 +125,7 @@ def test_a_gateway_that_is_killed_between_deliveries_loses_no_point(
 
 
 @pytest.mark.stack
-def test_the_benchmark_of_scale_measures_every_part(tmp_path: Path):
+def test_the_benchmark_of_scale_measures_every_part(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(SCALE), "--quick", "--directory", str(tmp_path)],
         capture_output=True,
@@ -155,7 +155,7 @@ def snippet(first: str) -> str:
 
 @pytest.mark.stack
 @pytest.mark.parametrize("first", ["# ours.yaml", "# victoria.yaml"])
-def test_the_documented_overlays_fit_the_gateway(tmp_path: Path, first: str):
+def test_the_documented_overlays_fit_the_gateway(tmp_path: Path, first: str) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(snippet(first))
     command = [binary("otelcol"), "validate", f"--config={CONFIGS / 'gateway.yaml'}", f"--config={overlay}"]
@@ -163,7 +163,7 @@ def test_the_documented_overlays_fit_the_gateway(tmp_path: Path, first: str):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_documented_processors_are_settings(tmp_path: Path):
+def test_the_documented_processors_are_settings(tmp_path: Path) -> None:
     file = tmp_path / "stepspan.yaml"
     file.write_text(snippet("exporters:\n  - endpoint"))
     settings = load({}, {}, config=file)
@@ -172,7 +172,7 @@ def test_the_documented_processors_are_settings(tmp_path: Path):
     assert settings.sample_interval == 30
 
 
-def test_every_documented_manifest_and_script_can_be_read(tmp_path: Path):
+def test_every_documented_manifest_and_script_can_be_read(tmp_path: Path) -> None:
     for block in re.findall(r"```yaml\n(.*?)```", SCALING, re.DOTALL):
         assert yaml.safe_load(block)
     for block in re.findall(r"```sh\n(.*?)```", SCALING, re.DOTALL):

@@ -33,14 +33,14 @@ def journal(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", ["demo", "sync", "status", "doctor"])
-def test_every_command_explains_itself(command: str):
+def test_every_command_explains_itself(command: str) -> None:
     told = run(command, "--help")
     assert told.returncode == 0
     assert "Usage: stepspan " + command in told.stdout
     assert told.stdout.count(".") >= 3, "sentences, not a list of flags"
 
 
-def test_sync_delivers_everything_once(journal: Path):
+def test_sync_delivers_everything_once(journal: Path) -> None:
     with ScriptedReceiver() as receiver:
         first = run("sync", journal, "--endpoint", receiver.url)
         assert first.returncode == 0, first.stderr
@@ -52,13 +52,13 @@ def test_sync_delivers_everything_once(journal: Path):
         assert sum(map(len, receiver.requests.values())) == requests
 
 
-def test_sync_of_one_job_leaves_the_others(journal: Path):
+def test_sync_of_one_job_leaves_the_others(journal: Path) -> None:
     with ScriptedReceiver() as receiver:
         run("sync", journal / "second", "--endpoint", receiver.url)
         assert {point.job for point in receiver.points("training.loss")} == {"second"}
 
 
-def test_sync_without_an_endpoint_names_the_fix(journal: Path):
+def test_sync_without_an_endpoint_names_the_fix(journal: Path) -> None:
     told = run("sync", journal)
     assert told.returncode == 2
     assert "--endpoint" in told.stderr
@@ -66,13 +66,13 @@ def test_sync_without_an_endpoint_names_the_fix(journal: Path):
     assert "Traceback" not in told.stderr
 
 
-def test_sync_of_what_is_not_there_names_it(tmp_path: Path):
+def test_sync_of_what_is_not_there_names_it(tmp_path: Path) -> None:
     told = run("sync", tmp_path / "nowhere", "--endpoint", "http://127.0.0.1:1")
     assert told.returncode == 2
     assert "nowhere" in told.stderr
 
 
-def test_sync_says_what_holds_it_and_fails(journal: Path):
+def test_sync_says_what_holds_it_and_fails(journal: Path) -> None:
     with ScriptedReceiver() as receiver:
         receiver.script("traces", lambda _: Answer(404))
         told = run("sync", journal, "--endpoint", receiver.url)
@@ -81,7 +81,7 @@ def test_sync_says_what_holds_it_and_fails(journal: Path):
     assert {point.job for point in receiver.points("training.loss")} == {"first", "second"}, "metrics went all the same"
 
 
-def test_dry_run_sends_nothing_and_says_how_old_it_is(journal: Path):
+def test_dry_run_sends_nothing_and_says_how_old_it_is(journal: Path) -> None:
     with ScriptedReceiver() as receiver:
         told = run("sync", journal, "--dry-run", "--endpoint", receiver.url)
         assert told.returncode == 0
@@ -92,7 +92,7 @@ def test_dry_run_sends_nothing_and_says_how_old_it_is(journal: Path):
         assert run("sync", journal, "--dry-run", "--endpoint", receiver.url).stdout == "nothing waits\n"
 
 
-def test_sync_where_no_lock_can_be_kept_asks_for_a_state_directory(journal: Path, tmp_path: Path):
+def test_sync_where_no_lock_can_be_kept_asks_for_a_state_directory(journal: Path, tmp_path: Path) -> None:
     (journal / ".deliverers").write_text("no directory")
     with ScriptedReceiver() as receiver:
         refused = run("sync", journal, "--endpoint", receiver.url)
@@ -103,7 +103,7 @@ def test_sync_where_no_lock_can_be_kept_asks_for_a_state_directory(journal: Path
         assert told.returncode == 0, told.stdout + told.stderr
 
 
-def test_sync_of_a_session_that_lies_at_the_top_of_a_disk(journal: Path):
+def test_sync_of_a_session_that_lies_at_the_top_of_a_disk(journal: Path) -> None:
     session = next((journal / "first").glob("*/*"))
     top = Path("/tmp", session.name)  # two below the root: too high for a job's and a host's folder
     shutil.copytree(session, top)
@@ -116,7 +116,7 @@ def test_sync_of_a_session_that_lies_at_the_top_of_a_disk(journal: Path):
         shutil.rmtree(top)
 
 
-def test_state_directory_keeps_the_journal_untouched(journal: Path, tmp_path: Path):
+def test_state_directory_keeps_the_journal_untouched(journal: Path, tmp_path: Path) -> None:
     before = sorted(str(path) for path in journal.rglob("*"))
     with ScriptedReceiver() as receiver:
         told = run("sync", journal, "--endpoint", receiver.url, "--state-directory", tmp_path / "state")
@@ -126,7 +126,7 @@ def test_state_directory_keeps_the_journal_untouched(journal: Path, tmp_path: Pa
         assert again.stdout.startswith("delivered 0 metrics")
 
 
-def test_status_as_json_balances(journal: Path):
+def test_status_as_json_balances(journal: Path) -> None:
     with ScriptedReceiver() as receiver:
         run("sync", journal, "--endpoint", receiver.url)
     told = run("status", journal, "--json")
@@ -142,7 +142,7 @@ def test_status_as_json_balances(journal: Path):
             assert ledger["finished"]
 
 
-def test_status_shows_every_session(journal: Path):
+def test_status_shows_every_session(journal: Path) -> None:
     told = run("status", journal)
     assert told.returncode == 0
     parts = [part.splitlines() for part in told.stdout.split("\n\n")]
@@ -151,7 +151,7 @@ def test_status_shows_every_session(journal: Path):
 
 
 @pytest.mark.parametrize("command", ["status", "report", "tail"])
-def test_journals_are_looked_for_where_runs_put_them(journal: Path, tmp_path: Path, command: str):
+def test_journals_are_looked_for_where_runs_put_them(journal: Path, tmp_path: Path, command: str) -> None:
     told = run(command, STEPSPAN_DIRECTORY=str(journal))
     assert told.returncode == 0, told.stderr
     assert "second" in told.stdout
@@ -160,18 +160,18 @@ def test_journals_are_looked_for_where_runs_put_them(journal: Path, tmp_path: Pa
     assert str(tmp_path / "nowhere") in nowhere.stderr
 
 
-def test_the_version():
+def test_the_version() -> None:
     assert run("--version").stdout == f"stepspan {stepspan.__version__}\n"
 
 
-def test_help_fills_its_lines_and_offers_no_negations():
+def test_help_fills_its_lines_and_offers_no_negations() -> None:
     told = run("sync", "--help", COLUMNS="80").stdout
     assert "is held or cannot be read" in told
     assert "--follow" in told
     assert "--no-" not in told
 
 
-def test_an_interrupted_sync_goes_on_where_it_was(journal: Path):
+def test_an_interrupted_sync_goes_on_where_it_was(journal: Path) -> None:
     """Two calls at once: the second waits for the first one's lock, and finds nothing left to do."""
     with ScriptedReceiver() as receiver:
         env = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url}

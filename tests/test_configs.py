@@ -35,7 +35,7 @@ def check(*command: object, **environment: str) -> subprocess.CompletedProcess[s
 
 @pytest.mark.stack
 @pytest.mark.parametrize("file", COLLECTORS)
-def test_the_collector_accepts(file: str):
+def test_the_collector_accepts(file: str) -> None:
     done = check(binary("otelcol"), "validate", f"--config={CONFIGS / file}")
     assert done.returncode == 0, done.stderr
     typo = f"yaml:exporters::{'load_balancing/metrics' if file == 'agent.yaml' else 'otlp_http/loki'}::timeot: 1s"
@@ -43,7 +43,7 @@ def test_the_collector_accepts(file: str):
 
 
 @pytest.mark.stack
-def test_the_agent_takes_a_list_of_gateways():
+def test_the_agent_takes_a_list_of_gateways() -> None:
     environment = {"COLLECTOR_GATEWAYS": "[gateway-0:4317, gateway-1:4317]"}
     done = check(binary("otelcol"), "print-config", f"--config={CONFIGS / 'agent.yaml'}", **environment)
     exporters = yaml.safe_load(done.stdout)["exporters"]
@@ -54,7 +54,7 @@ def test_the_agent_takes_a_list_of_gateways():
 
 @pytest.mark.stack
 @pytest.mark.parametrize("file", COLLECTORS)
-def test_what_a_collector_accepted_is_never_given_up(file: str):
+def test_what_a_collector_accepted_is_never_given_up(file: str) -> None:
     done = check(binary("otelcol"), "print-config", f"--config={CONFIGS / file}")
     for name, exporter in yaml.safe_load(done.stdout)["exporters"].items():
         retry, queue = exporter["retry_on_failure"], exporter["sending_queue"]
@@ -67,13 +67,13 @@ def test_what_a_collector_accepted_is_never_given_up(file: str):
 
 
 @pytest.mark.stack
-def test_prometheus_accepts_its_configuration_and_its_rules():
+def test_prometheus_accepts_its_configuration_and_its_rules() -> None:
     done = check(binary("promtool"), "check", "config", "--lint=all", "--lint-fatal", STACK / "prometheus.yml")
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.stack
-def test_loki_accepts_its_configuration(tmp_path: Path):
+def test_loki_accepts_its_configuration(tmp_path: Path) -> None:
     adjusted = tmp_path / "loki.yaml"
     adjusted.write_text((STACK / "loki.yaml").read_text().replace("/loki", str(tmp_path)))
     done = check(binary("loki"), "-verify-config", f"-config.file={adjusted}")
@@ -81,13 +81,13 @@ def test_loki_accepts_its_configuration(tmp_path: Path):
 
 
 @pytest.mark.stack
-def test_tempo_accepts_its_configuration():
+def test_tempo_accepts_its_configuration() -> None:
     done = check(tempo_binary(), "-config.verify=true", f"-config.file={STACK / 'tempo.yaml'}")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.stack
-def test_compose_refuses_what_it_does_not_know(tmp_path: Path):
+def test_compose_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     text = (ROOT / "docker-compose.yml").read_text()
     (tmp_path / "docker-compose.yml").write_text(text.replace("read_only:", "readonly:"))
     done = check(binary("compose-check"), tmp_path / "docker-compose.yml")
@@ -107,7 +107,7 @@ def services() -> dict[str, Any]:
 
 
 @pytest.mark.stack
-def test_every_path_that_is_mounted_exists_and_is_read_only(services: dict[str, Any]):
+def test_every_path_that_is_mounted_exists_and_is_read_only(services: dict[str, Any]) -> None:
     mounts = [mount for service in services.values() for mount in service.get("volumes", ())]
     binds = [mount for mount in mounts if mount["type"] == "bind"]
     assert {"bind", "volume"} == {mount["type"] for mount in mounts}
@@ -116,14 +116,14 @@ def test_every_path_that_is_mounted_exists_and_is_read_only(services: dict[str, 
 
 
 @pytest.mark.stack
-def test_ports_are_published_on_loopback_only(services: dict[str, Any]):
+def test_ports_are_published_on_loopback_only(services: dict[str, Any]) -> None:
     published = {name: [port["host_ip"] for port in service["ports"]] for name, service in services.items()}
     assert {host for hosts in published.values() for host in hosts} == {"127.0.0.1"}
     assert not any(service.get("network_mode") for service in services.values())
 
 
 @pytest.mark.stack
-def test_images_are_pinned_to_the_versions_that_the_tests_run(services: dict[str, Any]):
+def test_images_are_pinned_to_the_versions_that_the_tests_run(services: dict[str, Any]) -> None:
     tags = {name: service["image"].partition(":")[2] for name, service in services.items()}
     assert all(re.fullmatch(r"v?\d+\.\d+\.\d+", tag) for tag in tags.values()), tags
     builder = yaml.safe_load((CONFIGS / "builder.yaml").read_text())
@@ -136,7 +136,7 @@ def test_images_are_pinned_to_the_versions_that_the_tests_run(services: dict[str
 
 
 @pytest.mark.stack
-def test_every_service_comes_back_is_limited_and_may_gain_no_privileges(services: dict[str, Any]):
+def test_every_service_comes_back_is_limited_and_may_gain_no_privileges(services: dict[str, Any]) -> None:
     for name, service in services.items():
         assert service["restart"] == "unless-stopped", name
         assert service["deploy"]["resources"]["limits"].keys() == {"cpus", "memory"}, name
@@ -148,7 +148,7 @@ def test_every_service_comes_back_is_limited_and_may_gain_no_privileges(services
 
 
 @pytest.mark.stack
-def test_grafana_has_no_password_that_anybody_knows(services: dict[str, Any]):
+def test_grafana_has_no_password_that_anybody_knows(services: dict[str, Any]) -> None:
     environment = services["grafana"]["environment"]
     assert not [name for name in environment if "PASSWORD" in name]
     assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
@@ -158,7 +158,7 @@ def test_grafana_has_no_password_that_anybody_knows(services: dict[str, Any]):
 
 
 @pytest.mark.stack
-def test_compose_sets_only_what_the_collector_reads(services: dict[str, Any]):
+def test_compose_sets_only_what_the_collector_reads(services: dict[str, Any]) -> None:
     known = {name for name, _ in VARIABLE.findall((CONFIGS / "single.yaml").read_text())}
     assert set(services["collector"]["environment"]) - {"GOMEMLIMIT"} <= known
 
@@ -167,7 +167,7 @@ def test_compose_sets_only_what_the_collector_reads(services: dict[str, Any]):
 
 
 @pytest.mark.parametrize("file", COLLECTORS)
-def test_every_setting_has_a_default_and_stands_in_the_readme(file: str):
+def test_every_setting_has_a_default_and_stands_in_the_readme(file: str) -> None:
     readme = (CONFIGS / "README.md").read_text()
     lines = (CONFIGS / file).read_text().splitlines()
     found = VARIABLE.findall("\n".join(line for line in lines if not line.lstrip().startswith("#")))
@@ -177,7 +177,7 @@ def test_every_setting_has_a_default_and_stands_in_the_readme(file: str):
         assert f"`{name}`" in readme
 
 
-def test_the_slim_collector_holds_what_the_configurations_use_and_no_more():
+def test_the_slim_collector_holds_what_the_configurations_use_and_no_more() -> None:
     builder = yaml.safe_load((CONFIGS / "builder.yaml").read_text())
     held = Counter(kind for kind in ("receivers", "processors", "exporters", "extensions") for _ in builder[kind])
     used: dict[str, set[str]] = {kind: set() for kind in held}
@@ -193,7 +193,7 @@ def test_the_slim_collector_holds_what_the_configurations_use_and_no_more():
     assert versions == {builder["dist"]["version"]}
 
 
-def test_datasources_lead_to_each_other_and_dashboards_ask_no_others():
+def test_datasources_lead_to_each_other_and_dashboards_ask_no_others() -> None:
     by_uid = {one["uid"]: one["jsonData"] for one in DATASOURCES}
     assert list(by_uid) == ["prometheus", "tempo", "loki"]
     assert by_uid["prometheus"]["exemplarTraceIdDestinations"][0]["datasourceUid"] == "tempo"
@@ -218,13 +218,13 @@ def _values(node: Any, parent: str, name: str) -> list[Any]:
     return here + [value for item in node.values() for value in _values(item, parent, name)]
 
 
-def test_what_grafana_itself_would_expand_is_escaped():
+def test_what_grafana_itself_would_expand_is_escaped() -> None:
     text = (STACK / "grafana/provisioning/datasources/datasources.yml").read_text()
     lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
     assert not re.search(r"(?<!\$)\$(?!\$)", "\n".join(lines).replace("$$", ""))
 
 
-def test_the_dashboards_are_mounted_where_grafana_looks():
+def test_the_dashboards_are_mounted_where_grafana_looks() -> None:
     provider = yaml.safe_load((STACK / "grafana/provisioning/dashboards/dashboards.yml").read_text())["providers"][0]
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["grafana"]
     assert f"./collector-config/stack/dashboards:{provider['options']['path']}:ro" in compose["volumes"]
@@ -252,7 +252,9 @@ def train(start: Any, endpoint: str, directory: Path, *, rank: int = 0, steps: i
 
 
 @pytest.mark.stack
-def test_single_moves_a_run_to_prometheus_with_identity_exemplars_and_the_queue_in_sight(start: Any, tmp_path: Path):
+def test_single_moves_a_run_to_prometheus_with_identity_exemplars_and_the_queue_in_sight(
+    start: Any, tmp_path: Path
+) -> None:
     prometheus = StackPrometheus(tmp_path / "prometheus")
     collector = StackCollector(tmp_path / "collector", "single.yaml", PROMETHEUS_OTLP=prometheus.otlp_endpoint)
     prometheus.scrapes.append(collector.metrics_address)
@@ -276,7 +278,7 @@ def test_single_moves_a_run_to_prometheus_with_identity_exemplars_and_the_queue_
 
 
 @pytest.mark.stack
-def test_single_makes_hyperparameters_and_errors_visible_in_loki(start: Any, loki: Loki, tmp_path: Path):
+def test_single_makes_hyperparameters_and_errors_visible_in_loki(start: Any, loki: Loki, tmp_path: Path) -> None:
     began = time.time() - 5
     with StackCollector(tmp_path / "collector", "single.yaml", LOKI_OTLP=loki.otlp_endpoint) as collector:
         train(start, collector.http_endpoint, tmp_path / "runs", rank=1)
@@ -293,7 +295,7 @@ def test_single_makes_hyperparameters_and_errors_visible_in_loki(start: Any, lok
 
 
 @pytest.mark.stack
-def test_single_moves_traces_to_tempo(start: Any, tempo: Tempo, tmp_path: Path):
+def test_single_moves_traces_to_tempo(start: Any, tempo: Tempo, tmp_path: Path) -> None:
     began = time.time() - 5
     with StackCollector(tmp_path / "collector", "single.yaml", TEMPO_OTLP=tempo.otlp_target) as collector:
         train(start, collector.http_endpoint, tmp_path / "runs")
@@ -302,7 +304,7 @@ def test_single_moves_traces_to_tempo(start: Any, tempo: Tempo, tmp_path: Path):
 
 
 @pytest.mark.stack
-def test_what_single_accepted_outlives_its_own_death_and_the_absence_of_the_store(start: Any, tmp_path: Path):
+def test_what_single_accepted_outlives_its_own_death_and_the_absence_of_the_store(start: Any, tmp_path: Path) -> None:
     prometheus = StackPrometheus(tmp_path / "prometheus")
     collector = StackCollector(tmp_path / "collector", "single.yaml", PROMETHEUS_OTLP=prometheus.otlp_endpoint)
     with collector:
@@ -315,7 +317,9 @@ def test_what_single_accepted_outlives_its_own_death_and_the_absence_of_the_stor
 
 
 @pytest.mark.stack
-def test_what_an_agent_accepted_outlives_its_own_death_and_the_absence_of_the_gateway(start: Any, tmp_path: Path):
+def test_what_an_agent_accepted_outlives_its_own_death_and_the_absence_of_the_gateway(
+    start: Any, tmp_path: Path
+) -> None:
     with StackPrometheus(tmp_path / "prometheus") as prometheus:
         gateway = StackCollector(tmp_path / "gateway", "gateway.yaml", PROMETHEUS_OTLP=prometheus.otlp_endpoint)
         agent = StackCollector(tmp_path / "agent", "agent.yaml", COLLECTOR_GATEWAYS=f"[{gateway.grpc_target}]")
@@ -331,7 +335,7 @@ def test_what_an_agent_accepted_outlives_its_own_death_and_the_absence_of_the_ga
 
 
 @pytest.mark.stack
-def test_agents_send_a_session_and_a_trace_each_to_one_gateway(start: Any, tmp_path: Path):
+def test_agents_send_a_session_and_a_trace_each_to_one_gateway(start: Any, tmp_path: Path) -> None:
     with StackPrometheus(tmp_path / "prometheus") as prometheus:
         gateways = [
             StackCollector(tmp_path / f"gateway-{n}", "gateway.yaml", PROMETHEUS_OTLP=prometheus.otlp_endpoint)

@@ -29,7 +29,7 @@ UNITS = {
 every_dashboard = pytest.mark.parametrize("name", grafana.NAMES)
 
 
-def test_the_committed_files_are_what_the_code_makes(tmp_path: Path):
+def test_the_committed_files_are_what_the_code_makes(tmp_path: Path) -> None:
     pytest.importorskip("grafana_foundation_sdk", reason="the dashboards extra needs Python 3.11")
     subprocess.run([sys.executable, "-m", "dashboards", str(tmp_path)], cwd=CONFIGS, check=True, timeout=60)
     made = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.rglob("*.*")}
@@ -40,12 +40,12 @@ def test_the_committed_files_are_what_the_code_makes(tmp_path: Path):
 
 @pytest.mark.stack
 @pytest.mark.parametrize("file", ["recording.yml", "alerts.yml"])
-def test_promtool_takes_the_rules(file: str):
+def test_promtool_takes_the_rules(file: str) -> None:
     promtool("check", "rules", "--lint=all", "--lint-fatal", file)
 
 
 @pytest.mark.stack
-def test_alerts_fire_when_they_should_and_not_otherwise():
+def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
     promtool("test", "rules", "alerts_test.yml")
 
 
@@ -55,7 +55,7 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_alert_says_what_to_do_and_is_tested_both_ways():
+def test_every_alert_says_what_to_do_and_is_tested_both_ways() -> None:
     tests = yaml.safe_load((grafana.PROMETHEUS_STACK / "alerts_test.yml").read_text())["tests"]
     cases = [case for test in tests for case in test["alert_rule_test"]]
     for rule in grafana.rules("alerts.yml"):
@@ -67,7 +67,7 @@ def test_every_alert_says_what_to_do_and_is_tested_both_ways():
         assert len(rule["annotations"]["description"]) > 100
 
 
-def test_recording_rules_are_named_level_metric_operation_every_ten_seconds():
+def test_recording_rules_are_named_level_metric_operation_every_ten_seconds() -> None:
     (group,) = yaml.safe_load((grafana.PROMETHEUS_STACK / "recording.yml").read_text())["groups"]
     assert group["interval"] == "10s"
     for rule in group["rules"]:
@@ -81,7 +81,7 @@ def test_recording_rules_are_named_level_metric_operation_every_ten_seconds():
 
 
 @every_dashboard
-def test_every_panel_says_what_it_shows_and_what_to_do(name: str):
+def test_every_panel_says_what_it_shows_and_what_to_do(name: str) -> None:
     board = grafana.dashboard(name)
     assert board["uid"] == f"stepspan-{name}"
     assert board["description"]
@@ -93,7 +93,7 @@ def test_every_panel_says_what_it_shows_and_what_to_do(name: str):
 
 
 @every_dashboard
-def test_ids_are_unique_and_every_query_has_a_letter_and_a_legend(name: str):
+def test_ids_are_unique_and_every_query_has_a_letter_and_a_legend(name: str) -> None:
     board = grafana.dashboard(name)
     numbers = [panel["id"] for panel in board["panels"]]
     assert sorted(numbers) == list(range(1, len(numbers) + 1))
@@ -107,7 +107,7 @@ def test_ids_are_unique_and_every_query_has_a_letter_and_a_legend(name: str):
 
 
 @every_dashboard
-def test_every_data_source_is_one_that_is_provisioned(name: str):
+def test_every_data_source_is_one_that_is_provisioned(name: str) -> None:
     file = grafana.STACK / "grafana" / "provisioning" / "datasources" / "datasources.yml"
     provisioned = {one["uid"]: one["type"] for one in yaml.safe_load(file.read_text())["datasources"]}
     text = orjson.dumps(grafana.dashboard(name)).decode()
@@ -119,7 +119,7 @@ def test_every_data_source_is_one_that_is_provisioned(name: str):
 
 
 @every_dashboard
-def test_panels_do_not_overlap(name: str):
+def test_panels_do_not_overlap(name: str) -> None:
     taken: dict[tuple[int, int], str] = {}
     for panel in grafana.dashboard(name)["panels"]:
         place = panel["gridPos"]
@@ -131,7 +131,7 @@ def test_panels_do_not_overlap(name: str):
 
 
 @every_dashboard
-def test_dashboards_lead_to_each_other_with_job_rank_and_time(name: str):
+def test_dashboards_lead_to_each_other_with_job_rank_and_time(name: str) -> None:
     board = grafana.dashboard(name)
     (link,) = board["links"]
     assert (link["type"], link["tags"], link["includeVars"], link["keepTime"]) == (
@@ -145,7 +145,7 @@ def test_dashboards_lead_to_each_other_with_job_rank_and_time(name: str):
 
 
 @every_dashboard
-def test_a_panel_that_draws_single_ranks_narrows_them_and_bounds_their_number(name: str):
+def test_a_panel_that_draws_single_ranks_narrows_them_and_bounds_their_number(name: str) -> None:
     for panel in grafana.panels(grafana.dashboard(name)):
         for target in panel["targets"]:
             if "rank {{rank}}" in target.get("legendFormat", ""):
@@ -154,7 +154,7 @@ def test_a_panel_that_draws_single_ranks_narrows_them_and_bounds_their_number(na
 
 
 @every_dashboard
-def test_ranks_that_are_typed_as_a_pattern_are_asked_for_as_one(name: str):
+def test_ranks_that_are_typed_as_a_pattern_are_asked_for_as_one(name: str) -> None:
     """`12..` for the ranks 1200 to 1299, as the panel of blocks says."""
     asked = [query.filled(**{**VALUES, "rank": "12.."}) for query in grafana.queries(name)]
     narrowed = [text for text in asked if "rank=~" in text]
@@ -193,7 +193,7 @@ def promql() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.stack
-def test_every_expression_parses_and_asks_for_metrics_that_exist(parse: Callable[[str], Any]):
+def test_every_expression_parses_and_asks_for_metrics_that_exist(parse: Callable[[str], Any]) -> None:
     known = {**ours(), **sampled(), **recorded(), **THEIRS}
     missing = [
         (of, name.pattern)
@@ -205,7 +205,7 @@ def test_every_expression_parses_and_asks_for_metrics_that_exist(parse: Callable
 
 
 @pytest.mark.stack
-def test_every_label_asked_for_is_one_that_the_metric_has(parse: Callable[[str], Any]):
+def test_every_label_asked_for_is_one_that_the_metric_has(parse: Callable[[str], Any]) -> None:
     known = {**ours(), **sampled(), **recorded()}
     for of, expression in promql():
         for name, matchers in grafana.selectors(parse(expression)):

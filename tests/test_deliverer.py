@@ -7,11 +7,13 @@ import signal
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import processes
 from harness.delivery import OK, Scripted, Training, assert_true, copy, everything, trained
-from harness.processes import under_load, until
+from harness.processes import Ranks, under_load, until
 from harness.receiver import Answer, ScriptedReceiver
 
 from stepspan.deliver import deliverer as deliverers
@@ -31,7 +33,7 @@ from stepspan.otlp.outcome import Outcome, Verdict
 ranks = processes.ranks
 
 
-def sync(directory, exporter, **fields):
+def sync(directory: Path, exporter: Any, **fields: Any) -> None:
     """`stepspan sync` without its command line."""
     deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", **fields))
     deliverer.start()
@@ -40,12 +42,12 @@ def sync(directory, exporter, **fields):
     assert not any(scheduler.broken for scheduler in deliverer.schedulers)
 
 
-def exporter_to(receiver, protocol="http/protobuf", **fields):
+def exporter_to(receiver: ScriptedReceiver, protocol: str = "http/protobuf", **fields: Any) -> OtlpExporter:
     endpoint = receiver.grpc_target if protocol == "grpc" else receiver.url
     return OtlpExporter(endpoint, protocol=protocol, destination="there", env={}, **fields)
 
 
-def assert_ledgers(directory):
+def assert_ledgers(directory: Path) -> None:
     for session in find_sessions(directory):
         for state in cursors(session.path)["there"].values():
             assert_true(state.ledger, read_closed(session.path).seq)
@@ -55,7 +57,7 @@ def assert_ledgers(directory):
 # ---------------------------------------------------------------- threads
 
 
-def test_all_signals_of_all_sessions_reach_all_destinations(tmp_path):
+def test_all_signals_of_all_sessions_reach_all_destinations(tmp_path: Path) -> None:
     sessions = [trained(tmp_path, 20, rank=rank, session=f"00000000000000a{rank}") for rank in range(3)]
     exporters = [Scripted(signals=SIGNALS), Scripted(signals=["traces"], destination="elsewhere")]
     deliverer = Deliverer(exporters, lambda: find_sessions(tmp_path), Options(boot_id="boot"))
@@ -71,7 +73,7 @@ def test_all_signals_of_all_sessions_reach_all_destinations(tmp_path):
     assert len(exporters[1].taken) == 3 * 21
 
 
-def test_a_signal_that_hangs_stops_no_other(tmp_path):
+def test_a_signal_that_hangs_stops_no_other(tmp_path: Path) -> None:
     trained(tmp_path, 5)
     hanging, released = Scripted(signals=["traces"]), threading.Event()
     hanging.answer = lambda _: released.wait(20) and OK
@@ -86,7 +88,7 @@ def test_a_signal_that_hangs_stops_no_other(tmp_path):
     released.set()
 
 
-def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path, caplog):
+def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(tmp_path, 5)
     broken, other = Scripted(signals=["traces"]), Scripted(destination="other")
     deliverer = Deliverer([broken, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
@@ -99,7 +101,9 @@ def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path, caplog):
     assert "delivery of traces to there has stopped" in caplog.text
 
 
-def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(tmp_path, monkeypatch):
+def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(deliverers, "SILENCE_LIMIT_S", 0.5)
     living = Training(tmp_path)
     living.steps(3)
@@ -114,7 +118,7 @@ def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(tmp_path, monke
     deliverer.stop()
 
 
-def test_pace_is_told_the_cpu_time_of_each_round(tmp_path):
+def test_pace_is_told_the_cpu_time_of_each_round(tmp_path: Path) -> None:
     trained(tmp_path, 50)
     told = []
     deliverer = Deliverer([Scripted()], lambda: find_sessions(tmp_path), Options(boot_id="boot"), pace=told.append)
@@ -124,7 +128,7 @@ def test_pace_is_told_the_cpu_time_of_each_round(tmp_path):
     assert max(told) > 0.0001
 
 
-def test_one_lock_a_host_and_destination(tmp_path):
+def test_one_lock_a_host_and_destination(tmp_path: Path) -> None:
     first, second = DeliveryLock(tmp_path, "node", "a"), DeliveryLock(tmp_path, "node", "a")
     assert first.acquire()
     assert not second.acquire()
@@ -138,7 +142,7 @@ def test_one_lock_a_host_and_destination(tmp_path):
 # ---------------------------------------------------------------- the process
 
 
-def test_two_ranks_share_one_deliverer_that_outlives_them_and_ends(ranks):
+def test_two_ranks_share_one_deliverer_that_outlives_them_and_ends(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         for rank in range(2):
             ranks.start(rank, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
@@ -156,7 +160,7 @@ def test_two_ranks_share_one_deliverer_that_outlives_them_and_ends(ranks):
         assert {span["rank"] for span in ended} == {0, 1}
 
 
-def test_it_outlives_a_run_whose_receiver_is_away_and_delivers_when_it_is_back(ranks):
+def test_it_outlives_a_run_whose_receiver_is_away_and_delivers_when_it_is_back(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         receiver.stop()
         rank = ranks.start(count=100, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
@@ -169,7 +173,7 @@ def test_it_outlives_a_run_whose_receiver_is_away_and_delivers_when_it_is_back(r
         until(lambda: not ranks.deliverers())
 
 
-def test_ctrl_c_ends_the_run_and_not_the_delivery(ranks):
+def test_ctrl_c_ends_the_run_and_not_the_delivery(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         receiver.stop()
         rank = ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
@@ -186,7 +190,7 @@ def test_ctrl_c_ends_the_run_and_not_the_delivery(ranks):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_it_stops_between_two_requests_when_asked_to(ranks, how):
+def test_it_stops_between_two_requests_when_asked_to(ranks: Ranks, how: Any) -> None:
     with ScriptedReceiver() as receiver:
         ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         (one,) = until(ranks.at_work)
@@ -198,7 +202,7 @@ def test_it_stops_between_two_requests_when_asked_to(ranks, how):
         ranks.stop()
 
 
-def test_headers_are_seen_in_no_argument_and_no_file(ranks):
+def test_headers_are_seen_in_no_argument_and_no_file(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         headers = "authorization=Bearer%20s3cr3t-t0ken,x-scope-orgid=team-z9z9"
         ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, OTEL_EXPORTER_OTLP_HEADERS=headers)
@@ -219,7 +223,7 @@ def test_headers_are_seen_in_no_argument_and_no_file(ranks):
         assert all(path.stat().st_mode & 0o077 == 0 for path in files if path.name not in {"stop", ".gitignore"})
 
 
-def test_no_deliverer_without_an_endpoint_or_where_it_is_switched_off(ranks):
+def test_no_deliverer_without_an_endpoint_or_where_it_is_switched_off(ranks: Ranks) -> None:
     ranks.ended(ranks.start(count=20))
     with ScriptedReceiver() as receiver:
         off = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url, "OTEL_SDK_DISABLED": "true"}
@@ -231,7 +235,7 @@ def test_no_deliverer_without_an_endpoint_or_where_it_is_switched_off(ranks):
 # ---------------------------------------------------------------- purity: the same set at the receiver
 
 
-def rich(directory, pause=lambda: None):
+def rich(directory: Path, pause: Any = lambda: None) -> None:
     """Two sessions of some two thousand events: one that completes, one whose process dies in a step."""
     for rank in range(2):
         # Of this boot, or nobody could tell that the second is dead.
@@ -267,20 +271,20 @@ def rich(directory, pause=lambda: None):
             training.end()
 
 
-def found_at(receiver):
+def found_at(receiver: ScriptedReceiver) -> tuple[Any, ...]:
     """Everything at a receiver, comparable."""
     return receiver.points(), {repr(s) for s in receiver.spans()}, {repr(log) for log in receiver.logs()}
 
 
 @pytest.fixture(scope="module")
-def journal(tmp_path_factory):
+def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """A journal that was delivered while it was written, and what arrived."""
     directory = tmp_path_factory.mktemp("live")
     with ScriptedReceiver() as receiver, closing(exporter_to(receiver)) as exporter:
         deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", batch_bytes=5000))
         deliverer.start()
 
-        def a_request_later():
+        def a_request_later() -> None:
             sent = len(receiver.seen)
             until(lambda: len(receiver.seen) > sent)
 
@@ -293,13 +297,13 @@ def journal(tmp_path_factory):
         return directory, found_at(receiver)
 
 
-def fresh(journal, tmp_path):
+def fresh(journal: Path, tmp_path: Path) -> Any:
     for session in find_sessions(journal):
         copy(session, tmp_path)
     return tmp_path
 
 
-def test_live_delivery_has_everything(journal):
+def test_live_delivery_has_everything(journal: tuple[Any, ...]) -> None:
     directory, (points, spans, logs) = journal
     for rank, session in enumerate(find_sessions(directory)):
         whole = everything(session)
@@ -309,7 +313,9 @@ def test_live_delivery_has_everything(journal):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_sync_in_one_go_over_each_protocol_gives_the_same_set(journal, tmp_path, protocol):
+def test_sync_in_one_go_over_each_protocol_gives_the_same_set(
+    journal: tuple[Any, ...], tmp_path: Path, protocol: Any
+) -> None:
     directory, expected = journal
     with ScriptedReceiver() as receiver, closing(exporter_to(receiver, protocol)) as exporter:
         sync(fresh(directory, tmp_path), exporter, batch_bytes=1 << 22)
@@ -318,7 +324,9 @@ def test_sync_in_one_go_over_each_protocol_gives_the_same_set(journal, tmp_path,
 
 
 @pytest.mark.parametrize("batch", [600, 20_000])
-def test_sync_in_many_interrupted_pieces_gives_the_same_set(journal, tmp_path, batch):
+def test_sync_in_many_interrupted_pieces_gives_the_same_set(
+    journal: tuple[Any, ...], tmp_path: Path, batch: int
+) -> None:
     directory, expected = journal
     fresh(directory, tmp_path)
     with ScriptedReceiver() as receiver:
@@ -337,7 +345,9 @@ def test_sync_in_many_interrupted_pieces_gives_the_same_set(journal, tmp_path, b
     assert_ledgers(tmp_path)
 
 
-def test_repeated_from_zero_it_is_the_same_set_and_a_second_sync_sends_nothing(journal, tmp_path):
+def test_repeated_from_zero_it_is_the_same_set_and_a_second_sync_sends_nothing(
+    journal: tuple[Any, ...], tmp_path: Path
+) -> None:
     directory, expected = journal
     fresh(directory, tmp_path)
     with ScriptedReceiver() as receiver:
@@ -350,15 +360,17 @@ def test_repeated_from_zero_it_is_the_same_set_and_a_second_sync_sends_nothing(j
                 assert len(receiver.seen) == sent
 
 
-def test_this_machine_is_the_boot_that_the_deliverer_goes_by():
+def test_this_machine_is_the_boot_that_the_deliverer_goes_by() -> None:
     assert host_facts().boot_id
 
 
-def test_a_run_that_comes_and_goes_while_it_ends_is_delivered_too(tmp_path, monkeypatch):
+def test_a_run_that_comes_and_goes_while_it_ends_is_delivered_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained(tmp_path, 3)
     stop, stops = Deliverer.stop, []
 
-    def just_then(self, *arguments):
+    def just_then(self: Any, *arguments: Any) -> None:
         stops.append(self)
         if len(stops) == 1:
             trained(tmp_path, 3, rank=1, session="00000000000000b1")

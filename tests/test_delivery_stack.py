@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 from harness import processes
 from harness.delivery import DAY, Training, assert_true
 from harness.journals import NOON, SECOND
-from harness.processes import until
-from harness.stack import Collector
+from harness.processes import Ranks, until
+from harness.stack import Collector, Prometheus
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import cursors
@@ -26,16 +28,16 @@ ranks = processes.ranks
 WAYS = ["straight", "through the collector"]
 
 
-def ago(seconds):
+def ago(seconds: float) -> Any:
     """What `Training` takes as `started`."""
     return time.time() - NOON / SECOND - seconds
 
 
-def endpoint(way, prometheus, collector):
+def endpoint(way: Any, prometheus: Prometheus, collector: Collector) -> Any:
     return collector.http_endpoint if way == "through the collector" else prometheus.otlp_endpoint
 
 
-def sync(directory, where, protocol=None, **fields):
+def sync(directory: Path, where: Any, protocol: Any = None, **fields: Any) -> dict[Any, Any]:
     """Deliver the metrics; session's rank -> the cursor's state."""
     env = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
     with closing(OtlpExporter(where, protocol=protocol, env=env, destination="there")) as exporter:
@@ -48,7 +50,7 @@ def sync(directory, where, protocol=None, **fields):
     return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}
 
 
-def training(directory, rank, started, steps, every):
+def training(directory: Path, rank: int, started: Any, steps: Any, every: Any) -> Any:
     """A session, and its losses by millisecond."""
     one = Training(directory, rank=rank, session=f"00000000000000a{rank}", started=started)
     one.steps(steps, every=every, value=lambda n: (rank + 1) / (n + 1))
@@ -56,7 +58,7 @@ def training(directory, rank, started, steps, every):
     return one.losses
 
 
-def arrived(prometheus, span):
+def arrived(prometheus: Prometheus, span: Any) -> dict[Any, Any]:
     return {
         int(labels["rank"]): dict(samples)
         for labels, samples in prometheus.series(f'training_loss{{job_id="job"}}[{span}]')
@@ -64,7 +66,9 @@ def arrived(prometheus, span):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_journals_of_five_days_arrive_whole_in_an_empty_prometheus(tmp_path, prometheus, collector, way):
+def test_two_journals_of_five_days_arrive_whole_in_an_empty_prometheus(
+    tmp_path: Path, prometheus: Prometheus, collector: Collector, way: Any
+) -> None:
     every = 5 * DAY / 250
     started = ago(5 * DAY)
     expected = {rank: training(tmp_path / "runs", rank, started, 240, every) for rank in range(2)}
@@ -76,7 +80,9 @@ def test_two_journals_of_five_days_arrive_whole_in_an_empty_prometheus(tmp_path,
 
 
 @pytest.mark.parametrize("way", [*WAYS, "through the collector's gRPC"])
-def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(tmp_path, prometheus, collector, way):
+def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(
+    tmp_path: Path, prometheus: Prometheus, collector: Collector, way: Any
+) -> None:
     by_grpc = way.endswith("gRPC")
     where = collector.grpc_endpoint if by_grpc else endpoint(way, prometheus, collector)
     protocol = "grpc" if by_grpc else None
@@ -94,7 +100,9 @@ def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(tmp_path,
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_refused_point_costs_one_point(tmp_path, prometheus, collector, way):
+def test_a_refused_point_costs_one_point(
+    tmp_path: Path, prometheus: Prometheus, collector: Collector, way: Any
+) -> None:
     started = ago(600)
     expected = {rank: training(tmp_path / "runs", rank, started, 100, 5.0) for rank in range(2)}
     bad = sorted(expected[0])[42]
@@ -119,13 +127,15 @@ def test_a_refused_point_costs_one_point(tmp_path, prometheus, collector, way):
     assert letters.read_bytes().count(b"\n") == 1
 
 
-def point(ms):
+def point(ms: Any) -> dict[str, Any]:
     split = {"key": "split", "value": {"stringValue": "train"}}
     return {"timeUnixNano": str(ms * 10**6), "asDouble": 99.0, "attributes": [split]}
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_repeated_delivery_from_zero_changes_nothing(tmp_path, prometheus, collector, way):
+def test_repeated_delivery_from_zero_changes_nothing(
+    tmp_path: Path, prometheus: Prometheus, collector: Collector, way: Any
+) -> None:
     started = ago(600)
     for rank in range(2):
         training(tmp_path / "runs", rank, started, 100, 5.0)
@@ -141,7 +151,9 @@ def test_repeated_delivery_from_zero_changes_nothing(tmp_path, prometheus, colle
     assert ours(prometheus.dump("job")) == ours(dump)
 
 
-def test_a_collector_that_is_killed_and_restarted_under_a_run_loses_nothing(ranks, prometheus, tmp_path):
+def test_a_collector_that_is_killed_and_restarted_under_a_run_loses_nothing(
+    ranks: Ranks, prometheus: Prometheus, tmp_path: Path
+) -> None:
     with Collector(tmp_path / "collector", prometheus) as collector:
         for rank in range(2):
             ranks.start(rank, OTEL_EXPORTER_OTLP_ENDPOINT=collector.http_endpoint)

@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import orjson
@@ -28,12 +29,13 @@ from harness.journals import NOON, SECOND, header, lay_down, metrics
 from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError, NewerSchema
+from stepspan.events import Event
 from stepspan.journal.cursor import SLOT, Cursor, read_cursor
 from stepspan.journal.disk import Limits
 from stepspan.journal.format import encode
 from stepspan.journal.layout import SessionPath, segment_name
 from stepspan.journal.liveness import read_closed
-from stepspan.mapping.records import SIGNALS
+from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Drop, SampleSteps
 
@@ -59,13 +61,13 @@ def checkpoint_file(session: SessionPath, signal: str = "metrics") -> Path:
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path, signal):
+def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path: Path, signal: Signal) -> None:
     session = trained(tmp_path, 60, limits=SMALL)
     expected = everything(session)[signal]
     crashed: set[int] = set()
 
     class Crashing(Scripted):
-        def export(self, *request):
+        def export(self, *request: Any) -> Any:
             outcome = super().export(*request)
             if hash(tuple(self.sent[-1])) not in crashed:
                 crashed.add(hash(tuple(self.sent[-1])))
@@ -89,7 +91,7 @@ def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path, signal):
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, signal):
+def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path: Path, signal: Signal) -> None:
     session = trained(tmp_path, 60, limits=SMALL)
     expected = everything(session)[signal]
     exporter = Scripted()
@@ -110,7 +112,7 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path, 
             assert rest.taken == expected[sent:]
 
 
-def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path):
+def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path: Path) -> None:
     session = trained(tmp_path, 100, limits=SMALL)
     task = DeliveryTask(session, "metrics", Scripted(), options(batch_bytes=TINY))
     seen = 0
@@ -123,7 +125,7 @@ def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path):
     assert seen > 5
 
 
-def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path):
+def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path: Path) -> None:
     session = trained(tmp_path, 100, limits=SMALL)
     expected = everything(session)["metrics"]
     exporter = Scripted()
@@ -179,7 +181,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize("change", CHECKPOINTS.values(), ids=CHECKPOINTS)
-def test_a_checkpoint_that_does_not_hold_is_rebuilt_from_the_journal(tmp_path, change):
+def test_a_checkpoint_that_does_not_hold_is_rebuilt_from_the_journal(tmp_path: Path, change: Any) -> None:
     session, exporter, expected = half_delivered(tmp_path)
     file = checkpoint_file(session)
     raw = file.read_bytes()
@@ -190,7 +192,7 @@ def test_a_checkpoint_that_does_not_hold_is_rebuilt_from_the_journal(tmp_path, c
     assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
-def test_another_sessions_checkpoint_is_not_used(tmp_path):
+def test_another_sessions_checkpoint_is_not_used(tmp_path: Path) -> None:
     session, exporter, expected = half_delivered(tmp_path / "a")
     other = Training(tmp_path / "b", session="00000000000000b0", limits=SMALL)
     other.steps(30, value=lambda n: 99.0)
@@ -210,7 +212,7 @@ CURSORS = {
 
 
 @pytest.mark.parametrize("change", CURSORS.values(), ids=CURSORS)
-def test_a_damaged_cursor_delivers_all_again(tmp_path, change):
+def test_a_damaged_cursor_delivers_all_again(tmp_path: Path, change: Any) -> None:
     session, _, expected = half_delivered(tmp_path)
     cursor_file(session).write_bytes(change(cursor_file(session).read_bytes()))
     again = Scripted()
@@ -219,7 +221,7 @@ def test_a_damaged_cursor_delivers_all_again(tmp_path, change):
     assert_true(task.state.ledger, read_closed(session.path).seq)
 
 
-def test_a_torn_move_costs_that_move(tmp_path):
+def test_a_torn_move_costs_that_move(tmp_path: Path) -> None:
     session, exporter, expected = half_delivered(tmp_path)
     raw = bytearray(cursor_file(session).read_bytes())
     newest = max((0, 1), key=lambda slot: orjson.loads(raw[slot * SLOT + 8 :].split(b"\0")[0])["generation"])
@@ -230,7 +232,7 @@ def test_a_torn_move_costs_that_move(tmp_path):
     assert list(dict.fromkeys(exporter.taken)) == expected
 
 
-def test_another_sessions_cursor_is_not_used(tmp_path, caplog):
+def test_another_sessions_cursor_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     session, _, expected = half_delivered(tmp_path / "a")
     other = trained(tmp_path / "b", 5, session="00000000000000b0")
     deliver(other, Scripted(), options())
@@ -243,7 +245,7 @@ def test_another_sessions_cursor_is_not_used(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("offset", [17, 10**9], ids=["within a line", "past the end"])
-def test_a_cursor_that_stands_nowhere_is_not_used(tmp_path, offset):
+def test_a_cursor_that_stands_nowhere_is_not_used(tmp_path: Path, offset: int) -> None:
     session, _, expected = half_delivered(tmp_path)
     cursor = Cursor(cursor_file(session))
     cursor.write(replace(cursor.state, position=replace(cursor.state.position, offset=offset)))
@@ -253,7 +255,7 @@ def test_a_cursor_that_stands_nowhere_is_not_used(tmp_path, offset):
     assert again.taken == expected
 
 
-def test_a_finished_session_is_not_sent_again(tmp_path):
+def test_a_finished_session_is_not_sent_again(tmp_path: Path) -> None:
     session = trained(tmp_path)
     deliver(session, Scripted(), options())
     again = Scripted()
@@ -264,7 +266,7 @@ def test_a_finished_session_is_not_sent_again(tmp_path):
     task.close()
 
 
-def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path):
+def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path: Path) -> None:
     session, exporter, expected = half_delivered(tmp_path)
     sent = len(exporter.taken)
     without_lr = Scripted(processors=[Drop(metrics=["lr"])])
@@ -273,7 +275,7 @@ def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path):
     assert without_lr.taken == rest
 
 
-def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
+def test_an_exporters_own_processors_hold_for_it_alone(tmp_path: Path) -> None:
     session = trained(tmp_path, 12)
     sampled, whole = Scripted(processors=[SampleSteps(every=4)]), Scripted(destination="elsewhere")
     task = deliver(session, sampled, options())
@@ -287,12 +289,14 @@ def test_an_exporters_own_processors_hold_for_it_alone(tmp_path):
 
 
 @pytest.mark.parametrize("made", [True, "loss", {}])
-def test_an_event_goes_on_without_a_processor_that_makes_none_of_it(tmp_path, caplog, made):
+def test_an_event_goes_on_without_a_processor_that_makes_none_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, made: Any
+) -> None:
     class Confused:
         tags = frozenset({"metrics"})
         spec = None
 
-        def __call__(self, event):
+        def __call__(self, event: Event) -> Any:
             return made
 
     session = trained(tmp_path, 12)
@@ -306,7 +310,7 @@ def test_an_event_goes_on_without_a_processor_that_makes_none_of_it(tmp_path, ca
 # ---------------------------------------------------------------- ledgers of lines
 
 
-def test_damaged_dropped_and_pruned_lines_are_counted_as_such(tmp_path):
+def test_damaged_dropped_and_pruned_lines_are_counted_as_such(tmp_path: Path) -> None:
     lines = [{**metrics(number), "seq": number + 2, "ts": NOON + number * SECOND} for number in range(20)]
     damaged = encode(lines[5])[:30] + b"\n"
     gap = {"ts": NOON + 30 * SECOND, "seq": 26, "tag": "gap", "dropped": 4, "why": "disk full"}
@@ -320,7 +324,7 @@ def test_damaged_dropped_and_pruned_lines_are_counted_as_such(tmp_path):
     assert_true(ledger, 31)
 
 
-def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path):
+def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path: Path) -> None:
     session = trained(tmp_path, 100, limits=SMALL)
     for number in (1, 2, 3):
         (session.path / segment_name(number)).unlink()
@@ -333,7 +337,7 @@ def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path):
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path, signal):
+def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path: Path, signal: Signal) -> None:
     session = trained(tmp_path, 40)
     journaled = read_closed(session.path).seq
     task = DeliveryTask(session, signal, Scripted(), options(batch_bytes=TINY))
@@ -343,7 +347,7 @@ def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path, signal):
     task.close()
 
 
-def test_partial_success_counts_as_rejected_but_never_more_than_there_is(tmp_path):
+def test_partial_success_counts_as_rejected_but_never_more_than_there_is(tmp_path: Path) -> None:
     session = trained(tmp_path, 5)
     task = deliver(session, Scripted([Outcome(Verdict.DELIVERED, "3 rejected by the receiver", rejected=3)]), options())
     assert task.state.ledger.rejected == 3
@@ -359,7 +363,7 @@ def test_partial_success_counts_as_rejected_but_never_more_than_there_is(tmp_pat
 # ---------------------------------------------------------------- verdicts, by an injected clock
 
 
-def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_path):
+def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_path: Path) -> None:
     time = Time()
     session = trained(tmp_path, 60)
     exporter = Scripted([Outcome(Verdict.RETRY, "busy")] * 10)
@@ -381,7 +385,7 @@ def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_pa
     task.close()
 
 
-def test_jitter_takes_up_to_half_of_a_wait(tmp_path):
+def test_jitter_takes_up_to_half_of_a_wait(tmp_path: Path) -> None:
     time = Time()
     exporter = Scripted([Outcome(Verdict.RETRY)])
     task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time, jitter=lambda: 0.0))
@@ -391,7 +395,7 @@ def test_jitter_takes_up_to_half_of_a_wait(tmp_path):
 
 
 @pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.RETRY_THEN_HOLD, Verdict.HOLD])
-def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
+def test_what_a_receiver_asks_to_wait_is_waited(tmp_path: Path, verdict: Any) -> None:
     time = Time()
     exporter = Scripted([Outcome(verdict, retry_after=120.0)])
     task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
@@ -400,7 +404,7 @@ def test_what_a_receiver_asks_to_wait_is_waited(tmp_path, verdict):
     task.close()
 
 
-def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes(tmp_path):
+def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes(tmp_path: Path) -> None:
     time = Time()
     exporter = Scripted([Outcome(Verdict.RETRY, "503: busy", retry_after=99_999_999_999.0)])
     task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
@@ -410,7 +414,7 @@ def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes
     task.close()
 
 
-def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_rejected(tmp_path):
+def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_rejected(tmp_path: Path) -> None:
     time = Time()
     exporter = Scripted(lambda _: Outcome(Verdict.RETRY_THEN_HOLD, "500: its disk"))
     task = DeliveryTask(trained(tmp_path, 5), "metrics", exporter, options(time))
@@ -427,7 +431,7 @@ def test_a_receiver_that_keeps_failing_is_held_at_the_fifth_time_and_nothing_is_
     task.close()
 
 
-def test_an_absence_does_not_count_towards_a_hold(tmp_path):
+def test_an_absence_does_not_count_towards_a_hold(tmp_path: Path) -> None:
     time = Time()
     answers = [Outcome(Verdict.RETRY)] * 10 + [Outcome(Verdict.RETRY_THEN_HOLD)] * 4 + [Outcome(Verdict.HOLD)]
     task = DeliveryTask(trained(tmp_path, 5), "metrics", Scripted(answers), options(time))
@@ -440,7 +444,7 @@ def test_an_absence_does_not_count_towards_a_hold(tmp_path):
     task.close()
 
 
-def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
+def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     time = Time()
     session = trained(tmp_path, 60)
@@ -467,7 +471,7 @@ def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path, caplog):
     task.close()
 
 
-def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path, caplog):
+def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     session = trained(tmp_path, 5)
     exporter = Scripted([Outcome(Verdict.HOLD, "401: credentials")] * 2)
     task = DeliveryTask(session, "metrics", exporter, options())
@@ -483,12 +487,12 @@ def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path, caplog):
     task.close()
 
 
-def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tmp_path):
+def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tmp_path: Path) -> None:
     session = trained(tmp_path, 40)
     expected = everything(session)["metrics"]
     bad = next(record for record in expected if record[1] == "training.loss" and record[4] == repr(1.0 / 11))
 
-    def answer(records):
+    def answer(records: Any) -> Any:
         refused = bad[1:] in plain(records)
         return Outcome(Verdict.ISOLATE, "400: duplicate sample") if refused else OK
 
@@ -508,7 +512,7 @@ def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tm
     assert (session.path / "rejected.jsonl").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_receiver_that_refuses_everything_holds_with_nothing_rejected(tmp_path):
+def test_a_receiver_that_refuses_everything_holds_with_nothing_rejected(tmp_path: Path) -> None:
     session = trained(tmp_path, 40)
     exporter = Scripted(lambda _: Outcome(Verdict.ISOLATE, "400: no such tenant"))
     task = DeliveryTask(session, "metrics", exporter, options())
@@ -530,7 +534,9 @@ AGES = {
 
 @pytest.mark.parametrize(("age", "held"), AGES.values(), ids=AGES)
 @pytest.mark.parametrize("reason_hidden", [True, False], ids=["reason_hidden", "with a reason"])
-def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(tmp_path, age, held, reason_hidden):
+def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(
+    tmp_path: Path, age: Any, held: Any, reason_hidden: bool
+) -> None:
     session = trained(tmp_path, 10)
     time = Time(read_closed(session.path).ts / SECOND + age)
     refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", reason_hidden=reason_hidden)
@@ -551,7 +557,7 @@ def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(
 
 
 @pytest.mark.parametrize("signal", ["traces", "logs"])
-def test_only_points_are_judged_by_their_time(tmp_path, signal):
+def test_only_points_are_judged_by_their_time(tmp_path: Path, signal: str) -> None:
     session = trained(tmp_path, 20)
     time = Time(NOON / SECOND + 10 * 86_400)
     bad = everything(session)[signal][0][1:]
@@ -564,7 +570,7 @@ def test_only_points_are_judged_by_their_time(tmp_path, signal):
 # ---------------------------------------------------------------- the end of a session
 
 
-def test_a_dead_writers_session_is_closed_and_its_open_step_delivered(tmp_path):
+def test_a_dead_writers_session_is_closed_and_its_open_step_delivered(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(3)
     training.emit("step_begin", parent=training.run, step=3, split="train")
@@ -578,7 +584,7 @@ def test_a_dead_writers_session_is_closed_and_its_open_step_delivered(tmp_path):
     assert sum("interrupted" in record[1] for record in exporter.taken) >= 2, "the step and the run"
 
 
-def test_a_living_writers_session_waits_at_its_end(tmp_path):
+def test_a_living_writers_session_waits_at_its_end(tmp_path: Path) -> None:
     time = Time()
     training = Training(tmp_path)
     training.steps(3)
@@ -603,7 +609,7 @@ def test_a_living_writers_session_waits_at_its_end(tmp_path):
     task.close()
 
 
-def test_a_session_that_is_gone_does_not_keep_a_deliverer_waiting(tmp_path):
+def test_a_session_that_is_gone_does_not_keep_a_deliverer_waiting(tmp_path: Path) -> None:
     time = Time()
     training = Training(tmp_path)
     training.steps(3)
@@ -617,7 +623,7 @@ def test_a_session_that_is_gone_does_not_keep_a_deliverer_waiting(tmp_path):
     training.die()
 
 
-def test_another_boots_session_is_dead_only_after_silence(tmp_path):
+def test_another_boots_session_is_dead_only_after_silence(tmp_path: Path) -> None:
     time = Time()
     training = Training(tmp_path, boot_id="another")
     training.steps(3)
@@ -640,7 +646,7 @@ def test_another_boots_session_is_dead_only_after_silence(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_journal_that_is_not_ours_is_read_and_never_written(tmp_path):
+def test_a_journal_that_is_not_ours_is_read_and_never_written(tmp_path: Path) -> None:
     session = trained(tmp_path / "theirs", 10)
     expected = everything(copy(session, tmp_path / "copy"))["metrics"]
     for path in [session.path, *session.path.iterdir()]:
@@ -660,7 +666,7 @@ def test_a_journal_that_is_not_ours_is_read_and_never_written(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp_path):
+def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp_path: Path) -> None:
     training = Training(tmp_path / "theirs")
     training.steps(3)
     session = training.die()
@@ -672,7 +678,7 @@ def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp
     assert read_closed(tmp_path / "state" / session.path.name).status == "interrupted"
 
 
-def test_a_journal_of_a_newer_schema_is_not_touched_and_the_version_named(tmp_path):
+def test_a_journal_of_a_newer_schema_is_not_touched_and_the_version_named(tmp_path: Path) -> None:
     session = lay_down(tmp_path, [header(schema="2.0"), metrics(1)])
     with pytest.raises(NewerSchema, match=r"schema 2\.0.*upgrade stepspan"):
         DeliveryTask(session, "metrics", Scripted(), options())

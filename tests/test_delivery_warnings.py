@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import site
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +26,7 @@ from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import Cursor, CursorState, cursor_name
 from stepspan.journal.layout import find_sessions
 from stepspan.processors import Drop
+from stepspan.run import Run
 
 start, ranks = start, processes.ranks
 
@@ -273,7 +275,7 @@ def test_a_training_process_imports_what_starts_a_deliverer_and_nothing_that_del
 # ---------------------------------------------------------------- one cursor, one exporter
 
 
-def test_two_exporters_of_one_destination_are_refused(start, tmp_path: Path) -> None:
+def test_two_exporters_of_one_destination_are_refused(start: Callable[..., Run], tmp_path: Path) -> None:
     pairs = [
         [OtlpExporter(ENDPOINT, env={}, processors=[Drop(metrics=["loss"])]), OtlpExporter(ENDPOINT, env={})],
         [MemoryExporter(), MemoryExporter()],
@@ -284,7 +286,9 @@ def test_two_exporters_of_one_destination_are_refused(start, tmp_path: Path) -> 
     start(exporters=[JsonlExporter(tmp_path / "runs"), MemoryExporter(), MemoryExporter(destination="other")])
 
 
-def test_an_endpoint_that_variables_argument_and_file_name_is_one_exporter(start, monkeypatch) -> None:
+def test_an_endpoint_that_variables_argument_and_file_name_is_one_exporter(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", ENDPOINT)
     monkeypatch.setenv("STEPSPAN_DELIVERY", "off")
     monkeypatch.setenv("STEPSPAN_EXPORTERS", json.dumps([{"endpoint": ENDPOINT}]))

@@ -25,7 +25,7 @@ def demo(*arguments: str, before: str = "", **variables: str) -> subprocess.Comp
     )
 
 
-def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path):
+def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path) -> None:
     told = demo("--directory", str(tmp_path / "runs"), before="sys.modules['sklearn'] = None")
     assert told.returncode == 2
     assert "pip install 'stepspan[demo]'" in told.stderr
@@ -33,7 +33,7 @@ def test_without_scikit_learn_it_says_what_to_install(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_settings_say_where_the_journal_goes_and_who_gets_it(tmp_path: Path):
+def test_the_settings_say_where_the_journal_goes_and_who_gets_it(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     with ScriptedReceiver() as receiver:
         told = demo(STEPSPAN_DIRECTORY=str(tmp_path / "mine"), STEPSPAN_ENDPOINT=receiver.url)

@@ -17,7 +17,7 @@ def doctor(*arguments: object, **variables: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env={**env, **variables}, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_doctor_says_where_each_field_comes_from(tmp_path: Path):
+def test_doctor_says_where_each_field_comes_from(tmp_path: Path) -> None:
     variables = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "STEPSPAN_JOB_ID": "mine"}
     told = doctor("--directory", tmp_path / "runs", **variables)
     assert told.returncode == 0, told.stdout
@@ -35,13 +35,13 @@ def test_doctor_says_where_each_field_comes_from(tmp_path: Path):
     ],
     ids=["rank", "setting", "protocol"],
 )
-def test_doctor_fails_where_a_run_would(tmp_path: Path, variables: dict[str, str], told: str):
+def test_doctor_fails_where_a_run_would(tmp_path: Path, variables: dict[str, str], told: str) -> None:
     found = doctor("--directory", tmp_path / "runs", **variables)
     assert found.returncode == 1
     assert told in next(line for line in found.stdout.splitlines() if "FAIL" in line)
 
 
-def test_doctor_tries_each_endpoint(tmp_path: Path):
+def test_doctor_tries_each_endpoint(tmp_path: Path) -> None:
     with ScriptedReceiver() as receiver:
         receiver.script("traces", lambda _: Answer(404))
         told = doctor("--directory", tmp_path / "runs", "--endpoint", receiver.url)
@@ -60,7 +60,7 @@ def test_doctor_tries_each_endpoint(tmp_path: Path):
     ],
     ids=["shared", "an exporter's"],
 )
-def test_processors_that_nobody_knows_are_told(tmp_path: Path, content: str):
+def test_processors_that_nobody_knows_are_told(tmp_path: Path, content: str) -> None:
     pytest.importorskip("yaml")
     (tmp_path / "config.yaml").write_text(content)
     told = doctor("--directory", tmp_path / "runs", STEPSPAN_CONFIG=str(tmp_path / "config.yaml"))
@@ -68,7 +68,7 @@ def test_processors_that_nobody_knows_are_told(tmp_path: Path, content: str):
     assert "renam" in next(line for line in told.stdout.splitlines() if "FAIL" in line)
 
 
-def test_further_exporters_are_tried_too(tmp_path: Path):
+def test_further_exporters_are_tried_too(tmp_path: Path) -> None:
     pytest.importorskip("yaml")
     with ScriptedReceiver() as receiver:
         (tmp_path / "config.yaml").write_text(f"exporters: [{{endpoint: '{receiver.url}'}}]")
@@ -79,7 +79,7 @@ def test_further_exporters_are_tried_too(tmp_path: Path):
     assert "nothing is sent" not in told.stdout
 
 
-def test_nothing_is_left_behind(tmp_path: Path):
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert doctor("--directory", tmp_path / "a" / "b" / "c").returncode == 0
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()

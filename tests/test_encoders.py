@@ -10,6 +10,7 @@ import base64
 import json
 import struct
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 from google.protobuf import json_format
@@ -26,7 +27,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from stepspan import __version__
 from stepspan.exporters._sdk_objects import log_records, metrics_data, readable_spans
-from stepspan.mapping.records import Exemplar, Histogram, Link, Log, Series, Span, SpanEvent, Sum
+from stepspan.mapping.records import Exemplar, Histogram, Link, Log, Series, Signal, Span, SpanEvent, Sum
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp import protobuf as otlp_protobuf
 from stepspan.otlp.rules import NAN
@@ -114,7 +115,7 @@ NUMBERS = {"kind", "code", "flags", "severityNumber", "aggregationTemporality", 
 def parse_json(signal: str, body: bytes) -> Message:
     """Proto3 JSON's own parser, after holding the rules of OTLP that it would not notice."""
 
-    def proto3(value, key=""):
+    def proto3(value: Any, key: str = "") -> Any:
         if isinstance(value, dict):
             return {key: proto3(item, key) for key, item in value.items()}
         if isinstance(value, list):
@@ -126,7 +127,7 @@ def parse_json(signal: str, body: bytes) -> Message:
         assert key not in NUMBERS or type(value) is int, key
         return value
 
-    def refuse(constant):
+    def refuse(constant: Any) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     return json_format.ParseDict(proto3(json.loads(body, parse_constant=refuse)), REQUESTS[signal]())
@@ -135,7 +136,7 @@ def parse_json(signal: str, body: bytes) -> Message:
 def comparable(request: Message) -> dict:
     """The message as plain data in which floats are equal when their bits are."""
 
-    def plain(value):
+    def plain(value: Any) -> Any:
         if isinstance(value, Message):
             return {
                 field.name: [plain(item) for item in child] if field.is_repeated else plain(child)
@@ -148,7 +149,7 @@ def comparable(request: Message) -> dict:
     return plain(request)
 
 
-def assert_all_agree(signal, resource, records):
+def assert_all_agree(signal: Signal, resource: Any, records: Any) -> None:
     requests = {
         "json": parse_json(signal, otlp_json.encode(signal, resource, records)),
         "protobuf": parse_protobuf(signal, otlp_protobuf.encode(signal, resource, records)),
@@ -208,7 +209,7 @@ series = st.builds(Series, names, attributes, st.sampled_from(["", "s"]), st.sam
 
 
 @st.composite
-def points(draw):
+def points(draw: Any) -> list[Any]:
     pool = draw(st.lists(series, min_size=1, max_size=4))
     mixed = draw(st.lists(st.sampled_from(pool), max_size=12))
     times = sorted(draw(st.lists(uint64, min_size=len(mixed), max_size=len(mixed))))
@@ -237,26 +238,26 @@ logs = st.builds(
 
 @settings(deadline=None)
 @given(attributes, points())
-def test_points_agree_with_the_official_encoder(resource, records):
+def test_points_agree_with_the_official_encoder(resource: Any, records: Any) -> None:
     assert_all_agree("metrics", resource, records)
 
 
 @settings(deadline=None)
 @given(attributes, st.lists(spans, min_size=1, max_size=3))
-def test_spans_agree_with_the_official_encoder(resource, records):
+def test_spans_agree_with_the_official_encoder(resource: Any, records: Any) -> None:
     assert_all_agree("traces", resource, records)
 
 
 @settings(deadline=None)
 @given(attributes, st.lists(logs, min_size=1, max_size=3))
-def test_logs_agree_with_the_official_encoder(resource, records):
+def test_logs_agree_with_the_official_encoder(resource: Any, records: Any) -> None:
     assert_all_agree("logs", resource, records)
 
 
 # --- examples: given these records, exactly this OTLP
 
 
-def body_of(signal, records):
+def body_of(signal: Signal, records: Any) -> Any:
     """The whole JSON body, with what is the same for every request taken off."""
     body = json.loads(otlp_json.encode(signal, RESOURCE, records))
     (outer,) = body.values()
@@ -273,7 +274,7 @@ def body_of(signal, records):
     return scope
 
 
-def test_series_of_one_name_become_one_metric():
+def test_series_of_one_name_become_one_metric() -> None:
     train = Series("training.loss", {"split": "train"})
     val = Series("training.loss", {"split": "val"})
     records = [(train, 1, 0.5), (val, 2, 0.75), (train, 3, float("nan")), (val, 4, 1e-7), (train, 5, -float("inf"))]
@@ -296,7 +297,7 @@ def test_series_of_one_name_become_one_metric():
     }
 
 
-def test_a_series_that_ends():
+def test_a_series_that_ends() -> None:
     series = Series("training.loss", {})
     assert body_of("metrics", [(series, START, 1.0), (series, START + SECOND, None)]) == {
         "metrics": [
@@ -313,7 +314,7 @@ def test_a_series_that_ends():
     }
 
 
-def test_a_sum_and_a_histogram():
+def test_a_sum_and_a_histogram() -> None:
     errors = Series("training.run.errors", {"error.type": "ValueError"}, "{error}", "sum", "Errors logged")
     duration = Series("training.step.duration", {}, "s", "histogram")
     histogram = Histogram(START, 6, 1.5, 0.1, 0.5, 3, 1, -26, [2, 0, 3], [Exemplar(START + 1, 0.5, TRACE_ID, SPAN_ID)])
@@ -370,7 +371,7 @@ def test_a_sum_and_a_histogram():
     }
 
 
-def test_a_failed_span():
+def test_a_failed_span() -> None:
     span = Span(
         TRACE_ID,
         SPAN_ID,
@@ -422,7 +423,7 @@ def test_a_failed_span():
     }
 
 
-def test_an_event_within_a_span():
+def test_an_event_within_a_span() -> None:
     log = Log(START, 13, {"lr": 3e-4, "name": "a\ud800b"}, "training.hyperparams", {"n": None}, TRACE_ID, SPAN_ID)
     assert body_of("logs", [log]) == {
         "logRecords": [
@@ -450,7 +451,7 @@ def test_an_event_within_a_span():
 
 
 @pytest.mark.parametrize(("number", "text"), [(1, "TRACE"), (5, "DEBUG"), (9, "INFO"), (10, "INFO2"), (24, "FATAL4")])
-def test_severity_text_comes_from_the_number(number, text):
+def test_severity_text_comes_from_the_number(number: int, text: str) -> None:
     (record,) = body_of("logs", [Log(START, number, "", "", {})])["logRecords"]
     assert record["severityText"] == text
 
@@ -458,7 +459,7 @@ def test_severity_text_comes_from_the_number(number, text):
 # --- what a comparison with the official encoder does not show
 
 
-def test_every_nan_in_protobuf_has_the_bits_go_writes():
+def test_every_nan_in_protobuf_has_the_bits_go_writes() -> None:
     nan = float("nan")
     kinds = {"gauge": nan, "sum": Sum(0, nan), "histogram": Histogram(0, 1, nan, nan, nan, 0, 0, 0, [1])}
     for kind, value in kinds.items():
@@ -467,12 +468,12 @@ def test_every_nan_in_protobuf_has_the_bits_go_writes():
         assert bytes.fromhex("000000000000f87f") not in body
 
 
-def test_the_sdk_passes_those_bits_on():
+def test_the_sdk_passes_those_bits_on() -> None:
     request = encode_metrics(metrics_data({}, [(Series("loss", {}), 1, float("nan"))]))
     assert bytes.fromhex("010000000000f87f") in request.SerializeToString()
 
 
-def test_what_is_nested_too_deep_for_a_receiver_is_written_as_text():
+def test_what_is_nested_too_deep_for_a_receiver_is_written_as_text() -> None:
     deep = {"x": ["\ud800", None, 1]}
     for level in range(100):
         deep = {"k": deep} if level % 2 else [deep]
@@ -480,7 +481,7 @@ def test_what_is_nested_too_deep_for_a_receiver_is_written_as_text():
 
 
 @pytest.mark.parametrize("encoder", [otlp_json, otlp_protobuf])
-def test_a_lone_surrogate_anywhere_becomes_a_question_mark(encoder):
+def test_a_lone_surrogate_anywhere_becomes_a_question_mark(encoder: Any) -> None:
     bad = "a\ud800"
     point = (Series(bad, {bad: bad}, bad, "gauge", bad), 1, 0.5)
     span = Span(TRACE_ID, SPAN_ID, None, bad, 1, 2, {bad: [bad]}, bad, [SpanEvent(bad, 1, {bad: bad})])
@@ -489,7 +490,7 @@ def test_a_lone_surrogate_anywhere_becomes_a_question_mark(encoder):
         assert b"a?" in encoder.encode(signal, {bad: bad}, [record])
 
 
-def test_what_a_series_keeps_serves_every_encoder_again():
+def test_what_a_series_keeps_serves_every_encoder_again() -> None:
     series = Series("training.loss", {"split": "train"})
     first, second = [(series, 1, 0.5)], [(series, 2, 0.25)]
     for records in (first, second, [*first, *second]):
@@ -497,19 +498,19 @@ def test_what_a_series_keeps_serves_every_encoder_again():
     assert set(series.encoded) == {"json", "protobuf"}
 
 
-def test_a_metric_that_only_ends_makes_no_empty_sdk_metric():
+def test_a_metric_that_only_ends_makes_no_empty_sdk_metric() -> None:
     (resource,) = metrics_data({}, [(Series("loss", {}), 1, None)]).resource_metrics
     assert resource.scope_metrics[0].metrics == []
 
 
-def test_a_log_outside_spans_does_not_take_the_current_one():
+def test_a_log_outside_spans_does_not_take_the_current_one() -> None:
     foreign = trace.NonRecordingSpan(trace.SpanContext(1, 2, is_remote=False))
     with trace.use_span(foreign):
         (record,) = log_records({}, [Log(START, 9, "", "", {})])
     assert (record.log_record.trace_id, record.log_record.span_id) == (0, 0)
 
 
-def test_sdk_objects_are_whole():
+def test_sdk_objects_are_whole() -> None:
     """The SDK's own writers, which read every member, can write them."""
     link = Link(TRACE_ID, SPAN_ID, {})
     span = Span(TRACE_ID, SPAN_ID, None, "s", 1, 2, {}, "boom", [SpanEvent("e", 1, {"a": [1]})], [link])

@@ -10,8 +10,10 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from harness.processes import Ranks
 from harness.stack import Collector, Prometheus
 
 import stepspan
@@ -66,7 +68,9 @@ def assert_every_point(prometheus: Prometheus, directory: Path) -> str:
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "http/json", "grpc"])
-def test_every_point_of_the_demo_arrives(collector: Collector, prometheus: Prometheus, tmp_path: Path, protocol: str):
+def test_every_point_of_the_demo_arrives(
+    collector: Collector, prometheus: Prometheus, tmp_path: Path, protocol: str
+) -> None:
     endpoint = collector.grpc_endpoint if protocol == "grpc" else collector.http_endpoint
     printed = demo(tmp_path / "runs", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_EXPORTER_OTLP_PROTOCOL=protocol)
     assert printed.count(" ok") == 6, "two ranks, three signals, all delivered"
@@ -101,7 +105,9 @@ def assert_one_trace_a_step(collector: Collector, directory: Path) -> None:
     assert phases == {"forward_backward", "all_reduce", "optimizer"}
 
 
-def _rank_with_sdk_exporters(rank, ranks, epochs, directory, memory, barrier, endpoint):
+def _rank_with_sdk_exporters(
+    rank: int, ranks: Ranks, epochs: Any, directory: Path, memory: Any, barrier: Any, endpoint: Any
+) -> None:
     os.environ.update(STEPSPAN_JOB_ID="official", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -119,7 +125,7 @@ def _rank_with_sdk_exporters(rank, ranks, epochs, directory, memory, barrier, en
 
 def test_every_point_arrives_through_the_official_exporters(
     collector: Collector, prometheus: Prometheus, tmp_path: Path
-):
+) -> None:
     from stepspan.cli.demo_training import shared_memory
 
     context = multiprocessing.get_context("spawn")
@@ -143,7 +149,7 @@ def test_every_point_arrives_through_the_official_exporters(
 @pytest.mark.parametrize("protocol", ["http/protobuf", "http/json", "grpc"])
 def test_nan_and_infinity_arrive_as_themselves(
     collector: Collector, prometheus: Prometheus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
-):
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
     endpoint = collector.grpc_endpoint if protocol == "grpc" else collector.http_endpoint
     with stepspan.start_run(directory=tmp_path / "runs", job_id="diverged", endpoint=endpoint) as run:
@@ -160,7 +166,7 @@ def test_nan_and_infinity_arrive_as_themselves(
 
 def test_the_demo_without_an_endpoint_says_how_to_send_it_and_that_works(
     collector: Collector, prometheus: Prometheus, tmp_path: Path
-):
+) -> None:
     printed = demo(tmp_path / "runs")
     line = next(line for line in printed.splitlines() if line.startswith("send it: "))
     arguments = line.partition(" sync ")[2].replace("http://localhost:4318", collector.http_endpoint)
@@ -192,7 +198,7 @@ with run.epoch(0):
 
 
 @pytest.mark.parametrize("child", ["alone", "forked"])
-def test_a_rank_killed_in_a_step_leaves_that_step_as_an_error(collector: Collector, tmp_path: Path, child: str):
+def test_a_rank_killed_in_a_step_leaves_that_step_as_an_error(collector: Collector, tmp_path: Path, child: str) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path / "runs"), child]
     killed = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
     assert killed.returncode == -9

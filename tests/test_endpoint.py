@@ -8,6 +8,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -201,7 +202,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("env", "arguments", "signal", "expected"), ROWS.values(), ids=ROWS)
-def test_resolution(env, arguments, signal, expected):
+def test_resolution(env: Any, arguments: Any, signal: Any, expected: Any) -> None:
     endpoint = resolve_destination(env, **arguments).endpoints.get(signal)
     if expected is None:
         assert endpoint is None
@@ -244,7 +245,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("env", "arguments", "field", "fix"), WRONG.values(), ids=WRONG)
-def test_a_wrong_value_is_told(env, arguments, field, fix):
+def test_a_wrong_value_is_told(env: Any, arguments: Any, field: Any, fix: Any) -> None:
     with pytest.raises(ConfigError) as raised:
         resolve_destination(env, **arguments)
     assert raised.value.field == field
@@ -262,13 +263,13 @@ def test_a_wrong_value_is_told(env, arguments, field, fix):
         "http://me:hunter2@c d",
     ],
 )
-def test_no_error_shows_credentials_of_a_url(url):
+def test_no_error_shows_credentials_of_a_url(url: str) -> None:
     with pytest.raises(ConfigError) as raised:
         resolve_destination({f"{E}ENDPOINT": url})
     assert not re.search("me:|hun|ter2", "".join(traceback.format_exception(raised.value)).replace(repr(url), ""))
 
 
-def test_no_repr_or_log_shows_credentials(caplog):
+def test_no_repr_or_log_shows_credentials(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     env = {
         f"{E}ENDPOINT": "http://me:hunter2@c:4318/o?token=hunter2",
@@ -286,7 +287,7 @@ def test_no_repr_or_log_shows_credentials(caplog):
     assert {"hunter2", "token=hunter2"} <= set(endpoints["logs"].secrets)
 
 
-def test_an_endpoint_can_be_a_key():
+def test_an_endpoint_can_be_a_key() -> None:
     one, other = resolve_destination(HTTP).endpoints["logs"], resolve_destination(HTTP).endpoints["logs"]
     assert {one: 1}[other] == 1
 
@@ -295,7 +296,7 @@ def name(env: dict[str, str]) -> str:
     return resolve_destination(env).name
 
 
-def test_a_destination_name_tells_receivers_and_tenants_apart_and_nothing_else():
+def test_a_destination_name_tells_receivers_and_tenants_apart_and_nothing_else() -> None:
     url = {f"{E}ENDPOINT": "http://c:4318"}
     here = name(url)
     assert re.fullmatch("[0-9a-f]{12}", here)
@@ -308,7 +309,7 @@ def test_a_destination_name_tells_receivers_and_tenants_apart_and_nothing_else()
     assert len(tenants | {here}) == 3
 
 
-def test_a_rotated_password_is_the_same_destination_and_another_user_is_not():
+def test_a_rotated_password_is_the_same_destination_and_another_user_is_not() -> None:
     def of(user_info: str) -> str:
         return name({f"{E}ENDPOINT": f"http://{user_info}c:4318"})
 
@@ -334,7 +335,7 @@ class CountedLookups(Mapping):
         return len(self.variables)
 
 
-def test_each_variable_is_read_once_for_all_exporters():
+def test_each_variable_is_read_once_for_all_exporters() -> None:
     env = CountedLookups(HTTP | {"OTEL_LOGS_EXPORTER": "none", f"{E}TRACES_TIMEOUT": "3", f"{E}HEADERS": "a=1"})
     further = [
         {"endpoint": "http://d:4318", "processors": []},
@@ -351,11 +352,11 @@ def test_each_variable_is_read_once_for_all_exporters():
     assert set(env.lookups.values()) == {1}
 
 
-def test_a_signal_that_is_switched_off_leaves_the_destination_its_name():
+def test_a_signal_that_is_switched_off_leaves_the_destination_its_name() -> None:
     assert name(HTTP | {"OTEL_LOGS_EXPORTER": "none"}) == name(HTTP)
     assert name(HTTP | {f"{E}LOGS_ENDPOINT": "http://d:4318/v1/logs"}) != name(HTTP)
 
 
-def test_nothing_is_resolved_where_all_signals_are_switched_off():
+def test_nothing_is_resolved_where_all_signals_are_switched_off() -> None:
     off = {f"OTEL_{signal}_EXPORTER": "none" for signal in ("METRICS", "TRACES", "LOGS")}
     assert otlp_exporters({f"{E}ENDPOINT": "ftp://c", **off}, endpoint=None, protocol=None) == []

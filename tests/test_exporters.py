@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.delivery import Training, deliver, everything, options, trained
@@ -31,6 +34,7 @@ from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
 from stepspan.otlp.outcome import Verdict
 from stepspan.processors import Drop, SampleSteps
+from stepspan.run import Run
 from stepspan.testing import FixedClock
 
 start = start
@@ -39,21 +43,21 @@ start = start
 class KeepingMetrics(MetricExporter):
     """The SDK has no exporter that keeps metrics."""
 
-    def __init__(self, result=MetricExportResult.SUCCESS):
+    def __init__(self, result: Any = MetricExportResult.SUCCESS) -> None:
         super().__init__()
         self.kept, self.result, self.closed = [], result, False
 
-    def export(self, metrics_data, timeout_millis=10_000, **kwargs):
+    def export(self, metrics_data: Any, timeout_millis: int = 10_000, **kwargs: Any) -> Any:
         self.kept.append(metrics_data)
         return self.result
 
-    def force_flush(self, timeout_millis=10_000):
+    def force_flush(self, timeout_millis: int = 10_000) -> bool:
         return True
 
-    def shutdown(self, timeout_millis=30_000, **kwargs):
+    def shutdown(self, timeout_millis: int = 30_000, **kwargs: Any) -> None:
         self.closed = True
 
-    def points(self, name):
+    def points(self, name: str) -> list[Any]:
         return [
             (point.time_unix_nano, point.value)
             for data in self.kept
@@ -64,15 +68,15 @@ class KeepingMetrics(MetricExporter):
 
 
 class Raising(SpanExporter):
-    def __init__(self):
+    def __init__(self) -> None:
         self.calls = 0
 
-    def export(self, spans):
+    def export(self, spans: Any) -> None:
         self.calls += 1
         raise RuntimeError("out of ideas")
 
 
-def journal():
+def journal() -> JsonlExporter:
     """A millisecond for each event: of several points in one only the last goes out."""
     return JsonlExporter("runs", clock=FixedClock(time.time_ns()))
 
@@ -80,7 +84,7 @@ def journal():
 # ---------------------------------------------------------------- memory
 
 
-def test_the_memory_exporter_keeps_what_it_is_given(tmp_path):
+def test_the_memory_exporter_keeps_what_it_is_given(tmp_path: Path) -> None:
     session = trained(tmp_path, 5)
     memory = MemoryExporter()
     for signal in SIGNALS:
@@ -90,7 +94,7 @@ def test_the_memory_exporter_keeps_what_it_is_given(tmp_path):
     assert [r[2] for _, r in memory.records["metrics"] if r[0].name == "training.lr" and r[2] is not None] == [0.5] * 5
 
 
-def test_a_run_with_a_memory_exporter_delivers_on_a_thread(start):
+def test_a_run_with_a_memory_exporter_delivers_on_a_thread(start: Callable[..., Run]) -> None:
     memory = MemoryExporter()
     run = start(exporters=[journal(), memory])
     assert isinstance(run.delivery, ThreadDelivery)
@@ -104,7 +108,7 @@ def test_a_run_with_a_memory_exporter_delivers_on_a_thread(start):
     assert run.stats()["delivery"]["memory"]["metrics"]["finished"]
 
 
-def test_a_run_that_ends_at_once_has_delivered_to_a_receiver_that_answers(start):
+def test_a_run_that_ends_at_once_has_delivered_to_a_receiver_that_answers(start: Callable[..., Run]) -> None:
     memory = MemoryExporter()
     with start(exporters=[journal(), memory]) as run:
         run.log_metrics({"loss": 0.5})
@@ -115,7 +119,7 @@ def test_a_run_that_ends_at_once_has_delivered_to_a_receiver_that_answers(start)
 # ---------------------------------------------------------------- OTLP
 
 
-def test_an_exporters_processors_are_its_own(tmp_path):
+def test_an_exporters_processors_are_its_own(tmp_path: Path) -> None:
     session = trained(tmp_path, 12)
     with ScriptedReceiver() as receiver:
         sampled = OtlpExporter(receiver.url, env={}, destination="a", processors=[SampleSteps(every=4)])
@@ -135,7 +139,7 @@ def test_an_exporters_processors_are_its_own(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_otlp_sends_each_signal_and_closes(tmp_path, protocol):
+def test_otlp_sends_each_signal_and_closes(tmp_path: Path, protocol: Any) -> None:
     session = trained(tmp_path, 5)
     with ScriptedReceiver() as receiver:
         endpoint = receiver.grpc_target if protocol == "grpc" else receiver.url
@@ -150,7 +154,7 @@ def test_otlp_sends_each_signal_and_closes(tmp_path, protocol):
         assert len([s for s in receiver.spans() if s["name"] == "training.step"]) == 5
 
 
-def test_a_signal_that_is_switched_off_is_not_sent_and_changes_no_name():
+def test_a_signal_that_is_switched_off_is_not_sent_and_changes_no_name() -> None:
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
     both = OtlpExporter(env=env)
     one = OtlpExporter(env={**env, "OTEL_TRACES_EXPORTER": "none"})
@@ -162,12 +166,12 @@ def test_a_signal_that_is_switched_off_is_not_sent_and_changes_no_name():
 # ---------------------------------------------------------------- the SDK's
 
 
-def test_sdk_needs_at_least_one_exporter():
+def test_sdk_needs_at_least_one_exporter() -> None:
     with pytest.raises(ConfigError, match="span="):
         SdkExporter()
 
 
-def test_sdk_exporters_in_memory_get_spans_points_and_logs(tmp_path):
+def test_sdk_exporters_in_memory_get_spans_points_and_logs(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(8, value=lambda n: "NaN" if n == 3 else float(n))
     session = training.end()
@@ -189,7 +193,7 @@ def test_sdk_exporters_in_memory_get_spans_points_and_logs(tmp_path):
     assert points.closed
 
 
-def test_a_run_with_sdk_exporters_and_a_flush(start):
+def test_a_run_with_sdk_exporters_and_a_flush(start: Callable[..., Run]) -> None:
     spans, points = InMemorySpanExporter(), KeepingMetrics()
     with start(exporters=[journal(), SdkExporter(span=spans, metric=points)]) as run:
         for step in range(3):
@@ -201,7 +205,7 @@ def test_a_run_with_sdk_exporters_and_a_flush(start):
 
 
 @pytest.mark.parametrize("kind", ["http", "grpc"])
-def test_official_exporters_deliver_to_a_receiver(tmp_path, kind):
+def test_official_exporters_deliver_to_a_receiver(tmp_path: Path, kind: str) -> None:
     session = trained(tmp_path, 8)
     with ScriptedReceiver() as ours, ScriptedReceiver() as theirs:
         own = OtlpExporter(ours.url, env={}, destination="own")
@@ -225,7 +229,7 @@ def test_official_exporters_deliver_to_a_receiver(tmp_path, kind):
         sdk.close()
 
 
-def test_a_failure_of_an_sdk_exporter_is_retried_then_held_and_never_rejected(tmp_path):
+def test_a_failure_of_an_sdk_exporter_is_retried_then_held_and_never_rejected(tmp_path: Path) -> None:
     session = trained(tmp_path, 3)
     exporter = SdkExporter(metric=KeepingMetrics(MetricExportResult.FAILURE))
     outcome = exporter.export("metrics", {}, [])
@@ -241,7 +245,7 @@ def test_a_failure_of_an_sdk_exporter_is_retried_then_held_and_never_rejected(tm
     task.close()
 
 
-def test_an_sdk_exporter_that_raises_stops_its_signal_only(start):
+def test_an_sdk_exporter_that_raises_stops_its_signal_only(start: Callable[..., Run]) -> None:
     raising, points = Raising(), KeepingMetrics()
     run = start(exporters=[SdkExporter(span=raising, metric=points)], directory="runs")
     with run.step(0):
@@ -258,7 +262,9 @@ def test_an_sdk_exporter_that_raises_stops_its_signal_only(start):
     assert time.monotonic() - before < 7
 
 
-def test_official_exporters_to_a_receiver_that_is_away_cost_the_end_of_a_run_less_than_a_second(start):
+def test_official_exporters_to_a_receiver_that_is_away_cost_the_end_of_a_run_less_than_a_second(
+    start: Callable[..., Run],
+) -> None:
     with ScriptedReceiver() as receiver:
         receiver.script("all", lambda _: Answer(then="hang"))
         sdk = SdkExporter(span=OTLPSpanExporter(endpoint=f"{receiver.url}/v1/traces", timeout=1))
@@ -271,6 +277,6 @@ def test_official_exporters_to_a_receiver_that_is_away_cost_the_end_of_a_run_les
         assert run.stats()["journaled"] == 4, "it is all in the journal"
 
 
-def test_exporters_that_are_none_are_refused_with_what_they_lack(start):
+def test_exporters_that_are_none_are_refused_with_what_they_lack(start: Callable[..., Run]) -> None:
     with pytest.raises(stepspan.errors.ConfigError, match="it lacks destination"):
         start(exporters=[object()], directory="runs")

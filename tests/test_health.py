@@ -10,15 +10,18 @@ import sys
 import time
 from contextlib import closing
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import processes
 from harness.delivery import NOON, OK, SECOND, Scripted, Time, Training, options, run_to_end, trained
 from harness.journals import metrics, open_writer
-from harness.processes import under_load, until
+from harness.processes import Ranks, under_load, until
 from harness.received import attributes, points
 from harness.receiver import ScriptedReceiver
 from harness.runs import is_ours
+from harness.stack import Collector, Prometheus
 
 from stepspan.deliver import health as healths
 from stepspan.deliver.deliverer import Deliverer, caught_up
@@ -29,8 +32,8 @@ from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import DeliveryTask
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.disk import Limits
-from stepspan.journal.layout import find_sessions, segment_name
-from stepspan.mapping.records import SIGNALS
+from stepspan.journal.layout import SessionPath, find_sessions, segment_name
+from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.otlp.json import encode
 from stepspan.otlp.outcome import Outcome, Verdict
 
@@ -43,7 +46,9 @@ NOWHERE = "http://127.0.0.1:1"
 class Telling:
     """A deliverer's schedulers to a scripted exporter, moved by hand, and its health, which goes to `receiver`."""
 
-    def __init__(self, directory, receiver=None, *, answers=(), signals=("metrics",), **fields):
+    def __init__(
+        self, directory: Path, receiver: Any = None, *, answers: Any = (), signals: Any = ("metrics",), **fields: Any
+    ) -> None:
         self.time = Time()
         self.options = options(self.time, **fields)
         self.there = Scripted(answers, signals=signals)
@@ -52,7 +57,7 @@ class Telling:
         exporter = OtlpExporter(receiver.url if receiver else NOWHERE, destination="there", env={})
         self.health = Health(exporter, self.schedulers, "node-1", self.options)
 
-    def run_to_end(self, rounds=None):
+    def run_to_end(self, rounds: Any = None) -> None:
         for scheduler in self.schedulers:
             if rounds is None:
                 run_to_end(scheduler)
@@ -62,7 +67,7 @@ class Telling:
                 for _ in range(rounds):
                     scheduler.run_once()
 
-    def says(self):
+    def says(self) -> Any:
         """What it would tell now: name -> the attribute that tells points apart, joined to the signal's -> value."""
         found = {}
         request = json.loads(self.otlp())
@@ -73,30 +78,30 @@ class Telling:
                 found.setdefault(metric["name"].removeprefix("stepspan."), {})[key] = point["asDouble"]
         return found
 
-    def after_a_look(self):
+    def after_a_look(self) -> Any:
         """What it says having only met the sessions."""
         for scheduler in self.schedulers:
             scheduler._scan(0.0)
         return self.says()
 
-    def otlp(self):
+    def otlp(self) -> Any:
         now = int(self.time() * SECOND)
         records = list(self.health.points(self.health.jobs(), now))
         return encode("metrics", self.health.resource, records)
 
 
-def segments_of(segment_bytes):
+def segments_of(segment_bytes: Any) -> Limits:
     return Limits(free_bytes=0, free_ratio=0.0, segment_bytes=segment_bytes)
 
 
-def lines(session):
+def lines(session: SessionPath) -> Any:
     return (session.path / segment_name(1)).read_bytes().splitlines(keepends=True)
 
 
 # ---------------------------------------------------------------- what is told
 
 
-def test_the_report_as_otlp(tmp_path):
+def test_the_report_as_otlp(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(3)
     telling = Telling(tmp_path, answers=[OK, AWAY], batch_bytes=1000)
@@ -110,10 +115,10 @@ def test_the_report_as_otlp(tmp_path):
     telling.time.now = first / SECOND + 7.5
     start, now = str(NOON), str(int(telling.time() * SECOND))
 
-    def text(**pairs):
+    def text(**pairs: Any) -> list[Any]:
         return [{"key": key, "value": {"stringValue": value}} for key, value in pairs.items()]
 
-    def sums(about, key, values):
+    def sums(about: Any, key: str, values: Any) -> list[Any]:
         return [
             {"startTimeUnixNano": start, "timeUnixNano": now, "asDouble": float(value),
              "attributes": text(**about, **{key: name})}
@@ -148,7 +153,7 @@ def test_the_report_as_otlp(tmp_path):
     assert lag == pytest.approx(7.5, abs=1e-5)
 
 
-def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_after_a_restart(tmp_path):
+def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_after_a_restart(tmp_path: Path) -> None:
     trained(tmp_path, 20, rank=0, session="00000000000000a0")
     living = Training(tmp_path, rank=1, session="00000000000000a1")
     living.steps(20)
@@ -167,7 +172,7 @@ def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_afte
     assert says == Telling(tmp_path).after_a_look()
 
 
-def test_lines_are_told_by_what_became_of_them(tmp_path):
+def test_lines_are_told_by_what_became_of_them(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(10)
     training.emit("gap", dropped=0, why="x")
@@ -186,7 +191,7 @@ def test_lines_are_told_by_what_became_of_them(tmp_path):
     }
 
 
-def test_jobs_are_told_apart(tmp_path):
+def test_jobs_are_told_apart(tmp_path: Path) -> None:
     for job, count in (("first", 5), ("second", 9)):
         resource = {"service.name": "t", "service.instance.id": f"{job}-0", "job_id": job, "rank": 0}
         writer = open_writer(tmp_path, session=f"00000000000000{count:02}", resource=resource, world_size=1)
@@ -198,7 +203,7 @@ def test_jobs_are_told_apart(tmp_path):
     assert telling.says()["journal.lines"]["second", "read"] == 10
 
 
-def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path):
+def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(5)
     telling = Telling(tmp_path)
@@ -221,7 +226,7 @@ def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path):
     ],
     ids=["a line that is being written", "no line at all", "a damaged line before a whole one"],
 )
-def test_lag_with_damage_at_the_cursor(tmp_path, tail, waits):
+def test_lag_with_damage_at_the_cursor(tmp_path: Path, tail: Any, waits: float) -> None:
     training = Training(tmp_path)
     telling = Telling(tmp_path)
     telling.run_to_end()
@@ -232,7 +237,7 @@ def test_lag_with_damage_at_the_cursor(tmp_path, tail, waits):
     assert telling.says()["delivery.pending"]["job", "metrics"] == len(tail)
 
 
-def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path):
+def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path: Path) -> None:
     training = Training(tmp_path, limits=segments_of(4096))
     training.steps(100)
     session = training.path
@@ -245,7 +250,7 @@ def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path)
     assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values()) - sizes[1]
 
 
-def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_path):
+def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_path: Path) -> None:
     for rank in range(2):
         Training(tmp_path, rank=rank, session=f"00000000000000a{rank}").steps(10)
     with ScriptedReceiver() as receiver:
@@ -261,7 +266,7 @@ def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_p
     assert {p.name for p in points(request)} == {f"stepspan.{name}" for name in says}
 
 
-def test_a_session_that_cannot_be_read_any_more_takes_nothing_from_the_sums(tmp_path):
+def test_a_session_that_cannot_be_read_any_more_takes_nothing_from_the_sums(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(10)
     telling = Telling(tmp_path)
@@ -278,7 +283,7 @@ def test_a_session_that_cannot_be_read_any_more_takes_nothing_from_the_sums(tmp_
 # ---------------------------------------------------------------- when it is told
 
 
-def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path):
+def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(3)
     with ScriptedReceiver() as receiver:
@@ -295,7 +300,7 @@ def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path):
         assert sum(last.values()) == len(telling.there.taken)
 
 
-def test_a_job_that_was_finished_before_is_passed_over(tmp_path):
+def test_a_job_that_was_finished_before_is_passed_over(tmp_path: Path) -> None:
     trained(tmp_path, 3)
     Telling(tmp_path).run_to_end()
     with ScriptedReceiver() as receiver:
@@ -305,7 +310,7 @@ def test_a_job_that_was_finished_before_is_passed_over(tmp_path):
         assert receiver.health == []
 
 
-def test_nothing_is_told_before_all_sessions_are_counted(tmp_path):
+def test_nothing_is_told_before_all_sessions_are_counted(tmp_path: Path) -> None:
     Training(tmp_path)
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver)
@@ -314,7 +319,7 @@ def test_nothing_is_told_before_all_sessions_are_counted(tmp_path):
         assert telling.health.report()
 
 
-def test_a_receiver_that_is_away_is_not_asked(tmp_path):
+def test_a_receiver_that_is_away_is_not_asked(tmp_path: Path) -> None:
     Training(tmp_path).steps(3)
     with ScriptedReceiver() as receiver:
         telling = Telling(tmp_path, receiver, answers=[AWAY] * 2)
@@ -328,7 +333,7 @@ def test_a_receiver_that_is_away_is_not_asked(tmp_path):
         assert telling.health.report()
 
 
-def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path):
+def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path: Path) -> None:
     Training(tmp_path).steps(3)
     telling = Telling(tmp_path, signals=["traces"])
     telling.run_to_end()
@@ -340,7 +345,9 @@ def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path):
     assert len(sent) == 2
 
 
-def test_it_tells_every_so_often_while_it_runs_and_once_when_it_ends(tmp_path, monkeypatch):
+def test_it_tells_every_so_often_while_it_runs_and_once_when_it_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.05)
     training = Training(tmp_path)
     training.steps(3)
@@ -363,17 +370,17 @@ def test_it_tells_every_so_often_while_it_runs_and_once_when_it_ends(tmp_path, m
         assert times == sorted(set(times))
 
 
-def points_of(receiver, signal):
+def points_of(receiver: ScriptedReceiver, signal: Signal) -> Any:
     return {"metrics": receiver.points, "traces": receiver.spans, "logs": receiver.logs}[signal]()
 
 
-def live(directory, exporter):
+def live(directory: Path, exporter: Any) -> Any:
     deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot"), health="node-1")
     deliverer.start()
     return deliverer
 
 
-def test_a_deliverer_that_delivered_nothing_tells_nothing(tmp_path):
+def test_a_deliverer_that_delivered_nothing_tells_nothing(tmp_path: Path) -> None:
     with ScriptedReceiver() as receiver:
         deliverer = live(tmp_path, OtlpExporter(receiver.url, env={}))
         deliverer.wait(caught_up)
@@ -381,7 +388,7 @@ def test_a_deliverer_that_delivered_nothing_tells_nothing(tmp_path):
         assert receiver.connections == 0
 
 
-def test_a_destination_without_metrics_is_told_nothing(tmp_path):
+def test_a_destination_without_metrics_is_told_nothing(tmp_path: Path) -> None:
     Training(tmp_path).steps(3)
     with ScriptedReceiver() as receiver:
         deliverer = live(tmp_path, OtlpExporter(receiver.url, env={"OTEL_METRICS_EXPORTER": "none"}))
@@ -392,13 +399,13 @@ def test_a_destination_without_metrics_is_told_nothing(tmp_path):
         assert receiver.health == []
 
 
-def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
+def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.01)
     training = Training(tmp_path)
     training.steps(3)
 
     class Hanging(OtlpExporter):
-        def clone(self, timeout):
+        def clone(self, timeout: Any) -> Any:
             other = super().clone(timeout)
             other.export = lambda *request: asked.append(request) or time.sleep(timeout) or AWAY
             return other
@@ -417,7 +424,7 @@ def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path, monkeypatch):
         assert time.monotonic() - before < under_load(healths.REQUEST_TIMEOUT_S + 1)
 
 
-def test_a_dead_endpoint_costs_nothing(tmp_path, monkeypatch):
+def test_a_dead_endpoint_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.05)
     Training(tmp_path).steps(3)
     deliverer = live(tmp_path, OtlpExporter(NOWHERE, env={}))
@@ -433,7 +440,7 @@ def test_a_dead_endpoint_costs_nothing(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- the processes
 
 
-def test_the_deliverer_of_a_run_tells_the_ledgers_that_its_cursors_hold(ranks):
+def test_the_deliverer_of_a_run_tells_the_ledgers_that_its_cursors_hold(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         for rank in range(2):
             ranks.start(rank, count=20, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
@@ -448,7 +455,7 @@ def test_the_deliverer_of_a_run_tells_the_ledgers_that_its_cursors_hold(ranks):
         assert about["service.instance.id"] == f"deliverer-{about['host.name']}"
 
 
-def test_a_run_can_switch_it_off(ranks):
+def test_a_run_can_switch_it_off(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         ranks.start(0, count=5, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, STEPSPAN_HEALTH="0")
         ranks.stop()
@@ -457,13 +464,13 @@ def test_a_run_can_switch_it_off(ranks):
         assert receiver.health == []
 
 
-def sync(directory, receiver, *flags, **env):
+def sync(directory: Path, receiver: ScriptedReceiver, *flags: Any, **env: Any) -> Any:
     inherited = {name: value for name, value in os.environ.items() if not is_ours(name)}
     command = [sys.executable, "-m", "stepspan", "sync", str(directory), "--endpoint", receiver.url, *flags]
     return subprocess.Popen(command, env={**inherited, "NO_PROXY": "*", **env}, stdout=subprocess.PIPE)
 
 
-def test_sync_tells_nothing(tmp_path):
+def test_sync_tells_nothing(tmp_path: Path) -> None:
     trained(tmp_path, 3)
     with ScriptedReceiver() as receiver, sync(tmp_path, receiver) as process:
         assert process.wait(timeout=under_load(30)) == 0
@@ -472,7 +479,7 @@ def test_sync_tells_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(("setting", "told"), [("", 1), ("0", 0)], ids=["by default", "switched off"])
-def test_sync_follow_tells_when_it_ends(tmp_path, setting, told):
+def test_sync_follow_tells_when_it_ends(tmp_path: Path, setting: str, told: int) -> None:
     trained(tmp_path, 3)
     with ScriptedReceiver() as receiver, sync(tmp_path, receiver, "--follow", STEPSPAN_HEALTH=setting) as process:
         until(lambda: list(tmp_path.rglob("*.logs")) and all_delivered(tmp_path))
@@ -481,7 +488,7 @@ def test_sync_follow_tells_when_it_ends(tmp_path, setting, told):
         assert len(receiver.health) == told
 
 
-def all_delivered(directory):
+def all_delivered(directory: Path) -> bool:
     return all(
         state.position.finished
         for session in find_sessions(directory)
@@ -491,7 +498,7 @@ def all_delivered(directory):
 
 
 @pytest.mark.stack
-def test_names_in_prometheus(tmp_path, collector, prometheus):
+def test_names_in_prometheus(tmp_path: Path, collector: Collector, prometheus: Prometheus) -> None:
     training = Training(tmp_path / "runs", started=time.time() - NOON / SECOND - 60)
     training.steps(20)
     for where in (collector.http_endpoint, prometheus.otlp_endpoint):
@@ -518,7 +525,7 @@ def test_names_in_prometheus(tmp_path, collector, prometheus):
 # ---------------------------------------------------------------- its cost
 
 
-def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path):
+def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path: Path) -> None:
     """A look at each: two sizes, and where something waits the time of one line."""
     telling = Telling(tmp_path)
     session = Training(tmp_path)

@@ -540,7 +540,7 @@ RESOLVED = resolved_rows()
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_each_session_knows_who_it_is(row):
+def test_each_session_knows_who_it_is(row: Any) -> None:
     for run, identities in RESOLVED[row]:
         for session, identity in zip(run.sessions, identities, strict=True):
             assert re.fullmatch(session.job, identity.job_id)
@@ -557,14 +557,14 @@ def test_each_session_knows_who_it_is(row):
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_ranks_of_a_run_share_key_and_job_and_no_series(row):
+def test_ranks_of_a_run_share_key_and_job_and_no_series(row: Any) -> None:
     for _, identities in RESOLVED[row]:
         assert len({identity.run_key for identity in identities}) == 1
         assert len({identity.job_id for identity in identities}) == 1
         assert len({identity.instance for identity in identities}) == len(identities)
 
 
-def test_different_runs_share_no_key_and_no_series():
+def test_different_runs_share_no_key_and_no_series() -> None:
     """Across all rows. Series only where runs continue a job, or were given one job id."""
     runs = [(row, run, identities) for row, runs in RESOLVED.items() for run, identities in runs]
     for (row, run, identities), (other_row, other, others) in combinations(runs, 2):
@@ -577,18 +577,20 @@ def test_different_runs_share_no_key_and_no_series():
             assert not shared, (row, other_row)
 
 
-def test_a_worker_has_series_of_its_own():
+def test_a_worker_has_series_of_its_own() -> None:
     _, identities = RESOLVED["a forked worker"][0]
     assert [each.instance.removeprefix(each.job_id) for each in identities] == ["-0", "-1", "-0-worker3", "-0-worker4"]
 
 
-def who(env=None, /, *, ordinal=0, earlier=0, parents=(SHELL,), **arguments) -> Identity:
+def who(
+    env: Any = None, /, *, ordinal: int = 0, earlier: int = 0, parents: Any = (SHELL,), **arguments: Any
+) -> Identity:
     facts = HostFacts("node1", "boot", parents, "train.py", NOW, "0123456789ab")
     return resolve(arguments, env or {}, facts, earlier_sessions=lambda job, rank: earlier, ordinal=ordinal)
 
 
 @pytest.mark.parametrize("field_name", ["job_id", "rank", "local_rank", "world_size", "attempt"])
-def test_argument_before_variable_before_launcher_for_each_field_by_itself(field_name):
+def test_argument_before_variable_before_launcher_for_each_field_by_itself(field_name: str) -> None:
     env = {**torchrun(1, "launched"), "WORLD_SIZE": "100", "TORCHELASTIC_RESTART_COUNT": "1"}
     told = {"job_id": "launched", "rank": 1, "local_rank": 1, "world_size": 100, "attempt": (0, 1)}
     variable = f"STEPSPAN_{field_name.upper()}"
@@ -610,26 +612,26 @@ def test_argument_before_variable_before_launcher_for_each_field_by_itself(field
     assert all(values(by_argument)[name] == told[name] for name in others)
 
 
-def test_a_blank_variable_is_unset():
+def test_a_blank_variable_is_unset() -> None:
     identity = who({"STEPSPAN_RANK": " ", "STEPSPAN_JOB_ID": "", "RANK": "", "WORLD_SIZE": "2", "SLURM_JOB_ID": ""})
     assert (identity.launcher, identity.rank, identity.world_size) == ("none", 0, 1)
     assert identity.warnings == ()
 
 
-def test_any_job_id_is_kept_as_given():
+def test_any_job_id_is_kept_as_given() -> None:
     for job_id in ("a/b", "..", "C:\\x", " padded ", "x" * 300, "größe-😀", "a\nb"):
         assert who(job_id=job_id).job_id == job_id
 
 
-def test_integers_of_numpy_are_integers():
+def test_integers_of_numpy_are_integers() -> None:
     class Int64:
-        def __index__(self):
+        def __index__(self) -> int:
             return 1
 
     assert who(rank=Int64(), world_size=2).rank == 1
 
 
-def test_the_attempt_that_was_given_is_trusted_more_than_the_journal():
+def test_the_attempt_that_was_given_is_trusted_more_than_the_journal() -> None:
     first, again = (
         who(job_id="exp", rank=0, world_size=2, attempt=0, earlier=5),
         who(job_id="exp", rank=0, world_size=2, attempt=1),
@@ -638,20 +640,20 @@ def test_the_attempt_that_was_given_is_trusted_more_than_the_journal():
     assert first.run_key != again.run_key
 
 
-def test_in_place_restarts_count_beside_the_attempt_that_was_given():
+def test_in_place_restarts_count_beside_the_attempt_that_was_given() -> None:
     first, again = who(torchrun(0), attempt=0), who(torchrun(0, restarts=1), attempt=0)
     assert again.attempt == (0, 1)
     assert first.run_key != again.run_key
 
 
-def test_without_a_visible_launcher_one_host_is_as_uncertain_as_many():
+def test_without_a_visible_launcher_one_host_is_as_uncertain_as_many() -> None:
     assert who(torchrun(0), parents=()).may_merge
 
 
 @pytest.mark.parametrize(
     ("script", "begin"), [("", "python"), ("-c", "python"), ("/a b/fit.v2.py", "fit.v2"), ("fit", "fit")]
 )
-def test_a_generated_job_id_begins_with_the_script(script, begin):
+def test_a_generated_job_id_begins_with_the_script(script: str, begin: str) -> None:
     facts = HostFacts("node1", "boot", (), script, NOW, "0123456789ab")
     identity = resolve({}, {}, facts, earlier_sessions=lambda job, rank: 0)
     assert identity.job_id == f"{begin}-20261121T020000-012345"
@@ -702,7 +704,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "env", "message"), BAD.values(), ids=BAD.keys())
-def test_what_the_user_said_wrongly_is_refused_with_field_value_and_fix(arguments, env, message):
+def test_what_the_user_said_wrongly_is_refused_with_field_value_and_fix(arguments: Any, env: Any, message: Any) -> None:
     with pytest.raises(ConfigError, match=f"^{message}") as caught:
         who(env, **arguments)
     assert caught.value.field in message
@@ -726,13 +728,13 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize(("env", "warning"), MALFORMED.values(), ids=MALFORMED.keys())
-def test_a_launcher_that_speaks_nonsense_is_ignored_with_one_warning(env, warning):
+def test_a_launcher_that_speaks_nonsense_is_ignored_with_one_warning(env: Any, warning: Any) -> None:
     identity = who(env)
     assert (identity.launcher, identity.rank, identity.world_size) == ("none", 0, 1)
     assert identity.warnings == (warning,)
 
 
-def test_the_next_launcher_is_asked_when_one_speaks_nonsense():
+def test_the_next_launcher_is_asked_when_one_speaks_nonsense() -> None:
     identity = who({**openmpi(1), "OMPI_COMM_WORLD_RANK": "9", **srun(1, 0, 1)})
     assert (identity.launcher, identity.job_id, identity.rank) == ("slurm", "1.0", 1)
     assert identity.warnings == ("OMPI_COMM_WORLD_RANK=9 is not below OMPI_COMM_WORLD_SIZE=2: ignored",)
@@ -747,7 +749,7 @@ def test_the_next_launcher_is_asked_when_one_speaks_nonsense():
         ("SLURM_RESTART_COUNT", "x", "SLURM_RESTART_COUNT='x' is not a whole number: ignored"),
     ],
 )
-def test_one_wrong_detail_does_not_cost_the_rank(name, value, warning):
+def test_one_wrong_detail_does_not_cost_the_rank(name: str, value: str, warning: str) -> None:
     identity = who({**torchrun(1), name: value})
     assert (identity.launcher, identity.rank, identity.local_rank, identity.attempt) == ("torchrun", 1, 1, (0, 0))
     assert identity.warnings == (warning,)
@@ -768,7 +770,7 @@ VALUES = st.one_of(st.integers(-2, 5).map(str), st.integers().map(str), st.text(
 
 
 @given(st.dictionaries(st.sampled_from(NAMES), VALUES), st.integers(0, 2))
-def test_every_environment_gives_an_identity_or_a_config_error(env, ordinal):
+def test_every_environment_gives_an_identity_or_a_config_error(env: Any, ordinal: Any) -> None:
     try:
         identity = who(env, ordinal=ordinal)
     except ConfigError:
@@ -794,7 +796,7 @@ OURS = {
 }
 
 
-def test_resource():
+def test_resource() -> None:
     assert resource_attributes(RANK_1, {}) == (OURS, ())
 
 
@@ -809,12 +811,12 @@ def test_resource():
         ({"OTEL_SERVICE_NAME": "v"}, {"resource": {"service.name": "r"}, "service_name": "argument"}, "argument"),
     ],
 )
-def test_service_name(env, arguments, name):
+def test_service_name(env: dict[str, Any], arguments: dict[str, Any], name: str) -> None:
     attributes, warnings = resource_attributes(RANK_1, env, **arguments)
     assert (attributes["service.name"], warnings) == (name, ())
 
 
-def test_the_users_attributes_come_after_the_environments():
+def test_the_users_attributes_come_after_the_environments() -> None:
     env = {"OTEL_RESOURCE_ATTRIBUTES": " team=vision ,host.name=metal%2D7,note=a%3Db=c%20d,discount=5%,zone="}
     attributes, warnings = resource_attributes(RANK_1, env, resource={"team": "audio", "gpus": [0, 1], "beta": True})
     assert attributes == {
@@ -830,7 +832,7 @@ def test_the_users_attributes_come_after_the_environments():
     assert warnings == ()
 
 
-def test_nobody_overrides_which_job_and_rank_it_is():
+def test_nobody_overrides_which_job_and_rank_it_is() -> None:
     env = {"OTEL_RESOURCE_ATTRIBUTES": "rank=7,service.instance.id=pod-7,job_id=resnet"}
     attributes, warnings = resource_attributes(RANK_1, env, resource={"world_size": 9})
     assert attributes == OURS
@@ -841,13 +843,13 @@ def test_nobody_overrides_which_job_and_rank_it_is():
     ]
 
 
-def test_a_malformed_pair_costs_that_pair():
+def test_a_malformed_pair_costs_that_pair() -> None:
     attributes, warnings = resource_attributes(RANK_1, {"OTEL_RESOURCE_ATTRIBUTES": "nonsense,=x,bad=%ff,team=vision,"})
     assert attributes == {**OURS, "team": "vision"}
     assert [text.split("'")[1] for text in warnings] == ["nonsense", "=x", "bad=%ff"]
 
 
-def test_plain_values_leave_enums_and_subclasses_behind():
+def test_plain_values_leave_enums_and_subclasses_behind() -> None:
     class Tier(str, Enum):
         GOLD = "gold"
 
@@ -865,19 +867,19 @@ def test_plain_values_leave_enums_and_subclasses_behind():
 @pytest.mark.parametrize(
     "value", [None, {}, {"a": 1}, object(), b"x", 2**63, float("nan"), [1, "a"], [1, True], [None], [[1]], {1}, 1j]
 )
-def test_an_attribute_that_opentelemetry_has_no_type_for_is_refused(value):
+def test_an_attribute_that_opentelemetry_has_no_type_for_is_refused(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"^resource\['team'\]=.*: give a string, boolean, 64-bit integer"):
         resource_attributes(RANK_1, {}, resource={"team": value})
 
 
 @pytest.mark.parametrize("arguments", [{"service_name": ""}, {"service_name": 3}, {"resource": {"service.name": 3}}])
-def test_a_service_name_is_a_string(arguments):
+def test_a_service_name_is_a_string(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^service_name="):
         resource_attributes(RANK_1, {}, **arguments)
 
 
 @pytest.mark.parametrize("key", ["", 3, None])
-def test_an_attribute_key_is_a_string(key):
+def test_an_attribute_key_is_a_string(key: int | str | None) -> None:
     with pytest.raises(ConfigError, match=r"^resource key="):
         resource_attributes(RANK_1, {}, resource={key: 1})
 
@@ -885,7 +887,7 @@ def test_an_attribute_key_is_a_string(key):
 # --- the host ---------------------------------------------------------------------------------------------------------
 
 
-def test_host_facts_of_this_process():
+def test_host_facts_of_this_process() -> None:
     facts, again = host_facts(), host_facts()
     assert facts.host
     assert facts.boot_id
@@ -895,11 +897,11 @@ def test_host_facts_of_this_process():
     assert facts.now_ns <= again.now_ns
 
 
-def test_psutil_sees_the_same_ancestors():
+def test_psutil_sees_the_same_ancestors() -> None:
     assert [each.pid for each in _from_psutil(frozenset())] == [each.pid for each in host_facts().ancestors]
 
 
-def test_a_wrapper_around_a_rank_is_not_its_launcher():
+def test_a_wrapper_around_a_rank_is_not_its_launcher() -> None:
     """Two ranks in a shell each: the key agrees although their parents differ."""
     script = """
 import os
@@ -916,7 +918,7 @@ print(os.getppid(), resolve({}, os.environ, host_facts(), earlier_sessions=lambd
     assert answers[0][1] == answers[1][1]
 
 
-def test_only_the_names_of_marks_are_kept_of_other_environments():
+def test_only_the_names_of_marks_are_kept_of_other_environments() -> None:
     script = "from stepspan.identity import host_facts; print(host_facts())"
     env = {"RANK": "0", "SECRET": "s3cret", "PATH": os.environ["PATH"]}
     command = ["sh", "-c", '"$0" -c "$1"; true', sys.executable, script]
@@ -925,6 +927,6 @@ def test_only_the_names_of_marks_are_kept_of_other_environments():
     assert "SECRET" not in shown
 
 
-def test_importing_identity_is_cheap():
+def test_importing_identity_is_cheap() -> None:
     code = "import sys, stepspan.identity; print({'pydantic', 'opentelemetry', 'psutil'} & sys.modules.keys())"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import runs
@@ -57,7 +58,7 @@ def refusal(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------- generations
 
 
-def test_what_a_store_wrote_is_imported_as_it_was_logged(tmp_path):
+def test_what_a_store_wrote_is_imported_as_it_was_logged(tmp_path: Path) -> None:
     times = iter(T + n for n in range(1, 10))
     store = JSONLLogStore(log_dir=tmp_path / "run-7" / "logs", clock=lambda: next(times))
     store.log_hyperparams({"lr": 0.5})
@@ -84,12 +85,12 @@ def test_what_a_store_wrote_is_imported_as_it_was_logged(tmp_path):
     assert (events[-1]["begin"], events[-1]["status"]) == (events[0]["seq"], "completed")
 
 
-def test_rows_of_log_scalar_have_no_split(tmp_path):
+def test_rows_of_log_scalar_have_no_split(tmp_path: Path) -> None:
     lay(tmp_path / "metrics.jsonl", {"ts": T + 0.5, "step": 3, "metrics": {"loss": 1}})
     assert metrics(imported(tmp_path, tmp_path / "runs")) == [(0.5, 3, "train", {"loss": 1.0})]
 
 
-def test_later_rows_stand_by_split_and_have_no_time(tmp_path):
+def test_later_rows_stand_by_split_and_have_no_time(tmp_path: Path) -> None:
     logs = tmp_path / "arm0" / "logs"
     train = [{"step": n, "split": "train", "metrics": {"loss": float(n)}} for n in range(3)]
     lay(logs / "training" / "metrics.jsonl", *train, mtime=T + 10)
@@ -106,7 +107,7 @@ def test_later_rows_stand_by_split_and_have_no_time(tmp_path):
     assert [event.get("attributes") for event in events if event["tag"] == "metrics"][-1] == {"benchmark": "full"}
 
 
-def test_every_row_without_a_time_becomes_a_point_of_its_own(tmp_path):
+def test_every_row_without_a_time_becomes_a_point_of_its_own(tmp_path: Path) -> None:
     path = lay(tmp_path / "metrics.jsonl", *({"step": n, "metrics": {"loss": float(n)}} for n in range(2000)))
     (session,) = reader.read_sessions(path)
     written, _ = write_session(tmp_path / "runs", session)
@@ -117,7 +118,7 @@ def test_every_row_without_a_time_becomes_a_point_of_its_own(tmp_path):
     assert mapped.filtered == 0
 
 
-def test_rows_are_put_in_the_order_of_their_times(tmp_path):
+def test_rows_are_put_in_the_order_of_their_times(tmp_path: Path) -> None:
     rows = [{"ts": T + at, "step": step, "metrics": {"loss": 1.0}} for step, at in enumerate([3, 1, 2, 2])]
     lay(tmp_path / "metrics.jsonl", *rows)
     found = imported(tmp_path, tmp_path / "runs")
@@ -126,14 +127,14 @@ def test_rows_are_put_in_the_order_of_their_times(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_row_without_a_time_among_others_has_that_of_the_row_before(tmp_path):
+def test_a_row_without_a_time_among_others_has_that_of_the_row_before(tmp_path: Path) -> None:
     row = {"step": 0, "metrics": {"loss": 1.0}}
     lay(tmp_path / "metrics.jsonl", row, {"ts": T + 1, **row}, row, {"ts": T + 2, **row})
     times = [event["ts"] - T * NS for event in imported(tmp_path, tmp_path / "runs") if event["tag"] == "metrics"]
     assert times == [NS, NS + 1, NS + 2, 2 * NS]
 
 
-def test_a_time_is_exactly_what_the_double_says(tmp_path):
+def test_a_time_is_exactly_what_the_double_says(tmp_path: Path) -> None:
     at = 1_736_761_273.9100001
     lay(tmp_path / "metrics.jsonl", {"ts": at, "step": 0, "metrics": {"loss": 1.0}})
     (event,) = (event for event in imported(tmp_path, tmp_path / "runs") if event["tag"] == "metrics")
@@ -150,7 +151,7 @@ def test_a_time_is_exactly_what_the_double_says(tmp_path):
     ],
     ids=["none", "completed", "failed", "unknown"],
 )
-def test_the_conclusion_says_how_the_run_ended(tmp_path, conclusion, status):
+def test_the_conclusion_says_how_the_run_ended(tmp_path: Path, conclusion: str | None, status: str) -> None:
     lay(tmp_path / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
     if conclusion is not None:
         (tmp_path / "conclusion.md").write_text(conclusion)
@@ -166,7 +167,7 @@ def test_the_conclusion_says_how_the_run_ended(tmp_path, conclusion, status):
 
 
 @pytest.mark.parametrize("text", ['{"lr": 0.', "[1]", "", "\x00"], ids=["torn", "a list", "empty", "zeros"])
-def test_corrupt_hyperparameters_and_artifacts_count_as_empty(tmp_path, text):
+def test_corrupt_hyperparameters_and_artifacts_count_as_empty(tmp_path: Path, text: str) -> None:
     lay(tmp_path / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
     lay(tmp_path / "hyperparams.json", text)
     lay(tmp_path / "artifacts.json", text)
@@ -174,7 +175,7 @@ def test_corrupt_hyperparameters_and_artifacts_count_as_empty(tmp_path, text):
     assert tags == ["run_begin", "metrics", "run_end"]
 
 
-def test_values_that_are_no_numbers_are_left_out_and_told(tmp_path, caplog):
+def test_values_that_are_no_numbers_are_left_out_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     row = '{"ts": 1760000000, "step": 0, "metrics": {"a": NaN, "b": null, "c": "x", "d": true, "e": 1e999}}\n'
     lay(tmp_path / "metrics.jsonl", row, {"ts": T + 1, "step": -1, "metrics": {"a": 1}}, {"step": 2.0, "metrics": {}})
     found = metrics(imported(tmp_path, tmp_path / "runs"))
@@ -187,7 +188,7 @@ def test_values_that_are_no_numbers_are_left_out_and_told(tmp_path, caplog):
     ]
 
 
-def test_a_torn_last_line_is_dropped(tmp_path):
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     lay(tmp_path / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}}, '{"ts": 17600')
     assert len(metrics(imported(tmp_path, tmp_path / "runs"))) == 1
 
@@ -206,19 +207,19 @@ def test_a_torn_last_line_is_dropped(tmp_path):
         ('{"ts": 5, "step": 1, "metrics": [1]}\n', "not a row of evsys"),
     ],
 )
-def test_any_other_bad_line_is_an_error_that_names_file_and_line(tmp_path, line, why):
+def test_any_other_bad_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: str, why: str) -> None:
     path = lay(tmp_path / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}}, "\n", line, "{}\n")
     assert refusal(tmp_path).startswith(f"{path}, line 3: {why}")
 
 
-def test_a_directory_with_nothing_of_evsys_is_an_error(tmp_path):
+def test_a_directory_with_nothing_of_evsys_is_an_error(tmp_path: Path) -> None:
     assert (
         refusal(tmp_path)
         == f"{tmp_path}: no metrics.jsonl, hyperparams.json or artifacts.json of evsys with anything in it"
     )
 
 
-def test_hyperparameters_alone_are_a_run(tmp_path):
+def test_hyperparameters_alone_are_a_run(tmp_path: Path) -> None:
     lay(tmp_path / "hyperparams.json", {"lr": 1}, mtime=T)
     events = imported(tmp_path, tmp_path / "runs")
     assert [event["tag"] for event in events] == ["run_begin", "hyperparams", "run_end"]
@@ -235,7 +236,9 @@ odd_rows = st.dictionaries(fields, json_values, max_size=5)
 
 
 @given(st.lists(odd_rows | json_values, max_size=4), st.lists(odd_rows, max_size=3) | json_values, json_values)
-def test_any_content_ends_in_a_journal_or_a_value_error(tmp_path_factory, rows, artifacts, hyperparams):
+def test_any_content_ends_in_a_journal_or_a_value_error(
+    tmp_path_factory: pytest.TempPathFactory, rows: Any, artifacts: Any, hyperparams: Any
+) -> None:
     place = tmp_path_factory.mktemp("run")
     lay(place / "metrics.jsonl", *(json.dumps(row) + "\n" for row in rows))
     lay(place / "artifacts.json", artifacts)
@@ -255,7 +258,7 @@ def test_any_content_ends_in_a_journal_or_a_value_error(tmp_path_factory, rows, 
 # --------------------------------------------------------------------------------------------------- ids and detection
 
 
-def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path):
+def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path: Path) -> None:
     lay(tmp_path / "arm0" / "logs" / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
     first, second = (next(reader.read_sessions(tmp_path / "arm0")) for _ in range(2))
     assert first.header() == second.header()
@@ -265,7 +268,7 @@ def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path):
     assert next(reader.read_sessions(tmp_path / "arm0", job_id="mine")).job_id == "mine"
 
 
-def test_runs_of_one_name_are_different_jobs(tmp_path):
+def test_runs_of_one_name_are_different_jobs(tmp_path: Path) -> None:
     for experiment in "ab":
         lay(tmp_path / experiment / "arm0" / "metrics.jsonl", {"ts": T, "step": 0, "metrics": {"loss": 1.0}})
     jobs = {next(reader.read_sessions(tmp_path / experiment / "arm0")).job_id for experiment in "ab"}
@@ -285,7 +288,9 @@ def test_runs_of_one_name_are_different_jobs(tmp_path):
         ([], "nowhere", None),
     ],
 )
-def test_detection_says_what_it_takes_a_path_for(tmp_path, files, given, told):
+def test_detection_says_what_it_takes_a_path_for(
+    tmp_path: Path, files: list[Any], given: str, told: str | None
+) -> None:
     for file in files:
         lay(tmp_path / file, {"ts": T, "step": 0, "split": "train", "metrics": {"loss": 1.0}})
     found = reader.detect(tmp_path / given)
@@ -305,7 +310,7 @@ def test_detection_says_what_it_takes_a_path_for(tmp_path, files, given, told):
     ],
     ids=["cloudmesh", "qmlhc", "a journal", "somebody else's", "flat", "text", "empty"],
 )
-def test_detection_takes_no_other_file_for_evsys(tmp_path, row):
+def test_detection_takes_no_other_file_for_evsys(tmp_path: Path, row: Any) -> None:
     path = lay(tmp_path / "metrics.jsonl", row)
     assert reader.detect(path) is None
     assert reader.detect(tmp_path) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import runs
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from stepspan.callbacks import CallbackList, RunCallback, TelemetryLogger
 from stepspan.compat.importing import write_session
 from stepspan.compat.qmlhc import reader as qmlhc
+from stepspan.events import Event
 from stepspan.mapping.mapper import mapper
 from stepspan.testing import recorded_run
 
@@ -34,26 +36,26 @@ def imported(path: Path, directory: Path) -> Path:
     return write_session(directory, session)[0]
 
 
-def begin(step, **more):
+def begin(step: int, **more: Any) -> dict[str, Any]:
     return {"tag": "step_begin", "step": step, **more}
 
 
-def end(step, **context):
+def end(step: int, **context: Any) -> dict[str, Any]:
     return {"tag": "step_end", "step": step, "context": context}
 
 
-def epoch(number):
+def epoch(number: int) -> dict[str, Any]:
     return {"tag": "epoch_begin", "epoch": number}
 
 
-def epoch_end(number, **context):
+def epoch_end(number: int, **context: Any) -> dict[str, Any]:
     return {"tag": "epoch_end", "epoch": number, "context": context}
 
 
 ERROR = {"tag": "error", "type": "ValueError", "message": "diverged"}
 
 
-def test_rows_become_scopes_metrics_and_errors_at_their_times(tmp_path):
+def test_rows_become_scopes_metrics_and_errors_at_their_times(tmp_path: Path) -> None:
     rows = [
         epoch(0),
         begin(0),
@@ -89,7 +91,7 @@ def test_rows_become_scopes_metrics_and_errors_at_their_times(tmp_path):
     assert spans["training.step 0"].end - spans["training.step 0"].start == NS + 1
 
 
-def test_what_a_logger_wrote_is_what_the_run_beside_it_recorded(tmp_path):
+def test_what_a_logger_wrote_is_what_the_run_beside_it_recorded(tmp_path: Path) -> None:
     with recorded_run() as recording:
         both = CallbackList([TelemetryLogger(tmp_path / "t.jsonl", flush_interval=4), RunCallback(recording.run)])
         for number in (0, 1):
@@ -100,7 +102,7 @@ def test_what_a_logger_wrote_is_what_the_run_beside_it_recorded(tmp_path):
             both.on_epoch_end(number, {"acc": 0.5})
         both.callbacks[0].flush()
 
-    def told(events):
+    def told(events: list[Event]) -> list[Any]:
         kept = ("tag", "step", "epoch", "lap", "split", "metrics")
         return [
             {name: event[name] for name in kept if name in event}
@@ -111,7 +113,7 @@ def test_what_a_logger_wrote_is_what_the_run_beside_it_recorded(tmp_path):
     assert told(runs.events(imported(tmp_path / "t.jsonl", tmp_path / "runs"))) == told(recording.events())
 
 
-def test_laps_are_counted_as_a_run_counts_them(tmp_path):
+def test_laps_are_counted_as_a_run_counts_them(tmp_path: Path) -> None:
     rows = [row for step in (0, 1, 0, 0, 5) for row in (begin(step), end(step))]
     session = imported(lay(tmp_path / "t.jsonl", *rows), tmp_path / "runs")
     assert [(e["step"], e.get("lap", 0)) for e in runs.events(session, "step_begin")] == [
@@ -138,27 +140,27 @@ def test_laps_are_counted_as_a_run_counts_them(tmp_path):
         "a step without an end", "appended by a second run", "ends only",
     ],
 )  # fmt: skip
-def test_how_a_file_ends_says_how_its_run_did(tmp_path, rows, status, ends):
+def test_how_a_file_ends_says_how_its_run_did(tmp_path: Path, rows: list[Any], status: str, ends: list[Any]) -> None:
     session = imported(lay(tmp_path / "t.jsonl", *rows), tmp_path / "runs")
     assert [event.get("status") for event in runs.events(session, "step_end", "epoch_end")] == ends
     assert [event["status"] for event in runs.events(session, "run_end")] == [status]
     assert runs.status_of(session) == status
 
 
-def test_a_step_without_an_end_does_not_last_until_a_second_run(tmp_path):
+def test_a_step_without_an_end_does_not_last_until_a_second_run(tmp_path: Path) -> None:
     rows = [begin(0), {**ERROR, "ts": T + 1}, begin(1, ts=T + 9000), {**end(1), "ts": T + 9001}]
     session = imported(lay(tmp_path / "t.jsonl", *rows), tmp_path / "runs")
     step = runs.spans(session)["training.step 0"]
     assert step.end == (T + 1) * NS + 1
 
 
-def test_rows_that_go_back_in_time_keep_their_order(tmp_path):
+def test_rows_that_go_back_in_time_keep_their_order(tmp_path: Path) -> None:
     session = imported(lay(tmp_path / "t.jsonl", begin(0, ts=T + 5), {**end(0), "ts": T + 3}), tmp_path / "runs")
     ts = [event["ts"] - (T + 5) * NS for event in runs.events(session, "step_begin", "step_end")]
     assert ts == [0, 1]
 
 
-def test_a_torn_last_line_is_dropped(tmp_path):
+def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     path = lay(tmp_path / "t.jsonl", begin(0), end(0, loss=1), '{"ts": 17')
     assert len(runs.events(imported(path, tmp_path / "runs"), "step_end")) == 1
 
@@ -176,19 +178,19 @@ def test_a_torn_last_line_is_dropped(tmp_path):
         ('{"ts": 5, "tag": "epoch_end", "epoch": -1}\n', "epoch_end: epoch=-1"),
     ],
 )
-def test_any_other_bad_line_is_an_error_that_names_file_and_line(tmp_path, line, why):
+def test_any_other_bad_line_is_an_error_that_names_file_and_line(tmp_path: Path, line: str, why: str) -> None:
     path = lay(tmp_path / "t.jsonl", begin(0), line, end(0))
     with pytest.raises(ValueError) as refused:  # noqa: PT011 # the text is what the test compares
         list(qmlhc.read_sessions(path))
     assert str(refused.value).startswith(f"{path}, line 2: {why}")
 
 
-def test_an_empty_file_is_an_error(tmp_path):
+def test_an_empty_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no rows"):
         list(qmlhc.read_sessions(lay(tmp_path / "t.jsonl")))
 
 
-def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path):
+def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path: Path) -> None:
     path = lay(tmp_path / "telemetry.jsonl", begin(0), end(0))
     first, second = (next(qmlhc.read_sessions(path)) for _ in range(2))
     assert first.header() == second.header()
@@ -215,7 +217,7 @@ def test_importing_twice_gives_the_same_ids_and_writes_nothing(tmp_path):
     ],
     ids=["step", "step end", "epoch", "error", "a journal", "no step", "more", "evsys", "a time", "a list", "empty"],
 )
-def test_detection_says_what_it_takes_a_file_for(tmp_path, row, told):
+def test_detection_says_what_it_takes_a_file_for(tmp_path: Path, row: Any, told: str | None) -> None:
     assert qmlhc.detect(lay(tmp_path / "t.jsonl", row)) == told
     assert qmlhc.detect(tmp_path) is None
     assert qmlhc.detect(tmp_path / "nowhere") is None
@@ -235,7 +237,7 @@ odd = st.fixed_dictionaries(
 
 
 @given(st.lists(odd, max_size=8))
-def test_any_content_ends_in_a_journal_or_a_value_error(tmp_path_factory, rows):
+def test_any_content_ends_in_a_journal_or_a_value_error(tmp_path_factory: pytest.TempPathFactory, rows: Any) -> None:
     place = tmp_path_factory.mktemp("qmlhc")
     path = lay(place / "t.jsonl", *rows)
     qmlhc.detect(path)

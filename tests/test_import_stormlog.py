@@ -96,7 +96,7 @@ def delivered(directory: Path, state: Path) -> MemoryExporter:
     return exporter
 
 
-def test_a_session_becomes_points_spans_and_logs(tmp_path: Path):
+def test_a_session_becomes_points_spans_and_logs(tmp_path: Path) -> None:
     sink = write_sink(tmp_path / "sink", RECORDS)
     (found,) = read_sessions(sink)
     write_session(tmp_path / "runs", found)
@@ -131,7 +131,7 @@ def test_a_session_becomes_points_spans_and_logs(tmp_path: Path):
 
 
 @pytest.mark.parametrize("status", ["interrupted", "incomplete", "running"])
-def test_a_session_that_did_not_complete_is_an_interrupted_run(tmp_path: Path, status: str):
+def test_a_session_that_did_not_complete_is_an_interrupted_run(tmp_path: Path, status: str) -> None:
     (found,) = read_sessions(write_sink(tmp_path / "sink", RECORDS[:3], status))
     write_session(tmp_path / "runs", found)
     spans = {span.name: span for _, span in delivered(tmp_path / "runs", tmp_path / "state").records["traces"]}
@@ -139,7 +139,7 @@ def test_a_session_that_did_not_complete_is_an_interrupted_run(tmp_path: Path, s
     assert spans["forward"].error == "interrupted"
 
 
-def test_importing_twice_writes_nothing_the_second_time(tmp_path: Path):
+def test_importing_twice_writes_nothing_the_second_time(tmp_path: Path) -> None:
     sink = write_sink(tmp_path / "sink", RECORDS)
     path, events = write_session(tmp_path / "runs", next(read_sessions(sink)))
     before = (path / "000001.jsonl").read_bytes()
@@ -150,7 +150,7 @@ def test_importing_twice_writes_nothing_the_second_time(tmp_path: Path):
     assert (elsewhere / "000001.jsonl").read_bytes() == before == (path / "000001.jsonl").read_bytes()
 
 
-def test_an_import_that_was_cut_short_is_made_anew_and_its_cursors_hold(tmp_path: Path):
+def test_an_import_that_was_cut_short_is_made_anew_and_its_cursors_hold(tmp_path: Path) -> None:
     sink = write_sink(tmp_path / "sink", RECORDS)
     path, events = write_session(tmp_path / "runs", next(read_sessions(sink)))
     whole = (path / "000001.jsonl").read_bytes()
@@ -163,7 +163,7 @@ def test_an_import_that_was_cut_short_is_made_anew_and_its_cursors_hold(tmp_path
     assert (path / "cursors" / "somewhere.metrics").read_bytes() == b"kept"
 
 
-def test_detecting_says_what_it_is(tmp_path: Path):
+def test_detecting_says_what_it_is(tmp_path: Path) -> None:
     assert detect(write_sink(tmp_path / "sink", RECORDS)) == "a stormlog sink of 1 segments"
     document = tmp_path / "events.json"
     document.write_text(json.dumps({"events": RECORDS}))
@@ -178,7 +178,7 @@ def stepspan(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
-def test_import_and_sync_reach_a_real_collector(collector: Collector, prometheus: Prometheus, tmp_path: Path):
+def test_import_and_sync_reach_a_real_collector(collector: Collector, prometheus: Prometheus, tmp_path: Path) -> None:
     write_sink(tmp_path / "sink", RECORDS)
     told = stepspan("import", "sink", cwd=tmp_path)
     assert told.returncode == 0, told.stderr
@@ -193,14 +193,14 @@ def test_import_and_sync_reach_a_real_collector(collector: Collector, prometheus
     assert {log["eventName"] for log in collector.logs()} == {"stormlog.start", "stormlog.warning", "stormlog.stop"}
 
 
-def test_a_sink_that_is_not_certain_is_refused(tmp_path: Path):
+def test_a_sink_that_is_not_certain_is_refused(tmp_path: Path) -> None:
     (tmp_path / "what.json").write_text('{"loss": 1}')
     told = stepspan("import", "what.json", cwd=tmp_path)
     assert told.returncode == 1
     assert "not recognised: say which system it is of with --from" in told.stderr
 
 
-def test_a_growing_sink_is_followed(tmp_path: Path):
+def test_a_growing_sink_is_followed(tmp_path: Path) -> None:
     sink = write_sink(tmp_path / "sink", RECORDS[:2], "running")
     with ScriptedReceiver() as receiver:
         command = [sys.executable, "-m", "stepspan", "sync", "--follow", "sink", "--endpoint", receiver.url]
@@ -217,7 +217,7 @@ def test_a_growing_sink_is_followed(tmp_path: Path):
         assert process.returncode == 0
 
 
-def test_the_example_runs(tmp_path: Path):
+def test_the_example_runs(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples" / "stormlog_memory.py"
     done = subprocess.run([sys.executable, "-W", "error", example], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

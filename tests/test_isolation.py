@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from harness.delivery import OK
+from harness.receiver import ScriptedReceiver
 
 from stepspan.deliver.isolation import MAX_REFUSALS, Isolation
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -16,22 +19,22 @@ LARGE = Outcome(Verdict.HALVE, "larger than the receiver takes")
 class Receiver:
     """Takes a request unless it holds one of `bad`."""
 
-    def __init__(self, *bad, refusal=REFUSED, most=10**9):
+    def __init__(self, *bad: Any, refusal: Any = REFUSED, most: int = 10**9) -> None:
         self.bad, self.refusal, self.most, self.requests = set(bad), refusal, most, []
 
-    def __call__(self, records):
+    def __call__(self, records: Any) -> Any:
         self.requests.append(list(records))
         if len(records) > self.most:
             return LARGE
         return self.refusal if self.bad & set(records) else OK
 
 
-def run(receiver, records, **fields):
+def run(receiver: ScriptedReceiver, records: Any, **fields: Any) -> tuple[Any, ...]:
     isolation = Isolation(receiver, **fields)
     return isolation, isolation.run(records)
 
 
-def test_a_batch_that_is_taken_is_one_request():
+def test_a_batch_that_is_taken_is_one_request() -> None:
     isolation, outcome = run(receiver := Receiver(), range(100))
     assert outcome.verdict is Verdict.DELIVERED
     assert (isolation.delivered, isolation.rejected, len(receiver.requests)) == (100, [], 1)
@@ -39,7 +42,7 @@ def test_a_batch_that_is_taken_is_one_request():
 
 
 @pytest.mark.parametrize("bad", [0, 1, 499, 500, 999])
-def test_one_bad_record_costs_one_record_and_some_twenty_requests(bad):
+def test_one_bad_record_costs_one_record_and_some_twenty_requests(bad: int) -> None:
     isolation, outcome = run(receiver := Receiver(bad), range(1000))
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(bad, "400: bad value")]
@@ -48,7 +51,7 @@ def test_one_bad_record_costs_one_record_and_some_twenty_requests(bad):
     assert outcome.message == "400: bad value"
 
 
-def test_bad_records_far_apart_are_all_found():
+def test_bad_records_far_apart_are_all_found() -> None:
     bad = [3, 77, 78, 640, 999]
     isolation, outcome = run(Receiver(*bad), range(1000))
     assert outcome.verdict is Verdict.DELIVERED
@@ -56,26 +59,26 @@ def test_bad_records_far_apart_are_all_found():
     assert isolation.delivered == 995
 
 
-def test_halves_go_out_in_order():
+def test_halves_go_out_in_order() -> None:
     receiver = Receiver(6)
     run(receiver, range(8))
     assert receiver.requests == [[*range(8)], [0, 1, 2, 3], [4, 5, 6, 7], [4, 5], [6, 7], [6], [7]]
 
 
-def test_too_large_is_halved_until_it_fits_and_nothing_is_rejected():
+def test_too_large_is_halved_until_it_fits_and_nothing_is_rejected() -> None:
     isolation, outcome = run(receiver := Receiver(most=300), range(1000))
     assert outcome.verdict is Verdict.DELIVERED
     assert (isolation.delivered, isolation.rejected) == (1000, [])
     assert [len(r) for r in receiver.requests] == [1000, 500, 250, 250, 500, 250, 250]
 
 
-def test_a_record_that_is_too_large_alone_is_rejected():
+def test_a_record_that_is_too_large_alone_is_rejected() -> None:
     isolation, outcome = run(lambda records: LARGE if 5 in records else OK, range(10))
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(5, LARGE.message)]
 
 
-def test_sixteen_single_refusals_in_a_row_hold():
+def test_sixteen_single_refusals_in_a_row_hold() -> None:
     _, outcome = run(receiver := Receiver(*range(100)), range(100))
     assert outcome.verdict is Verdict.HOLD
     assert f"{MAX_REFUSALS} records in a row" in outcome.message
@@ -83,20 +86,20 @@ def test_sixteen_single_refusals_in_a_row_hold():
     assert sum(len(request) == 1 for request in receiver.requests) == MAX_REFUSALS
 
 
-def test_fifteen_in_a_row_are_rejected_if_the_receiver_took_another():
+def test_fifteen_in_a_row_are_rejected_if_the_receiver_took_another() -> None:
     isolation, outcome = run(Receiver(*range(15)), range(16))
     assert outcome.verdict is Verdict.DELIVERED
     assert [record for record, _ in isolation.rejected] == [*range(15)]
 
 
-def test_a_row_is_broken_by_a_record_that_is_taken():
+def test_a_row_is_broken_by_a_record_that_is_taken() -> None:
     bad = [number for number in range(48) if number % 12]
     isolation, outcome = run(Receiver(*bad), range(48))
     assert outcome.verdict is Verdict.DELIVERED
     assert len(isolation.rejected) == 44
 
 
-def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothing_yet():
+def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothing_yet() -> None:
     _, outcome = run(receiver := Receiver(1), [1])
     assert outcome.verdict is Verdict.HOLD
     assert "it has taken nothing yet" in outcome.message
@@ -104,7 +107,7 @@ def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothi
     assert receiver.requests == [[1]]
 
 
-def test_a_record_is_rejected_if_a_witness_is_taken_again():
+def test_a_record_is_rejected_if_a_witness_is_taken_again() -> None:
     isolation, outcome = run(receiver := Receiver(1), [1], known_good_record=0)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(1, "400: bad value")]
@@ -112,13 +115,13 @@ def test_a_record_is_rejected_if_a_witness_is_taken_again():
     assert (isolation.delivered, isolation.known_good_record) == (0, 0), "the known_good_record is not counted again"
 
 
-def test_a_witness_that_is_refused_now_holds():
+def test_a_witness_that_is_refused_now_holds() -> None:
     _, outcome = run(Receiver(0, 1), [1], known_good_record=0)
     assert outcome.verdict is Verdict.HOLD
     assert "it refuses what it took before" in outcome.message
 
 
-def test_a_witness_is_not_asked_where_another_record_was_taken():
+def test_a_witness_is_not_asked_where_another_record_was_taken() -> None:
     receiver = Receiver(1)
     isolation, _ = run(receiver, [1, 2], known_good_record=0)
     assert [0] not in receiver.requests
@@ -126,27 +129,27 @@ def test_a_witness_is_not_asked_where_another_record_was_taken():
 
 
 @pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.RETRY_THEN_HOLD, Verdict.HOLD])
-def test_trouble_in_the_middle_stops_and_says_so(verdict):
+def test_trouble_in_the_middle_stops_and_says_so(verdict: Any) -> None:
     trouble = Outcome(verdict, "trouble", retry_after=7.0)
     answers = iter([REFUSED, OK, trouble])
     _, outcome = run(lambda records: next(answers), range(8))
     assert outcome == trouble
 
 
-def test_partial_success_is_counted():
+def test_partial_success_is_counted() -> None:
     isolation, outcome = run(lambda records: Outcome(Verdict.DELIVERED, "2 rejected", rejected=2), range(10))
     assert outcome == Outcome(Verdict.DELIVERED, "2 rejected")
     assert (isolation.delivered, isolation.dropped, isolation.rejected) == (8, 2, [])
 
 
-def test_a_receiver_that_took_none_of_a_request_has_taken_nothing():
+def test_a_receiver_that_took_none_of_a_request_has_taken_nothing() -> None:
     answers = iter([REFUSED, Outcome(Verdict.DELIVERED, rejected=1), REFUSED])
     isolation, outcome = run(lambda records: next(answers), [0, 1])
     assert outcome.verdict is Verdict.HOLD
     assert isolation.known_good_record is None
 
 
-def test_an_opaque_refusal_holds_where_time_may_be_the_reason():
+def test_an_opaque_refusal_holds_where_time_may_be_the_reason() -> None:
     isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), maybe_out_of_window=lambda record: record == 3)
     assert outcome.verdict is Verdict.HOLD
     assert isolation.rejected == []
@@ -154,13 +157,13 @@ def test_an_opaque_refusal_holds_where_time_may_be_the_reason():
         assert words in outcome.message
 
 
-def test_an_opaque_refusal_of_a_timely_record_rejects_it():
+def test_an_opaque_refusal_of_a_timely_record_rejects_it() -> None:
     isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), maybe_out_of_window=lambda record: record != 3)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(3, OPAQUE.message)]
 
 
-def test_a_refusal_with_a_reason_rejects_whatever_the_time():
+def test_a_refusal_with_a_reason_rejects_whatever_the_time() -> None:
     isolation, outcome = run(Receiver(3), range(8), maybe_out_of_window=lambda record: True)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(3, "400: bad value")]

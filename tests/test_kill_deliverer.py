@@ -5,24 +5,26 @@ from __future__ import annotations
 
 import random
 import time
+from pathlib import Path
+from typing import Any
 
 import psutil
 from harness import processes
 from harness.delivery import assert_true
-from harness.processes import until
+from harness.processes import Ranks, until
 from harness.receiver import ScriptedReceiver
 
 from stepspan.deliver.ledgers import cursors
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.format import decode
-from stepspan.journal.layout import find_sessions, segment_name
+from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import read_closed
 
 ranks = processes.ranks
 KILLS = 20
 
 
-def test_twenty_kills_lose_nothing(ranks):
+def test_twenty_kills_lose_nothing(ranks: Ranks) -> None:
     killed: set[int] = set()
     with ScriptedReceiver() as receiver:
         for rank in range(2):
@@ -55,7 +57,7 @@ def test_twenty_kills_lose_nothing(ranks):
             assert len([p for p in receiver.points() if p.rank == session.rank]) == signals["metrics"].ledger.delivered
 
 
-def assert_moving_ledgers(directory):
+def assert_moving_ledgers(directory: Path) -> None:
     """What a kill leaves: every line up to the cursor is accounted for, and every record."""
     for session in find_sessions(directory):
         seqs = {number: last_seq(session, number) for number in session.segments()}
@@ -66,5 +68,5 @@ def assert_moving_ledgers(directory):
                 assert state.position.seq <= max(seqs.values())
 
 
-def last_seq(session, number):
+def last_seq(session: SessionPath, number: int) -> Any:
     return decode((session.path / segment_name(number)).read_bytes().rpartition(b"\n")[0].rpartition(b"\n")[2])["seq"]

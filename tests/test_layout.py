@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.delivery import Training
@@ -34,14 +35,14 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_all_sessions_below_a_path(root):
+def test_all_sessions_below_a_path(root: Path) -> None:
     assert found(root) == ["a/n1/0", "a/n2/1", "b/n2/0", "n1/n1/0", "n1/n2/1"]
     assert found(root / "a") == ["a/n1/0", "a/n2/1"]
     assert found(root / "a" / "n2") == ["a/n2/1"]
     assert found(root / "a" / "n2" / "rank-00001-00000000000000a1") == ["a/n2/1"]
 
 
-def test_those_of_a_host(root):
+def test_those_of_a_host(root: Path) -> None:
     assert found(root, "n1") == ["a/n1/0", "n1/n1/0"]
     assert found(root, "n2") == ["a/n2/1", "b/n2/0", "n1/n2/1"]
     assert found(root / "a", "n1") == ["a/n1/0"]
@@ -49,7 +50,7 @@ def test_those_of_a_host(root):
     assert found(root, "n3") == []
 
 
-def test_a_host_looks_into_no_others_folder(root, monkeypatch):
+def test_a_host_looks_into_no_others_folder(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: (looked.append(Path(path).name), scandir(path))[1])
@@ -58,7 +59,9 @@ def test_a_host_looks_into_no_others_folder(root, monkeypatch):
 
 
 @pytest.mark.parametrize(("trouble", "raised"), [(FileNotFoundError, False), (PermissionError, True), (OSError, True)])
-def test_only_a_session_that_is_gone_has_no_segments(root, monkeypatch, trouble, raised):
+def test_only_a_session_that_is_gone_has_no_segments(
+    root: Path, monkeypatch: pytest.MonkeyPatch, trouble: Any, raised: bool
+) -> None:
     def listdir(path: Path) -> list[str]:
         raise trouble(path)
 
@@ -71,7 +74,7 @@ def test_only_a_session_that_is_gone_has_no_segments(root, monkeypatch, trouble,
         assert here.segments() == []
 
 
-def test_more_sessions_than_a_shell_allows_files_are_delivered(tmp_path):
+def test_more_sessions_than_a_shell_allows_files_are_delivered(tmp_path: Path) -> None:
     for rank in range(40):
         training = Training(tmp_path, rank=rank, session=f"{rank:016x}")
         training.emit("metrics", step=1, split="train", metrics={"loss": 0.5})

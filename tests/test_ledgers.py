@@ -6,6 +6,7 @@ import os
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -19,6 +20,7 @@ from stepspan.deliver.ledgers import cursors, session_ledger, signal_ledger
 from stepspan.deliver.task import DeliveryTask
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import CursorState, Ledger, Position, read_cursor
+from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import read_closed
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
@@ -28,7 +30,7 @@ ALL = 1 << 62
 REFUSED = Outcome(Verdict.ISOLATE, "400: no")
 
 
-def exporter_to(receiver, protocol="http/json", **fields):
+def exporter_to(receiver: ScriptedReceiver, protocol: str = "http/json", **fields: Any) -> Any:
     endpoint = receiver.grpc_target if protocol == "grpc" else receiver.url
     return closing(OtlpExporter(endpoint, protocol=protocol, destination="there", env={}, **fields))
 
@@ -38,7 +40,7 @@ def letters(home: Path) -> list[dict]:
     return [orjson.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 
 
-def refusing(session, count, signals=SIGNALS):
+def refusing(session: SessionPath, count: int, signals: Any = SIGNALS) -> None:
     """Deliver with the `count` records after the first of each signal refused."""
     for signal in signals:
         whole = Scripted(destination="whole")
@@ -52,7 +54,7 @@ def refusing(session, count, signals=SIGNALS):
 # ---------------------------------------------------------------- ledgers
 
 
-def test_a_session_nobody_has_sent(tmp_path):
+def test_a_session_nobody_has_sent(tmp_path: Path) -> None:
     session = trained(tmp_path, 3)
     closed = read_closed(session.path)
     assert session_ledger(session) == {
@@ -66,7 +68,7 @@ def test_a_session_nobody_has_sent(tmp_path):
     }
 
 
-def test_a_ledger_under_way_says_what_waits_and_how_far_it_lags(tmp_path):
+def test_a_ledger_under_way_says_what_waits_and_how_far_it_lags(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(40)
     session = training.path
@@ -84,7 +86,7 @@ def test_a_ledger_under_way_says_what_waits_and_how_far_it_lags(tmp_path):
     training.end()
 
 
-def test_signals_and_destinations_have_ledgers_of_their_own(tmp_path):
+def test_signals_and_destinations_have_ledgers_of_their_own(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     deliver(session, Scripted(), options(), "metrics")
     deliver(session, Scripted(), options(), "traces")
@@ -97,7 +99,7 @@ def test_signals_and_destinations_have_ledgers_of_their_own(tmp_path):
             assert state.position.finished
 
 
-def test_files_beside_the_cursors_are_none(tmp_path):
+def test_files_beside_the_cursors_are_none(tmp_path: Path) -> None:
     session = trained(tmp_path, 3)
     deliver(session, Scripted(), options())
     for name in ("there.state", "junk", "there.metrics.draft", "there.logs"):
@@ -105,14 +107,14 @@ def test_files_beside_the_cursors_are_none(tmp_path):
     assert {d: set(s) for d, s in cursors(session.path).items()} == {"there": {"metrics"}}
 
 
-def test_nothing_waits_where_all_lines_are_counted():
+def test_nothing_waits_where_all_lines_are_counted() -> None:
     state = CursorState(Position(1, 10, 20, 5), Ledger(read=10, damaged=4, pruned=3, dropped=3))
     assert signal_ledger(state, 20, 10)["pending"] == 0
     assert signal_ledger(state, 20, 10)["lag"] == 0.0
     assert signal_ledger(state, 25, 10 + 2 * 10**9)["pending"] == 5
 
 
-def test_what_has_never_been_sent_lags_since_the_session_began(tmp_path):
+def test_what_has_never_been_sent_lags_since_the_session_began(tmp_path: Path) -> None:
     session = trained(tmp_path, 40)
     deliver(session, Scripted([Outcome(Verdict.HOLD, "404: check the path")]), options())
     ledger = session_ledger(session)
@@ -125,7 +127,7 @@ def test_what_has_never_been_sent_lags_since_the_session_began(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_dead_letters_arrive_as_they_would_have_and_the_ledger_moves(tmp_path, protocol):
+def test_dead_letters_arrive_as_they_would_have_and_the_ledger_moves(tmp_path: Path, protocol: Any) -> None:
     training = Training(tmp_path)
     training.steps(20, value=lambda n: "NaN" if n % 3 == 0 else n / 7)
     session = training.end()
@@ -151,7 +153,7 @@ def test_dead_letters_arrive_as_they_would_have_and_the_ledger_moves(tmp_path, p
         assert len(second.seen) == seen
 
 
-def test_every_kind_of_point_survives_being_a_dead_letter(tmp_path):
+def test_every_kind_of_point_survives_being_a_dead_letter(tmp_path: Path) -> None:
     session = trained(tmp_path, 30)
     whole = Scripted(destination="whole")
     task = DeliveryTask(session, "metrics", whole, options())
@@ -168,7 +170,7 @@ def test_every_kind_of_point_survives_being_a_dead_letter(tmp_path):
                 assert {point.name for point in again.points()} >= {"training.step.duration", "training.run.info"}
 
 
-def test_what_is_refused_again_stays_as_it_was(tmp_path):
+def test_what_is_refused_again_stays_as_it_was(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     refusing(session, 3, ["metrics"])
     before = (session.path / "rejected.jsonl").read_bytes().splitlines()
@@ -181,7 +183,7 @@ def test_what_is_refused_again_stays_as_it_was(tmp_path):
     assert_true(ledger, read_closed(session.path).seq)
 
 
-def test_a_partial_success_that_leaves_the_record_out_is_a_refusal(tmp_path):
+def test_a_partial_success_that_leaves_the_record_out_is_a_refusal(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     refusing(session, 1, ["metrics"])
     with ScriptedReceiver() as receiver, exporter_to(receiver) as exporter:
@@ -190,7 +192,7 @@ def test_a_partial_success_that_leaves_the_record_out_is_a_refusal(tmp_path):
     assert len(letters(session.path)) == 1
 
 
-def test_a_receiver_that_is_away_is_asked_once_a_signal(tmp_path):
+def test_a_receiver_that_is_away_is_asked_once_a_signal(tmp_path: Path) -> None:
     session = trained(tmp_path, 30)
     refusing(session, 4)
     with ScriptedReceiver() as receiver, exporter_to(receiver) as exporter:
@@ -204,7 +206,7 @@ def test_a_receiver_that_is_away_is_asked_once_a_signal(tmp_path):
         assert len(receiver.seen) == 2
 
 
-def test_other_destinations_letters_and_lines_that_are_none_stay(tmp_path):
+def test_other_destinations_letters_and_lines_that_are_none_stay(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     refusing(session, 2, ["metrics"])
     file = session.path / "rejected.jsonl"
@@ -217,7 +219,7 @@ def test_other_destinations_letters_and_lines_that_are_none_stay(tmp_path):
     assert file.read_bytes() == theirs + junk
 
 
-def test_a_letter_whose_request_is_no_otlp_stays(tmp_path):
+def test_a_letter_whose_request_is_no_otlp_stays(tmp_path: Path) -> None:
     letter = orjson.dumps(
         {"destination": "there", "signal": "metrics", "why": "", "request": {"resourceMetrics": [{"odd": 1}]}}
     )
@@ -228,7 +230,7 @@ def test_a_letter_whose_request_is_no_otlp_stays(tmp_path):
     assert len(letters(tmp_path)) == 1
 
 
-def test_a_record_that_a_crash_set_aside_twice_is_sent_once(tmp_path):
+def test_a_record_that_a_crash_set_aside_twice_is_sent_once(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     refusing(session, 2, ["metrics"])
     file = session.path / "rejected.jsonl"
@@ -240,18 +242,18 @@ def test_a_record_that_a_crash_set_aside_twice_is_sent_once(tmp_path):
     assert_true(ledger, read_closed(session.path).seq)
 
 
-def test_nothing_to_send(tmp_path):
+def test_nothing_to_send(tmp_path: Path) -> None:
     with ScriptedReceiver() as receiver, exporter_to(receiver) as exporter:
         assert resend(tmp_path, exporter) == (0, 0)
         assert receiver.seen == []
 
 
-def test_letters_that_come_while_others_are_sent_are_kept(tmp_path):
+def test_letters_that_come_while_others_are_sent_are_kept(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     refusing(session, 2, ["metrics"])
     ours = letters(session.path)
 
-    def meanwhile(request):
+    def meanwhile(request: pytest.FixtureRequest) -> Answer:
         record = (dead_letter_series(), 1, 1.0)
         append(session.path, "elsewhere", "metrics", {}, [(record, "no")])
         return Answer()
@@ -263,28 +265,28 @@ def test_letters_that_come_while_others_are_sent_are_kept(tmp_path):
     assert [letter["destination"] for letter in letters(session.path)] == ["elsewhere"] * 2
 
 
-def dead_letter_series():
+def dead_letter_series() -> Any:
     from stepspan.mapping.records import Series
 
     return Series("training.loss", {"split": "train"})
 
 
-def test_appends_from_all_sides_are_lost_by_no_removal(tmp_path):
+def test_appends_from_all_sides_are_lost_by_no_removal(tmp_path: Path) -> None:
     """Two destinations set records aside while a third's are removed, again and again."""
     each, done = 150, threading.Event()
 
-    def set_aside(destination):
+    def set_aside(destination: Any) -> None:
         for number in range(each):
             append(tmp_path, destination, "metrics", {}, [((dead_letter_series(), number, 1.0), "no")])
 
-    def clear():
+    def clear() -> None:
         while not done.is_set():
             whole = (tmp_path / "rejected.jsonl").read_bytes().rpartition(b"\n")[0] if has() else b""
             for letter in whole.splitlines():
                 if orjson.loads(letter)["destination"] == "c":
                     dead_letters._remove(tmp_path, [letter])
 
-    def has():
+    def has() -> Any:
         return (tmp_path / "rejected.jsonl").exists()
 
     writers = [threading.Thread(target=set_aside, args=(name,)) for name in "abc"]
@@ -305,14 +307,14 @@ def test_appends_from_all_sides_are_lost_by_no_removal(tmp_path):
         assert times == [*range(each)]
 
 
-def contextlib_suppress(work):
+def contextlib_suppress(work: Any) -> None:
     try:
         work()
     except FileNotFoundError:  # it removed the last letter between two looks
         contextlib_suppress(work)
 
 
-def test_a_line_that_a_crash_cut_does_not_swallow_the_next(tmp_path):
+def test_a_line_that_a_crash_cut_does_not_swallow_the_next(tmp_path: Path) -> None:
     (tmp_path / "rejected.jsonl").write_bytes(b'{"destination":"the')
     append(tmp_path, "there", "metrics", {}, [((dead_letter_series(), 1, 1.0), "no")])
     cut, whole = (tmp_path / "rejected.jsonl").read_bytes().splitlines()
@@ -320,7 +322,7 @@ def test_a_line_that_a_crash_cut_does_not_swallow_the_next(tmp_path):
     assert orjson.loads(whole)["destination"] == "there"
 
 
-def test_a_link_is_not_followed(tmp_path):
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").write_bytes(b"")
     os.symlink(tmp_path / "elsewhere", tmp_path / "rejected.jsonl")
     with pytest.raises(OSError, match="rejected"):
@@ -328,7 +330,7 @@ def test_a_link_is_not_followed(tmp_path):
     assert (tmp_path / "elsewhere").read_bytes() == b""
 
 
-def test_without_a_cursor_the_letters_still_go(tmp_path):
+def test_without_a_cursor_the_letters_still_go(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     refusing(session, 1, ["metrics"])
     cursor = session.path / "cursors" / "there.metrics"

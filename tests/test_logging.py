@@ -34,7 +34,7 @@ def logger() -> logging.Logger:
     return found
 
 
-def test_a_line_arrives_in_the_span_it_was_written_in(logger: logging.Logger):
+def test_a_line_arrives_in_the_span_it_was_written_in(logger: logging.Logger) -> None:
     with recorded_run() as recording:
         with recording.run.step(3), recording.run.span("load"):
             logger.warning("%d images of %s are broken", 2, "train")
@@ -56,7 +56,7 @@ def test_a_line_arrives_in_the_span_it_was_written_in(logger: logging.Logger):
     )
 
 
-def test_a_line_is_no_milestone_of_the_run(logger: logging.Logger):
+def test_a_line_is_no_milestone_of_the_run(logger: logging.Logger) -> None:
     with recorded_run() as recording:
         recording.run.log_event("milestone")
         logger.error("a line")
@@ -78,14 +78,14 @@ def test_a_line_is_no_milestone_of_the_run(logger: logging.Logger):
         (70, "critical", 21),
     ],
 )
-def test_severity_is_that_of_the_level(logger: logging.Logger, level: int, name: str, number: int):
+def test_severity_is_that_of_the_level(logger: logging.Logger, level: int, name: str, number: int) -> None:
     with recorded_run() as recording:
         logger.log(level, "a line")
     (event,), (log,) = recording.events("log"), recording.logs("")
     assert (event["severity"], log.severity) == (name, number)
 
 
-def test_the_level_of_the_handler_counts(logger: logging.Logger):
+def test_the_level_of_the_handler_counts(logger: logging.Logger) -> None:
     logger.handlers[0].setLevel("WARNING")
     with recorded_run() as recording:
         logger.info("below")
@@ -93,7 +93,7 @@ def test_the_level_of_the_handler_counts(logger: logging.Logger):
     assert [event["message"] for event in recording.events("log")] == ["above"]
 
 
-def test_an_exception_comes_with_its_stack_and_fails_no_span(logger: logging.Logger):
+def test_an_exception_comes_with_its_stack_and_fails_no_span(logger: logging.Logger) -> None:
     with recorded_run() as recording, recording.run.step(0):
         try:
             raise KeyError("image")
@@ -108,7 +108,7 @@ def test_an_exception_comes_with_its_stack_and_fails_no_span(logger: logging.Log
     assert recording.values("training.run.errors") == []
 
 
-def test_extra_fields_are_attributes(logger: logging.Logger):
+def test_extra_fields_are_attributes(logger: logging.Logger) -> None:
     with recorded_run() as recording:
         logger.info("a line", extra={"shard": 7, "shape": (3, 4), "path": Path("x"), "nested": {"a": 1.5}})
     attributes = recording.logs("")[0].attributes
@@ -117,7 +117,7 @@ def test_extra_fields_are_attributes(logger: logging.Logger):
     }  # fmt: skip
 
 
-def test_secrets_in_lines_and_exceptions_are_redacted(logger: logging.Logger):
+def test_secrets_in_lines_and_exceptions_are_redacted(logger: logging.Logger) -> None:
     with recorded_run() as recording:
         try:
             raise ValueError("password=hunter2")
@@ -128,7 +128,7 @@ def test_secrets_in_lines_and_exceptions_are_redacted(logger: logging.Logger):
 
 
 @pytest.mark.parametrize("name", ["stepspan", "stepspan.mapping"])
-def test_our_own_lines_are_passed_over(name: str):
+def test_our_own_lines_are_passed_over(name: str) -> None:
     handler = StepspanHandler()
     logger = logging.getLogger(name)
     logger.addHandler(handler)
@@ -141,7 +141,7 @@ def test_our_own_lines_are_passed_over(name: str):
     assert recording.events("log") == []
 
 
-def test_what_a_library_says_while_it_delivers_is_passed_over(logger: logging.Logger):
+def test_what_a_library_says_while_it_delivers_is_passed_over(logger: logging.Logger) -> None:
     with recorded_run() as recording:
         thread = threading.Thread(target=logger.info, args=("POST /v1/logs 200",), name="stepspan-there-logs")
         thread.start()
@@ -160,7 +160,7 @@ class Chatty:
         return "chatty"
 
 
-def test_a_line_that_logs_while_it_is_made_ends(logger: logging.Logger):
+def test_a_line_that_logs_while_it_is_made_ends(logger: logging.Logger) -> None:
     with recorded_run() as recording:
         logger.info("%s", Chatty(logger))
         logger.info("later")
@@ -186,13 +186,15 @@ class Bad:
 )
 def test_a_line_that_cannot_be_made_is_kept_as_far_as_it_goes(
     logger: logging.Logger, message: Any, arguments: tuple[Any, ...], says: str
-):
+) -> None:
     with recorded_run() as recording:
         logger.info(message, *arguments)
     assert recording.events("log")[0]["message"].startswith(says)
 
 
-def test_a_record_bent_out_of_shape_is_told_once_and_raises_nothing(start: Start, caplog: pytest.LogCaptureFixture):
+def test_a_record_bent_out_of_shape_is_told_once_and_raises_nothing(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
     handler = StepspanHandler()
     record = logging.makeLogRecord({"name": "x", "levelno": "high", "msg": "m"})
     with start() as run:
@@ -202,7 +204,7 @@ def test_a_record_bent_out_of_shape_is_told_once_and_raises_nothing(start: Start
     assert len(caplog.records) == 1
 
 
-def test_without_a_run_and_after_it_nothing_happens(logger: logging.Logger, start: Start):
+def test_without_a_run_and_after_it_nothing_happens(logger: logging.Logger, start: Start) -> None:
     logger.info("before")
     with start() as run:
         pass
@@ -212,7 +214,7 @@ def test_without_a_run_and_after_it_nothing_happens(logger: logging.Logger, star
     assert run.stats()["warnings"] == {}
 
 
-def test_lines_of_other_threads_and_signal_handlers_are_kept(logger: logging.Logger):
+def test_lines_of_other_threads_and_signal_handlers_are_kept(logger: logging.Logger) -> None:
     before = signal.signal(signal.SIGUSR1, lambda *_: logger.warning("signal"))
     try:
         with recorded_run() as recording, recording.run.step(0):
@@ -235,7 +237,7 @@ def test_lines_of_other_threads_and_signal_handlers_are_kept(logger: logging.Log
     assert {event["parent"] for event in found} == {step["seq"]}
 
 
-def test_importing_it_touches_no_logger(tmp_path: Path):
+def test_importing_it_touches_no_logger(tmp_path: Path) -> None:
     code = """
     import logging, sys
     root = logging.getLogger()
@@ -251,7 +253,7 @@ def test_importing_it_touches_no_logger(tmp_path: Path):
     assert found.returncode == 0, found.stderr
 
 
-def test_a_log_event_is_exactly_this_record():
+def test_a_log_event_is_exactly_this_record() -> None:
     s = SessionEvents()
     error = {"type": "ValueError", "message": "m" * 20_000, "stack": "Traceback …"}
     s.emit(
@@ -270,7 +272,7 @@ def test_a_log_event_is_exactly_this_record():
     )  # fmt: skip
 
 
-def test_what_a_run_tells_may_wait_for_a_thread_that_logs(start: Start, tmp_path: Path, logger: logging.Logger):
+def test_what_a_run_tells_may_wait_for_a_thread_that_logs(start: Start, tmp_path: Path, logger: logging.Logger) -> None:
     """Handlers have locks, which other threads hold as they come to the journal."""
     clock, disk, passed = HandClock(), FaultyDisk(), []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from harness.events_of import SessionEvents, restored, whole_run
@@ -48,13 +49,13 @@ WHOLE_RUN = r"""
        "spanId": "732a36b52b908bea"}]}]}]}"""
 
 
-def test_a_whole_run_is_exactly_this_otlp():
+def test_a_whole_run_is_exactly_this_otlp() -> None:
     s = whole_run()
     body = otlp_json.encode("logs", s.header["resource"], s.records("logs", status="completed"))
     assert json.loads(body) == json.loads(WHOLE_RUN.replace("VERSION", __version__))
 
 
-def test_a_log_stands_in_the_span_it_was_logged_in():
+def test_a_log_stands_in_the_span_it_was_logged_in() -> None:
     s = SessionEvents()
     run = s.run()
     step = s.emit("step_begin", parent=run, step=0, split="train")
@@ -74,7 +75,7 @@ def test_a_log_stands_in_the_span_it_was_logged_in():
     ]
 
 
-def test_without_a_run_a_log_has_no_ids():
+def test_without_a_run_a_log_has_no_ids() -> None:
     s = SessionEvents()
     s.emit("hyperparams", params={"lr": 0.5})
     assert s.records("logs") == [Log(s.ts, 9, '{"lr":0.5}', "training.hyperparams", {"lr": 0.5}, None, None)]
@@ -90,7 +91,7 @@ def test_without_a_run_a_log_has_no_ids():
         ("error", 17, "checkpoint: error"),
     ],
 )
-def test_a_milestone_is_as_severe_as_its_status(status, severity, body):
+def test_a_milestone_is_as_severe_as_its_status(status: str | None, severity: int, body: str) -> None:
     s = SessionEvents()
     told = {} if status is None else {"status": status}
     s.emit("event", parent=0, name="checkpoint", attributes={"n": 1, "status": "the user's"}, **told)
@@ -99,7 +100,7 @@ def test_a_milestone_is_as_severe_as_its_status(status, severity, body):
     assert log.attributes == {"n": 1, "status": status or "the user's"}
 
 
-def test_an_exception_is_an_error_with_its_stack_trace():
+def test_an_exception_is_an_error_with_its_stack_trace() -> None:
     s = SessionEvents()
     about = {"type": "ValueError", "message": "boom", "stack": "Traceback …"}
     s.emit("error", parent=0, **about, attributes={"batch": 3, "exception.type": "the user's"})
@@ -119,7 +120,7 @@ def test_an_exception_is_an_error_with_its_stack_trace():
     ]
 
 
-def test_a_gap_in_the_journal_is_a_warning():
+def test_a_gap_in_the_journal_is_a_warning() -> None:
     s = SessionEvents()
     s.emit("gap", dropped=12, why="No space left on device")
     assert s.records("logs") == [
@@ -133,7 +134,7 @@ def test_a_gap_in_the_journal_is_a_warning():
     ]
 
 
-def test_ten_megabytes_of_hyperparameters_are_cut_to_what_a_backend_takes():
+def test_ten_megabytes_of_hyperparameters_are_cut_to_what_a_backend_takes() -> None:
     s = SessionEvents()
     many = {f"layer{number}": {f"p{n}": n for n in range(100)} for number in range(1000)}
     s.emit("hyperparams", params={"text": "x" * 10_000_000 + "end", "list": list(range(100_000)), **many})
@@ -145,7 +146,7 @@ def test_ten_megabytes_of_hyperparameters_are_cut_to_what_a_backend_takes():
     assert len(log.attributes["list"]) < 17_000
 
 
-def test_what_is_neither_number_nor_text_nor_a_list_of_them_is_told_as_text():
+def test_what_is_neither_number_nor_text_nor_a_list_of_them_is_told_as_text() -> None:
     s = SessionEvents()
     s.emit(
         "hyperparams", params={"none": None, "flag": True, "pairs": [[1, 2]], "dict": {"a": {"b": 0.5}}, "l": [1, "a"]}
@@ -155,14 +156,14 @@ def test_what_is_neither_number_nor_text_nor_a_list_of_them_is_told_as_text():
 
 
 @pytest.mark.parametrize("bent", [{"params": 3}, {"params": [1]}], ids=str)
-def test_an_event_bent_out_of_shape_costs_that_event(bent):
+def test_an_event_bent_out_of_shape_costs_that_event(bent: dict[str, Any]) -> None:
     s = SessionEvents()
     s.emit("hyperparams", **bent)
     s.emit("event", parent=0, name="later")
     assert [log.event_name for log in s.records("logs")] == ["later"]
 
 
-def test_metrics_and_unknown_events_are_no_logs():
+def test_metrics_and_unknown_events_are_no_logs() -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0})
     s.emit("something_of_a_later_version", x=1)
@@ -171,7 +172,7 @@ def test_metrics_and_unknown_events_are_no_logs():
     assert s.records("logs", status="interrupted") == []
 
 
-def test_a_restart_in_the_middle_of_everything_changes_no_log():
+def test_a_restart_in_the_middle_of_everything_changes_no_log() -> None:
     s = whole_run()
     for cut in range(len(s.events) + 1):
         fold = mapper("logs", s.header)

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 from harness.events_of import MS, SECOND, START, SessionEvents, by_series, key_of, restored, values, whole_run
@@ -164,7 +165,7 @@ WHOLE_RUN = """
        "unit": "s"}]}]}]}"""
 
 
-def test_a_whole_run_is_exactly_this_otlp():
+def test_a_whole_run_is_exactly_this_otlp() -> None:
     s = whole_run()
     body = otlp_json.encode("metrics", s.header["resource"], s.records("metrics", status="completed"))
     assert json.loads(body) == json.loads(WHOLE_RUN.replace("VERSION", __version__))
@@ -173,7 +174,7 @@ def test_a_whole_run_is_exactly_this_otlp():
 # --- logged values
 
 
-def test_each_key_is_a_gauge_of_its_split_and_the_step_number_comes_with_it():
+def test_each_key_is_a_gauge_of_its_split_and_the_step_number_comes_with_it() -> None:
     s = SessionEvents()
     s.metrics({"loss": 0.5, "val/loss": 0.75, "a.b": 2}, step=7)
     assert by_series(s.records("metrics")) == {
@@ -186,7 +187,7 @@ def test_each_key_is_a_gauge_of_its_split_and_the_step_number_comes_with_it():
     assert {(p[0].unit, p[0].kind) for p in s.records("metrics")} == {("", "gauge")}
 
 
-def test_metrics_without_a_step_have_no_step_number_not_even_at_the_end():
+def test_metrics_without_a_step_have_no_step_number_not_even_at_the_end() -> None:
     s = SessionEvents()
     s.metrics({"loss": 0.5})
     assert by_series(s.records("metrics", status="completed")) == {
@@ -194,7 +195,7 @@ def test_metrics_without_a_step_have_no_step_number_not_even_at_the_end():
     }
 
 
-def test_the_splits_of_calls_stay_apart():
+def test_the_splits_of_calls_stay_apart() -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0}, step=1, split="train")
     s.metrics({"loss": 2.0}, step=1, split="val")
@@ -202,7 +203,7 @@ def test_the_splits_of_calls_stay_apart():
     assert values(s.records("metrics"), "training.loss", split="val") == [2.0]
 
 
-def test_of_several_points_of_a_series_in_one_millisecond_the_last_goes_out():
+def test_of_several_points_of_a_series_in_one_millisecond_the_last_goes_out() -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0, "lr": 9.0}, step=1)
     s.metrics({"loss": 2.0}, after=0.0004, step=2)
@@ -217,7 +218,7 @@ def test_of_several_points_of_a_series_in_one_millisecond_the_last_goes_out():
     assert fold.filtered == 4
 
 
-def test_two_keys_of_one_series_in_one_call_are_one_point():
+def test_two_keys_of_one_series_in_one_call_are_one_point() -> None:
     s = SessionEvents()
     s.metrics({"train/loss": 1.0, "loss": 2.0}, step=1)
     fold = mapper("metrics", s.header)
@@ -228,7 +229,7 @@ def test_two_keys_of_one_series_in_one_call_are_one_point():
 @pytest.mark.parametrize(
     ("written", "value"), [("Infinity", math.inf), ("-Infinity", -math.inf), (True, 1.0), (3, 3.0), ("0.125", 0.125)]
 )
-def test_a_value_as_the_journal_writes_it(written, value):
+def test_a_value_as_the_journal_writes_it(written: bool | int | str, value: Any) -> None:
     s = SessionEvents()
     s.metrics({"loss": written})
     (found,) = values(s.records("metrics"), "training.loss")
@@ -236,7 +237,7 @@ def test_a_value_as_the_journal_writes_it(written, value):
     assert type(found) is float
 
 
-def test_nan_is_a_value():
+def test_nan_is_a_value() -> None:
     s = SessionEvents()
     s.metrics({"loss": "NaN"})
     (found,) = values(s.records("metrics"), "training.loss")
@@ -244,7 +245,7 @@ def test_nan_is_a_value():
 
 
 @pytest.mark.parametrize("junk", ["abc", None, [1], {"a": 1}], ids=str)
-def test_what_a_processor_made_no_number_costs_only_that_value(junk):
+def test_what_a_processor_made_no_number_costs_only_that_value(junk: Any) -> None:
     s = SessionEvents()
     s.metrics({"before": 1.0, "junk": junk, "after": 2.0}, step=junk)
     assert by_series(s.records("metrics")) == {
@@ -258,7 +259,7 @@ def test_what_a_processor_made_no_number_costs_only_that_value(junk):
     [{"metrics": [1]}, {"metrics": {}}, {"split": None}, {"split": ["x"]}, {"attributes": 3}],
     ids=str,
 )
-def test_an_event_bent_out_of_shape_costs_that_event(bent):
+def test_an_event_bent_out_of_shape_costs_that_event(bent: dict[str, Any]) -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0})
     s.metrics({"loss": 2.0})
@@ -267,7 +268,7 @@ def test_an_event_bent_out_of_shape_costs_that_event(bent):
     assert {1.0, 3.0} <= set(values(s.records("metrics"), "training.loss"))
 
 
-def test_attributes_that_a_processor_added_make_series_of_their_own():
+def test_attributes_that_a_processor_added_make_series_of_their_own() -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0}, step=1, attributes={"tier": "a"})
     s.metrics({"loss": 2.0}, step=2, attributes={"tier": "b", "split": "mine"})
@@ -282,7 +283,9 @@ def test_attributes_that_a_processor_added_make_series_of_their_own():
     }
 
 
-def test_many_sets_of_keys_are_not_all_remembered_and_still_are_the_same_series(monkeypatch):
+def test_many_sets_of_keys_are_not_all_remembered_and_still_are_the_same_series(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mapping, "MAX_TABLES", 2)
     s = SessionEvents()
     for number in range(9):
@@ -292,7 +295,7 @@ def test_many_sets_of_keys_are_not_all_remembered_and_still_are_the_same_series(
     assert len({id(series) for series, _, _ in points}) == 5
 
 
-def test_the_step_is_no_label():
+def test_the_step_is_no_label() -> None:
     s = SessionEvents()
     run = s.run()
     for number in range(50):
@@ -307,7 +310,7 @@ def test_the_step_is_no_label():
 # --- steps and phases
 
 
-def test_a_step_has_its_time_its_waits_and_a_histogram():
+def test_a_step_has_its_time_its_waits_and_a_histogram() -> None:
     s = SessionEvents()
     run = s.run()
     step = s.emit("step_begin", parent=run, step=3, split="val")
@@ -320,14 +323,14 @@ def test_a_step_has_its_time_its_waits_and_a_histogram():
     assert (durations.start, durations.count, durations.sum, end) == (START, 1, 0.25, None)
 
 
-def test_a_step_whose_loop_was_left_ended_then_and_not_when_it_was_written():
+def test_a_step_whose_loop_was_left_ended_then_and_not_when_it_was_written() -> None:
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     s.emit("step_end", 5.0, begin=step, ended=s.ts + 2 * SECOND)
     assert by_series(s.records("metrics"))["training.step.time", TRAIN] == [(5.001, 2.0)]
 
 
-def test_collectives_add_up_to_the_steps_wait_however_deep_and_once_each():
+def test_collectives_add_up_to_the_steps_wait_however_deep_and_once_each() -> None:
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     backward = s.emit("span_begin", parent=step, name="backward")
@@ -348,14 +351,14 @@ def test_collectives_add_up_to_the_steps_wait_however_deep_and_once_each():
     assert values(points, "training.phase.time", phase="bucket") == [0.5]
 
 
-def test_the_end_of_what_nobody_saw_begin_is_no_point():
+def test_the_end_of_what_nobody_saw_begin_is_no_point() -> None:
     s = SessionEvents()
     s.emit("step_end", begin=77, data_wait=1.0)
     s.emit("span_end", begin=78)
     assert s.records("metrics") == []
 
 
-def test_what_never_ends_is_not_kept_for_ever(monkeypatch):
+def test_what_never_ends_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_scopes, "MAX_OPEN", 5)
     s = SessionEvents()
     for number in range(20):
@@ -366,7 +369,7 @@ def test_what_never_ends_is_not_kept_for_ever(monkeypatch):
     assert [scope["begin"]["step"] for scope in fold.state()["steps"]["open"]] == [15, 16, 17, 18, 19]
 
 
-def test_mapping_leaves_the_events_as_they_are():
+def test_mapping_leaves_the_events_as_they_are() -> None:
     s = whole_run()
     before = copy.deepcopy(s.events)
     for signal in ("metrics", "traces", "logs"):
@@ -379,7 +382,7 @@ def test_mapping_leaves_the_events_as_they_are():
 
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e5), min_size=1, max_size=40))
-def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(durations):
+def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(durations: Any) -> None:
     bounds = [2 ** (index / 8) for index in range(-170, 150)]
     assume(all(abs(d / b - 1) > 1e-12 for d in durations for b in bounds))
     state = HistogramState()
@@ -398,13 +401,13 @@ def test_each_duration_is_counted_in_the_bucket_between_whose_bounds_it_lies(dur
 @pytest.mark.parametrize(
     ("duration", "bucket"), [(1.0, -1), (2.0, 7), (0.5, -9), (math.nextafter(1.0, 2.0), 0), (1.05, 0)]
 )
-def test_a_bucket_has_its_upper_bound_and_not_its_lower_one(duration, bucket):
+def test_a_bucket_has_its_upper_bound_and_not_its_lower_one(duration: Any, bucket: int) -> None:
     state = HistogramState()
     state.add([duration])
     assert (state.value(START).offset, state.buckets) == (bucket, {str(bucket): 1})
 
 
-def test_a_duration_of_zero_is_counted_as_zero():
+def test_a_duration_of_zero_is_counted_as_zero() -> None:
     state = HistogramState()
     state.add([0.0])
     found = state.value(START)
@@ -414,7 +417,7 @@ def test_a_duration_of_zero_is_counted_as_zero():
 # --- what is cumulative
 
 
-def test_errors_are_told_at_once_at_multiples_of_ten_seconds_and_at_the_end():
+def test_errors_are_told_at_once_at_multiples_of_ten_seconds_and_at_the_end() -> None:
     s = SessionEvents(started=START + 3 * SECOND)
     s.emit("error", parent=0, type="ValueError", message="", stack="", attributes={})
     s.emit("error", 8.0, parent=0, type="ValueError", message="", stack="", attributes={})
@@ -434,7 +437,7 @@ def test_errors_are_told_at_once_at_multiples_of_ten_seconds_and_at_the_end():
     assert {(p[0].unit, p[0].kind) for p in points} == {("{error}", "sum")}
 
 
-def test_the_histogram_grows_and_keeps_its_start():
+def test_the_histogram_grows_and_keeps_its_start() -> None:
     s = SessionEvents()
     for number in range(25):
         s.step(number, lasts=0.999)
@@ -445,7 +448,7 @@ def test_the_histogram_grows_and_keeps_its_start():
     assert found[-1] is None
 
 
-def test_an_event_just_on_the_boundary_is_counted_after_it():
+def test_an_event_just_on_the_boundary_is_counted_after_it() -> None:
     s = SessionEvents()
     s.step(0, lasts=0.998)
     step = s.emit("step_begin", parent=0, step=1, split="train")
@@ -455,21 +458,21 @@ def test_an_event_just_on_the_boundary_is_counted_after_it():
     assert found.count == 1
 
 
-def test_an_epoch_that_begins_with_the_crossing_takes_no_point_from_the_boundary():
+def test_an_epoch_that_begins_with_the_crossing_takes_no_point_from_the_boundary() -> None:
     s = SessionEvents()
     s.emit("epoch_begin", parent=0, epoch=1)
     s.emit("epoch_begin", 12.0, parent=0, epoch=2)
     assert by_series(s.records("metrics")) == {("training.run.epoch",): [(0.001, 1.0), (10.0, 1.0), (12.001, 2.0)]}
 
 
-def test_an_epoch_that_begins_in_the_boundarys_own_millisecond_is_its_point():
+def test_an_epoch_that_begins_in_the_boundarys_own_millisecond_is_its_point() -> None:
     s = SessionEvents()
     s.emit("epoch_begin", parent=0, epoch=1)
     s.emit("epoch_begin", 9.9994, parent=0, epoch=2)
     assert by_series(s.records("metrics")) == {("training.run.epoch",): [(0.001, 1.0), (10.0004, 2.0)]}
 
 
-def test_exemplars_show_the_slowest_step_of_a_period_whose_trace_goes_out():
+def test_exemplars_show_the_slowest_step_of_a_period_whose_trace_goes_out() -> None:
     s = SessionEvents()
     for number, lasts in enumerate([0.5, 3.0, 1.0, 6.0, 0.25, 2.0]):
         s.step(number, lasts=lasts)
@@ -480,7 +483,7 @@ def test_exemplars_show_the_slowest_step_of_a_period_whose_trace_goes_out():
     assert [sent[e[0].trace_id, e[0].span_id] for e in found] == [1, 3]
 
 
-def test_a_step_whose_trace_does_not_go_out_is_no_exemplar_however_slow():
+def test_a_step_whose_trace_does_not_go_out_is_no_exemplar_however_slow() -> None:
     s = SessionEvents()
     s.step(0, lasts=1.0)
     s.step(1, lasts=3.0, thin=True)
@@ -492,7 +495,7 @@ def test_a_step_whose_trace_does_not_go_out_is_no_exemplar_however_slow():
 
 @settings(deadline=None)
 @given(st.integers(0, 3), st.lists(st.sampled_from([0.0005, 0.002, 0.004, 0.3]), min_size=300, max_size=600))
-def test_an_exemplars_trace_was_sent(rank, durations):
+def test_an_exemplars_trace_was_sent(rank: int, durations: Any) -> None:
     s = SessionEvents(rank=rank, world_size=4)
     for number, lasts in enumerate(durations):
         s.step(number, lasts=lasts, **({"status": "error"} if number % 97 == 0 else {}))
@@ -505,7 +508,7 @@ def test_an_exemplars_trace_was_sent(rank, durations):
 # --- the run
 
 
-def test_the_runs_info_has_the_chosen_hyperparameters_and_ends_when_it_changes():
+def test_the_runs_info_has_the_chosen_hyperparameters_and_ends_when_it_changes() -> None:
     s = SessionEvents()
     s.run(name="n", group="g")
     s.emit("hyperparams", params={"lr": 0.5, "secret_sauce": 1, "model": {"width": 8}, "optimizer": "adam" * 99})
@@ -524,7 +527,7 @@ def test_the_runs_info_has_the_chosen_hyperparameters_and_ends_when_it_changes()
     }
 
 
-def test_info_that_comes_back_is_the_same_series_again():
+def test_info_that_comes_back_is_the_same_series_again() -> None:
     s = SessionEvents()
     s.run(name="n")
     for lr in (1, 2, 1):
@@ -534,7 +537,7 @@ def test_info_that_comes_back_is_the_same_series_again():
     assert len({id(series) for series, _, _ in points if series.name == "training.run.info"}) == 3
 
 
-def test_the_info_is_repeated_every_ten_seconds_so_that_a_join_finds_it():
+def test_the_info_is_repeated_every_ten_seconds_so_that_a_join_finds_it() -> None:
     s = SessionEvents()
     s.run(name="n")
     s.emit("event", 21.0, parent=0, name="later")
@@ -547,7 +550,7 @@ def test_the_info_is_repeated_every_ten_seconds_so_that_a_join_finds_it():
 # --- the end
 
 
-def test_every_live_series_ends_once_after_its_last_point():
+def test_every_live_series_ends_once_after_its_last_point() -> None:
     s = whole_run()
     points = s.records("metrics", status="interrupted")
     for key, found in by_series(points).items():
@@ -557,11 +560,11 @@ def test_every_live_series_ends_once_after_its_last_point():
     assert max(ts for _, ts, _ in points) // MS == s.ts // MS + 2
 
 
-def test_a_session_of_nothing_ends_with_nothing():
+def test_a_session_of_nothing_ends_with_nothing() -> None:
     assert SessionEvents().records("metrics", status="interrupted") == []
 
 
-def test_the_end_knows_the_series_from_before_a_restart():
+def test_the_end_knows_the_series_from_before_a_restart() -> None:
     s = whole_run()
     fold = mapper("metrics", s.header)
     fold.map(s.events)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import runs
@@ -16,6 +19,7 @@ from stepspan.exporters.otlp import OtlpExporter
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Sum
 from stepspan.mapping.samples import METRICS
+from stepspan.run import Run
 from stepspan.samplers import Sampling
 from stepspan.samplers.gpu import gpu
 from stepspan.samplers.host import host, process
@@ -28,7 +32,7 @@ def sample(s: SessionEvents, *samples: list, after: float = 1.0) -> None:
     s.emit("sample", after, source="host", values=list(samples))
 
 
-def test_a_gauge_is_its_value_and_a_sum_counts_from_the_sessions_start():
+def test_a_gauge_is_its_value_and_a_sum_counts_from_the_sessions_start() -> None:
     s = SessionEvents()
     sample(s, ["system.cpu.utilization", 0.5], ["system.disk.io", 100.0, {"disk.io.direction": "read"}])
     sample(s, ["system.cpu.utilization", 0.25], ["system.disk.io", 400.0, {"disk.io.direction": "read"}])
@@ -38,14 +42,14 @@ def test_a_gauge_is_its_value_and_a_sum_counts_from_the_sessions_start():
     }
 
 
-def test_the_table_says_unit_and_kind():
+def test_the_table_says_unit_and_kind() -> None:
     s = SessionEvents()
     sample(s, *([name, 1.0] for name in METRICS), ["some.new.name", 1.0])
     told = {series.name: (series.unit, series.kind) for series, _, _ in s.records("metrics")}
     assert told == {**METRICS, "some.new.name": ("", "gauge")}
 
 
-def test_of_two_samples_in_a_millisecond_the_last_goes_out():
+def test_of_two_samples_in_a_millisecond_the_last_goes_out() -> None:
     s = SessionEvents()
     sample(s, ["hw.power", 100.0])
     sample(s, ["hw.power", 200.0], after=0.0001)
@@ -54,7 +58,7 @@ def test_of_two_samples_in_a_millisecond_the_last_goes_out():
     assert fold.filtered == 1
 
 
-def test_nan_is_a_value_and_text_is_none():
+def test_nan_is_a_value_and_text_is_none() -> None:
     s = SessionEvents()
     sample(s, ["hw.power", "NaN"], ["hw.temperature", "hot"], ["hw.energy", None], ["hw.gpu.clock", "Infinity"])
     told = {series.name: value for series, _, value in s.records("metrics")}
@@ -64,14 +68,14 @@ def test_nan_is_a_value_and_text_is_none():
 
 
 @pytest.mark.parametrize("bent", [[["hw.power"]], ["x"], None, 7, [[]], [["hw.power", 1.0, "no table"]]], ids=repr)
-def test_a_sample_that_a_processor_has_bent_costs_itself_alone(bent):
+def test_a_sample_that_a_processor_has_bent_costs_itself_alone(bent: Any) -> None:
     s = SessionEvents()
     s.emit("sample", source="gpu", values=bent)
     sample(s, ["hw.power", 2.0])
     assert values(s.records("metrics"), "hw.power") == [2.0]
 
 
-def test_points_do_not_depend_on_batches():
+def test_points_do_not_depend_on_batches() -> None:
     s = SessionEvents()
     for n in range(12):
         sample(s, ["hw.power", float(n)], ["hw.energy", n * 10.0], after=4.0)
@@ -84,7 +88,7 @@ def test_points_do_not_depend_on_batches():
         assert by_series([*head, *tail]) == whole
 
 
-def test_a_run_with_a_sampler_gives_exactly_these_points():
+def test_a_run_with_a_sampler_gives_exactly_these_points() -> None:
     device = GPU(fields={}, uuid="GPU-1")
     nvml = ScriptedNvml(device)
     nvml.lacks = {"nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlEventSetCreate"}
@@ -146,7 +150,9 @@ NAMES = {
 
 
 @pytest.mark.stack
-def test_prometheus_has_them_by_these_names(start, collector: Collector, prometheus: Prometheus, tmp_path):
+def test_prometheus_has_them_by_these_names(
+    start: Callable[..., Run], collector: Collector, prometheus: Prometheus, tmp_path: Path
+) -> None:
     nvml = ScriptedNvml(GPU())
     exporters = [JsonlExporter(tmp_path / "runs"), OtlpExporter(collector.http_endpoint, protocol="http/protobuf")]
     with start(job_id="sampled", exporters=exporters) as run:

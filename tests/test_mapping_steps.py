@@ -44,7 +44,7 @@ def host_step(s: SessionEvents, number: int, wait: float) -> None:
 # --- the wait
 
 
-def test_a_wait_that_the_device_tells_before_the_step_ends_is_in_both():
+def test_a_wait_that_the_device_tells_before_the_step_ends_is_in_both() -> None:
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     span = s.emit("span_begin", parent=step, name="all_reduce", collective=True, cuda=True)
@@ -56,7 +56,7 @@ def test_a_wait_that_the_device_tells_before_the_step_ends_is_in_both():
     assert step_spans(s.records("traces"))[0].attributes["wait"] == 0.125
 
 
-def test_a_wait_that_the_device_tells_after_the_step_has_ended_is_in_both():
+def test_a_wait_that_the_device_tells_after_the_step_has_ended_is_in_both() -> None:
     s = SessionEvents()
     first, second = device_step(s, 0, collectives=2)
     ended = s.ts
@@ -70,7 +70,7 @@ def test_a_wait_that_the_device_tells_after_the_step_has_ended_is_in_both():
     assert values(s.records("metrics"), "training.step.wait") == [0.375]
 
 
-def test_host_and_device_add_up():
+def test_host_and_device_add_up() -> None:
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     barrier = s.emit("span_begin", parent=step, name="barrier", collective=True)
@@ -83,7 +83,7 @@ def test_host_and_device_add_up():
     assert step_spans(s.records("traces"))[0].attributes["wait"] == 0.75
 
 
-def test_a_step_behind_one_whose_wait_is_not_known_waits_for_it_only_if_it_has_a_wait_itself():
+def test_a_step_behind_one_whose_wait_is_not_known_waits_for_it_only_if_it_has_a_wait_itself() -> None:
     s = SessionEvents()
     (span,) = device_step(s, 0)
     host_step(s, 1, 0.5)
@@ -97,7 +97,7 @@ def test_a_step_behind_one_whose_wait_is_not_known_waits_for_it_only_if_it_has_a
 
 
 @pytest.mark.parametrize("seconds", [None, "x"])
-def test_a_device_time_that_was_lost_takes_its_steps_wait_along_and_no_other(seconds):
+def test_a_device_time_that_was_lost_takes_its_steps_wait_along_and_no_other(seconds: str | None) -> None:
     s = SessionEvents()
     spans = [device_step(s, number)[0] for number in range(3)]
     for span, told in zip(spans, (0.5, seconds, 0.25), strict=True):
@@ -107,7 +107,7 @@ def test_a_device_time_that_was_lost_takes_its_steps_wait_along_and_no_other(sec
     assert values(s.records("metrics"), "training.step.wait") == [0.5, 0.25]
 
 
-def test_a_session_that_ends_before_its_device_times_sends_its_steps_without_them():
+def test_a_session_that_ends_before_its_device_times_sends_its_steps_without_them() -> None:
     s = SessionEvents()
     lost, _ = device_step(s, 0)[0], host_step(s, 1, 0.5)
     ended = step_spans(s.records("traces", status="interrupted"))
@@ -118,7 +118,7 @@ def test_a_session_that_ends_before_its_device_times_sends_its_steps_without_the
     assert [span.attributes["wait"] for span in found.values()] == [0.25, 0.5]
 
 
-def test_a_device_time_whose_line_was_lost_holds_up_so_many_steps_at_most(monkeypatch):
+def test_a_device_time_whose_line_was_lost_holds_up_so_many_steps_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "MAX_PENDING_STEPS", 3)
     s = SessionEvents()
     device_step(s, 0)
@@ -131,7 +131,7 @@ def test_a_device_time_whose_line_was_lost_holds_up_so_many_steps_at_most(monkey
     assert values(s.records("metrics"), "training.step.wait") == [0.5] * 5
 
 
-def test_device_spans_beyond_those_that_are_remembered_are_lost(monkeypatch):
+def test_device_spans_beyond_those_that_are_remembered_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "MAX_DEVICE_SPANS", 2)
     s = SessionEvents()
     spans = device_step(s, 0, collectives=2) + device_step(s, 1)
@@ -142,7 +142,7 @@ def test_device_spans_beyond_those_that_are_remembered_are_lost(monkeypatch):
     assert values(s.records("metrics"), "training.step.wait") == [0.25]
 
 
-def test_a_span_that_ends_while_its_step_waits_goes_out_and_a_thinned_step_takes_it_along():
+def test_a_span_that_ends_while_its_step_waits_goes_out_and_a_thinned_step_takes_it_along() -> None:
     s = SessionEvents()
     for number in range(3000):
         s.step(number, lasts=0.0005)
@@ -273,7 +273,7 @@ def test_they_are_the_same_whatever_the_batches_and_restarts(signal: Any, s: Ses
     assert again.filtered == whole.filtered
 
 
-def test_a_step_in_which_something_failed_goes_out_however_many_there_are():
+def test_a_step_in_which_something_failed_goes_out_however_many_there_are() -> None:
     s = SessionEvents()
     for number in range(3001):
         step = s.emit("step_begin", 1e-4, parent=0, step=number, split="train")

@@ -7,6 +7,8 @@ which traces go out at all.
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.events_of import MS, SECOND, START, SessionEvents, restored, whole_run
@@ -95,17 +97,17 @@ WHOLE_RUN = """
           {"key": "step", "value": {"intValue": "0"}}]}]}]}]}]}"""
 
 
-def test_a_whole_run_is_exactly_this_otlp():
+def test_a_whole_run_is_exactly_this_otlp() -> None:
     s = whole_run()
     body = otlp_json.encode("traces", s.header["resource"], s.records("traces", status="completed"))
     assert json.loads(body) == json.loads(WHOLE_RUN.replace("VERSION", __version__))
 
 
-def spans_of(s, status=None):
+def spans_of(s: Any, status: Any = None) -> Any:
     return s.records("traces", status=status)
 
 
-def only(spans, name):
+def only(spans: Any, name: str) -> Any:
     (found,) = [span for span in spans if span.name == name]
     return found
 
@@ -113,14 +115,14 @@ def only(spans, name):
 # --- who shares a trace
 
 
-def step_of(*, step=7, header=None, **fields):
+def step_of(*, step: int = 7, header: Any = None, **fields: Any) -> Any:
     s = SessionEvents(**(header or {}))
     s.step(step, **fields)
     (span,) = spans_of(s)
     return span
 
 
-def test_all_ranks_steps_of_a_number_share_a_trace_whose_root_is_rank_0s():
+def test_all_ranks_steps_of_a_number_share_a_trace_whose_root_is_rank_0s() -> None:
     root, *others = (step_of(header={"rank": rank, "world_size": 4}) for rank in range(4))
     assert {span.trace_id for span in (root, *others)} == {root.trace_id}
     assert len({span.span_id for span in (root, *others)}) == 4
@@ -128,7 +130,7 @@ def test_all_ranks_steps_of_a_number_share_a_trace_whose_root_is_rank_0s():
     assert {span.parent_id for span in others} == {root.span_id}
 
 
-def test_a_forked_workers_step_lies_under_the_same_root():
+def test_a_forked_workers_step_lies_under_the_same_root() -> None:
     root, worker = step_of(), step_of(header={"role": "worker1"})
     assert (worker.trace_id, worker.parent_id) == (root.trace_id, root.span_id)
     assert worker.span_id != root.span_id
@@ -146,13 +148,13 @@ def test_a_forked_workers_step_lies_under_the_same_root():
     ],
     ids=["number", "split", "epoch", "lap", "restart", "second run"],
 )
-def test_steps_that_are_not_the_same_share_neither_trace_nor_span(other):
+def test_steps_that_are_not_the_same_share_neither_trace_nor_span(other: dict[str, Any]) -> None:
     one, two = step_of(), step_of(**other)
     assert one.trace_id != two.trace_id
     assert one.span_id != two.span_id
 
 
-def test_a_session_more_or_less_changes_no_steps_ids():
+def test_a_session_more_or_less_changes_no_steps_ids() -> None:
     one, two = step_of(), step_of(header={"session": "00000000000000bb"})
     assert (one.trace_id, one.span_id) == (two.trace_id, two.span_id)
 
@@ -160,7 +162,7 @@ def test_a_session_more_or_less_changes_no_steps_ids():
 # --- what lies in what
 
 
-def test_spans_nest_below_their_step_and_follow_it():
+def test_spans_nest_below_their_step_and_follow_it() -> None:
     s = SessionEvents()
     run = s.run()
     epoch = s.emit("epoch_begin", parent=run, epoch=3)
@@ -182,7 +184,7 @@ def test_spans_nest_below_their_step_and_follow_it():
     assert [link.attributes for link in step_span.links] == [{"relation": "run"}]
 
 
-def test_a_validation_step_within_a_span_within_a_training_step_has_its_own_trace():
+def test_a_validation_step_within_a_span_within_a_training_step_has_its_own_trace() -> None:
     s = SessionEvents()
     train = s.emit("step_begin", parent=0, step=0, split="train")
     evaluate = s.emit("span_begin", parent=train, name="evaluate")
@@ -196,7 +198,7 @@ def test_a_validation_step_within_a_span_within_a_training_step_has_its_own_trac
     assert found[0].parent_id is None
 
 
-def test_a_span_in_an_epoch_is_its_child_and_every_root_leads_to_the_run():
+def test_a_span_in_an_epoch_is_its_child_and_every_root_leads_to_the_run() -> None:
     s = SessionEvents()
     run = s.run()
     load = s.emit("span_begin", parent=run, name="load")
@@ -216,7 +218,7 @@ def test_a_span_in_an_epoch_is_its_child_and_every_root_leads_to_the_run():
     assert run_span.links == only(found, "save").links == []
 
 
-def test_each_hour_has_a_trace_of_its_own_but_a_span_takes_its_children_along():
+def test_each_hour_has_a_trace_of_its_own_but_a_span_takes_its_children_along() -> None:
     started = START // HOUR * HOUR + HOUR - 10 * SECOND
     s = SessionEvents(started=started)
     run = s.run()
@@ -237,7 +239,7 @@ def test_each_hour_has_a_trace_of_its_own_but_a_span_takes_its_children_along():
     assert len(only(found, "late").links) == 1
 
 
-def test_the_runs_span_says_what_the_run_is():
+def test_the_runs_span_says_what_the_run_is() -> None:
     s = whole_run()
     assert only(spans_of(s), "training.run").attributes == {
         "name": "digits",
@@ -252,7 +254,7 @@ def test_the_runs_span_says_what_the_run_is():
     }
 
 
-def test_milestones_are_events_of_the_run_with_what_was_said():
+def test_milestones_are_events_of_the_run_with_what_was_said() -> None:
     s = SessionEvents()
     run = s.run()
     step = s.emit("step_begin", parent=run, step=0, split="train")
@@ -266,7 +268,7 @@ def test_milestones_are_events_of_the_run_with_what_was_said():
     ]
 
 
-def test_a_span_holds_no_more_than_opentelemetry_takes():
+def test_a_span_holds_no_more_than_opentelemetry_takes() -> None:
     s = SessionEvents()
     run = s.run(name="n" * 20_000)
     for number in range(200):
@@ -283,12 +285,12 @@ def test_a_span_holds_no_more_than_opentelemetry_takes():
 # --- errors
 
 
-def fail(s, parent, **fields):
+def fail(s: Any, parent: Any, **fields: Any) -> None:
     about = {"type": "ValueError", "message": "boom", "stack": "Traceback …", "attributes": {"batch": 3}}
     s.emit("error", parent=parent, **{**about, **fields})
 
 
-def test_an_exception_stands_on_the_span_it_was_raised_in_and_fails_those_it_passed_through():
+def test_an_exception_stands_on_the_span_it_was_raised_in_and_fails_those_it_passed_through() -> None:
     s = SessionEvents()
     run = s.run()
     step = s.emit("step_begin", parent=run, step=0, split="train")
@@ -311,7 +313,7 @@ def test_an_exception_stands_on_the_span_it_was_raised_in_and_fails_those_it_pas
     )
 
 
-def test_an_error_that_was_caught_fails_its_span_only():
+def test_an_error_that_was_caught_fails_its_span_only() -> None:
     s = SessionEvents()
     run = s.run()
     step = s.emit("step_begin", parent=run, step=0, split="train")
@@ -322,7 +324,7 @@ def test_an_error_that_was_caught_fails_its_span_only():
     assert (step_span.error, run_span.error) == ("ValueError: boom", None)
 
 
-def test_an_error_outside_of_everything_is_no_span():
+def test_an_error_outside_of_everything_is_no_span() -> None:
     s = SessionEvents()
     fail(s, 0)
     fail(s, 99)
@@ -332,7 +334,7 @@ def test_an_error_outside_of_everything_is_no_span():
 # --- ends that did not come
 
 
-def test_what_a_killed_session_left_open_is_an_error_that_ends_with_its_last_event():
+def test_what_a_killed_session_left_open_is_an_error_that_ends_with_its_last_event() -> None:
     s = SessionEvents()
     run = s.run()
     epoch = s.emit("epoch_begin", parent=run, epoch=0)
@@ -347,7 +349,7 @@ def test_what_a_killed_session_left_open_is_an_error_that_ends_with_its_last_eve
     assert found[3].attributes["status"] == "interrupted"
 
 
-def test_what_stands_open_when_a_run_has_ended_was_interrupted_but_the_run_was_not():
+def test_what_stands_open_when_a_run_has_ended_was_interrupted_but_the_run_was_not() -> None:
     s = SessionEvents()
     run = s.run()
     s.emit("span_begin", parent=run, name="writer thread")
@@ -357,21 +359,21 @@ def test_what_stands_open_when_a_run_has_ended_was_interrupted_but_the_run_was_n
     assert (left.name, left.error, left.end) == ("writer thread", "interrupted", s.ts)
 
 
-def test_a_run_whose_last_line_was_damaged_ended_as_the_session_says():
+def test_a_run_whose_last_line_was_damaged_ended_as_the_session_says() -> None:
     s = SessionEvents()
     s.run()
     (span,) = spans_of(s, status="completed")
     assert (span.error, span.attributes["status"]) == (None, "completed")
 
 
-def test_an_end_without_a_beginning_is_no_span():
+def test_an_end_without_a_beginning_is_no_span() -> None:
     s = SessionEvents()
     for tag in ("run", "epoch", "step", "span"):
         s.emit(f"{tag}_end", begin=77)
     assert spans_of(s, status="completed") == []
 
 
-def test_a_step_whose_first_line_was_damaged_costs_that_span_and_not_what_lies_in_it():
+def test_a_step_whose_first_line_was_damaged_costs_that_span_and_not_what_lies_in_it() -> None:
     s = SessionEvents()
     run = s.run()
     step = s.emit("step_begin", parent=run, step=0, split="train")
@@ -385,7 +387,7 @@ def test_a_step_whose_first_line_was_damaged_costs_that_span_and_not_what_lies_i
     assert forward_span.links == [Link(run_span.trace_id, run_span.span_id, {"relation": "run"})]
 
 
-def test_a_span_that_outlives_its_step_is_still_its_child():
+def test_a_span_that_outlives_its_step_is_still_its_child() -> None:
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     save = s.emit("span_begin", parent=step, name="save")
@@ -396,7 +398,7 @@ def test_a_span_that_outlives_its_step_is_still_its_child():
     assert save_span.end > step_span.end
 
 
-def test_a_clock_that_went_back_makes_no_span_of_negative_length():
+def test_a_clock_that_went_back_makes_no_span_of_negative_length() -> None:
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
     s.emit("step_end", begin=step, ended=START - SECOND)
@@ -406,7 +408,7 @@ def test_a_clock_that_went_back_makes_no_span_of_negative_length():
     assert duration == 0.0
 
 
-def test_what_never_ends_is_not_kept_for_ever_but_the_run_is(monkeypatch):
+def test_what_never_ends_is_not_kept_for_ever_but_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(open_scopes, "MAX_OPEN", 4)
     s = SessionEvents()
     run = s.run()
@@ -417,7 +419,7 @@ def test_what_never_ends_is_not_kept_for_ever_but_the_run_is(monkeypatch):
 
 
 @pytest.mark.parametrize("bent", [{"step": "7"}, {"step": None}, {"parent": [1]}, {"split": 3}, {"epoch": {}}], ids=str)
-def test_an_event_bent_out_of_shape_costs_that_step_at_most(bent):
+def test_an_event_bent_out_of_shape_costs_that_step_at_most(bent: dict[str, Any]) -> None:
     s = SessionEvents(world_size=1)
     s.step(0)
     s.step(1, **bent) if "step" not in bent else s.step(bent["step"])
@@ -429,19 +431,21 @@ def test_an_event_bent_out_of_shape_costs_that_step_at_most(bent):
 # --- which traces go out
 
 
-def fast(steps=3000, lasts=0.0005, *, rank=0, world_size=2, first=0, **fields):
+def fast(
+    steps: int = 3000, lasts: float = 0.0005, *, rank: int = 0, world_size: int = 2, first: int = 0, **fields: Any
+) -> Any:
     s = SessionEvents(rank=rank, world_size=world_size)
     for number in range(first, first + steps):
         s.step(number, lasts=lasts, **fields)
     return s
 
 
-def numbers(spans):
+def numbers(spans: Any) -> list[Any]:
     return [span.attributes["step"] for span in spans if span.name == "training.step"]
 
 
 @pytest.mark.parametrize("every", [0.0011, 0.01, 0.05, 0.09])
-def test_no_more_than_ten_traces_a_second_go_out_and_not_far_fewer(every):
+def test_no_more_than_ten_traces_a_second_go_out_and_not_far_fewer(every: float) -> None:
     steps = round(60 / every)
     found = spans_of(fast(steps, lasts=every - 0.001))
     for window in range(6):
@@ -450,11 +454,11 @@ def test_no_more_than_ten_traces_a_second_go_out_and_not_far_fewer(every):
         assert 50 <= sent <= 100 + 14, (window, sent)  # one more for each doubling of the pace, in the first window
 
 
-def test_slower_than_ten_a_second_all_traces_go_out():
+def test_slower_than_ten_a_second_all_traces_go_out() -> None:
     assert numbers(spans_of(fast(600, lasts=0.1))) == list(range(600))
 
 
-def test_after_a_fast_part_all_traces_go_out_again():
+def test_after_a_fast_part_all_traces_go_out_again() -> None:
     s = fast(9000, lasts=0.001)
     s.emit("event", 20.0, parent=0, name="pause")
     for number in range(9000, 9050):
@@ -462,7 +466,7 @@ def test_after_a_fast_part_all_traces_go_out_again():
     assert numbers(spans_of(s))[-50:] == list(range(9000, 9050))
 
 
-def test_ranks_at_different_paces_send_nested_sets():
+def test_ranks_at_different_paces_send_nested_sets() -> None:
     quick = set(numbers(spans_of(fast(8000, lasts=0.0015, rank=1))))
     slow = set(numbers(spans_of(fast(8000, lasts=0.0120, rank=0))))
     after_first_window = {number for number in slow if number >= 2000}
@@ -470,7 +474,7 @@ def test_ranks_at_different_paces_send_nested_sets():
     assert {number for number in quick if number >= 5000} <= after_first_window
 
 
-def test_slow_steps_go_out_whatever_their_number():
+def test_slow_steps_go_out_whatever_their_number() -> None:
     s = SessionEvents()
     for number in range(6001):
         s.step(number, lasts=0.02 if number == 4321 else 0.001)
@@ -478,7 +482,7 @@ def test_slow_steps_go_out_whatever_their_number():
     assert 4323 not in numbers(spans_of(s))
 
 
-def test_when_many_are_slow_only_some_are_news():
+def test_when_many_are_slow_only_some_are_news() -> None:
     s = SessionEvents()
     for number in range(9000):
         s.step(number, lasts=0.009 if number % 10 == 1 else 0.0001)
@@ -486,7 +490,7 @@ def test_when_many_are_slow_only_some_are_news():
     assert 10 <= len(odd) <= 30
 
 
-def test_failed_steps_go_out_with_their_children():
+def test_failed_steps_go_out_with_their_children() -> None:
     s = fast()
     raised = s.emit("step_begin", parent=0, step=3001, split="train")
     fail(s, raised)
@@ -502,7 +506,7 @@ def test_failed_steps_go_out_with_their_children():
     assert only(found, "forward").error == "ValueError: boom"
 
 
-def test_children_go_with_their_step_also_those_that_outlive_it():
+def test_children_go_with_their_step_also_those_that_outlive_it() -> None:
     s = fast()
     for number in range(3000, 3064):
         step = s.emit("step_begin", parent=0, step=number, split="train")
@@ -523,7 +527,7 @@ def test_children_go_with_their_step_also_those_that_outlive_it():
     assert fold.filtered == 3000 + 4 * 64 - len(found)
 
 
-def test_steps_that_a_processor_marked_thin_do_not_go_out_not_even_slow_or_failed():
+def test_steps_that_a_processor_marked_thin_do_not_go_out_not_even_slow_or_failed() -> None:
     s = SessionEvents()
     for number in range(40):
         s.step(number, lasts=5.0 if number == 30 else 0.2, **({"thin": True} if number % 4 else {}))
@@ -536,7 +540,7 @@ def test_steps_that_a_processor_marked_thin_do_not_go_out_not_even_slow_or_faile
     assert fold.filtered == 32
 
 
-def test_above_2000_ranks_a_trace_holds_a_subset_of_them_and_always_rank_0():
+def test_above_2000_ranks_a_trace_holds_a_subset_of_them_and_always_rank_0() -> None:
     world = 10_000
     s = SessionEvents(rank=0, world_size=world)
     steps = [open_scopes.Step(s.events[s.step(number) - 1]) for number in range(3)]
@@ -548,14 +552,14 @@ def test_above_2000_ranks_a_trace_holds_a_subset_of_them_and_always_rank_0():
     assert len(spans_of(s)) == 3
 
 
-def test_at_2000_ranks_all_of_them_are_in_the_trace():
+def test_at_2000_ranks_all_of_them_are_in_the_trace() -> None:
     s = SessionEvents(rank=1999, world_size=2000)
     for number in range(50):
         s.step(number, lasts=0.2)
     assert len(spans_of(s)) == 50
 
 
-def test_a_step_of_very_many_spans_keeps_the_first_ones(monkeypatch):
+def test_a_step_of_very_many_spans_keeps_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "MAX_CHILDREN", 3)
     s = SessionEvents()
     step = s.emit("step_begin", parent=0, step=0, split="train")
@@ -571,7 +575,7 @@ def test_a_step_of_very_many_spans_keeps_the_first_ones(monkeypatch):
 # --- what is carried on
 
 
-def test_a_restart_in_the_middle_of_everything_changes_no_span():
+def test_a_restart_in_the_middle_of_everything_changes_no_span() -> None:
     s = whole_run()
     whole = spans_of(s, status="completed")
     for cut in range(len(s.events) + 1):
@@ -581,11 +585,11 @@ def test_a_restart_in_the_middle_of_everything_changes_no_span():
         assert first + again.map(s.events[cut:]) + again.finish(s.closed()) == whole
 
 
-def test_spans_have_the_ids_that_their_process_gave_to_opentelemetry(tmp_path):
+def test_spans_have_the_ids_that_their_process_gave_to_opentelemetry(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("propagate: true")
     told = {}
 
-    def warn(name):
+    def warn(name: str) -> None:
         context = trace.get_current_span().get_span_context()
         told[name] = (context.trace_id.to_bytes(16, "big"), context.span_id.to_bytes(8, "big"))
 

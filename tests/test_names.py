@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 from harness.events_of import SessionEvents
@@ -83,11 +84,11 @@ def said(key: str, split: str) -> tuple[str, str]:
         ("steps_per_second", "training.steps_per_second", "train", None),
     ],
 )
-def test_a_key_becomes(key, name, split, attribute):
+def test_a_key_becomes(key: str, name: str, split: str, attribute: str | None) -> None:
     assert metric_name(key, "train") == (name, split, attribute)
 
 
-def test_keys_of_300_characters_are_cut_but_told_apart():
+def test_keys_of_300_characters_are_cut_but_told_apart() -> None:
     one, other = "x" * 300, "x" * 299 + "y"
     assert metric_name(one, "train").name == metric_name(other, "train").name
     assert len(metric_name(one, "train").name) == MAX_NAME_CHARS == 255
@@ -109,7 +110,9 @@ SPLITS = st.sampled_from(["train", "val", "x"])
 @example("user.run.epoch", "run.epoch", "train", "train")
 @example("a.b", "a_b", "train", "train")
 @example("_", "", "train", "train")
-def test_two_keys_share_a_series_only_if_they_are_the_same_key(one, other, split, other_split):
+def test_two_keys_share_a_series_only_if_they_are_the_same_key(
+    one: Any, other: Any, split: Any, other_split: Any
+) -> None:
     same = said(one, split) == said(other, other_split)
     assert (prometheus_series(one, split) == prometheus_series(other, other_split)) == same
 
@@ -135,7 +138,7 @@ def our_series() -> dict[str, Series]:
 OURS = {prometheus_name(series.name, series.unit, series.kind) for series in our_series().values()}
 
 
-def test_these_are_the_metrics_of_a_session():
+def test_these_are_the_metrics_of_a_session() -> None:
     assert our_series().keys() == OF_A_SESSION
 
 
@@ -147,6 +150,6 @@ def test_these_are_the_metrics_of_a_session():
 @example("step.number")
 @example("step_time_seconds")
 @example("step__duration seconds")
-def test_no_key_shares_a_series_with_one_of_ours(key):
+def test_no_key_shares_a_series_with_one_of_ours(key: str) -> None:
     name, _, attribute = prometheus_series(key)
     assert name not in OURS or attribute

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import signal
 from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import processes
-from harness.processes import under_load, until
+from harness.processes import Ranks, under_load, until
 from harness.receiver import HANG, Answer, ScriptedReceiver
 
 from stepspan.deliver.deliverer import Deliverer, caught_up
@@ -20,7 +22,7 @@ from stepspan.journal.layout import find_sessions
 ranks = processes.ranks
 
 
-def sync(directory, receiver):
+def sync(directory: Path, receiver: ScriptedReceiver) -> Any:
     with closing(OtlpExporter(receiver.url, env={})) as exporter:
         deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id=host_facts().boot_id))
         deliverer.start()
@@ -29,7 +31,7 @@ def sync(directory, receiver):
         return exporter.destination
 
 
-def assert_delivered(directory, receiver, steps):
+def assert_delivered(directory: Path, receiver: ScriptedReceiver, steps: Any) -> None:
     losses = {point.number for point in receiver.points("training.loss") if point.value is not None}
     assert losses == {float(step) for step in range(steps)}
     for session in find_sessions(directory):
@@ -43,7 +45,7 @@ def assert_delivered(directory, receiver, steps):
 
 
 @pytest.mark.parametrize("where", ["dead port", "black hole"])
-def test_a_run_without_a_receiver_ends_at_once_and_a_later_sync_delivers_all(ranks, where):
+def test_a_run_without_a_receiver_ends_at_once_and_a_later_sync_delivers_all(ranks: Ranks, where: str) -> None:
     with ScriptedReceiver() as receiver:
         if where == "dead port":
             receiver.stop()
@@ -67,7 +69,7 @@ def test_a_run_without_a_receiver_ends_at_once_and_a_later_sync_delivers_all(ran
         assert len(receiver.seen) == sent, "a second one sends nothing"
 
 
-def test_a_receiver_that_dies_and_returns_twice_loses_nothing_and_needs_no_human(ranks):
+def test_a_receiver_that_dies_and_returns_twice_loses_nothing_and_needs_no_human(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         rank = ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         for _ in range(2):
@@ -85,7 +87,7 @@ def test_a_receiver_that_dies_and_returns_twice_loses_nothing_and_needs_no_human
         assert_delivered(ranks.directory, receiver, steps)
 
 
-def states(directory):
+def states(directory: Path) -> set[Any]:
     return {
         found["state"]
         for session in find_sessions(directory)
@@ -94,7 +96,7 @@ def states(directory):
     }
 
 
-def test_a_traces_endpoint_that_is_not_there_stops_traces_only(ranks):
+def test_a_traces_endpoint_that_is_not_there_stops_traces_only(ranks: Ranks) -> None:
     with ScriptedReceiver() as receiver:
         receiver.script("traces", lambda _: Answer(404))
         ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
@@ -118,7 +120,7 @@ def test_a_traces_endpoint_that_is_not_there_stops_traces_only(ranks):
         assert_delivered(ranks.directory, receiver, steps)
 
 
-def test_without_an_endpoint_there_is_no_network_and_a_sync_sends_it_later(ranks):
+def test_without_an_endpoint_there_is_no_network_and_a_sync_sends_it_later(ranks: Ranks) -> None:
     steps, seconds = ranks.ended(ranks.start(count=50))
     assert seconds < under_load(1.0)
     assert ranks.deliverers() == []

@@ -43,7 +43,7 @@ def end_of(session: SessionPath) -> Closed:
     return read_closed(session.path) or Closed(last["seq"], last["ts"], "interrupted")
 
 
-def test_it_has_an_event_of_every_tag():
+def test_it_has_an_event_of_every_tag() -> None:
     scopes = {f"{scope}_{edge}" for scope in ("run", "epoch", "step", "span") for edge in ("begin", "end")}
     others = {"metrics", "hyperparams", "artifact", "event", "error", "log", "progress", "sample", "memory", "otel"}
     assert {event["tag"] for session in SESSIONS.values() for event in lines(session.path)} == {
@@ -55,14 +55,14 @@ def test_it_has_an_event_of_every_tag():
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_its_events_are_the_same_records(rank: int, signal: Any):
+def test_its_events_are_the_same_records(rank: int, signal: Any) -> None:
     header, *events = lines(SESSIONS[rank].path)
     fold = mapper(signal, header)
     records = [*fold.map([header, *events]), *fold.finish(end_of(SESSIONS[rank]))]
     assert json.loads(encode(signal, header["resource"], records)) == otlp(rank)[signal]
 
 
-def test_it_is_delivered(tmp_path: Path):
+def test_it_is_delivered(tmp_path: Path) -> None:
     shutil.copytree(OLD, tmp_path / "runs")
     for segment in tmp_path.rglob("*.jsonl"):
         os.utime(segment, (0, 0))  # long silent: the killed session is over

@@ -146,7 +146,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("signal", "fields", "objects", "official", "back"), CASES)
-def test_the_wire_is_what_the_official_encoder_writes(collected, signal, fields, objects, official, back) -> None:
+def test_the_wire_is_what_the_official_encoder_writes(
+    collected: Collected, signal: Any, fields: Any, objects: Any, official: Any, back: Any
+) -> None:
     records = foreign(signal, fields(collected))
     assert all(type(record) is SdkRecord for record in records)
     expected = official(objects(collected))

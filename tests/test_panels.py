@@ -59,34 +59,34 @@ every_dashboard = pytest.mark.parametrize("name", grafana.NAMES)
 
 
 @every_dashboard
-def test_every_panel_returns_data(shown: Shown, name: str):
+def test_every_panel_returns_data(shown: Shown, name: str) -> None:
     raw = grafana.value_of_raw(shown.prometheus.query, **shown.values())
     assert raw == ".*", "of two ranks the series themselves are read too"
     assert silent(shown, asked_of("prometheus", name), shown.now, raw=raw) == []
 
 
 @every_dashboard
-def test_panels_live_on_recording_rules_alone_where_a_job_is_large(shown: Shown, name: str):
+def test_panels_live_on_recording_rules_alone_where_a_job_is_large(shown: Shown, name: str) -> None:
     overview = [query for query in asked_of("prometheus", name) if "$raw" in query.text]
     later = [query for query in overview if "earlier attempt" not in query.legend]  # nothing was recorded of it
     assert silent(shown, later, shown.now, raw="none") == []
 
 
 @pytest.mark.parametrize("name", ["run", "ranks", "hardware"])
-def test_a_journal_that_was_synced_later_is_shown_too(shown: Shown, name: str):
+def test_a_journal_that_was_synced_later_is_shown_too(shown: Shown, name: str) -> None:
     begun_before = [query for query in asked_of("prometheus", name) if "earlier attempt" not in query.legend]
     assert silent(shown, begun_before, shown.earlier, raw=".*") == []
 
 
 @every_dashboard
-def test_every_label_of_a_legend_is_one_of_the_series(shown: Shown, name: str):
+def test_every_label_of_a_legend_is_one_of_the_series(shown: Shown, name: str) -> None:
     for query in asked_of("prometheus", name):
         for series in shown.ask(query.filled(**shown.values(raw=".*")), instant=query.instant, at=shown.now):
             assert query.named(series["metric"]), query.of
 
 
 @every_dashboard
-def test_a_legend_names_one_line(shown: Shown, name: str):
+def test_a_legend_names_one_line(shown: Shown, name: str) -> None:
     for query in asked_of("prometheus", name):
         if not query.instant:  # of a table, the columns tell
             drawn = shown.ask(query.filled(**shown.values(raw=".*")), instant=False, at=shown.now)
@@ -94,7 +94,7 @@ def test_a_legend_names_one_line(shown: Shown, name: str):
             assert len(names) == len(set(names)), query.of
 
 
-def test_raw_series_are_left_alone_once_rules_record_a_hundred_ranks():
+def test_raw_series_are_left_alone_once_rules_record_a_hundred_ranks() -> None:
     def prometheus(promql: str) -> list[dict[str, Any]]:
         many = [{"metric": {"raw": "none"}, "value": [0, "128"]}]
         return many if "raw" in promql else []
@@ -107,7 +107,7 @@ def one(shown: Shown, name: str, title: str) -> grafana.Query:
     return query
 
 
-def test_the_straggler_panel_names_the_slow_rank_although_step_times_are_equal(shown: Shown):
+def test_the_straggler_panel_names_the_slow_rank_although_step_times_are_equal(shown: Shown) -> None:
     times = shown.prometheus.query(
         f'avg by (rank) (avg_over_time(training_step_time_seconds{{job_id="{JOB}",split="train"}}[1m]))', shown.now
     )
@@ -120,7 +120,7 @@ def test_the_straggler_panel_names_the_slow_rank_although_step_times_are_equal(s
         assert min(waits, key=waits.__getitem__) == str(SLOW)
 
 
-def test_the_heat_map_reddens_the_slow_rank(shown: Shown):
+def test_the_heat_map_reddens_the_slow_rank(shown: Shown) -> None:
     query = one(shown, "ranks", "Compute time of ranks ÷ the median's")
     last = {
         series["metric"]["rank"]: float(series["values"][-1][1])
@@ -129,7 +129,7 @@ def test_the_heat_map_reddens_the_slow_rank(shown: Shown):
     assert last[str(SLOW)] > 1.5 > 1.0 > last["0"]
 
 
-def test_a_dot_on_the_step_duration_leads_to_the_trace_of_a_step(shown: Shown):
+def test_a_dot_on_the_step_duration_leads_to_the_trace_of_a_step(shown: Shown) -> None:
     query = one(shown, "ranks", "Step duration")
     assert query.exemplars
     for raw in ("none", ".*"):
@@ -142,7 +142,7 @@ def test_a_dot_on_the_step_duration_leads_to_the_trace_of_a_step(shown: Shown):
 # ------------------------------------------------------------------------------------------------------- the alerts
 
 
-def test_the_nan_alert_fires_and_the_straggler_alert_names_the_slow_rank(shown: Shown):
+def test_the_nan_alert_fires_and_the_straggler_alert_names_the_slow_rank(shown: Shown) -> None:
     (nan,) = shown.prometheus.query(f'ALERTS{{alertname="LossIsNaN",job_id="{JOB}"}}', shown.now)
     assert nan["metric"]["alertstate"] == "firing"
     exprs = {rule["alert"]: rule["expr"] for rule in grafana.rules("alerts.yml")}
@@ -151,7 +151,7 @@ def test_the_nan_alert_fires_and_the_straggler_alert_names_the_slow_rank(shown: 
         assert [series["metric"]["rank"] for series in found] == [str(SLOW)], name
 
 
-def test_every_alert_asks_for_series_that_are_there(shown: Shown):
+def test_every_alert_asks_for_series_that_are_there(shown: Shown) -> None:
     for rule in grafana.rules("alerts.yml"):
         shown.prometheus.query(rule["expr"], shown.now)
         with requests.Session() as http:
@@ -171,7 +171,7 @@ def test_every_alert_asks_for_series_that_are_there(shown: Shown):
     [q for name in grafana.NAMES for q in (*grafana.queries(name), *grafana.marks(name)) if q.source == "loki"],
     ids=lambda query: query.of,
 )
-def test_loki_answers_the_panels_and_marks(shown: Shown, query: grafana.Query):
+def test_loki_answers_the_panels_and_marks(shown: Shown, query: grafana.Query) -> None:
     if shown.loki is None:
         pytest.skip("no Loki: `make stack`")
     loki, logql = shown.loki, query.filled(**shown.values())
@@ -182,7 +182,7 @@ def test_loki_answers_the_panels_and_marks(shown: Shown, query: grafana.Query):
     }
 
 
-def test_the_spans_that_the_trace_panels_ask_for_are_there(shown: Shown):
+def test_the_spans_that_the_trace_panels_ask_for_are_there(shown: Shown) -> None:
     steps = [
         span
         for span in shown.collector.spans()
@@ -198,7 +198,7 @@ def test_the_spans_that_the_trace_panels_ask_for_are_there(shown: Shown):
         assert set(re.findall(r"(?:resource|span)\.(\w+)", text)) <= {"job_id", "rank", "split", "step"}
 
 
-def test_tempo_answers_the_panels(shown: Shown):
+def test_tempo_answers_the_panels(shown: Shown) -> None:
     if shown.tempo is None:
         pytest.skip("no Tempo: see the module's docstring")
     (found,) = (query for query in asked_of("tempo", "ranks") if "select" in query.text)

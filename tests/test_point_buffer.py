@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from stepspan.mapping.columns import Points
@@ -28,7 +30,7 @@ def add_rows(buffer: PointBuffer, table: Table, *rows: tuple) -> None:
         buffer.add_row("metrics", table, ts, row)
 
 
-def test_rows_leave_as_columns_that_share_their_times():
+def test_rows_leave_as_columns_that_share_their_times() -> None:
     buffer = PointBuffer()
     add_rows(buffer, Table([A, B]), (1, 0.5, 2), (2, 0.25, 3))
     points = buffer.flush()
@@ -40,13 +42,13 @@ def test_rows_leave_as_columns_that_share_their_times():
 
 
 @pytest.mark.parametrize("value", ["1e", None, {}, []])
-def test_what_is_no_number_costs_its_point_alone(value):
+def test_what_is_no_number_costs_its_point_alone(value: Any) -> None:
     buffer = PointBuffer()
     add_rows(buffer, Table([A, B]), (1, 0.5, value), (2, "NaN", 3))
     assert str(by_series(buffer.flush())) == "{'a': [(1, 0.5), (2, nan)], 'b': [(2, 3.0)]}"
 
 
-def test_a_column_of_nothing_is_none():
+def test_a_column_of_nothing_is_none() -> None:
     buffer = PointBuffer()
     add_rows(buffer, Table([A, B]), (1, 0.5, None))
     assert by_series(buffer.flush()) == {"a": [(1, 0.5)]}
@@ -96,7 +98,9 @@ AB, BC = Table([A, B]), Table([B, C])
         ),
     ],
 )
-def test_within_a_millisecond_the_last_point_of_a_series_remains(calls, expected, filtered):
+def test_within_a_millisecond_the_last_point_of_a_series_remains(
+    calls: list[Any], expected: dict[str, Any], filtered: int
+) -> None:
     buffer = PointBuffer()
     for call, *given in calls:
         if call == "add_row":
@@ -107,7 +111,7 @@ def test_within_a_millisecond_the_last_point_of_a_series_remains(calls, expected
     assert buffer.filtered == filtered
 
 
-def test_a_series_with_columns_and_single_points_leaves_in_time_order():
+def test_a_series_with_columns_and_single_points_leaves_in_time_order() -> None:
     buffer = PointBuffer()
     add_rows(buffer, AB, (1, 1.0, 1.0))
     buffer.next_millisecond()
@@ -122,7 +126,7 @@ def test_a_series_with_columns_and_single_points_leaves_in_time_order():
 
 @pytest.mark.parametrize("encode", [json.encode, protobuf.encode], ids=["json", "protobuf"])
 @pytest.mark.parametrize("value", [0.5, "NaN", "-Infinity"])
-def test_encoders_write_columns_as_they_write_points(encode, value):
+def test_encoders_write_columns_as_they_write_points(encode: Any, value: float | str) -> None:
     buffer = PointBuffer()
     add_rows(buffer, AB, (1, 1.0, value), (2, 2.0, 5))
     points = buffer.flush()

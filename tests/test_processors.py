@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import orjson
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepspan.errors import ConfigError
+from stepspan.events import Event
 from stepspan.mapping.mapper import mapper
 from stepspan.processors import Attributes, Drop, Redact, Rename, SampleSteps, build, specs
 from stepspan.processors.redact import REDACTED
@@ -29,13 +31,13 @@ HARMLESS_NAMES = [
 ]  # fmt: skip
 
 
-def hyperparams(params, **arguments):
+def hyperparams(params: Any, **arguments: Any) -> Any:
     event = Redact(**arguments)({"ts": 1, "seq": 2, "tag": "hyperparams", "params": params})
     assert (event["ts"], event["seq"], event["tag"]) == (1, 2, "hyperparams")
     return event["params"]
 
 
-def redacted(text):
+def redacted(text: str) -> Any:
     return Redact()({"tag": "error", "message": text})["message"]
 
 
@@ -43,22 +45,22 @@ def redacted(text):
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_a_text_under_a_secrets_name_is_replaced(name):
+def test_a_text_under_a_secrets_name_is_replaced(name: Any) -> None:
     assert hyperparams({name: "hunter2"}) == {name: REDACTED}
 
 
 @pytest.mark.parametrize("name", HARMLESS_NAMES)
-def test_a_text_under_a_harmless_name_stays(name):
+def test_a_text_under_a_harmless_name_stays(name: Any) -> None:
     assert hyperparams({name: "<pad>"}) == {name: "<pad>"}
 
 
 @pytest.mark.parametrize("name", SECRET_NAMES)
-def test_numbers_booleans_and_nothing_are_no_secrets(name):
+def test_numbers_booleans_and_nothing_are_no_secrets(name: Any) -> None:
     params = {name: 512, "a": {name: True}, "b": {name: None}, "c": {name: ""}, "d": {name: 0.5}}
     assert hyperparams(params) == params
 
 
-def test_secrets_are_found_however_deep_and_all_that_lies_under_a_secrets_name_is_one():
+def test_secrets_are_found_however_deep_and_all_that_lies_under_a_secrets_name_is_one() -> None:
     params = {
         "trainer": {"loggers": [{"name": "wandb", "api_key": "k"}], "lr": 0.5},
         "credentials": {"user": "me", "nested": [{"pass": "p"}, "q", 3]},
@@ -71,7 +73,7 @@ def test_secrets_are_found_however_deep_and_all_that_lies_under_a_secrets_name_i
     }
 
 
-def test_further_names_are_whole_and_without_case():
+def test_further_names_are_whole_and_without_case() -> None:
     params = {"Account": "1", "account_name": "2", "api_key": "3"}
     assert hyperparams(params, names=["account"]) == {"Account": REDACTED, "account_name": "2", "api_key": REDACTED}
 
@@ -106,7 +108,7 @@ def test_further_names_are_whole_and_without_case():
         ("ghp_abcdefghijklmnopqrstuvwxyz0123456789", "[redacted]"),
     ],
 )  # fmt: skip
-def test_credentials_within_a_text_are_replaced(text, clean):
+def test_credentials_within_a_text_are_replaced(text: str, clean: str) -> None:
     assert redacted(text) == clean
     assert redacted(clean) == clean
 
@@ -128,11 +130,11 @@ def test_credentials_within_a_text_are_replaced(text, clean):
         "hf_short and sk-short",
     ],
 )
-def test_a_text_without_credentials_stays(text):
+def test_a_text_without_credentials_stays(text: str) -> None:
     assert redacted(text) == text
 
 
-def test_every_string_of_an_error_and_of_the_header_is_looked_at():
+def test_every_string_of_an_error_and_of_the_header_is_looked_at() -> None:
     error = {
         "tag": "error",
         "type": "ValueError",
@@ -154,11 +156,11 @@ def test_every_string_of_an_error_and_of_the_header_is_looked_at():
 @pytest.mark.parametrize(
     "tag", ["header", "run_begin", "hyperparams", "artifact", "event", "error", "log", "span_begin"]
 )
-def test_events_with_texts_of_users_are_redacted(tag):
+def test_events_with_texts_of_users_are_redacted(tag: str) -> None:
     assert tag in Redact.tags
 
 
-def test_the_hot_path_is_not():
+def test_the_hot_path_is_not() -> None:
     assert not {"metrics", "step_begin", "step_end"} & Redact.tags
 
 
@@ -171,7 +173,7 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 @pytest.mark.parametrize("head", ["", "password", "--a"])
-def test_a_long_text_takes_time_in_proportion_to_its_length(head, piece):
+def test_a_long_text_takes_time_in_proportion_to_its_length(head: str, piece: Any) -> None:
     """A pattern that tries every pair of places would need 10,000 times as long for 100 times as much: minutes."""
     redact = Redact()
     text = head + piece * (100_000 // len(piece))
@@ -186,7 +188,7 @@ def test_a_long_text_takes_time_in_proportion_to_its_length(head, piece):
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
     )
 )
-def test_redaction_takes_anything_and_is_done_after_once(value):
+def test_redaction_takes_anything_and_is_done_after_once(value: Any) -> None:
     once = hyperparams({"x": value})
     assert hyperparams(once) == once
 
@@ -194,7 +196,7 @@ def test_redaction_takes_anything_and_is_done_after_once(value):
 # --- the others
 
 
-def test_attributes_are_added_and_what_an_event_says_stays():
+def test_attributes_are_added_and_what_an_event_says_stays() -> None:
     stage = Attributes({"team": "vision", "n": 1})
     assert stage({"tag": "span_begin", "name": "a"})["attributes"] == {"team": "vision", "n": 1}
     assert stage({"tag": "event", "attributes": {"n": 2}})["attributes"] == {"team": "vision", "n": 2}
@@ -202,16 +204,16 @@ def test_attributes_are_added_and_what_an_event_says_stays():
     assert Attributes({}, metrics=True).tags == {"span_begin", "event", "error", "metrics"}
 
 
-def test_attributes_are_written_as_the_journal_can_hold_them():
+def test_attributes_are_written_as_the_journal_can_hold_them() -> None:
     assert Attributes({"path": ValueError("x"), "nan": float("nan")}).values == {"path": "x", "nan": "NaN"}
 
 
-def test_rename_changes_keys_and_of_two_that_become_one_the_later_wins():
+def test_rename_changes_keys_and_of_two_that_become_one_the_later_wins() -> None:
     event = {"tag": "metrics", "metrics": {"train_loss": 1.0, "lr": 2.0, "train/loss": 3.0}}
     assert Rename({"train_loss": "train/loss"})(event)["metrics"] == {"train/loss": 3.0, "lr": 2.0}
 
 
-def test_drop_takes_metrics_by_pattern_and_the_event_with_its_last_one():
+def test_drop_takes_metrics_by_pattern_and_the_event_with_its_last_one() -> None:
     drop = Drop(["grad/*", "lr"])
     event = {"tag": "metrics", "metrics": {"grad/a": 1.0, "loss": 2.0, "lr": 3.0}}
     assert drop(event) == {"tag": "metrics", "metrics": {"loss": 2.0}}
@@ -220,7 +222,7 @@ def test_drop_takes_metrics_by_pattern_and_the_event_with_its_last_one():
     assert drop.tags == {"metrics"}
 
 
-def test_drop_takes_events_by_tag_and_by_name():
+def test_drop_takes_events_by_tag_and_by_name() -> None:
     drop = Drop(tags=["hyperparams"], events=["debug.*"])
     assert drop.tags == {"hyperparams", "event"}
     assert drop({"tag": "hyperparams", "params": {}}) is None
@@ -228,7 +230,7 @@ def test_drop_takes_events_by_tag_and_by_name():
     assert drop({"tag": "event", "name": "checkpoint"}) == {"tag": "event", "name": "checkpoint"}
 
 
-def test_sample_steps_thins_metrics_and_traces_but_every_step_still_counts():
+def test_sample_steps_thins_metrics_and_traces_but_every_step_still_counts() -> None:
     s = SessionEvents()
     for number in range(10):
         step = s.emit("step_begin", parent=0, step=number, split="train")
@@ -260,7 +262,7 @@ ENTRIES = [
 ]
 
 
-def test_settings_make_processors_and_processors_say_what_they_were_made_of():
+def test_settings_make_processors_and_processors_say_what_they_were_made_of() -> None:
     made = build(ENTRIES)
     assert [type(stage) for stage in made] == [Redact, Attributes, Rename, Drop, SampleSteps]
     assert orjson.loads(orjson.dumps(specs(made))) == ENTRIES
@@ -268,15 +270,15 @@ def test_settings_make_processors_and_processors_say_what_they_were_made_of():
 
 
 @pytest.mark.parametrize("arguments", [None, {}])
-def test_a_processor_may_need_no_arguments(arguments):
+def test_a_processor_may_need_no_arguments(arguments: Any) -> None:
     assert specs(build([{"redact": arguments}])) == [{"redact": {"names": []}}]
 
 
-def test_of_somebody_elses_processor_only_its_type_is_known():
+def test_of_somebody_elses_processor_only_its_type_is_known() -> None:
     class Mine:
         tags = frozenset({"metrics"})
 
-        def __call__(self, event):
+        def __call__(self, event: Event) -> Any:
             return event
 
     (spec,) = specs([Mine()])
@@ -307,7 +309,7 @@ def test_of_somebody_elses_processor_only_its_type_is_known():
     ],
     ids=str,
 )
-def test_wrong_settings_are_refused_with_the_field_and_the_fix(entry, field, says):
+def test_wrong_settings_are_refused_with_the_field_and_the_fix(entry: Any, field: str, says: str) -> None:
     with pytest.raises(ConfigError) as refused:
         build([entry])
     assert refused.value.field == field

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 from harness.events_of import START, SessionEvents, by_series, restored, values
@@ -23,7 +24,7 @@ def eta(s: SessionEvents) -> list[float]:
     return [value for _, value in by_series(s.records("metrics"))[("training.run.eta",)]]
 
 
-def test_eta_is_the_pace_times_what_is_left():
+def test_eta_is_the_pace_times_what_is_left() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=100)
     train(s, range(41), each=0.5)
@@ -35,7 +36,7 @@ def test_eta_is_the_pace_times_what_is_left():
     assert told[("training.run.total_steps",)] == [(10.0, 100.0), (20.0, 100.0)]
 
 
-def test_eta_counts_what_lies_between_steps():
+def test_eta_counts_what_lies_between_steps() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=10)
     train(s, range(1), each=1.0)
@@ -45,14 +46,14 @@ def test_eta_counts_what_lies_between_steps():
     assert eta(s) == [pytest.approx(8 * 3.0 - 4.0)]  # two steps took 6 s; 4 s of the rest have gone by
 
 
-def test_eta_of_a_resumed_run_starts_at_its_first_step():
+def test_eta_of_a_resumed_run_starts_at_its_first_step() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=1000)
     train(s, range(900, 911), each=1.0)
     assert eta(s) == [pytest.approx(1000 - 910)]
 
 
-def test_eta_follows_a_changed_pace_smoothly():
+def test_eta_follows_a_changed_pace_smoothly() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=1_000_000)
     train(s, range(100), each=0.1)
@@ -64,7 +65,7 @@ def test_eta_follows_a_changed_pace_smoothly():
     assert 0.17 < paces[-1] < 0.2
 
 
-def test_a_run_past_its_total_needs_no_time():
+def test_a_run_past_its_total_needs_no_time() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=3)
     train(s, range(11), each=1.0)
@@ -72,7 +73,7 @@ def test_a_run_past_its_total_needs_no_time():
 
 
 @pytest.mark.parametrize("total", ["many", None, {}])
-def test_a_total_that_is_no_number_costs_the_eta_alone(total):
+def test_a_total_that_is_no_number_costs_the_eta_alone(total: Any) -> None:
     s = SessionEvents()
     s.run(name="n")
     s.emit("progress", 0.0, total_steps=total)
@@ -82,7 +83,7 @@ def test_a_total_that_is_no_number_costs_the_eta_alone(total):
     assert ("training.run.start_time",) in told
 
 
-def test_start_and_the_last_checkpoint_are_repeated():
+def test_start_and_the_last_checkpoint_are_repeated() -> None:
     s = SessionEvents()
     s.run(name="n")
     s.emit("artifact", 1.0, name="a", path="a.pt", kind="checkpoint")
@@ -93,7 +94,7 @@ def test_start_and_the_last_checkpoint_are_repeated():
     assert told[("training.run.checkpoint_time",)] == [(20.0, pytest.approx(STARTED + 1.001, abs=1e-6))]
 
 
-def test_throughput_is_per_second_of_step_and_data_wait():
+def test_throughput_is_per_second_of_step_and_data_wait() -> None:
     s = SessionEvents()
     begin = s.emit("step_begin", parent=0, step=0, split="train")
     s.emit("step_end", 0.75, begin=begin, data_wait=0.25, samples=32, tokens=4096)
@@ -103,7 +104,7 @@ def test_throughput_is_per_second_of_step_and_data_wait():
     assert {series.unit for series, _, _ in told if series.name == "training.throughput"} == {"{item}/s"}
 
 
-def test_a_checkpoint_of_the_mapper_carries_the_progress():
+def test_a_checkpoint_of_the_mapper_carries_the_progress() -> None:
     s = SessionEvents()
     s.run(name="n")
     s.emit("progress", 0.0, total_steps=100)
@@ -117,7 +118,7 @@ def test_a_checkpoint_of_the_mapper_carries_the_progress():
         assert by_series([*head, *tail]) == by_series(whole)
 
 
-def test_a_step_says_how_much_it_processed():
+def test_a_step_says_how_much_it_processed() -> None:
     with recorded_run() as recording:
         run = recording.run
         with run.step(0, samples=8):
@@ -136,7 +137,9 @@ class Unspeakable:
 
 
 @pytest.mark.parametrize("amount", ["text", -1, float("nan"), Unspeakable(), lambda batch: batch.shape[0]])
-def test_an_amount_that_is_none_is_told_once_and_the_loop_goes_on(amount, caplog):
+def test_an_amount_that_is_none_is_told_once_and_the_loop_goes_on(
+    amount: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     with recorded_run() as recording, caplog.at_level(logging.WARNING, "stepspan"):
         run = recording.run
         assert list(run.steps([1, 2, 3], samples=amount)) == [1, 2, 3]
@@ -148,7 +151,9 @@ def test_an_amount_that_is_none_is_told_once_and_the_loop_goes_on(amount, caplog
 
 
 @pytest.mark.parametrize("total", [-1, 2.5, "10", None])
-def test_a_total_that_is_no_count_is_told_and_left_out(total, caplog):
+def test_a_total_that_is_no_count_is_told_and_left_out(
+    total: float | str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     with recorded_run() as recording, caplog.at_level(logging.WARNING, "stepspan"):
         recording.run.set_total_steps(total)
         assert "total_steps=" in caplog.records[0].message

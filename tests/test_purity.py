@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepspan.mapping.mapper import mapper
-from stepspan.mapping.records import SIGNALS
+from stepspan.mapping.records import SIGNALS, Signal
 
 GAPS = st.sampled_from([1e-9, 3e-7, 3e-4, 0.001, 0.005, 0.05, 1.0, 11.0, 3700.0])
 VALUES = st.sampled_from([0.0, 1.5, -2.0, "NaN", "Infinity", 3])
@@ -94,7 +94,7 @@ def between_milliseconds(s: SessionEvents) -> list[int]:
 @pytest.mark.parametrize("signal", SIGNALS)
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), s=sessions())
-def test_any_batches_with_restarts_between_them_give_the_same_records(signal, data, s):
+def test_any_batches_with_restarts_between_them_give_the_same_records(signal: Signal, data: Any, s: Any) -> None:
     cuts = data.draw(st.sets(st.sampled_from(between_milliseconds(s) or [len(s.events)])))
     whole = mapper(signal, s.header)
     expected = [*whole.map(s.events), *whole.finish(s.closed("interrupted"))]
@@ -112,7 +112,7 @@ def test_any_batches_with_restarts_between_them_give_the_same_records(signal, da
 @pytest.mark.parametrize("signal", SIGNALS)
 @settings(deadline=None, max_examples=40)
 @given(s=sessions())
-def test_a_restart_at_every_millisecond_gives_the_same_records(signal, s):
+def test_a_restart_at_every_millisecond_gives_the_same_records(signal: Signal, s: Any) -> None:
     whole = mapper(signal, s.header)
     expected = whole.map(s.events)
     fold, found, begin = mapper(signal, s.header), [], 0
@@ -125,7 +125,7 @@ def test_a_restart_at_every_millisecond_gives_the_same_records(signal, s):
 
 @settings(deadline=None, max_examples=150)
 @given(s=sessions())
-def test_each_series_is_in_time_order_with_one_point_a_millisecond(s):
+def test_each_series_is_in_time_order_with_one_point_a_millisecond(s: Any) -> None:
     seen: dict[Any, int] = {}
     for series, ts, _ in s.records("metrics", status="interrupted"):
         assert ts // MS > seen.get(key_of(series), 0), key_of(series)
@@ -134,7 +134,7 @@ def test_each_series_is_in_time_order_with_one_point_a_millisecond(s):
 
 @settings(deadline=None, max_examples=100)
 @given(s=sessions())
-def test_spans_have_ids_of_their_own_and_parents_of_their_trace(s):
+def test_spans_have_ids_of_their_own_and_parents_of_their_trace(s: Any) -> None:
     spans = s.records("traces", status="interrupted")
     known = {span.span_id: span for span in spans}
     laps = [(span.trace_id, span.span_id) for span in spans if span.name != "training.step"]
@@ -146,7 +146,7 @@ def test_spans_have_ids_of_their_own_and_parents_of_their_trace(s):
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_a_long_fast_run_with_a_restart_at_each_batch_is_the_same(signal):
+def test_a_long_fast_run_with_a_restart_at_each_batch_is_the_same(signal: Signal) -> None:
     s = SessionEvents()
     run = s.run()
     for number in range(4000):

@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pynvml
@@ -73,7 +74,7 @@ def sampled() -> Iterator[Any]:
         yield make
 
 
-def test_everything_a_gpu_says(sampled):
+def test_everything_a_gpu_says(sampled: Any) -> None:
     device = GPU(name=b"NVIDIA H200", reasons=0x20 | 0x01)
     s = sampled(ScriptedNvml(device))
     s.sample()
@@ -140,7 +141,9 @@ def three(**more: Any) -> ScriptedNvml:
         pytest.param("\u00b2", 0, None, id="no ASCII digit"),
     ],
 )
-def test_the_gpu_is_the_one_that_cuda_would_give(sampled, visible, local_rank, expected):
+def test_the_gpu_is_the_one_that_cuda_would_give(
+    sampled: Any, visible: str | None, local_rank: int, expected: str | None
+) -> None:
     s = sampled(three(), {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}, local_rank)
     s.sample()
     ids = {about["hw.id"] for _, _, about in s.values()}
@@ -149,7 +152,7 @@ def test_the_gpu_is_the_one_that_cuda_would_give(sampled, visible, local_rank, e
 
 
 @pytest.mark.parametrize("value", ["void", "none"])
-def test_a_container_without_gpus_asks_no_driver(sampled, value):
+def test_a_container_without_gpus_asks_no_driver(sampled: Any, value: str) -> None:
     nvml = three()
     s = sampled(nvml, {"NVIDIA_VISIBLE_DEVICES": value})
     s.sample()
@@ -159,7 +162,7 @@ def test_a_container_without_gpus_asks_no_driver(sampled, value):
 
 
 @pytest.mark.parametrize("visible", [None, "0", "MIG-2222", "GPU-aaaa"], ids=str)
-def test_of_a_gpu_that_is_cut_up_the_instance_is_sampled(sampled, visible):
+def test_of_a_gpu_that_is_cut_up_the_instance_is_sampled(sampled: Any, visible: str | None) -> None:
     instances = [GPU(uuid=f"MIG-{n}", name="NVIDIA H200 MIG 1g.18gb", total=18 << 30) for n in (1111, 2222)]
     s = sampled(ScriptedNvml(GPU(instances=instances)), {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
     s.sample()
@@ -170,7 +173,9 @@ def test_of_a_gpu_that_is_cut_up_the_instance_is_sampled(sampled, visible):
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 @pytest.mark.parametrize("quantity", QUANTITIES)
-def test_any_error_costs_that_quantity_alone(sampled, caplog, quantity, error):
+def test_any_error_costs_that_quantity_alone(
+    sampled: Any, caplog: pytest.LogCaptureFixture, quantity: Any, error: Any
+) -> None:
     call, names = QUANTITIES[quantity]
     nvml = ScriptedNvml(GPU())
     s = sampled(nvml)
@@ -205,7 +210,9 @@ def test_any_error_costs_that_quantity_alone(sampled, caplog, quantity, error):
 
 @pytest.mark.parametrize("error", [*ERRORS, OSError, AttributeError], ids=lambda error: error.__name__)
 @pytest.mark.parametrize("call", OPENING)
-def test_a_driver_that_does_not_open_is_a_counted_condition(sampled, caplog, call, error):
+def test_a_driver_that_does_not_open_is_a_counted_condition(
+    sampled: Any, caplog: pytest.LogCaptureFixture, call: Any, error: Any
+) -> None:
     nvml = ScriptedNvml(GPU())
     nvml.fails[call] = raised(error) if issubclass(error, pynvml.NVMLError) else error("no driver")
     s = sampled(nvml)
@@ -219,7 +226,7 @@ def test_a_driver_that_does_not_open_is_a_counted_condition(sampled, caplog, cal
 
 
 @pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("odd"), RuntimeError()], ids=repr)
-def test_other_errors_of_a_driver_midway(sampled, error):
+def test_other_errors_of_a_driver_midway(sampled: Any, error: Any) -> None:
     nvml = ScriptedNvml(GPU())
     s = sampled(nvml)
     nvml.fails["nvmlDeviceGetPowerUsage"] = error
@@ -230,7 +237,7 @@ def test_other_errors_of_a_driver_midway(sampled, error):
     assert s.warnings() == {"samplers.gpu.power": 2}
 
 
-def test_an_old_binding_costs_what_it_lacks(sampled):
+def test_an_old_binding_costs_what_it_lacks(sampled: Any) -> None:
     nvml = ScriptedNvml(GPU(reasons=0x04))
     nvml.lacks = {
         "nvmlDeviceGetCurrentClocksEventReasons",
@@ -245,7 +252,7 @@ def test_an_old_binding_costs_what_it_lacks(sampled):
     assert s.warnings() == {"samplers.gpu.energy": 1, "samplers.gpu.pcie": 1}
 
 
-def test_a_gpu_that_keeps_no_counter_leaves_it_out(sampled):
+def test_a_gpu_that_keeps_no_counter_leaves_it_out(sampled: Any) -> None:
     s = sampled(ScriptedNvml(GPU(fields={})))
     s.sample()
     s.sample()
@@ -253,7 +260,7 @@ def test_a_gpu_that_keeps_no_counter_leaves_it_out(sampled):
     assert s.warnings() == {"samplers.gpu.pcie": 1, "samplers.gpu.nvlink": 1}
 
 
-def test_a_counter_of_32_bits_is_left_out(sampled):
+def test_a_counter_of_32_bits_is_left_out(sampled: Any) -> None:
     nvml = ScriptedNvml(GPU())
     nvml.value_type = pynvml.NVML_VALUE_TYPE_UNSIGNED_INT
     s = sampled(nvml)
@@ -262,7 +269,9 @@ def test_a_counter_of_32_bits_is_left_out(sampled):
     assert s.warnings() == {"samplers.gpu.pcie": 1, "samplers.gpu.nvlink": 1}
 
 
-def test_a_gpu_that_falls_off_the_bus_is_told_once_and_asked_no_more(sampled, caplog):
+def test_a_gpu_that_falls_off_the_bus_is_told_once_and_asked_no_more(
+    sampled: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     nvml = ScriptedNvml(GPU())
     s = sampled(nvml)
     s.sample()
@@ -284,7 +293,7 @@ def test_a_gpu_that_falls_off_the_bus_is_told_once_and_asked_no_more(sampled, ca
     assert nvml.open == 0
 
 
-def test_a_lost_gpu_of_another_rank_costs_nothing(sampled):
+def test_a_lost_gpu_of_another_rank_costs_nothing(sampled: Any) -> None:
     nvml = three()
     nvml.gpus[0].lost = True
     s = sampled(nvml, {"CUDA_VISIBLE_DEVICES": "GPU-bbbb"})
@@ -292,7 +301,9 @@ def test_a_lost_gpu_of_another_rank_costs_nothing(sampled):
     assert {about["hw.id"] for _, _, about in s.values()} == {"GPU-bbbb3333-0"}
 
 
-def test_doctor_names_the_samplers_and_the_gpu_of_this_rank(tmp_path, monkeypatch, capsys):
+def test_doctor_names_the_samplers_and_the_gpu_of_this_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from stepspan.cli.doctor import examine
 
     nvml = three()
@@ -314,7 +325,7 @@ def test_doctor_names_the_samplers_and_the_gpu_of_this_rank(tmp_path, monkeypatc
     assert nvml.open == 0
 
 
-def test_a_storm_of_xids_is_told_of_in_pieces(sampled):
+def test_a_storm_of_xids_is_told_of_in_pieces(sampled: Any) -> None:
     device = GPU(xids=[13] * 150)
     s = sampled(ScriptedNvml(device))
     counts = []

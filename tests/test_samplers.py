@@ -58,7 +58,7 @@ def sampler_of(*script: Any, name: str = "host") -> Callable[[Any], Sampler]:
 # ------------------------------------------------------------------------------------------------- the schedule
 
 
-def test_the_schedule_is_now_soon_every_interval_and_at_the_end():
+def test_the_schedule_is_now_soon_every_interval_and_at_the_end() -> None:
     now, delays = [0.0], []
 
     def wait(delay: float) -> bool:
@@ -76,7 +76,7 @@ def test_the_schedule_is_now_soon_every_interval_and_at_the_end():
         assert recording.run.recorder.background_events == 5, "no sign that training goes on"
 
 
-def test_a_run_that_ends_just_after_a_sample_takes_no_other():
+def test_a_run_that_ends_just_after_a_sample_takes_no_other() -> None:
     with recorded_run() as recording:
         sampling = Sampling(
             recording.run.recorder,
@@ -90,7 +90,7 @@ def test_a_run_that_ends_just_after_a_sample_takes_no_other():
         assert len(recording.events("sample")) == 1
 
 
-def test_a_run_that_ends_at_once_takes_one_sample():
+def test_a_run_that_ends_at_once_takes_one_sample() -> None:
     with recorded_run() as recording:
         sampling = Sampling(recording.run.recorder, {"host": sampler_of(1.0, 2.0)}, 10.0, wait=lambda _: True)
         sampling.start()
@@ -98,7 +98,7 @@ def test_a_run_that_ends_at_once_takes_one_sample():
         assert len(recording.events("sample")) == 1
 
 
-def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixture):
+def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
         script = (1.0, RuntimeError("first"), RuntimeError("second"), float("nan"), float("inf"))
         sampling = Sampling(recording.run.recorder, {"host": sampler_of(*script)}, 10.0)
@@ -120,7 +120,7 @@ def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixtur
         pytest.param(Gone("it left"), logging.WARNING, id="what has gone"),
     ],
 )
-def test_what_is_not_there_is_asked_for_no_more(caplog, error, level):
+def test_what_is_not_there_is_asked_for_no_more(caplog: pytest.LogCaptureFixture, error: Any, level: Any) -> None:
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
         sampling = Sampling(recording.run.recorder, {"host": sampler_of(error, 1.0)}, 10.0)
         sampling.sample()
@@ -129,7 +129,7 @@ def test_what_is_not_there_is_asked_for_no_more(caplog, error, level):
         assert [record.levelno for record in caplog.records] == [level]
 
 
-def test_a_sampler_that_cannot_be_opened_costs_itself_alone(caplog):
+def test_a_sampler_that_cannot_be_opened_costs_itself_alone(caplog: pytest.LogCaptureFixture) -> None:
     def broken(emit: Any) -> Sampler:
         raise OSError(19, "No such device")
 
@@ -141,7 +141,7 @@ def test_a_sampler_that_cannot_be_opened_costs_itself_alone(caplog):
         assert recording.run.stats()["warnings"] == {"samplers.gpu": 1}
 
 
-def test_a_driver_that_hangs_delays_the_end_by_a_second_and_records_no_more():
+def test_a_driver_that_hangs_delays_the_end_by_a_second_and_records_no_more() -> None:
     entered, released, left = threading.Event(), threading.Event(), threading.Event()
 
     def hang(now: float) -> Iterable[Any]:
@@ -169,7 +169,7 @@ def test_a_driver_that_hangs_delays_the_end_by_a_second_and_records_no_more():
 # --------------------------------------------------------------------------------------------- rates and sums
 
 
-def test_a_utilization_needs_two_readings_of_one_whole():
+def test_a_utilization_needs_two_readings_of_one_whole() -> None:
     utilization = Utilization()
     assert utilization("a", 1.0, 10.0) == []
     assert utilization("a", 4.0, 20.0) == [0.3]
@@ -179,7 +179,7 @@ def test_a_utilization_needs_two_readings_of_one_whole():
     assert utilization("b", 0.0, 50.0) == [0.0]
 
 
-def test_a_cumulative_sum_is_from_the_first_reading_and_never_falls():
+def test_a_cumulative_sum_is_from_the_first_reading_and_never_falls() -> None:
     cumulative = CumulativeSum()
     assert [cumulative("disk", count, of="sda") for count in (100, 130, 7, 10)] == [0.0, 30.0, 30.0, 33.0]
     assert cumulative("disk", 500, of="sdb") == 33.0, "a device that comes later counts from there"
@@ -189,7 +189,7 @@ def test_a_cumulative_sum_is_from_the_first_reading_and_never_falls():
 # --------------------------------------------------------------------------------------------- host and process
 
 
-def test_the_process_is_as_proc_says():
+def test_the_process_is_as_proc_says() -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc")
     source = process(0, nothing)
@@ -202,7 +202,7 @@ def test_the_process_is_as_proc_says():
     }
 
 
-def test_the_cpu_of_the_process_is_of_the_cpus_that_it_may_use(tmp_path: Path):
+def test_the_cpu_of_the_process_is_of_the_cpus_that_it_may_use(tmp_path: Path) -> None:
     source = process(0, nothing, root=tmp_path)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else psutil.cpu_count()
     assert read(source, "cpu", 100.0) == {}
@@ -212,7 +212,7 @@ def test_the_cpu_of_the_process_is_of_the_cpus_that_it_may_use(tmp_path: Path):
     assert read(source, "cpu", 101.0)["process.cpu.utilization"] == pytest.approx(0.3 / usable, rel=0.3)
 
 
-def test_the_host_without_a_cgroup_is_the_whole_host(tmp_path: Path):
+def test_the_host_without_a_cgroup_is_the_whole_host(tmp_path: Path) -> None:
     source = host(0, nothing, root=tmp_path)
     memory = read(source, "memory")
     assert memory["system.memory.limit"] == psutil.virtual_memory().total
@@ -224,7 +224,7 @@ def test_the_host_without_a_cgroup_is_the_whole_host(tmp_path: Path):
     assert all(value == 0.0 for part in first for value in part.values()), "since the sampler's start"
 
 
-def test_no_byte_counts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_byte_counts_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A RAID set, a loop device, a bridge and the loopback carry bytes that a device carries too."""
     for device in ("block/sda", "block/sdb", "class/net/eth0"):
         (tmp_path / "sys" / device / "device").mkdir(parents=True)
@@ -302,7 +302,7 @@ CONTAINER_V1 = {name.replace("/docker/ab/", "/"): text for name, text in reverse
 
 
 @pytest.mark.parametrize("files", [V2, CONTAINER_V2, V1, CONTAINER_V1], ids=["v2", "in v2", "v1", "in v1"])
-def test_the_limits_of_a_cgroup_stand_for_the_host(tmp_path: Path, files: dict[str, str]):
+def test_the_limits_of_a_cgroup_stand_for_the_host(tmp_path: Path, files: dict[str, str]) -> None:
     root = tree(tmp_path, files)
     cgroup = Cgroup(root)
     assert cgroup.memory() == Memory(100 * MiB, 50 * MiB, 10 * MiB)
@@ -334,12 +334,12 @@ def test_the_limits_of_a_cgroup_stand_for_the_host(tmp_path: Path, files: dict[s
         pytest.param({**CONTAINER_V2, "sys/fs/cgroup/memory.max": str(1 << 60)}, id="more than the host has"),
     ],
 )
-def test_no_limit_is_the_host(tmp_path: Path, files: dict[str, str]):
+def test_no_limit_is_the_host(tmp_path: Path, files: dict[str, str]) -> None:
     source = host(0, nothing, root=tree(tmp_path, files))
     assert read(source, "memory")["system.memory.limit"] == psutil.virtual_memory().total
 
 
-def test_a_cpuset_without_a_quota_is_the_load_of_those_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cpuset_without_a_quota_is_the_load_of_those_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CPUs 0 and 1 of four: what runs on the others is somebody else's."""
     root = tree(
         tmp_path, {**CONTAINER_V2, "sys/fs/cgroup/cpu.max": "max 1", "sys/fs/cgroup/cpuset.cpus.effective": "0-1"}
@@ -380,7 +380,7 @@ STATS = {
 }
 
 
-def test_the_allocator_says_what_it_holds_of_each_gpu_in_use(monkeypatch: pytest.MonkeyPatch):
+def test_the_allocator_says_what_it_holds_of_each_gpu_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     stats = [dict(STATS), {}, {**STATS, "num_ooms": 0}]
     scripted_torch(
         monkeypatch, is_initialized=lambda: True, device_count=lambda: 3, memory_stats=lambda device: stats[device]
@@ -400,7 +400,7 @@ def test_the_allocator_says_what_it_holds_of_each_gpu_in_use(monkeypatch: pytest
     }
 
 
-def test_torch_is_neither_imported_nor_its_cuda_initialised(monkeypatch: pytest.MonkeyPatch):
+def test_torch_is_neither_imported_nor_its_cuda_initialised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "torch", raising=False)
     source = torch(0, nothing)
     assert read(source, "allocator") == {}
@@ -423,7 +423,7 @@ def test_torch_is_neither_imported_nor_its_cuda_initialised(monkeypatch: pytest.
         pytest.param("", ["host", "process", "gpu", "torch"], id="blank is not given"),
     ],
 )
-def test_samplers_are_chosen_by_name(value: str, expected: list[str]):
+def test_samplers_are_chosen_by_name(value: str, expected: list[str]) -> None:
     from stepspan.config import load
 
     assert load({}, {"STEPSPAN_SAMPLERS": value}).samplers == expected
@@ -437,14 +437,14 @@ def test_samplers_are_chosen_by_name(value: str, expected: list[str]):
         pytest.param({"STEPSPAN_SAMPLE_INTERVAL": "often"}, "STEPSPAN_SAMPLE_INTERVAL='often'", id="no number"),
     ],
 )
-def test_a_wrong_choice_names_the_fix(start: Any, monkeypatch: pytest.MonkeyPatch, variables: dict, told: str):
+def test_a_wrong_choice_names_the_fix(start: Any, monkeypatch: pytest.MonkeyPatch, variables: dict, told: str) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=told):
         start()
 
 
-def test_one_rank_of_a_host_samples_the_host():
+def test_one_rank_of_a_host_samples_the_host() -> None:
     assert sampled_by(["torch", "host", "gpu"], 0) == ["host", "gpu", "torch"]
     assert sampled_by(["torch", "host", "gpu"], 3) == ["gpu", "torch"]
 
@@ -453,7 +453,7 @@ def samples(run: stepspan.Run | Path, source: str) -> list[dict[str, Any]]:
     return [event for event in runs.events(run, "sample") if event["source"] == source]
 
 
-def test_a_short_run_shows_its_host_its_process_and_its_gpu(start: Any, monkeypatch: pytest.MonkeyPatch):
+def test_a_short_run_shows_its_host_its_process_and_its_gpu(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     nvml = ScriptedNvml(GPU(uuid="GPU-0"), GPU(uuid="GPU-1"))
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.delenv("STEPSPAN_SAMPLERS")
@@ -472,7 +472,7 @@ def test_a_short_run_shows_its_host_its_process_and_its_gpu(start: Any, monkeypa
     assert not any(thread.name == "stepspan-samplers" for thread in threading.enumerate())
 
 
-def test_local_rank_0_samples_the_host(start: Any, monkeypatch: pytest.MonkeyPatch):
+def test_local_rank_0_samples_the_host(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STEPSPAN_SAMPLERS", "host")
     with start() as run:
         until(lambda: len(samples(run, "host")) > 1)
@@ -481,7 +481,7 @@ def test_local_rank_0_samples_the_host(start: Any, monkeypatch: pytest.MonkeyPat
     assert {name for name, *_ in last["values"]} <= METRICS.keys()
 
 
-def test_the_run_starts_before_any_sampler_is_imported(tmp_path: Path):
+def test_the_run_starts_before_any_sampler_is_imported(tmp_path: Path) -> None:
     """What start_run itself loads: nothing of it, for it has all been opened on the thread."""
     told = runs.python(
         """
@@ -505,7 +505,7 @@ def test_the_run_starts_before_any_sampler_is_imported(tmp_path: Path):
     assert told.stdout == "running\n"
 
 
-def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path):
+def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path) -> None:
     told = runs.python(
         """
         import os, time, warnings, stepspan
@@ -540,7 +540,7 @@ def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path):
     assert len(runs.events(found["0"], "sample")) > 4
 
 
-def test_the_benchmark_prints_its_rows(tmp_path: Path):
+def test_the_benchmark_prints_its_rows(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "samplers.py"
     command = [sys.executable, str(script), "--quick", "--directory", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=under_load(120))
@@ -551,7 +551,7 @@ def test_the_benchmark_prints_its_rows(tmp_path: Path):
     assert not list(tmp_path.iterdir()), "it leaves something behind"
 
 
-def test_a_script_without_a_gpu_prints_nothing_about_it(tmp_path: Path):
+def test_a_script_without_a_gpu_prints_nothing_about_it(tmp_path: Path) -> None:
     """Exactly what a first user on a laptop sees: where the journal lies, and nothing else."""
     if Path("/dev/nvidiactl").exists():
         pytest.skip("a GPU is here")

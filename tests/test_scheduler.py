@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, run_to_end, trained
@@ -17,6 +19,7 @@ from stepspan.deliver.scheduler import (
     UNREADABLE_RETRY_INTERVAL_S,
     Scheduler,
 )
+from stepspan.events import Event
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.format import encode
 from stepspan.journal.layout import find_sessions
@@ -26,16 +29,16 @@ from stepspan.otlp.outcome import Outcome, Verdict
 HOLD = Outcome(Verdict.HOLD, "too old: widen the window")
 
 
-def scheduler(directory, exporter, how=None):
+def scheduler(directory: Path, exporter: Any, how: Any = None) -> Scheduler:
     return Scheduler("metrics", exporter, lambda: find_sessions(directory), how or options())
 
 
-def order(exporter):
+def order(exporter: Any) -> list[Any]:
     """(rank, Unix ns) of each point that was taken, in order of arrival."""
     return [(rank, ts) for rank, _, _, ts, _ in exporter.taken]
 
 
-def assert_merged(taken, every):
+def assert_merged(taken: Any, every: Any) -> None:
     """No session runs more than ten minutes, and a step of `every` seconds, before the slowest with more to come."""
     last = {rank: max(ts for r, ts in taken if r == rank) for rank in {rank for rank, _ in taken}}
     reached = dict.fromkeys(last, NOON)
@@ -45,7 +48,7 @@ def assert_merged(taken, every):
         reached[rank] = max(reached[rank], ts)
 
 
-def test_two_five_day_journals_interleave(tmp_path):
+def test_two_five_day_journals_interleave(tmp_path: Path) -> None:
     every = 5 * DAY / 1000
     for rank in range(2):
         trained(tmp_path, 1000, every=every, rank=rank, session=f"00000000000000a{rank}")
@@ -60,7 +63,7 @@ def test_two_five_day_journals_interleave(tmp_path):
         assert [record for record in exporter.taken if record[0] == session.rank] == expected
 
 
-def test_a_dense_and_a_sparse_session_stay_side_by_side(tmp_path):
+def test_a_dense_and_a_sparse_session_stay_side_by_side(tmp_path: Path) -> None:
     trained(tmp_path, 3000, every=2.0, rank=0, session="00000000000000a0")
     trained(tmp_path, 20, every=300.0, rank=1, session="00000000000000a1")
     exporter = Scripted()
@@ -68,14 +71,14 @@ def test_a_dense_and_a_sparse_session_stay_side_by_side(tmp_path):
     assert_merged(order(exporter), 300.0)
 
 
-def test_a_lone_session_is_not_cut_at_ten_minutes(tmp_path):
+def test_a_lone_session_is_not_cut_at_ten_minutes(tmp_path: Path) -> None:
     trained(tmp_path, 100, every=3600.0)
     exporter = Scripted()
     run_to_end(scheduler(tmp_path, exporter))
     assert len(exporter.requests) == 1
 
 
-def test_live_data_waits_for_the_backlog_it_would_shut_out(tmp_path):
+def test_live_data_waits_for_the_backlog_it_would_shut_out(tmp_path: Path) -> None:
     time = Time()
     old = trained(tmp_path, 400, every=30.0, rank=0, session="00000000000000a0", started=-5 * DAY)
     live = Training(tmp_path, rank=1, session="00000000000000a1")
@@ -92,7 +95,7 @@ def test_live_data_waits_for_the_backlog_it_would_shut_out(tmp_path):
     live.die()
 
 
-def test_sessions_of_one_rank_go_strictly_in_the_order_of_their_start(tmp_path):
+def test_sessions_of_one_rank_go_strictly_in_the_order_of_their_start(tmp_path: Path) -> None:
     for number, started in enumerate((7200.0, 0.0, 3600.0)):
         trained(tmp_path, 50, rank=0, session=f"00000000000000a{number}", started=started)
     exporter = Scripted()
@@ -103,7 +106,7 @@ def test_sessions_of_one_rank_go_strictly_in_the_order_of_their_start(tmp_path):
     assert set(runs) == {0, 1, 2}
 
 
-def test_overlapping_sessions_of_one_rank_go_one_after_the_other(tmp_path):
+def test_overlapping_sessions_of_one_rank_go_one_after_the_other(tmp_path: Path) -> None:
     trained(tmp_path, 50, rank=0, session="00000000000000a0", started=0.0)
     trained(tmp_path, 50, rank=0, session="00000000000000a1", started=20.0)
     exporter = Scripted()
@@ -112,7 +115,7 @@ def test_overlapping_sessions_of_one_rank_go_one_after_the_other(tmp_path):
     assert exporter.taken[: len(first)] == first
 
 
-def test_a_held_session_lets_its_successor_pass(tmp_path):
+def test_a_held_session_lets_its_successor_pass(tmp_path: Path) -> None:
     time = Time()
     trained(tmp_path, 50, rank=0, session="00000000000000a0", started=-5 * DAY)
     trained(tmp_path, 50, rank=0, session="00000000000000a1")
@@ -132,7 +135,7 @@ def test_a_held_session_lets_its_successor_pass(tmp_path):
     assert one.tasks == {}, "and recovers by itself"
 
 
-def test_a_held_session_holds_no_other_rank_back(tmp_path):
+def test_a_held_session_holds_no_other_rank_back(tmp_path: Path) -> None:
     trained(tmp_path, 50, rank=0, session="00000000000000a0", started=-5 * DAY)
     trained(tmp_path, 500, rank=1, every=30.0, session="00000000000000a1")
     too_old = NOON - int(2 * DAY * SECOND)
@@ -142,7 +145,7 @@ def test_a_held_session_holds_no_other_rank_back(tmp_path):
     assert {rank for rank, _ in order(exporter)} == {1}
 
 
-def test_a_successor_that_waits_for_a_living_session_holds_no_other_rank_back(tmp_path):
+def test_a_successor_that_waits_for_a_living_session_holds_no_other_rank_back(tmp_path: Path) -> None:
     first = Training(tmp_path, rank=0, session="00000000000000a0")
     first.steps(5)
     trained(tmp_path, 50, rank=0, session="00000000000000a1", started=100.0)
@@ -154,7 +157,7 @@ def test_a_successor_that_waits_for_a_living_session_holds_no_other_rank_back(tm
     first.die()
 
 
-def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path):
+def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path: Path) -> None:
     time = Time()
     for rank in range(8):
         trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
@@ -174,7 +177,7 @@ def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path):
     assert one.silent_for() == 0.0
 
 
-def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path):
+def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path: Path) -> None:
     for rank in range(3):
         trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
     exporter = Scripted()
@@ -183,7 +186,7 @@ def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path):
     assert [task.session.rank for task in one.tasks.values()] == [0]
 
 
-def test_new_sessions_are_found_within_a_second(tmp_path):
+def test_new_sessions_are_found_within_a_second(tmp_path: Path) -> None:
     time = Time()
     exporter = Scripted()
     one = scheduler(tmp_path, exporter, options(time))
@@ -196,7 +199,7 @@ def test_new_sessions_are_found_within_a_second(tmp_path):
     assert exporter.taken
 
 
-def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path):
+def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path: Path) -> None:
     time = Time()
     living = Training(tmp_path)
     living.steps(3)
@@ -211,7 +214,7 @@ def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path):
     assert (one.idle, one.over) == (True, True)
 
 
-def test_a_receiver_that_stays_silent_is_abandoned_only_when_nobody_lives(tmp_path):
+def test_a_receiver_that_stays_silent_is_abandoned_only_when_nobody_lives(tmp_path: Path) -> None:
     time = Time()
     living = Training(tmp_path)
     living.steps(3)
@@ -232,7 +235,7 @@ def test_a_receiver_that_stays_silent_is_abandoned_only_when_nobody_lives(tmp_pa
 # ---------------------------------------------------------------- sessions that can't be read
 
 
-def test_a_damaged_and_a_newer_session_stop_nobody_else(tmp_path, caplog):
+def test_a_damaged_and_a_newer_session_stop_nobody_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     place = tmp_path / "job" / "node"
     newer = lay_down(place, [header("00000000000000b1", schema="9.0"), metrics(1)], session="00000000000000b1")
     damaged = lay_down(place, [b"\x00" * 500 + b"\n"], session="00000000000000b2")
@@ -259,14 +262,14 @@ UNHEARD_OF = {
 }
 
 
-def unheard_of(directory, which):
+def unheard_of(directory: Path, which: Any) -> Any:
     session = lay_down(directory / "job" / "node", UNHEARD_OF[which])
     (session.path / "closed.json").write_bytes(b'{"seq":20,"ts":%d,"status":"completed"}' % (NOON + 9 * SECOND))
     return session
 
 
 @pytest.mark.parametrize("which", UNHEARD_OF)
-def test_a_journal_that_no_writer_would_write_stops_nobody_else(tmp_path, which):
+def test_a_journal_that_no_writer_would_write_stops_nobody_else(tmp_path: Path, which: Any) -> None:
     unheard_of(tmp_path, which)
     good = trained(tmp_path, 20, rank=1)
     exporter = Scripted()
@@ -274,7 +277,9 @@ def test_a_journal_that_no_writer_would_write_stops_nobody_else(tmp_path, which)
     assert [record for record in exporter.taken if record[0] == 1] == everything(good)["metrics"]
 
 
-def test_a_defect_that_one_session_meets_is_told_once_and_stops_nobody_else(tmp_path, caplog):
+def test_a_defect_that_one_session_meets_is_told_once_and_stops_nobody_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     time = Time()
     bad, good = (trained(tmp_path, 20, rank=rank, session=f"00000000000000a{rank}") for rank in range(2))
     exporter = Scripted()
@@ -289,7 +294,7 @@ def test_a_defect_that_one_session_meets_is_told_once_and_stops_nobody_else(tmp_
     assert caplog.text.count("Traceback") == 1
 
 
-def test_an_exporter_that_fails_is_asked_again_and_held_at_last(tmp_path):
+def test_an_exporter_that_fails_is_asked_again_and_held_at_last(tmp_path: Path) -> None:
     time = Time()
     trained(tmp_path, 5)
     exporter = Scripted(lambda _: [][0])
@@ -307,7 +312,7 @@ def test_an_exporter_that_fails_is_asked_again_and_held_at_last(tmp_path):
     assert task.state.ledger.rejected == 0
 
 
-def test_a_session_that_is_gone_while_its_records_wait_is_waited_for_no_longer(tmp_path):
+def test_a_session_that_is_gone_while_its_records_wait_is_waited_for_no_longer(tmp_path: Path) -> None:
     time = Time()
     training = Training(tmp_path)
     training.steps(3)
@@ -322,7 +327,9 @@ def test_a_session_that_is_gone_while_its_records_wait_is_waited_for_no_longer(t
     assert "gone" in one.unreadable[training.path.path]
 
 
-def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(tmp_path, caplog):
+def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     time = Time()
     good = trained(tmp_path, 20)
     first = good.path / "000001.jsonl"
@@ -341,7 +348,7 @@ def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(tmp_path,
     assert exporter.taken
 
 
-def test_a_session_that_is_removed_under_way_stops_nobody_else(tmp_path):
+def test_a_session_that_is_removed_under_way_stops_nobody_else(tmp_path: Path) -> None:
     time = Time()
     gone = Training(tmp_path, rank=0, session="00000000000000a0")
     gone.steps(3)
@@ -364,11 +371,11 @@ def test_a_session_that_is_removed_under_way_stops_nobody_else(tmp_path):
 # ---------------------------------------------------------------- processors that fail
 
 
-def test_a_processor_that_raises_costs_nothing_but_its_work(tmp_path, caplog):
+def test_a_processor_that_raises_costs_nothing_but_its_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     class Bad:
         tags = frozenset({"metrics"})
 
-        def __call__(self, event):
+        def __call__(self, event: Event) -> None:
             raise ValueError("no")
 
     session = trained(tmp_path, 20)
@@ -382,7 +389,7 @@ def test_a_processor_that_raises_costs_nothing_but_its_work(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("batch", [300, 5000, 1 << 20])
-def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path, batch):
+def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path: Path, batch: int) -> None:
     sessions = [
         trained(tmp_path, 30, rank=rank, session=f"0000000000000{attempt}a{rank}", started=attempt * 1000.0, every=40.0)
         for rank in range(3)
@@ -407,10 +414,10 @@ def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path, batch):
 
 
 @pytest.mark.parametrize(("took", "rests"), [(0.01, REST_FACTOR * 0.01), (60.0, MAX_REST_S)], ids=["short", "long"])
-def test_after_a_round_that_found_live_sessions_at_their_end_it_rests(tmp_path, took, rests):
+def test_after_a_round_that_found_live_sessions_at_their_end_it_rests(tmp_path: Path, took: float, rests: Any) -> None:
     time = Time()
 
-    def answer(_):
+    def answer(_: object) -> Any:
         time.skip(took)
         return OK
 
@@ -427,10 +434,10 @@ def test_after_a_round_that_found_live_sessions_at_their_end_it_rests(tmp_path, 
     assert len(exporter.requests) == 2, "the steps of meanwhile came in one"
 
 
-def test_it_does_not_rest_when_nobody_lives(tmp_path):
+def test_it_does_not_rest_when_nobody_lives(tmp_path: Path) -> None:
     time = Time()
 
-    def answer(_):
+    def answer(_: object) -> Any:
         time.skip(60)
         return OK
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 from harness.stack import Collector, Prometheus
+
+from stepspan.mapping.records import Signal
 
 pytestmark = pytest.mark.stack
 
@@ -24,17 +28,17 @@ RESOURCE = {
 LABELS = {"__name__": "training_loss", "job": "training", "instance": "j-3", "job_id": "j", "rank": "3"}
 
 
-def metrics(*entries):
+def metrics(*entries: Any) -> dict[str, Any]:
     return {"resourceMetrics": [{"resource": RESOURCE, "scopeMetrics": [{"metrics": list(entries)}]}]}
 
 
-def gauge(*points, **flags):
+def gauge(*points: Any, **flags: Any) -> Any:
     """(ns, value) pairs as the gauge training.loss."""
     data = [{"timeUnixNano": str(at), "asDouble": value, **flags} for at, value in points]
     return metrics({"name": "training.loss", "gauge": {"dataPoints": data}})
 
 
-def span(name):
+def span(name: str) -> dict[str, Any]:
     record = {
         "traceId": "0af7651916cd43dd8448eb211c80319c",
         "spanId": "b7ad6b7169203331",
@@ -54,11 +58,13 @@ def span(name):
     return {"resourceSpans": [{"resource": RESOURCE, "scopeSpans": [{"spans": [record]}]}]}
 
 
-def send(endpoint, signal, body):
+def send(endpoint: Any, signal: Signal, body: Any) -> Any:
     return requests.post(f"{endpoint}/v1/{signal}", json=body, timeout=10)
 
 
-def test_a_point_arrives_in_prometheus_at_its_own_time_with_its_job_and_rank(collector, prometheus):
+def test_a_point_arrives_in_prometheus_at_its_own_time_with_its_job_and_rank(
+    collector: Collector, prometheus: Prometheus
+) -> None:
     points = [(NOW - 3600 * SECOND, 0.5), (NOW - 2 * SECOND, "NaN"), (NOW - SECOND, "Infinity")]
     assert send(collector.http_endpoint, "metrics", gauge(*points)).ok
 
@@ -76,7 +82,7 @@ def test_a_point_arrives_in_prometheus_at_its_own_time_with_its_job_and_rank(col
     assert collector.metric_points()[2]["asDouble"] == math.inf
 
 
-def test_a_span_and_a_log_come_back_as_plain_data(collector):
+def test_a_span_and_a_log_come_back_as_plain_data(collector: Collector) -> None:
     assert send(collector.http_endpoint, "traces", span("training.step")).ok
     record = {"timeUnixNano": str(NOW), "eventName": "training.artifact", "body": {"stringValue": "saved"}}
     logs = {"resourceLogs": [{"resource": RESOURCE, "scopeLogs": [{"logRecords": [record]}]}]}
@@ -95,8 +101,8 @@ def test_a_span_and_a_log_come_back_as_plain_data(collector):
     assert (log["eventName"], log["body"], log["resource"]["job_id"]) == ("training.artifact", "saved", "j")
 
 
-def test_a_dump_is_stable_and_tells_nan_from_a_marker_of_staleness(prometheus):
-    def send_all():
+def test_a_dump_is_stable_and_tells_nan_from_a_marker_of_staleness(prometheus: Prometheus) -> None:
+    def send_all() -> None:
         assert send(prometheus.otlp_endpoint, "metrics", gauge((NOW - 2 * SECOND, 0.1), (NOW - SECOND, "NaN"))).ok
         assert send(prometheus.otlp_endpoint, "metrics", gauge((NOW, 0), flags=1)).ok
 
@@ -116,7 +122,7 @@ def test_a_dump_is_stable_and_tells_nan_from_a_marker_of_staleness(prometheus):
     assert prometheus.dump("another") == []
 
 
-def test_a_native_histogram_is_dumped_by_its_buckets(prometheus):
+def test_a_native_histogram_is_dumped_by_its_buckets(prometheus: Prometheus) -> None:
     point = {
         "startTimeUnixNano": str(NOW - SECOND),
         "timeUnixNano": str(NOW),
@@ -137,7 +143,7 @@ def test_a_native_histogram_is_dumped_by_its_buckets(prometheus):
     assert value == "count=8 sum=10.5 schema=2 zero=1 threshold=1e-128 negative={} positive={0: 2, 5: 5}"
 
 
-def test_a_refusal_by_prometheus_reaches_the_client_unless_the_collector_queues(tmp_path):
+def test_a_refusal_by_prometheus_reaches_the_client_unless_the_collector_queues(tmp_path: Path) -> None:
     with (
         Prometheus(tmp_path / "prometheus", out_of_order_time_window="0s") as prometheus,
         Collector(tmp_path / "direct", prometheus) as direct,
@@ -152,7 +158,7 @@ def test_a_refusal_by_prometheus_reaches_the_client_unless_the_collector_queues(
         assert send(direct.http_endpoint, "metrics", late).status_code == 503
 
 
-def test_what_the_collector_has_answered_survives_its_death(tmp_path):
+def test_what_the_collector_has_answered_survives_its_death(tmp_path: Path) -> None:
     with Collector(tmp_path) as collector:
         for number in range(3):
             assert send(collector.http_endpoint, "traces", span(f"step {number}")).ok

@@ -26,7 +26,7 @@ def printed(console: Console) -> str:
     return text
 
 
-def test_what_is_zero_everywhere_is_left_out(tmp_path: Path):
+def test_what_is_zero_everywhere_is_left_out(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     for signal in SIGNALS:
         deliver(session, Scripted(), options(), signal)
@@ -39,7 +39,7 @@ def test_what_is_zero_everywhere_is_left_out(tmp_path: Path):
     assert rows[0].split()[:3] == ["0", "00000000", "completed"]
 
 
-def test_a_table_that_is_too_wide_goes_on_below(tmp_path: Path):
+def test_a_table_that_is_too_wide_goes_on_below(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     held = Outcome(Verdict.HOLD, "404: check the path")
     deliver(session, Scripted([held], destination="a-name-of-somewhat-more-than-usual-length"), options())
@@ -51,7 +51,7 @@ def test_a_table_that_is_too_wide_goes_on_below(tmp_path: Path):
     assert "404: check the path" in text
 
 
-def test_the_columns_that_tell_rows_apart_are_in_each_part():
+def test_the_columns_that_tell_rows_apart_are_in_each_part() -> None:
     console = Console(file=io.StringIO(), width=20)
     print_table(console, [">rank", "one", "two"], [["3", "a" * 12, "b" * 12], ["4", "", ""]], keys=("rank",))
     parts = [part.splitlines() for part in console.file.getvalue().split("\n\n")]  # type: ignore[attr-defined]
@@ -61,6 +61,6 @@ def test_the_columns_that_tell_rows_apart_are_in_each_part():
     ]
 
 
-def test_ids_are_short_id_length_where_that_tells_them_apart():
+def test_ids_are_short_id_length_where_that_tells_them_apart() -> None:
     assert short_id_length(["0123456789abcdef", "1123456789abcdef"]) == 8
     assert short_id_length(["0123456789abcdef", "0123456789abcdee"]) == 16

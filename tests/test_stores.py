@@ -9,14 +9,17 @@ import struct
 import sys
 import textwrap
 import types
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from harness import runs
 from harness.journals import fill, small_file_system
+from harness.stack import Collector, Prometheus
 from pydantic import BaseModel, ConfigDict
 from tensorboardX.proto.event_pb2 import Event as BoardEvent
 
@@ -24,6 +27,7 @@ import stepspan
 from stepspan import stores
 from stepspan.compat.evsys import plugin, registry
 from stepspan.errors import ConfigError
+from stepspan.run import Run
 from stepspan.testing import recorded_run
 
 start = runs.start
@@ -32,7 +36,7 @@ KINDS = ["jsonl", "multiplex", "stepspan", "tensorboard"]
 
 
 @pytest.fixture
-def kinds(monkeypatch):
+def kinds(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The registry, as it is put back afterwards."""
     stores.list_log_stores()
     monkeypatch.setattr(registry, "_stores", dict(registry._stores))
@@ -47,39 +51,39 @@ class Recorder:
         endpoint: str
         retries: int = 3
 
-    def __init__(self, *, endpoint, retries=3):
+    def __init__(self, *, endpoint: Any, retries: int = 3) -> None:
         self.endpoint, self.retries = endpoint, retries
         self.calls = []
 
-    def log_scalar(self, key, value, step):
+    def log_scalar(self, key: str, value: Any, step: int) -> None:
         self.calls.append((key, value, step))
 
-    def log_metrics(self, metrics, step, *, split="train"):
+    def log_metrics(self, metrics: Any, step: int, *, split: str = "train") -> None:
         self.calls.append((metrics, step, split))
 
-    def log_hyperparams(self, params):
+    def log_hyperparams(self, params: Any) -> None:
         self.calls.append(params)
 
-    def log_artifact(self, name, path, *, kind="file"):
+    def log_artifact(self, name: str, path: Path, *, kind: str = "file") -> None:
         self.calls.append((name, path, kind))
 
-    def close(self):
+    def close(self) -> None:
         self.calls.append("close")
 
 
 class Failing(Recorder):
     Config = None
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(endpoint="")
 
-    def _fail(self, *_, **__):
+    def _fail(self, *_: Any, **__: Any) -> None:
         raise OSError("no route to host")
 
     log_scalar = log_metrics = log_hyperparams = log_artifact = close = _fail
 
 
-def log_everything(store):
+def log_everything(store: Any) -> None:
     store.log_hyperparams({"lr": 0.5})
     store.log_scalar("loss", 2.0, 0)
     store.log_metrics({"loss": 1.0, "lr": 0.5}, 1)
@@ -87,14 +91,14 @@ def log_everything(store):
     store.log_artifact("model", "out/model.pt", kind="checkpoint")
 
 
-def rows(path):
+def rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # ----------------------------------------------------------------------------------------------------------- contract
 
 
-def test_the_public_names_are_sorted_and_there():
+def test_the_public_names_are_sorted_and_there() -> None:
     assert stores.__all__ == sorted(stores.__all__)
     assert all(hasattr(stores, name) for name in stores.__all__)
 
@@ -110,7 +114,9 @@ def test_the_public_names_are_sorted_and_there():
     ],
     ids=lambda spec: spec["kind"],
 )
-def test_each_built_in_store_keeps_the_contract(spec, tmp_path, monkeypatch):
+def test_each_built_in_store_keeps_the_contract(
+    spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     store = stores.make_log_store(spec)
     assert isinstance(store, stores.LogStore)
@@ -120,7 +126,7 @@ def test_each_built_in_store_keeps_the_contract(spec, tmp_path, monkeypatch):
     store.close()
 
 
-def test_importing_stepspan_imports_neither_pydantic_nor_the_stores(tmp_path):
+def test_importing_stepspan_imports_neither_pydantic_nor_the_stores(tmp_path: Path) -> None:
     code = "import sys, stepspan; assert not {'pydantic', 'stepspan.stores', 'opentelemetry'} & set(sys.modules)"
     assert runs.python(code, tmp_path).returncode == 0
 
@@ -128,7 +134,7 @@ def test_importing_stepspan_imports_neither_pydantic_nor_the_stores(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- jsonl
 
 
-def test_jsonl_writes_the_rows_of_evsys(tmp_path):
+def test_jsonl_writes_the_rows_of_evsys(tmp_path: Path) -> None:
     times = iter([10.5, 11.0, 12.25, 13.0])
     store = stores.JSONLLogStore(log_dir=tmp_path / "logs", clock=lambda: next(times))
     log_everything(store)
@@ -146,7 +152,7 @@ def test_jsonl_writes_the_rows_of_evsys(tmp_path):
     ]  # fmt: skip
 
 
-def test_jsonl_goes_on_in_the_files_of_an_earlier_store(tmp_path):
+def test_jsonl_goes_on_in_the_files_of_an_earlier_store(tmp_path: Path) -> None:
     for number in range(2):
         store = stores.JSONLLogStore(log_dir=tmp_path)
         store.log_scalar("loss", 1.0, number)
@@ -161,7 +167,7 @@ def test_jsonl_goes_on_in_the_files_of_an_earlier_store(tmp_path):
 
 
 @pytest.mark.parametrize("content", ['{"lr": 0.', "[1, 2]", "", "\x00\x00"], ids=["torn", "a list", "empty", "zeros"])
-def test_jsonl_counts_corrupt_hyperparameters_as_empty(tmp_path, content):
+def test_jsonl_counts_corrupt_hyperparameters_as_empty(tmp_path: Path, content: str) -> None:
     (tmp_path / "hyperparams.json").write_text(content)
     (tmp_path / "artifacts.json").write_text(content.replace("[1, 2]", "{}"))
     store = stores.JSONLLogStore(log_dir=tmp_path)
@@ -171,7 +177,7 @@ def test_jsonl_counts_corrupt_hyperparameters_as_empty(tmp_path, content):
     assert [entry["name"] for entry in json.loads((tmp_path / "artifacts.json").read_text())] == ["a"]
 
 
-def test_jsonl_files_can_have_other_names(tmp_path):
+def test_jsonl_files_can_have_other_names(tmp_path: Path) -> None:
     names = {"metrics_file": "m.jsonl", "hyperparams_file": "h.json", "artifacts_file": "a.json"}
     store = stores.make_log_store({"kind": "jsonl", "params": {"log_dir": str(tmp_path), **names}})
     log_everything(store)
@@ -188,7 +194,7 @@ def test_jsonl_files_can_have_other_names(tmp_path):
     ],
     ids=["log_scalar", "log_metrics", "log_hyperparams", "log_artifact"],
 )
-def test_jsonl_refuses_every_write_after_close(tmp_path, write):
+def test_jsonl_refuses_every_write_after_close(tmp_path: Path, write: Any) -> None:
     store = stores.JSONLLogStore(log_dir=tmp_path)
     store.close()
     with pytest.raises(RuntimeError, match="is closed"):
@@ -197,10 +203,10 @@ def test_jsonl_refuses_every_write_after_close(tmp_path, write):
 
 
 class Hostile:
-    def __float__(self):
+    def __float__(self) -> None:
         raise RuntimeError("no")
 
-    def __str__(self):
+    def __str__(self) -> None:
         raise RuntimeError("no")
 
 
@@ -217,7 +223,7 @@ class Hostile:
     ],
     ids=["float32", "int64", "0-d array", "infinity", "array", "text", "hostile"],
 )
-def test_jsonl_writes_numbers_as_numbers_and_all_else_as_text(tmp_path, value, written):
+def test_jsonl_writes_numbers_as_numbers_and_all_else_as_text(tmp_path: Path, value: Any, written: Any) -> None:
     store = stores.JSONLLogStore(log_dir=tmp_path)
     store.log_metrics({"loss": value, ("a", 1): 2.0} if isinstance(value, Hostile) else {"loss": value}, np.int64(4))
     store.log_hyperparams({"value": value})
@@ -226,7 +232,9 @@ def test_jsonl_writes_numbers_as_numbers_and_all_else_as_text(tmp_path, value, w
     assert json.loads((tmp_path / "hyperparams.json").read_text()) == {"value": written}
 
 
-def test_a_full_disk_costs_no_row_and_does_not_raise_into_training(tmp_path, caplog):
+def test_a_full_disk_costs_no_row_and_does_not_raise_into_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with small_file_system(tmp_path / "disk", "64k") as disk:
         store = stores.JSONLLogStore(log_dir=disk)
         store.log_metrics({"loss": 0.0}, 0)
@@ -245,7 +253,7 @@ def test_a_full_disk_costs_no_row_and_does_not_raise_into_training(tmp_path, cap
 # -------------------------------------------------------------------------------------------------------- tensorboard
 
 
-def board(directory):
+def board(directory: Path) -> Any:
     """(tag, step, scalar or text) of an event file, each record's length as it stands there."""
     (file,) = directory.iterdir()
     data, found = file.read_bytes(), []
@@ -259,7 +267,7 @@ def board(directory):
     return found
 
 
-def test_tensorboard_writes_scalars_and_texts(tmp_path):
+def test_tensorboard_writes_scalars_and_texts(tmp_path: Path) -> None:
     store = stores.make_log_store({"kind": "tensorboard", "params": {"log_dir": str(tmp_path / "tb"), "flush_secs": 1}})
     log_everything(store)
     store.close()
@@ -275,7 +283,7 @@ def test_tensorboard_writes_scalars_and_texts(tmp_path):
         store.log_scalar("loss", 1.0, 2)
 
 
-def test_tensorboard_loses_nothing_at_exit(tmp_path):
+def test_tensorboard_loses_nothing_at_exit(tmp_path: Path) -> None:
     code = """
     from stepspan.stores import TensorBoardLogStore
     store = TensorBoardLogStore(log_dir="tb", flush_secs=1000)
@@ -287,7 +295,7 @@ def test_tensorboard_loses_nothing_at_exit(tmp_path):
     assert [step for _, step, _ in board(tmp_path / "tb")] == list(range(50))
 
 
-def test_tensorboard_without_its_extra_says_what_to_install(tmp_path, monkeypatch):
+def test_tensorboard_without_its_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ImportError, match=r"pip install 'stepspan\[tensorboard\]'"):
         stores.make_log_store({"kind": "tensorboard", "params": {"log_dir": str(tmp_path)}})
@@ -296,7 +304,7 @@ def test_tensorboard_without_its_extra_says_what_to_install(tmp_path, monkeypatc
 # ---------------------------------------------------------------------------------------------------------- multiplex
 
 
-def test_multiplex_tells_each_child_everything(tmp_path, kinds):
+def test_multiplex_tells_each_child_everything(tmp_path: Path, kinds: Any) -> None:
     stores.register_log_store("recorder")(Recorder)
     log_dir = {"log_dir": str(tmp_path)}
     children = [{"kind": "recorder", "params": {"endpoint": "here"}}, {"kind": "jsonl", "params": log_dir}]
@@ -316,7 +324,9 @@ def test_multiplex_tells_each_child_everything(tmp_path, kinds):
     assert not store.failures
 
 
-def test_a_child_that_fails_does_not_take_its_siblings_down(tmp_path, kinds, caplog):
+def test_a_child_that_fails_does_not_take_its_siblings_down(
+    tmp_path: Path, kinds: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     stores.register_log_store("failing")(Failing)
     log_dir = {"log_dir": str(tmp_path)}
     children = [{"kind": "failing"}, {"kind": "jsonl", "params": log_dir}, {"kind": "failing"}]
@@ -330,11 +340,11 @@ def test_a_child_that_fails_does_not_take_its_siblings_down(tmp_path, kinds, cap
     ]  # fmt: skip
 
 
-def test_a_child_that_cannot_be_made_closes_those_before_it(tmp_path, kinds):
+def test_a_child_that_cannot_be_made_closes_those_before_it(tmp_path: Path, kinds: Any) -> None:
     made = []
 
     class Watched(Recorder):
-        def __init__(self, **params):
+        def __init__(self, **params: Any) -> None:
             super().__init__(**params)
             made.append(self)
 
@@ -348,7 +358,7 @@ def test_a_child_that_cannot_be_made_closes_those_before_it(tmp_path, kinds):
 # ----------------------------------------------------------------------------------------------------------- registry
 
 
-def test_an_unknown_kind_is_an_error_that_lists_the_known_ones():
+def test_an_unknown_kind_is_an_error_that_lists_the_known_ones() -> None:
     assert stores.list_log_stores() == KINDS
     with pytest.raises(KeyError, match="no log store 'wandb'; known are jsonl, multiplex, stepspan, tensorboard"):
         stores.make_log_store({"kind": "wandb"})
@@ -369,14 +379,16 @@ def test_an_unknown_kind_is_an_error_that_lists_the_known_ones():
     ],
     ids=["unknown", "type", "missing", "range", "start_run", "no kind", "no such field", "text", "nothing"],
 )
-def test_a_wrong_parameter_is_refused_by_its_name(spec, message, tmp_path, monkeypatch):
+def test_a_wrong_parameter_is_refused_by_its_name(
+    spec: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=message):
         stores.make_log_store(spec)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_of_the_users_own_is_made_from_yaml_and_checked_by_its_own_config(kinds):
+def test_a_store_of_the_users_own_is_made_from_yaml_and_checked_by_its_own_config(kinds: Any) -> None:
     stores.register_log_store("http")(Recorder)
     store = stores.make_log_store(yaml.safe_load("{kind: http, params: {endpoint: here, retries: '5'}}"))
     assert (store.name, store.endpoint, store.retries) == ("http", "here", 5)
@@ -384,7 +396,7 @@ def test_a_store_of_the_users_own_is_made_from_yaml_and_checked_by_its_own_confi
         stores.make_log_store({"kind": "http", "params": {"endpoin": "x"}})
 
 
-def test_a_kind_belongs_to_one_class(kinds):
+def test_a_kind_belongs_to_one_class(kinds: Any) -> None:
     assert stores.register_log_store("jsonl")(stores.JSONLLogStore) is stores.JSONLLogStore
     with pytest.raises(ValueError, match=r"'jsonl' is stepspan\..*JSONLLogStore already; .*Recorder is not"):
         stores.register_log_store("jsonl")(Recorder)
@@ -396,12 +408,14 @@ def test_a_kind_belongs_to_one_class(kinds):
 # ----------------------------------------------------------------------------------------------------------- plug-ins
 
 
-def test_the_stepspan_store_is_published_for_evsys():
+def test_the_stepspan_store_is_published_for_evsys() -> None:
     (point,) = [point for point in entry_points(group="evsys_sdk.log_stores") if point.name == "stepspan"]
     assert point.load() is stores.StepspanLogStore
 
 
-def test_evsys_finds_the_stepspan_store_in_its_own_registry_whoever_comes_first(monkeypatch):
+def test_evsys_finds_the_stepspan_store_in_its_own_registry_whoever_comes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     registered = {}
     evsys = types.ModuleType("evsys_sdk.registry")
     evsys.register_log_store = lambda kind: lambda store: registered.setdefault(kind, store)
@@ -411,7 +425,7 @@ def test_evsys_finds_the_stepspan_store_in_its_own_registry_whoever_comes_first(
     assert point.load() is registered["stepspan"] is stores.StepspanLogStore
 
 
-def plugins(monkeypatch, tmp_path, **points):
+def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **points: Any) -> None:
     """Install `module:attribute` under names in both groups in turn, each module as source text."""
     found = {group: [] for group in registry.GROUPS}
     for number, (name, (group, code)) in enumerate(points.items()):
@@ -434,7 +448,9 @@ class Store:
 """
 
 
-def test_stores_of_installed_packages_load_from_both_groups(monkeypatch, tmp_path, kinds):
+def test_stores_of_installed_packages_load_from_both_groups(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kinds: Any
+) -> None:
     decorated = "from stepspan.stores import register_log_store\n" + STORE.replace(
         "class", "@register_log_store('mine')\nclass"
     )
@@ -455,7 +471,9 @@ def test_stores_of_installed_packages_load_from_both_groups(monkeypatch, tmp_pat
     ],
     ids=["no dependency", "exits", "no class", "no attribute", "takes a kind"],
 )
-def test_a_broken_plug_in_is_logged_and_costs_nothing_but_itself(monkeypatch, tmp_path, kinds, caplog, code, why):
+def test_a_broken_plug_in_is_logged_and_costs_nothing_but_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kinds: Any, caplog: pytest.LogCaptureFixture, code: str, why: str
+) -> None:
     plugins(monkeypatch, tmp_path, broken=(1, code), plain=(1, STORE))
     assert stores.list_log_stores() == sorted([*KINDS, "plain"])
     (record,) = caplog.records
@@ -467,7 +485,7 @@ def test_a_broken_plug_in_is_logged_and_costs_nothing_but_itself(monkeypatch, tm
 # ------------------------------------------------------------------------------------------------------------ a run
 
 
-def test_a_run_is_a_log_store():
+def test_a_run_is_a_log_store() -> None:
     with recorded_run() as recording:
         store = recording.run.as_log_store()
         assert isinstance(store, stores.LogStore)
@@ -487,13 +505,15 @@ def test_a_run_is_a_log_store():
     ]
 
 
-def test_a_run_that_records_nothing_is_a_log_store_too():
+def test_a_run_that_records_nothing_is_a_log_store_too() -> None:
     store = stepspan.current_run().as_log_store()
     log_everything(store)
     store.close()
 
 
-def test_the_stepspan_store_starts_a_run_with_its_parameters_and_ends_it(start, tmp_path):
+def test_the_stepspan_store_starts_a_run_with_its_parameters_and_ends_it(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
     text = """
     kind: stepspan
     params: {job_id: 4711, rank: 1, world_size: 2, name: tuned, tags: [a], directory: here, resource: {team: vision}}
@@ -513,12 +533,14 @@ def test_the_stepspan_store_starts_a_run_with_its_parameters_and_ends_it(start, 
     assert store.run.stats()["warnings"]["closed"] == 1
 
 
-def test_the_stepspan_store_passes_on_what_start_run_refuses(start):
+def test_the_stepspan_store_passes_on_what_start_run_refuses(start: Callable[..., Run]) -> None:
     with pytest.raises(ConfigError, match="rank"):
         stores.make_log_store({"kind": "stepspan", "params": {"rank": 2, "world_size": 2}})
 
 
-def test_an_evsys_run_goes_to_jsonl_and_opentelemetry_by_one_more_line(start, tmp_path):
+def test_an_evsys_run_goes_to_jsonl_and_opentelemetry_by_one_more_line(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
     text = """
     kind: multiplex
     params:
@@ -537,7 +559,7 @@ def test_an_evsys_run_goes_to_jsonl_and_opentelemetry_by_one_more_line(start, tm
 # ------------------------------------------------------------------------------------------------------- the whole way
 
 
-def _rank(rank, directory, endpoint):
+def _rank(rank: int, directory: Path, endpoint: Any) -> None:
     params = {"job_id": "evsys", "rank": rank, "local_rank": rank, "world_size": 2}
     params |= {"directory": directory, "endpoint": endpoint}
     store = stores.make_log_store({"kind": "stepspan", "params": params})
@@ -550,7 +572,7 @@ def _rank(rank, directory, endpoint):
     store.close()
 
 
-def test_what_an_evsys_run_logs_arrives(collector, prometheus, tmp_path):
+def test_what_an_evsys_run_logs_arrives(collector: Collector, prometheus: Prometheus, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [
         context.Process(target=_rank, args=(rank, str(tmp_path / "runs"), collector.http_endpoint)) for rank in (0, 1)
@@ -582,7 +604,7 @@ def test_what_an_evsys_run_logs_arrives(collector, prometheus, tmp_path):
     assert logs == {(name, "evsys", rank) for name in ("training.hyperparams", "training.artifact") for rank in (0, 1)}
 
 
-def test_the_example_runs(tmp_path):
+def test_the_example_runs(tmp_path: Path) -> None:
     example = Path(__file__).parent.parent / "examples" / "evsys_store.py"
     (tmp_path / "train.yaml").write_text(example.with_suffix(".yaml").read_text())
     done = runs.python(example.read_text(), tmp_path)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.delivery import SECOND, Scripted, Training, deliver, options, trained
@@ -54,7 +55,7 @@ def one_step(training: Training, **wait: float) -> None:
 # ---------------------------------------------------------------- tail
 
 
-def test_lines_are_merged_over_ranks_by_time(tmp_path):
+def test_lines_are_merged_over_ranks_by_time(tmp_path: Path) -> None:
     for rank in range(2):
         training = Training(tmp_path, rank=rank, session=f"00000000000000a{rank}", started=rank * 0.25)
         training.emit("metrics", step=1, split="train", metrics={"loss": 0.123456789, "lr": 0.1})
@@ -78,7 +79,7 @@ def test_lines_are_merged_over_ranks_by_time(tmp_path):
     assert tail(tmp_path, 0) == []
 
 
-def test_a_step_is_told_by_its_end_and_by_its_beginning_while_it_is_open(tmp_path):
+def test_a_step_is_told_by_its_end_and_by_its_beginning_while_it_is_open(tmp_path: Path) -> None:
     training = Training(tmp_path)
     one_step(training, collective=0.005, compute=0.25)
     step = training.emit("step_begin", parent=training.run, step=1, split="train")
@@ -94,7 +95,7 @@ def test_a_step_is_told_by_its_end_and_by_its_beginning_while_it_is_open(tmp_pat
     assert tail(tmp_path, tags=tuple(SHOWN_WHILE_OPEN))[0] == "0|0|step 0 begins", "who asks for them gets all"
 
 
-def test_a_long_journal_is_read_from_its_end(tmp_path):
+def test_a_long_journal_is_read_from_its_end(tmp_path: Path) -> None:
     session = trained(tmp_path, 3000)
     read = []
     follow = Follow(tmp_path, None, frozenset())
@@ -107,14 +108,14 @@ def test_a_long_journal_is_read_from_its_end(tmp_path):
     assert sum(map(len, read)) < size / 3
 
 
-def test_a_rare_line_is_looked_for_further_back(tmp_path):
+def test_a_rare_line_is_looked_for_further_back(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.emit("error", parent=training.run, type="ValueError", message="early", stack="", attributes={})
     training.steps(3000)
     assert tail(tmp_path, tags=("error",)) == ["0||ValueError: early"]
 
 
-def test_follow_shows_what_comes_once_also_of_sessions_that_appear(tmp_path):
+def test_follow_shows_what_comes_once_also_of_sessions_that_appear(tmp_path: Path) -> None:
     first = Training(tmp_path)
     follow = Follow(tmp_path, None, frozenset({"metrics"}))
     assert follow.newest(5) == []
@@ -135,7 +136,7 @@ def test_follow_shows_what_comes_once_also_of_sessions_that_appear(tmp_path):
     assert follow.read_on(rescan=True) == []
 
 
-def test_following_ends_when_interrupted(tmp_path):
+def test_following_ends_when_interrupted(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.emit("metrics", step=1, split="train", metrics={"loss": 1.0})
     command = [sys.executable, "-m", "stepspan", "tail", str(tmp_path), "--follow", "--tag", "metrics"]
@@ -149,7 +150,9 @@ def test_following_ends_when_interrupted(tmp_path):
         assert process.wait(timeout=under_load(20)) == 0
 
 
-def test_following_rests_between_two_looks(tmp_path, monkeypatch, capsys):
+def test_following_rests_between_two_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     Training(tmp_path)
     rests: list[float] = []
 
@@ -164,7 +167,7 @@ def test_following_rests_between_two_looks(tmp_path, monkeypatch, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_the_command_prints_time_rank_step_and_what(tmp_path):
+def test_the_command_prints_time_rank_step_and_what(tmp_path: Path) -> None:
     training = Training(tmp_path, rank=3)
     training.emit("metrics", step=12, split="train", metrics={"loss": 0.5})
     training.die()
@@ -173,13 +176,13 @@ def test_the_command_prints_time_rank_step_and_what(tmp_path):
     assert stepspan("tail", tmp_path, "--tag", "error").returncode == 2
 
 
-def test_several_jobs_are_named(tmp_path):
+def test_several_jobs_are_named(tmp_path: Path) -> None:
     for number, job in enumerate(("one", "two")):
         lay_down(tmp_path / job / "node", [header(job_id=job, session=f"{number:016}")], session=f"{number:016}")
     assert [line.split()[2] for line in stepspan("tail", tmp_path).stdout.splitlines()] == ["one", "two"]
 
 
-def test_in_a_terminal_several_jobs_have_headings(tmp_path):
+def test_in_a_terminal_several_jobs_have_headings(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
     long = "a-job-whose-name-takes-all-the-room-that-there-is-for-the-rest-of-a-line-in-a-terminal"
     lines = [tails.Line(n, job, "0", str(n), "metrics", f"loss={n}") for n, job in enumerate((long, long, "two"))]
@@ -190,7 +193,7 @@ def test_in_a_terminal_several_jobs_have_headings(tmp_path):
     assert told == [long, step(0), step(1), "two", step(2), step(2)]
 
 
-def test_a_tag_that_nobody_knows_is_told_with_those_that_are_known(tmp_path):
+def test_a_tag_that_nobody_knows_is_told_with_those_that_are_known(tmp_path: Path) -> None:
     trained(tmp_path, 1)
     told = stepspan("tail", tmp_path, "--tag", "metric")
     assert told.returncode == 2
@@ -198,7 +201,7 @@ def test_a_tag_that_nobody_knows_is_told_with_those_that_are_known(tmp_path):
     assert all(tag in told.stderr for tag in TAGS)
 
 
-def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path):
+def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.emit("event", parent=1, name="\x1b[31mred\n[bold]fake line", attributes={"bell": "\x07"})
     training.die()
@@ -211,7 +214,7 @@ def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path):
 # ---------------------------------------------------------------- one line
 
 
-def test_every_tag_has_words():
+def test_every_tag_has_words() -> None:
     assert set(ROWS) == set(TAGS)
 
 
@@ -235,7 +238,7 @@ def test_every_tag_has_words():
     ],
     ids=lambda value: value["tag"] if isinstance(value, dict) else "",
 )
-def test_an_event_in_words(event, words):
+def test_an_event_in_words(event: dict[str, Any], words: str) -> None:
     assert event_text({"ts": 0, "seq": 1, "crc": 1, **event}) == words
 
 
@@ -250,7 +253,7 @@ def test_an_event_in_words(event, words):
         (7500, "2 h 5 min"),
     ],
 )
-def test_durations(seconds, text):
+def test_durations(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
@@ -277,7 +280,7 @@ def two_ranks(directory: Path) -> None:
     again.end()
 
 
-def test_the_report_as_data(tmp_path):
+def test_the_report_as_data(tmp_path: Path) -> None:
     two_ranks(tmp_path)
     (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     assert (job["job"], job["name"], job["ranks"], job["total_steps"]) == ("job", "demo", 2, 10)
@@ -302,7 +305,7 @@ def test_the_report_as_data(tmp_path):
     assert job["delivery"] == []
 
 
-def test_the_wait_of_a_collective_on_a_device_is_what_the_device_says(tmp_path):
+def test_the_wait_of_a_collective_on_a_device_is_what_the_device_says(tmp_path: Path) -> None:
     for rank, seconds in ((0, 0.25), (1, 0.125)):
         training = Training(tmp_path, rank=rank, session=f"00000000000000a{rank}")
         step = training.emit("step_begin", parent=training.run, step=0, split="train")
@@ -319,7 +322,7 @@ def test_the_wait_of_a_collective_on_a_device_is_what_the_device_says(tmp_path):
     assert job["straggler"] == {"rank": 1, "wait": 0.25, "others_wait": 0.5}
 
 
-def test_the_report_on_a_page(tmp_path):
+def test_the_report_on_a_page(tmp_path: Path) -> None:
     two_ranks(tmp_path)
     page = stepspan("report", tmp_path).stdout
     for words in (
@@ -334,7 +337,7 @@ def test_the_report_on_a_page(tmp_path):
     assert "Traceback" not in page
 
 
-def test_the_report_in_a_terminal_of_80_columns(tmp_path):
+def test_the_report_in_a_terminal_of_80_columns(tmp_path: Path) -> None:
     two_ranks(tmp_path)
     console = Console(file=io.StringIO(), width=80, highlight=False)
     (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
@@ -346,7 +349,7 @@ def test_the_report_in_a_terminal_of_80_columns(tmp_path):
     assert page.count("00000000000000b1") == 2, "whole: its first 8 characters are those of another one"
 
 
-def test_a_run_that_took_all_its_steps_is_told_so_and_named_once(tmp_path):
+def test_a_run_that_took_all_its_steps_is_told_so_and_named_once(tmp_path: Path) -> None:
     training = Training(tmp_path, job_id="demo")
     training.emit("progress", total_steps=2)
     for _ in range(2):
@@ -357,7 +360,7 @@ def test_a_run_that_took_all_its_steps_is_told_so_and_named_once(tmp_path):
     assert "took all 2 steps" in page
 
 
-def test_a_key_that_names_its_split_does_so_once(tmp_path):
+def test_a_key_that_names_its_split_does_so_once(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.emit("metrics", step=1, split="val", metrics={"val/loss": 1.0, "loss": 2.0, "val/": 3.0})
     training.emit(
@@ -377,19 +380,19 @@ def test_a_key_that_names_its_split_does_so_once(tmp_path):
     }
 
 
-def test_the_report_as_json_is_json_whatever_was_logged(tmp_path):
+def test_the_report_as_json_is_json_whatever_was_logged(tmp_path: Path) -> None:
     training = Training(tmp_path)
     one_step(training, loss="NaN")
     training.end()
 
-    def refuse(constant):
+    def refuse(constant: Any) -> None:
         raise AssertionError(constant)
 
     (job,) = json.loads(stepspan("report", tmp_path, "--json").stdout, parse_constant=refuse)["jobs"]
     assert job["metrics"]["loss"]["last"] == "NaN"
 
 
-def test_what_is_lost_and_what_was_delivered(tmp_path):
+def test_what_is_lost_and_what_was_delivered(tmp_path: Path) -> None:
     session = trained(tmp_path, 10)
     file = session.path / segment_name(1)
     content = file.read_bytes().splitlines(keepends=True)
@@ -408,7 +411,7 @@ def test_what_is_lost_and_what_was_delivered(tmp_path):
     assert "404: check the path" in page
 
 
-def test_a_session_that_cannot_be_read_is_named(tmp_path):
+def test_a_session_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     session = trained(tmp_path, 1)
     (session.path / segment_name(1)).write_bytes(b"nothing\n")
     (job,) = summarise([session], boot_id="")
@@ -417,7 +420,7 @@ def test_a_session_that_cannot_be_read_is_named(tmp_path):
     assert "no segment begins with a header" in stepspan("report", tmp_path).stdout
 
 
-def test_many_ranks_stay_on_a_page(tmp_path):
+def test_many_ranks_stay_on_a_page(tmp_path: Path) -> None:
     for rank in range(40):
         training = Training(tmp_path, rank=rank, session=f"{rank:016}")
         one_step(training, compute=5.0 if rank == 33 else 0.1)
@@ -428,13 +431,13 @@ def test_many_ranks_stay_on_a_page(tmp_path):
     assert len(page.splitlines()) < 50
 
 
-def test_quantiles_by_nearest_rank():
+def test_quantiles_by_nearest_rank() -> None:
     assert quantiles([float(n) for n in range(1, 101)]) == {"p50": 50.0, "p99": 99.0, "max": 100.0}
     assert quantiles([]) is None
 
 
 @pytest.mark.parametrize("command", ["tail", "report"])
-def test_help_and_an_empty_place(tmp_path, command):
+def test_help_and_an_empty_place(tmp_path: Path, command: str) -> None:
     assert stepspan(command, "--help").stdout.count(".") >= 3
     told = stepspan(command, tmp_path)
     assert told.returncode == 2

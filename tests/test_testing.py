@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +14,7 @@ import stepspan
 from stepspan.testing import FixedClock, recorded_run
 
 
-def train(run):
+def train(run: Any) -> None:
     run.log_hyperparams({"lr": 0.5})
     for number in range(3):
         with run.step(number):
@@ -19,7 +22,7 @@ def train(run):
     run.log_artifact("model", "model.pt", kind="checkpoint")
 
 
-def test_what_a_run_recorded_can_be_asked_after_it():
+def test_what_a_run_recorded_can_be_asked_after_it() -> None:
     with recorded_run() as recording:
         train(recording.run)
     assert recording.values("training.loss") == [1.0, 0.5, 1 / 3]
@@ -32,7 +35,7 @@ def test_what_a_run_recorded_can_be_asked_after_it():
     assert [event["seq"] for event in recording.events()] == list(range(1, 15))
 
 
-def test_it_can_be_asked_while_the_run_goes_on():
+def test_it_can_be_asked_while_the_run_goes_on() -> None:
     with recorded_run() as recording:
         with recording.run.step(0):
             recording.run.log_metrics({"loss": 0.5})
@@ -43,7 +46,7 @@ def test_it_can_be_asked_while_the_run_goes_on():
         assert recording.values("training.loss") == [0.5, 0.25]
 
 
-def test_the_run_is_the_current_one_while_it_lasts():
+def test_the_run_is_the_current_one_while_it_lasts() -> None:
     with recorded_run() as recording:
         assert stepspan.current_run() is recording.run
         stepspan.current_run().log_metrics({"loss": 0.5})
@@ -51,7 +54,7 @@ def test_the_run_is_the_current_one_while_it_lasts():
     assert recording.values("training.loss") == [0.5]
 
 
-def test_a_fixed_clock_gives_exact_times():
+def test_a_fixed_clock_gives_exact_times() -> None:
     clock = FixedClock(start_ns=1_000_000_000_000, step_ns=2_000_000)
     with recorded_run(clock=clock) as recording, recording.run.step(0):
         clock.advance(1.5)
@@ -60,7 +63,7 @@ def test_a_fixed_clock_gives_exact_times():
     assert all(event["ts"] % 2_000_000 == 0 for event in recording.events())
 
 
-def test_two_recordings_have_the_same_times_and_values():
+def test_two_recordings_have_the_same_times_and_values() -> None:
     found = []
     for _ in range(2):
         with recorded_run() as recording:
@@ -69,7 +72,7 @@ def test_two_recordings_have_the_same_times_and_values():
     assert found[0] == found[1]
 
 
-def test_an_exception_of_the_code_under_test_comes_through_and_is_recorded():
+def test_an_exception_of_the_code_under_test_comes_through_and_is_recorded() -> None:
     with pytest.raises(ValueError, match="boom"), recorded_run() as recording, recording.run.step(3):
         raise ValueError("boom")
     (log,) = recording.logs("exception")
@@ -78,7 +81,7 @@ def test_an_exception_of_the_code_under_test_comes_through_and_is_recorded():
     assert (step.error, run.error) == ("ValueError: boom", "failed")
 
 
-def test_arguments_are_those_of_start_run():
+def test_arguments_are_those_of_start_run() -> None:
     with recorded_run(job_id="mine", rank=3, local_rank=1, world_size=4, name="n", tags=["t"]) as recording:
         recording.run.log_metrics({"loss": 1.0})
     (session,) = recording.sessions()
@@ -88,12 +91,12 @@ def test_arguments_are_those_of_start_run():
     assert (run.attributes["name"], run.attributes["tags"]) == ("n", ["t"])
 
 
-def test_wrong_arguments_are_refused_as_by_start_run():
+def test_wrong_arguments_are_refused_as_by_start_run() -> None:
     with pytest.raises(stepspan.ConfigError), recorded_run(rank=4, world_size=2):
         pass
 
 
-def test_the_environment_neither_switches_it_off_nor_sends_it_anywhere(monkeypatch):
+def test_the_environment_neither_switches_it_off_nor_sends_it_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "STEPSPAN_DISABLED": "1",
         "STEPSPAN_ENDPOINT": "http://192.0.2.1:4318",
@@ -110,7 +113,7 @@ def test_the_environment_neither_switches_it_off_nor_sends_it_anywhere(monkeypat
     assert len(recording.values("training.loss")) == 3
 
 
-def test_the_journal_is_gone_afterwards_unless_a_directory_was_named(tmp_path):
+def test_the_journal_is_gone_afterwards_unless_a_directory_was_named(tmp_path: Path) -> None:
     with recorded_run() as recording:
         place = recording.run.pipeline.journal.directory
         assert place.exists()
@@ -120,7 +123,7 @@ def test_the_journal_is_gone_afterwards_unless_a_directory_was_named(tmp_path):
     assert list((tmp_path / "runs").rglob("000001.jsonl"))
 
 
-def test_a_forked_childs_session_is_recorded_too():
+def test_a_forked_childs_session_is_recorded_too() -> None:
     with recorded_run() as recording:
         recording.run.log_metrics({"loss": 1.0})
         child = os.fork()
@@ -133,11 +136,11 @@ def test_a_forked_childs_session_is_recorded_too():
 
 
 @pytest.fixture
-def recording():
+def recording() -> Iterator[Any]:
     with recorded_run() as recording:
         yield recording
 
 
-def test_it_is_a_fixture(recording):
+def test_it_is_a_fixture(recording: Any) -> None:
     train(recording.run)
     assert len(recording.spans("training.step")) == 3

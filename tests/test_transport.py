@@ -11,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from email.utils import formatdate
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.received import bits, decode
@@ -23,7 +25,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from stepspan import __version__
-from stepspan.mapping.records import SIGNALS
+from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.otlp.answers import GRPC_ANSWERS, HTTP_ANSWERS, MAX_TEXT_CHARS
 from stepspan.otlp.endpoint import PROTOCOLS, resolve_destination
 from stepspan.otlp.http import retry_after
@@ -63,29 +65,31 @@ BODIES = {
 }
 
 
-def body(signal, protocol):
+def body(signal: Signal, protocol: str) -> Any:
     encoded = json.dumps(BODIES[signal]).encode()
     return encoded if protocol == "http/json" else decode(signal, encoded, from_json=True).SerializeToString()
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
     monkeypatch.setenv("no_proxy", "*")
 
 
 @pytest.fixture
-def receiver():
+def receiver() -> Iterator[Any]:
     with ScriptedReceiver() as running:
         yield running
 
 
-def target(receiver, protocol):
+def target(receiver: ScriptedReceiver, protocol: str) -> Any:
     return receiver.grpc_target if protocol == "grpc" else receiver.url
 
 
 @contextlib.contextmanager
-def transport(receiver, protocol, signal="metrics", *, env=None, **arguments):
+def transport(
+    receiver: ScriptedReceiver, protocol: str, signal: str = "metrics", *, env: Any = None, **arguments: Any
+) -> Iterator[Any]:
     """A transport to the receiver, or to an endpoint given as text."""
     where = receiver if isinstance(receiver, str) else target(receiver, protocol)
     destination = resolve_destination(env or {}, endpoint=where, protocol=protocol, **{"timeout": 20, **arguments})
@@ -96,7 +100,7 @@ def transport(receiver, protocol, signal="metrics", *, env=None, **arguments):
         opened.close()
 
 
-def send(receiver, protocol, signal="metrics", **settings) -> Outcome:
+def send(receiver: ScriptedReceiver, protocol: str, signal: str = "metrics", **settings: Any) -> Outcome:
     with transport(receiver, protocol, signal, **settings) as opened:
         return opened.send(body(signal, protocol))
 
@@ -139,7 +143,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize(("protocol", "verdict", "answer"), ROWS, ids=[f"{p}-{a.code or a.status}" for p, _, a in ROWS])
-def test_every_row_of_the_delivery_table(receiver, protocol, verdict, answer):
+def test_every_row_of_the_delivery_table(receiver: Any, protocol: Any, verdict: Any, answer: Any) -> None:
     receiver.script("metrics", [answer])
     outcome = send(receiver, protocol)
     assert outcome.verdict is verdict
@@ -149,7 +153,7 @@ def test_every_row_of_the_delivery_table(receiver, protocol, verdict, answer):
         assert answer.text in outcome.message
 
 
-def test_no_row_is_left_out():
+def test_no_row_is_left_out() -> None:
     assert set(HTTP_ANSWERS) <= {status for row in HTTP_TABLE.values() for status in row}
     assert set(GRPC_ANSWERS) <= {code for row in GRPC_TABLE.values() for code in row}
 
@@ -173,7 +177,7 @@ PHRASES = {
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(("status", "text", "verdict", "named"), PHRASES.values(), ids=PHRASES)
-def test_what_a_text_says(receiver, protocol, status, text, verdict, named):
+def test_what_a_text_says(receiver: Any, protocol: Any, status: Any, text: Any, verdict: Any, named: Any) -> None:
     receiver.script("metrics", [Answer(status, text)])
     outcome = send(receiver, protocol)
     assert outcome.verdict is verdict
@@ -195,7 +199,7 @@ FIXES = {
 
 @pytest.mark.parametrize("protocol", HTTP_PROTOCOLS)
 @pytest.mark.parametrize(("status", "named"), FIXES.items())
-def test_the_message_says_what_to_fix(receiver, protocol, status, named):
+def test_the_message_says_what_to_fix(receiver: Any, protocol: Any, status: Any, named: Any) -> None:
     receiver.script("traces", [Answer(status)])
     assert named in send(receiver, protocol, "traces").message
 
@@ -204,7 +208,7 @@ GRPC_FIXES = {"UNAUTHENTICATED": "_HEADERS", "PERMISSION_DENIED": "_HEADERS", "U
 
 
 @pytest.mark.parametrize(("code", "named"), GRPC_FIXES.items())
-def test_the_message_says_what_to_fix_over_grpc(receiver, code, named):
+def test_the_message_says_what_to_fix_over_grpc(receiver: Any, code: Any, named: Any) -> None:
     receiver.script("traces", [Answer(500, code=code)])
     assert named in send(receiver, "grpc", "traces").message
 
@@ -214,7 +218,7 @@ def test_the_message_says_what_to_fix_over_grpc(receiver, code, named):
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_every_signal_arrives(receiver, protocol, compression):
+def test_every_signal_arrives(receiver: Any, protocol: Any, compression: str) -> None:
     for signal in SIGNALS:
         assert send(receiver, protocol, signal, compression=compression) == Outcome(Verdict.DELIVERED)
     assert [seen.protocol for seen in receiver.seen] == [protocol] * 3
@@ -232,7 +236,7 @@ def test_every_signal_arrives(receiver, protocol, compression):
 @pytest.mark.parametrize(
     ("protocol", "kind"), [("http/protobuf", "application/x-protobuf"), ("http/json", "application/json")]
 )
-def test_http_headers(receiver, protocol, kind, monkeypatch, tmp_path):
+def test_http_headers(receiver: Any, protocol: str, kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login someone password else\n")
     (tmp_path / "netrc").chmod(0o600)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
@@ -244,7 +248,7 @@ def test_http_headers(receiver, protocol, kind, monkeypatch, tmp_path):
     assert headers["authorization"] == "Bearer x"
 
 
-def test_a_netrc_is_not_sent(receiver, monkeypatch, tmp_path):
+def test_a_netrc_is_not_sent(receiver: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "netrc").write_text("default login someone password else\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     send(receiver, "http/json")
@@ -252,7 +256,7 @@ def test_a_netrc_is_not_sent(receiver, monkeypatch, tmp_path):
     assert "content-encoding" not in receiver.seen[0].headers
 
 
-def test_grpc_metadata(receiver):
+def test_grpc_metadata(receiver: Any) -> None:
     send(receiver, "grpc", headers={"Authorization": "Bearer x", "Trace-Bin": "x"}, compression="gzip")
     headers = receiver.seen[0].headers
     assert headers["authorization"] == "Bearer x"
@@ -260,7 +264,7 @@ def test_grpc_metadata(receiver):
     assert headers["trace-bin"] == "b'x'"
 
 
-def test_http_keeps_its_connection(receiver):
+def test_http_keeps_its_connection(receiver: Any) -> None:
     receiver.script(
         "metrics", [OK, Answer(503, "busy"), Answer(302, headers={"Location": "/x"}), Answer(200, body=b"junk")]
     )
@@ -272,7 +276,7 @@ def test_http_keeps_its_connection(receiver):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_transport_can_be_used_after_close(receiver, protocol):
+def test_a_transport_can_be_used_after_close(receiver: Any, protocol: Any) -> None:
     with transport(receiver, protocol) as opened:
         opened.close()
         assert opened.send(body("metrics", protocol)).verdict is Verdict.DELIVERED
@@ -291,7 +295,7 @@ JUNK = [
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("signal", SIGNALS)
-def test_partial_success(receiver, protocol, signal):
+def test_partial_success(receiver: Any, protocol: Any, signal: Signal) -> None:
     receiver.script(signal, [Answer(rejected=2, text="two were bad"), Answer(text="a warning"), OK])
     with transport(receiver, protocol, signal) as opened:
         partial, warned, whole = (opened.send(body(signal, protocol)) for _ in range(3))
@@ -303,7 +307,7 @@ def test_partial_success(receiver, protocol, signal):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("junk", JUNK)
-def test_a_success_with_a_junk_body_is_delivered(receiver, protocol, junk):
+def test_a_success_with_a_junk_body_is_delivered(receiver: Any, protocol: Any, junk: Any) -> None:
     receiver.script("metrics", [Answer(200, body=junk)])
     outcome = send(receiver, protocol)
     assert (outcome.verdict, outcome.rejected) == (Verdict.DELIVERED, 0)
@@ -314,7 +318,7 @@ def test_a_success_with_a_junk_body_is_delivered(receiver, protocol, junk):
 
 @pytest.mark.parametrize("protocol", HTTP_PROTOCOLS)
 @pytest.mark.parametrize("empty", [b"", b"\n"])
-def test_an_empty_success_is_delivered(receiver, protocol, empty):
+def test_an_empty_success_is_delivered(receiver: Any, protocol: Any, empty: bytes) -> None:
     receiver.script("metrics", [Answer(200, body=empty)])
     assert send(receiver, protocol).verdict is Verdict.DELIVERED
 
@@ -322,7 +326,7 @@ def test_an_empty_success_is_delivered(receiver, protocol, empty):
 @pytest.mark.parametrize(
     "said", [None, {}, {"rejectedDataPoints": 3}, {"rejectedDataPoints": "3"}, {"rejectedDataPoints": None}]
 )
-def test_partial_success_as_json_may_have_it(receiver, said):
+def test_partial_success_as_json_may_have_it(receiver: Any, said: Any) -> None:
     receiver.script("metrics", [Answer(200, body=json.dumps({"partialSuccess": said, "new": 1}).encode())])
     outcome = send(receiver, "http/json")
     assert outcome.verdict is Verdict.DELIVERED
@@ -330,14 +334,14 @@ def test_partial_success_as_json_may_have_it(receiver, said):
 
 
 @pytest.mark.parametrize(("status", "verdict"), [(200, Verdict.DELIVERED), (503, Verdict.RETRY), (404, Verdict.HOLD)])
-def test_a_body_that_breaks_off_does_not_change_the_status(receiver, status, verdict):
+def test_a_body_that_breaks_off_does_not_change_the_status(receiver: Any, status: int, verdict: Any) -> None:
     receiver.script("metrics", [Answer(status, body=b"half", headers={"Content-Length": "100"})])
     assert send(receiver, "http/json").verdict is verdict
 
 
 @pytest.mark.parametrize(("status", "verdict"), [(200, Verdict.DELIVERED), (503, Verdict.RETRY)])
-def test_a_body_that_drips_is_left_after_the_timeout_and_does_not_change_the_status(status, verdict):
-    def drip():
+def test_a_body_that_drips_is_left_after_the_timeout_and_does_not_change_the_status(status: int, verdict: Any) -> None:
+    def drip() -> None:
         connection, _ = listening.accept()
         with connection, contextlib.suppress(OSError):
             connection.recv(1 << 16)
@@ -356,7 +360,7 @@ def test_a_body_that_drips_is_left_after_the_timeout_and_does_not_change_the_sta
     assert "xxx" not in outcome.message, "the whole of it would have come after three seconds"
 
 
-def test_a_long_body_is_not_read_to_its_end(receiver):
+def test_a_long_body_is_not_read_to_its_end(receiver: Any) -> None:
     receiver.script("metrics", [Answer(503, body=b"x" * 10_000_000)])
     assert len(send(receiver, "http/json").message) < MAX_TEXT_CHARS + 100
 
@@ -365,7 +369,7 @@ def test_a_long_body_is_not_read_to_its_end(receiver):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_message_is_one_short_line_without_credentials(receiver, protocol):
+def test_a_message_is_one_short_line_without_credentials(receiver: Any, protocol: Any) -> None:
     text = "bad\r\n\x1b[31mtoken\u202e s3cret and s3cret-too, me:pass \u00e9 " + "x" * 1000
     receiver.script("metrics", [Answer(401, text)])
     where = target(receiver, protocol).replace("127.0.0.1", "me:pass@127.0.0.1") + (
@@ -378,7 +382,7 @@ def test_a_message_is_one_short_line_without_credentials(receiver, protocol):
     assert not any(secret in message for secret in ("s3cret", "me:pass", "pass", "-too"))
 
 
-def test_a_secret_at_the_cut_is_hidden_whole(receiver):
+def test_a_secret_at_the_cut_is_hidden_whole(receiver: Any) -> None:
     receiver.script("metrics", [Answer(401, "x" * (MAX_TEXT_CHARS - 5) + " s3cret-token")])
     assert "s3c" not in send(receiver, "http/json", headers={"authorization": "Bearer s3cret-token"}).message
 
@@ -396,7 +400,7 @@ def test_a_secret_at_the_cut_is_hidden_whole(receiver):
         ("text/plain", b"\xff the reason"),
     ],
 )
-def test_the_text_of_an_error_in_every_form(receiver, kind, content):
+def test_the_text_of_an_error_in_every_form(receiver: Any, kind: str, content: bytes) -> None:
     receiver.script("metrics", [Answer(400, body=content, headers={"Content-Type": kind})])
     message = send(receiver, "http/protobuf").message
     assert "the reason" in message
@@ -424,13 +428,13 @@ RETRY_AFTER = {
 
 
 @pytest.mark.parametrize(("value", "seconds"), RETRY_AFTER.items())
-def test_retry_after(value, seconds):
+def test_retry_after(value: Any, seconds: Any) -> None:
     assert retry_after(value, now=1_000_000) == seconds
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("status", [429, 503, 500])
-def test_the_receiver_says_when_to_come_back(receiver, protocol, status):
+def test_the_receiver_says_when_to_come_back(receiver: Any, protocol: Any, status: int) -> None:
     receiver.script("metrics", [Answer(status, retry_after=7), Answer(status)])
     with transport(receiver, protocol) as opened:
         assert opened.send(body("metrics", protocol)).retry_after == 7.0
@@ -438,7 +442,7 @@ def test_the_receiver_says_when_to_come_back(receiver, protocol, status):
 
 
 @pytest.mark.parametrize("protocol", HTTP_PROTOCOLS)
-def test_the_receiver_names_a_date_to_come_back(receiver, protocol):
+def test_the_receiver_names_a_date_to_come_back(receiver: Any, protocol: Any) -> None:
     receiver.script("metrics", [Answer(503, retry_after=formatdate(time.time() + 60, usegmt=True))])
     outcome = send(receiver, protocol)
     assert outcome.verdict is Verdict.RETRY
@@ -449,7 +453,7 @@ def test_the_receiver_names_a_date_to_come_back(receiver, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_connection_cut_after_the_request_was_read(receiver, protocol):
+def test_a_connection_cut_after_the_request_was_read(receiver: Any, protocol: Any) -> None:
     receiver.script("metrics", [RESET, RESET_TAKEN])
     with transport(receiver, protocol) as opened:
         assert [opened.send(body("metrics", protocol)).verdict for _ in range(3)] == [
@@ -462,7 +466,7 @@ def test_a_connection_cut_after_the_request_was_read(receiver, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_receiver_that_never_answers(receiver, protocol):
+def test_a_receiver_that_never_answers(receiver: Any, protocol: Any) -> None:
     receiver.script("metrics", [HANG])
     with transport(receiver, protocol, timeout=0.3) as opened:
         outcome = opened.send(body("metrics", protocol))
@@ -472,13 +476,13 @@ def test_a_receiver_that_never_answers(receiver, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_slow_receiver_within_the_timeout(receiver, protocol):
+def test_a_slow_receiver_within_the_timeout(receiver: Any, protocol: Any) -> None:
     receiver.script("metrics", [Answer(delay=0.05)])
     assert send(receiver, protocol).verdict is Verdict.DELIVERED
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_port_where_nobody_listens_until_the_receiver_returns(receiver, protocol):
+def test_a_port_where_nobody_listens_until_the_receiver_returns(receiver: Any, protocol: Any) -> None:
     with transport(receiver, protocol) as opened:
         receiver.stop()
         for _ in range(3):
@@ -490,7 +494,7 @@ def test_a_port_where_nobody_listens_until_the_receiver_returns(receiver, protoc
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_name_without_address(protocol):
+def test_a_name_without_address(protocol: Any) -> None:
     where = "http://nowhere.invalid:4317?key=s3cret"
     outcome = send(where, protocol)
     assert outcome.verdict is Verdict.HOLD
@@ -499,7 +503,7 @@ def test_a_name_without_address(protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_tls_to_a_plain_port(receiver, protocol):
+def test_tls_to_a_plain_port(receiver: Any, protocol: Any) -> None:
     where = "https://" + target(receiver, protocol).rpartition("/")[2]
     outcome = send(where, protocol)
     assert outcome.verdict is Verdict.HOLD
@@ -507,7 +511,9 @@ def test_tls_to_a_plain_port(receiver, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_tls_with_an_unknown_authority_and_with_the_known_one(protocol, tmp_path, monkeypatch):
+def test_tls_with_an_unknown_authority_and_with_the_known_one(
+    protocol: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with ScriptedReceiver(tls=True, client_certificate=True) as receiver:
         where = "https://" + target(receiver, protocol).rpartition("/")[2]
         unknown = send(where, protocol)
@@ -529,7 +535,7 @@ def test_tls_with_an_unknown_authority_and_with_the_known_one(protocol, tmp_path
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("content", [None, "not a certificate"])
 @pytest.mark.parametrize("name", ["CERTIFICATE", "CLIENT_CERTIFICATE"])
-def test_a_certificate_file_that_is_none(protocol, content, name, tmp_path):
+def test_a_certificate_file_that_is_none(protocol: Any, content: str | None, name: str, tmp_path: Path) -> None:
     path = tmp_path / "file.pem"
     if content is not None:
         path.write_text(content)
@@ -540,18 +546,18 @@ def test_a_certificate_file_that_is_none(protocol, content, name, tmp_path):
     assert "OTEL_EXPORTER_OTLP_CERTIFICATE" in outcome.message
 
 
-def test_http_to_a_grpc_port(receiver):
+def test_http_to_a_grpc_port(receiver: Any) -> None:
     outcome = send(f"http://{receiver.grpc_target}", "http/protobuf")
     assert outcome.verdict in (Verdict.HOLD, Verdict.RETRY)
 
 
-def test_grpc_to_an_http_port(receiver):
+def test_grpc_to_an_http_port(receiver: Any) -> None:
     outcome = send(receiver.url, "grpc")
     assert outcome.verdict is Verdict.HOLD
     assert "does not speak grpc" in outcome.message
 
 
-def test_a_proxy_that_is_away(receiver, monkeypatch):
+def test_a_proxy_that_is_away(receiver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.delenv(name)
     with socket.socket() as closed:
@@ -561,11 +567,11 @@ def test_a_proxy_that_is_away(receiver, monkeypatch):
     assert outcome.verdict is Verdict.RETRY
 
 
-def test_a_url_that_cannot_be_asked():
+def test_a_url_that_cannot_be_asked() -> None:
     assert send(f"http://{'a' * 70}.com", "http/json").verdict is Verdict.HOLD
 
 
-def test_a_redirect_is_never_followed(receiver):
+def test_a_redirect_is_never_followed(receiver: Any) -> None:
     with ScriptedReceiver() as elsewhere:
         place = f"{elsewhere.url}/v1/metrics?key=s3cret"
         for status in (301, 302, 303, 307, 308):
@@ -580,7 +586,7 @@ def test_a_redirect_is_never_followed(receiver):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_one_signal_404_leaves_the_others(receiver, protocol):
+def test_one_signal_404_leaves_the_others(receiver: Any, protocol: Any) -> None:
     receiver.script("traces", lambda request: Answer(404))
     assert {signal: send(receiver, protocol, signal).verdict for signal in SIGNALS} == {
         "metrics": Verdict.DELIVERED,
@@ -589,7 +595,7 @@ def test_one_signal_404_leaves_the_others(receiver, protocol):
     }
 
 
-def test_grpc_refuses_a_message_over_4_mib_by_its_own_words(receiver):
+def test_grpc_refuses_a_message_over_4_mib_by_its_own_words(receiver: Any) -> None:
     large = decode("logs", json.dumps(BODIES["logs"]).encode(), from_json=True)
     large.resource_logs[0].scope_logs[0].log_records[0].body.string_value = "x" * 5_000_000
     with transport(receiver, "grpc", "logs") as opened:
@@ -604,7 +610,7 @@ LOADED = {"http/json": ["requests"], "http/protobuf": ["requests"], "grpc": ["go
 
 
 @pytest.mark.parametrize(("protocol", "loaded"), LOADED.items())
-def test_only_what_a_protocol_needs_is_imported(receiver, protocol, loaded):
+def test_only_what_a_protocol_needs_is_imported(receiver: Any, protocol: Any, loaded: Any) -> None:
     script = """
 import sys
 from stepspan.otlp.endpoint import resolve_destination
@@ -623,7 +629,9 @@ print(sorted(watched & set(sys.modules)))
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_an_instrumented_client_makes_no_span_of_a_send(receiver, protocol, monkeypatch):
+def test_an_instrumented_client_makes_no_span_of_a_send(
+    receiver: Any, protocol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import grpc
     import requests
     from opentelemetry.instrumentation.grpc import GrpcInstrumentorClient
@@ -659,8 +667,8 @@ def test_an_instrumented_client_makes_no_span_of_a_send(receiver, protocol, monk
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_no_global_state_is_changed(receiver, protocol):
-    def state():
+def test_no_global_state_is_changed(receiver: Any, protocol: Any) -> None:
+    def state() -> tuple[Any, ...]:
         loggers = [log for log in logging.root.manager.loggerDict.values() if isinstance(log, logging.Logger)]
         levels = {log.name: (log.level, list(log.handlers)) for log in [logging.root, *loggers]}
         return context.get_current(), trace.get_tracer_provider(), dict(os.environ), levels, socket.getdefaulttimeout()

@@ -120,7 +120,7 @@ class Drawn:
         return re.sub(r"{{(\w+)}}", lambda found: labels.get(found[1], ""), legend)
 
     def lines(self) -> list[Line]:
-        found = []
+        found: list[Line] = []
         for index, target in enumerate(self.targets):
             if "spans" in target:
                 found += self.of_spans(target["spans"])
