@@ -38,7 +38,7 @@ def metrics_data(resource: Attributes, points: Sequence[Point | SdkRecord]) -> e
 
 
 def readable_spans(resource: Attributes, spans: Sequence[Span | SdkRecord]) -> list[ReadableSpan]:
-    """What `SpanExporter.export` takes."""
+    """What `SpanExporter.export` takes: by scope, our own first, then in their order."""
     sdk_resource, scopes = _request("traces", resource, spans)
     return [
         _span(sdk_resource, sdk_scope, span)
@@ -49,7 +49,7 @@ def readable_spans(resource: Attributes, spans: Sequence[Span | SdkRecord]) -> l
 
 
 def log_records(resource: Attributes, logs: Sequence[Log | SdkRecord]) -> list[ReadableLogRecord]:
-    """What `LogRecordExporter.export` takes."""
+    """What `LogRecordExporter.export` takes: by scope, our own first, then in their order."""
     sdk_resource, scopes = _request("logs", resource, logs)
     return [
         ReadableLogRecord(_log(log), sdk_resource, sdk_scope)

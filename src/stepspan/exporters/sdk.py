@@ -82,6 +82,6 @@ class SdkExporter:
         return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(exporter).__name__} answered {result!s}")
 
     def close(self) -> None:
-        """Shut the SDK exporters down."""
+        """Shut the SDK exporters down. They take nothing after that."""
         for exporter in self._exporters.values():
             exporter.shutdown()

@@ -57,7 +57,7 @@ class GrpcTransport:
         )
 
     def send(self, body: bytes) -> Outcome:
-        """Call Export once."""
+        """Call Export once, with the request as its bytes are; gRPC compresses it if the endpoint says so."""
         with answers.uninstrumented():
             try:
                 answer = self._export()(body, timeout=self._endpoint.timeout, metadata=self._metadata)
@@ -68,7 +68,7 @@ class GrpcTransport:
         return answers.delivered_outcome(self._endpoint, *answers.partial_success(answer))
 
     def close(self) -> None:
-        """Close the channel."""
+        """Close the channel. A later `send` opens a new one."""
         if self._channel is not None:
             self._channel.close()
             self._channel = None

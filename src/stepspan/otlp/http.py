@@ -83,7 +83,7 @@ class HttpTransport:
             self._headers["content-encoding"] = "gzip"
 
     def send(self, body: bytes) -> Outcome:
-        """Post the request once."""
+        """Post the request once, compressed if the endpoint says so."""
         endpoint = self._endpoint
         data = gzip.compress(body, _GZIP_LEVEL, mtime=0) if endpoint.compression == "gzip" else body
         with answers.uninstrumented():
@@ -105,7 +105,7 @@ class HttpTransport:
         return self._outcome(response, content)
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections. A later `send` opens new ones."""
         self._session.close()
 
     def _outcome(self, response: requests.Response, content: bytes) -> Outcome:

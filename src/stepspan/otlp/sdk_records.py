@@ -37,7 +37,7 @@ _TYPE = FieldDescriptor
 
 
 class Shape(NamedTuple):
-    """The messages of a signal."""
+    """The descriptors of a signal's messages: Export*ServiceRequest, and ScopeMetrics, ScopeSpans or ScopeLogs."""
 
     request: Descriptor
     scope: Descriptor

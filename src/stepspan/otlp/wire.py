@@ -21,23 +21,29 @@ _pack_double = struct.Struct("<Bd").pack
 
 
 def bytes_field(tag: bytes, payload: bytes) -> bytes:
-    """A field of wire type 2: bytes, a message or packed scalars."""
+    """A field of wire type 2.
+
+    Args:
+        tag: The field's number and wire type, encoded.
+        payload: Bytes, a message, or packed scalars.
+
+    """
     length = len(payload)
     return tag + (_ONE_BYTE[length] if length < 0x80 else varint(length)) + payload
 
 
 def string_field(tag: bytes, string: str) -> bytes:
-    """A string field."""
+    """A string field, as UTF-8; a lone surrogate becomes "?"."""
     return bytes_field(tag, utf8(string))
 
 
 def double_field(tag: int, value: float) -> bytes:
-    """A double field; every NaN is `NAN`."""
+    """A double field; every NaN is written as `rules.NAN`. `tag` is a single byte."""
     return _pack_double(tag, value if value == value else NAN)
 
 
 def zigzag(number: int) -> bytes:
-    """A sint32: small where its absolute value is."""
+    """A sint32 as a varint that is short where the absolute value is small."""
     return varint(number << 1 ^ number >> 31)
 
 
