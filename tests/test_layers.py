@@ -22,7 +22,7 @@ FILES = {
 }
 
 LAYERS = (
-    ("errors", "_version"),
+    ("errors", "environment", "_version"),
     ("values", "identity"),
     ("events",),
     ("journal",),

@@ -13,8 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from stepspan.environment import PREFIX, switched_off
 from stepspan.errors import ConfigError
-from stepspan.identity.variables import PREFIX, switched_off
 from stepspan.journal.disk import Limits
 
 

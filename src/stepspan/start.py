@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepspan.environment import switched_off
 from stepspan.errors import ConfigError
-from stepspan.identity.variables import switched_off
 from stepspan.run import DISABLED, Run
 
 if TYPE_CHECKING:

@@ -13,15 +13,6 @@ MAX_COUNT = 2**31 - 1
 """The largest rank, size or number of restarts."""
 
 
-PREFIX = "STEPSPAN_"
-"""What the names of stepspan's own variables begin with."""
-
-
-def switched_off(env: Mapping[str, str]) -> bool:
-    """Whether STEPSPAN_DISABLED is 1, true, yes or on: then nothing is recorded, whatever else is set."""
-    return env.get(f"{PREFIX}DISABLED", "").strip().lower() in {"1", "true", "yes", "on"}
-
-
 class FoundCount(NamedTuple):
     """A count, and where it came from."""
 

@@ -3,7 +3,7 @@
 `Recorder` is the contract. `JournalRecorder` takes a run's events through its pipeline to the journal; `NullRecorder`
 takes everything and does nothing, which is all that makes a run a disabled one.
 
-Nothing here raises into training: what goes wrong is counted, and said once by the kind of trouble it is.
+Nothing here raises into training: what goes wrong is counted, and logged once for its kind.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import SCHEMA, Event
-from stepspan.identity import Identity, host_facts, resolve
-from stepspan.journal.journal import Journal
-from stepspan.journal.writer import Begun, SessionGone
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.scopes import Emit, NullScopes, Scopes
 from stepspan.recording.warnings import WarningSink
 from stepspan.values import error_fields, json_value
+
+if TYPE_CHECKING:
+    from stepspan.identity import Identity
+    from stepspan.journal.journal import Journal
+    from stepspan.journal.writer import Begun
 
 
 class BackgroundTask(Protocol):
@@ -223,6 +225,8 @@ class JournalRecorder:
         session = self._journal.session
         if session is None or session.error is None:
             return
+        from stepspan.journal.writer import SessionGone
+
         error, session.error = session.error, None
         if isinstance(error, SessionGone):
             self.warn_once("journal_gone", f"{error}: its latest lines are counted as lost")
@@ -280,7 +284,9 @@ class NullRecorder:
 
     @cached_property
     def identity(self) -> Identity:
-        """Which process this would be by its launcher alone; looked up only if somebody asks."""
+        """Which process this would be by its launcher alone; looked up only when it is asked for."""
+        from stepspan.identity import host_facts, resolve
+
         env = {name: value for name, value in os.environ.items() if not name.startswith("STEPSPAN_")}
         return resolve({}, env, host_facts(), earlier_sessions=lambda job, rank: 0)
 

@@ -31,9 +31,9 @@ from stepspan.compat.cloudmesh.files import JsonlBackend, TextBackend
 from stepspan.compat.cloudmesh.records import Record, edge, measured, span_name, timestamp, unfolded
 from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
+from stepspan.environment import switched_off
 from stepspan.errors import ConfigError
 from stepspan.identity import HostFacts, Identity, host_facts, resolve
-from stepspan.identity.variables import switched_off
 from stepspan.processors.redact import Redact
 from stepspan.values import json_value, to_text
 
