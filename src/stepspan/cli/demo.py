@@ -9,7 +9,9 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from typing import Any
 
 from stepspan.cli.status import print_ledgers
 from stepspan.config import load
@@ -27,7 +29,7 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     try:
         import sklearn  # noqa: F401  the ranks need it
 
-        from stepspan.cli.demo_training import shared_memory, train
+        from stepspan.cli.demo_training import shared_memory
     except ImportError as error:
         print(f"stepspan demo: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
         return 2
@@ -40,7 +42,7 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     memory, barrier = shared_memory(ranks), context.Barrier(ranks)
     processes = []
     for rank in range(ranks):
-        process = context.Process(target=_rank, args=(job_id, rank, ranks, epochs, directory, memory, barrier, train))
+        process = context.Process(target=_rank, args=(job_id, rank, ranks, epochs, directory, memory, barrier))
         process.start()
         processes.append(process)
     for process in processes:
@@ -56,13 +58,14 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     return _await_delivery(job, exporters)
 
 
-def _rank(job_id: str, rank: int, ranks: int, *arguments: object) -> None:
+def _rank(job_id: str, rank: int, ranks: int, epochs: int, directory: Path, memory: Any, barrier: Barrier) -> None:
     """The process of one rank: set what a launcher would set, and train."""
     os.environ.update(
         STEPSPAN_JOB_ID=job_id, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), OMP_NUM_THREADS="1"
     )
-    *training_arguments, train = arguments
-    train(rank, ranks, *training_arguments)  # type: ignore[operator]
+    from stepspan.cli.demo_training import train  # numpy reads OMP_NUM_THREADS as it is imported
+
+    train(rank, ranks, epochs, directory, memory, barrier)
 
 
 def _await_delivery(job: Path, exporters: Sequence[OtlpExporter]) -> int:
