@@ -43,7 +43,7 @@ HOLD = Outcome(Verdict.HOLD, "too old")
 NOWHERE = "http://127.0.0.1:1"
 
 
-class Telling:
+class Reporting:
     """A deliverer's schedulers to a scripted exporter, moved by hand, and its health, which goes to `receiver`."""
 
     def __init__(
@@ -104,16 +104,16 @@ def lines(session: SessionPath) -> Any:
 def test_the_report_as_otlp(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(3)
-    telling = Telling(tmp_path, answers=[OK, AWAY], batch_bytes=1000)
-    telling.run_to_end(rounds=1)
-    (task,) = telling.schedulers[0].tasks.values()
+    reporting = Reporting(tmp_path, answers=[OK, AWAY], batch_bytes=1000)
+    reporting.run_to_end(rounds=1)
+    (task,) = reporting.schedulers[0].tasks.values()
     ledger, read = task.state.ledger, task.state.ledger.read
     rest = lines(training.path)[read:]
     assert ledger.delivered > 0
     assert len(rest) > 3, "the second batch waits"
     first = json.loads(rest[0])["ts"]
-    telling.time.now = first / SECOND + 7.5
-    start, now = str(NOON), str(int(telling.time() * SECOND))
+    reporting.time.now = first / SECOND + 7.5
+    start, now = str(NOON), str(int(reporting.time() * SECOND))
 
     def text(**pairs: Any) -> list[Any]:
         return [{"key": key, "value": {"stringValue": value}} for key, value in pairs.items()]
@@ -131,7 +131,7 @@ def test_the_report_as_otlp(tmp_path: Path) -> None:
     cumulative = {"aggregationTemporality": 2, "isMonotonic": True}
     outcomes = {"delivered": ledger.delivered, "rejected": 0, "filtered": ledger.filtered}
     states = {"read": read, "damaged": 0, "dropped": 0, "pruned": 0}
-    request = json.loads(telling.otlp())
+    request = json.loads(reporting.otlp())
     (resource,) = request["resourceMetrics"]
     assert resource["resource"] == {
         "attributes": text(
@@ -140,7 +140,7 @@ def test_the_report_as_otlp(tmp_path: Path) -> None:
     }
     (scope,) = resource["scopeMetrics"]
     found = [{k: v for k, v in metric.items() if k != "description"} for metric in scope["metrics"]]
-    lag = (int(telling.time() * SECOND) - first) / SECOND
+    lag = (int(reporting.time() * SECOND) - first) / SECOND
     assert found == [
         {"name": "stepspan.delivery.records", "unit": "{record}",
          "sum": {**cumulative, "dataPoints": sums(which, "outcome", outcomes)}},
@@ -157,19 +157,19 @@ def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_afte
     trained(tmp_path, 20, rank=0, session="00000000000000a0")
     living = Training(tmp_path, rank=1, session="00000000000000a1")
     living.steps(20)
-    telling = Telling(tmp_path, batch_bytes=1000)
+    reporting = Reporting(tmp_path, batch_bytes=1000)
     delivered, read = [], []
     for _ in range(60):
-        telling.run_to_end(rounds=1)
-        says = telling.says()
+        reporting.run_to_end(rounds=1)
+        says = reporting.says()
         delivered.append(says["delivery.records"]["job", "metrics", "delivered"])
         read.append(says["journal.lines"]["job", "read"])
     assert all(a <= b for a, b in pairwise(delivered))
     assert all(a <= b for a, b in pairwise(read))
     assert len(set(delivered)) > 5
-    assert len(telling.schedulers[0].tasks) == 1, "the other one is finished"
-    assert delivered[-1] == len(telling.there.taken)
-    assert says == Telling(tmp_path).after_a_look()
+    assert len(reporting.schedulers[0].tasks) == 1, "the other one is finished"
+    assert delivered[-1] == len(reporting.there.taken)
+    assert says == Reporting(tmp_path).after_a_look()
 
 
 def test_lines_are_told_by_what_became_of_them(tmp_path: Path) -> None:
@@ -180,9 +180,9 @@ def test_lines_are_told_by_what_became_of_them(tmp_path: Path) -> None:
     content = lines(training.path)
     content[5] = b"garbage\n"
     (training.path.path / segment_name(1)).write_bytes(b"".join(content))
-    telling = Telling(tmp_path, signals=SIGNALS)
-    telling.run_to_end()
-    found = telling.says()["journal.lines"]
+    reporting = Reporting(tmp_path, signals=SIGNALS)
+    reporting.run_to_end()
+    found = reporting.says()["journal.lines"]
     assert found == {
         ("job", "read"): len(content) - 1,
         ("job", "damaged"): 1,
@@ -197,24 +197,24 @@ def test_jobs_are_told_apart(tmp_path: Path) -> None:
         writer = open_writer(tmp_path, session=f"00000000000000{count:02}", resource=resource, world_size=1)
         for number in range(count):
             writer.append(metrics(number))
-    telling = Telling(tmp_path)
-    telling.run_to_end()
-    assert telling.says()["journal.lines"]["first", "read"] == 6
-    assert telling.says()["journal.lines"]["second", "read"] == 10
+    reporting = Reporting(tmp_path)
+    reporting.run_to_end()
+    assert reporting.says()["journal.lines"]["first", "read"] == 6
+    assert reporting.says()["journal.lines"]["second", "read"] == 10
 
 
 def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(5)
-    telling = Telling(tmp_path)
-    telling.run_to_end()
-    assert telling.says()["delivery.lag"] == {("job", "metrics"): 0.0}
+    reporting = Reporting(tmp_path)
+    reporting.run_to_end()
+    assert reporting.says()["delivery.lag"] == {("job", "metrics"): 0.0}
     training.now += 600 * SECOND
     training.emit("event", parent=1, name="checkpoint")
-    telling.time.now = training.now / SECOND + 0.25
-    assert telling.says()["delivery.lag"]["job", "metrics"] == pytest.approx(0.25, abs=1e-5)
-    telling.time.skip(30)
-    assert telling.says()["delivery.lag"]["job", "metrics"] == pytest.approx(30.25, abs=1e-5)
+    reporting.time.now = training.now / SECOND + 0.25
+    assert reporting.says()["delivery.lag"]["job", "metrics"] == pytest.approx(0.25, abs=1e-5)
+    reporting.time.skip(30)
+    assert reporting.says()["delivery.lag"]["job", "metrics"] == pytest.approx(30.25, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -228,13 +228,13 @@ def test_lag_is_the_age_of_what_waits_not_of_what_was_delivered_last(tmp_path: P
 )
 def test_lag_with_damage_at_the_cursor(tmp_path: Path, tail: Any, waits: float) -> None:
     training = Training(tmp_path)
-    telling = Telling(tmp_path)
-    telling.run_to_end()
+    reporting = Reporting(tmp_path)
+    reporting.run_to_end()
     with open(training.path.path / segment_name(1), "ab") as file:
         file.write(tail)
-    telling.time.now = NOON / SECOND + 100
-    assert telling.says()["delivery.lag"]["job", "metrics"] == pytest.approx(waits, abs=1e-4)
-    assert telling.says()["delivery.pending"]["job", "metrics"] == len(tail)
+    reporting.time.now = NOON / SECOND + 100
+    assert reporting.says()["delivery.lag"]["job", "metrics"] == pytest.approx(waits, abs=1e-4)
+    assert reporting.says()["delivery.pending"]["job", "metrics"] == len(tail)
 
 
 def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path: Path) -> None:
@@ -243,25 +243,25 @@ def test_pending_bytes_are_over_all_segments_also_where_one_was_pruned(tmp_path:
     session = training.path
     sizes = {n: (session.path / segment_name(n)).stat().st_size for n in session.segments()}
     assert len(sizes) > 3
-    telling = Telling(tmp_path, answers=[AWAY] * 9)
-    telling.run_to_end(rounds=1)
-    assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values())
+    reporting = Reporting(tmp_path, answers=[AWAY] * 9)
+    reporting.run_to_end(rounds=1)
+    assert reporting.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values())
     (session.path / segment_name(1)).unlink()
-    assert telling.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values()) - sizes[1]
+    assert reporting.says()["delivery.pending"]["job", "metrics"] == sum(sizes.values()) - sizes[1]
 
 
 def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_path: Path) -> None:
     for rank in range(2):
         Training(tmp_path, rank=rank, session=f"00000000000000a{rank}").steps(10)
     with ScriptedReceiver() as receiver:
-        telling = Telling(tmp_path, receiver)
-        telling.there.export = lambda signal, resource, records: HOLD if resource["rank"] == 1 else OK
-        telling.run_to_end(rounds=5)
-        telling.time.now = NOON / SECOND + 3600
-        says = telling.says()
+        reporting = Reporting(tmp_path, receiver)
+        reporting.there.export = lambda signal, resource, records: HOLD if resource["rank"] == 1 else OK
+        reporting.run_to_end(rounds=5)
+        reporting.time.now = NOON / SECOND + 3600
+        says = reporting.says()
         assert says["delivery.held"] == {("job", "metrics"): 1.0}
         assert says["delivery.lag"]["job", "metrics"] == pytest.approx(3600, abs=1)
-        assert telling.health.report()
+        assert reporting.health.report()
         (request,) = receiver.health
     assert {p.name for p in points(request)} == {f"stepspan.{name}" for name in says}
 
@@ -269,15 +269,15 @@ def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_p
 def test_a_session_that_cannot_be_read_any_more_takes_nothing_from_the_sums(tmp_path: Path) -> None:
     training = Training(tmp_path)
     training.steps(10)
-    telling = Telling(tmp_path)
-    telling.run_to_end()
-    before = telling.says()
-    (task,) = telling.schedulers[0].tasks.values()
-    telling.schedulers[0]._give_up(task.session.path, OSError("gone"))
-    assert telling.schedulers[0].progress[task.session.path].ledger == task.state.ledger
-    telling.time.skip(120)
-    telling.run_to_end()
-    assert telling.says()["journal.lines"] == before["journal.lines"]
+    reporting = Reporting(tmp_path)
+    reporting.run_to_end()
+    before = reporting.says()
+    (task,) = reporting.schedulers[0].tasks.values()
+    reporting.schedulers[0]._give_up(task.session.path, OSError("gone"))
+    assert reporting.schedulers[0].progress[task.session.path].ledger == task.state.ledger
+    reporting.time.skip(120)
+    reporting.run_to_end()
+    assert reporting.says()["journal.lines"] == before["journal.lines"]
 
 
 # ---------------------------------------------------------------- when it is told
@@ -287,24 +287,24 @@ def test_a_job_is_told_while_it_is_open_and_once_after_its_end(tmp_path: Path) -
     training = Training(tmp_path)
     training.steps(3)
     with ScriptedReceiver() as receiver:
-        telling = Telling(tmp_path, receiver)
-        telling.run_to_end()
-        assert [telling.health.report() for _ in range(3)] == [True, True, True]
+        reporting = Reporting(tmp_path, receiver)
+        reporting.run_to_end()
+        assert [reporting.health.report() for _ in range(3)] == [True, True, True]
         training.end()
-        telling.time.skip(1)
-        telling.run_to_end()
-        assert not telling.schedulers[0].tasks
-        assert [telling.health.report() for _ in range(3)] == [True, False, False]
+        reporting.time.skip(1)
+        reporting.run_to_end()
+        assert not reporting.schedulers[0].tasks
+        assert [reporting.health.report() for _ in range(3)] == [True, False, False]
         assert len(receiver.health) == 4
         last = {p.attributes: p.number for p in points(receiver.health[-1]) if p.name.endswith("records")}
-        assert sum(last.values()) == len(telling.there.taken)
+        assert sum(last.values()) == len(reporting.there.taken)
 
 
 def test_a_job_that_was_finished_before_is_passed_over(tmp_path: Path) -> None:
     trained(tmp_path, 3)
-    Telling(tmp_path).run_to_end()
+    Reporting(tmp_path).run_to_end()
     with ScriptedReceiver() as receiver:
-        later = Telling(tmp_path, receiver)
+        later = Reporting(tmp_path, receiver)
         later.run_to_end()
         assert not later.health.report()
         assert receiver.health == []
@@ -313,35 +313,35 @@ def test_a_job_that_was_finished_before_is_passed_over(tmp_path: Path) -> None:
 def test_nothing_is_told_before_all_sessions_are_counted(tmp_path: Path) -> None:
     Training(tmp_path)
     with ScriptedReceiver() as receiver:
-        telling = Telling(tmp_path, receiver)
-        assert not telling.health.report(), "a sum that began too small would look like a reset"
-        telling.run_to_end()
-        assert telling.health.report()
+        reporting = Reporting(tmp_path, receiver)
+        assert not reporting.health.report(), "a sum that began too small would look like a reset"
+        reporting.run_to_end()
+        assert reporting.health.report()
 
 
 def test_a_receiver_that_is_away_is_not_asked(tmp_path: Path) -> None:
     Training(tmp_path).steps(3)
     with ScriptedReceiver() as receiver:
-        telling = Telling(tmp_path, receiver, answers=[AWAY] * 2)
-        telling.run_to_end(rounds=1)
-        assert not telling.health.report()
+        reporting = Reporting(tmp_path, receiver, answers=[AWAY] * 2)
+        reporting.run_to_end(rounds=1)
+        assert not reporting.health.report()
         assert receiver.connections == 0
-        telling.time.skip(100)
-        telling.run_to_end(rounds=1)
-        telling.time.skip(100)
-        telling.run_to_end()
-        assert telling.health.report()
+        reporting.time.skip(100)
+        reporting.run_to_end(rounds=1)
+        reporting.time.skip(100)
+        reporting.run_to_end()
+        assert reporting.health.report()
 
 
 def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path: Path) -> None:
     Training(tmp_path).steps(3)
-    telling = Telling(tmp_path, signals=["traces"])
-    telling.run_to_end()
+    reporting = Reporting(tmp_path, signals=["traces"])
+    reporting.run_to_end()
     sent = []
-    telling.health._exporter.export = lambda *request: sent.append(request) or AWAY
+    reporting.health._exporter.export = lambda *request: sent.append(request) or AWAY
     for _ in range(12):
-        assert not telling.health.report()
-        telling.time.skip(healths.REPORT_INTERVAL_S)
+        assert not reporting.health.report()
+        reporting.time.skip(healths.REPORT_INTERVAL_S)
     assert len(sent) == 2
 
 
@@ -527,18 +527,18 @@ def test_names_in_prometheus(tmp_path: Path, collector: Collector, prometheus: P
 
 def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path: Path) -> None:
     """A look at each: two sizes, and where something waits the time of one line."""
-    telling = Telling(tmp_path)
+    reporting = Reporting(tmp_path)
     session = Training(tmp_path)
     session.steps(3)
-    task = DeliveryTask(session.path, "metrics", telling.there, telling.options)
+    task = DeliveryTask(session.path, "metrics", reporting.there, reporting.options)
     task.advance(1 << 62)
     session.steps(3)
-    scheduler = telling.schedulers[0]
+    scheduler = reporting.schedulers[0]
     scheduler._record(task, moved=True)
     for number in range(10_000):
         scheduler.tasks[tmp_path / str(number)] = task
     before = time.thread_time()
-    assert telling.says()["delivery.pending"]["job", "metrics"] > 0
+    assert reporting.says()["delivery.pending"]["job", "metrics"] > 0
     assert time.thread_time() - before < 1.0
     scheduler.tasks.clear()
     task.close()

@@ -1,4 +1,4 @@
-"""The order in which sessions are shipped: one merge by event time, and who waits for whom."""
+"""The order in which sessions are delivered: one merge by event time, and who waits for whom."""
 
 from __future__ import annotations
 

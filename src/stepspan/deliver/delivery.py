@@ -6,6 +6,7 @@ of it only reads cursors; what is sent, and when, is the deliverer's.
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import threading
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from stepspan.deliver.deliverer import Deliverer
     from stepspan.exporters import Exporter
     from stepspan.exporters.otlp import OtlpExporter
+
+log = logging.getLogger("stepspan")
 
 POLL_INTERVAL_S = 0.02
 CHECK_INTERVAL_S = 5.0
@@ -285,7 +288,10 @@ class ThreadDelivery(Delivery):
 
         options = Options(boot_id=self._boot_id, batch_bytes=self.BATCH_BYTES)
         self._deliverer = Deliverer(self._exporters, self._sessions, options, pace=self._pace)
-        self._deliverer.start()
+        try:
+            self._deliverer.start()
+        except RuntimeError as error:  # no more threads: the run still has its journal
+            log.warning("delivery cannot be started: %s", error)
 
     def watch(self) -> None:
         """Start the threads, if `start` was not called: they don't die."""
