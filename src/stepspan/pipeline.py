@@ -19,6 +19,7 @@ from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
 from stepspan.journal.writer import Begun
 from stepspan.processors import Processor
+from stepspan.values import error_text
 
 FOLLOWER_ATTRIBUTES = ("destination", "signals", "processors", "export", "close")
 
@@ -83,7 +84,7 @@ class Pipeline:
             try:
                 processed = stage(event)
             except Exception as error:  # a user's processor may raise anything; the event matters more
-                self._warn("processor", f"{type(stage).__name__} failed on a {event['tag']} event: {error!r}")
+                self._warn("processor", f"{type(stage).__name__} failed on a {event['tag']} event: {error_text(error)}")
                 continue
             if processed is None:
                 return None

@@ -23,7 +23,7 @@ from stepspan.recording.deferred import PENDING, metric_value
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
 from stepspan.recording.scopes import Scope, is_failure
 from stepspan.recording.steps import Amount, Steps
-from stepspan.values import fields_of, json_value, to_text
+from stepspan.values import error_text, fields_of, json_value, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -127,7 +127,7 @@ class Run:
             else:
                 self._emit(event)
         except Exception as error:
-            self.warn_once("metrics", f"metrics were lost: {error!r}")
+            self.warn_once("metrics", f"metrics were lost: {error_text(error)}")
 
     def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
         """Record one point at this instant.
@@ -138,7 +138,7 @@ class Run:
             step: The step's number; by default that of the step that is open.
 
         """
-        self.log_metrics({key: value}, step)
+        self.log_metrics({key if type(key) is str else to_text(key): value}, step)
 
     def log_hyperparams(self, params: Any) -> None:
         """Record hyperparameters, merged with those recorded before.
@@ -241,7 +241,7 @@ class Run:
 
                 return device_span(self.recorder, begin)
         except Exception as error:  # a user's mapping may raise anything
-            self.warn_once("span", f"the attributes of a span were lost: {error!r}")
+            self.warn_once("span", f"the attributes of a span were lost: {error_text(error)}")
         return self._scopes.span(begin)
 
     def steps(
@@ -309,7 +309,7 @@ class Run:
             left = max(0.0, deadline - time.monotonic())
             return (session is None or self.delivery.wait(session.path, session.seq, left)) and arrived
         except Exception as error:
-            self.warn_once("flush", f"delivery could not be waited for: {error!r}")
+            self.warn_once("flush", f"delivery could not be waited for: {error_text(error)}")
             return False
 
     def close(self, status: str = "completed") -> None:
@@ -336,7 +336,7 @@ class Run:
             self.recorder.report_journal_errors()
             self.delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
         except Exception as error:
-            self.warn_once("close", f"the run was not closed well: {error!r}")
+            self.warn_once("close", f"the run was not closed well: {error_text(error)}")
 
     def stats(self) -> dict[str, Any]:
         """The ledgers of the run.
@@ -350,7 +350,7 @@ class Run:
         try:
             delivery = self.delivery.ledgers(session.path) if session else {}
         except Exception as error:
-            self.warn_once("stats", f"the ledgers of delivery cannot be read: {error!r}")
+            self.warn_once("stats", f"the ledgers of delivery cannot be read: {error_text(error)}")
         return {
             "journaled": session.seq if session else 0,
             "lost": session.lost if session else 0,
@@ -391,7 +391,7 @@ class Run:
             self.recorder.after_fork(number)
             self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
         except Exception as error:
-            self.warn_once("fork", f"a forked child records nothing: {error!r}")
+            self.warn_once("fork", f"a forked child records nothing: {error_text(error)}")
 
     @property
     def _session(self) -> SessionWriter | None:

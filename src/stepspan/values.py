@@ -1,8 +1,9 @@
 """What users hand over, as JSON values: one function for each contract, named by what it returns.
 
-Nothing here trusts the methods of the objects it is given: `to_text`, `to_float` and `error_fields` never raise,
-whatever an object's own `__str__`, `__float__` or `__iter__` does; `json_value` raises only what iterating over a
-container raises. Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity", "-Infinity".
+Nothing here trusts the methods of the objects it is given: `to_text`, `to_float`, `error_text` and `error_fields`
+never raise, whatever an object's own `__str__`, `__float__` or `__iter__` does; `json_value` raises only what iterating
+over a container raises. Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity",
+"-Infinity".
 """
 
 from __future__ import annotations
@@ -70,6 +71,14 @@ def to_text(value: Any) -> str:
         return str(json_value(value))
     except Exception:  # iterating over a user's container may raise anything
         return _str(value)
+
+
+def error_text(error: BaseException) -> str:
+    """An exception for a message, as `repr` gives it. Never raises, whatever the exception's own `__repr__` does."""
+    try:
+        return utf8(repr(error)).decode()
+    except Exception:
+        return f"{type(error).__name__}(…)"
 
 
 def utf8(text: str) -> bytes:

@@ -19,6 +19,7 @@ from stepspan.errors import ConfigError
 from stepspan.recording.scopes import Scope
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run, start_run
+from stepspan.values import error_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -223,7 +224,7 @@ def _hook(name: str, method: Callable[..., None]) -> Callable[..., None]:
         except ConfigError:
             raise
         except Exception as error:
-            loop.run.warn_once(name, f"{type(self).__name__}.{name} failed: {error!r}")
+            loop.run.warn_once(name, f"{type(self).__name__}.{name} failed: {error_text(error)}")
         finally:
             loop._last_hook_ns = time.perf_counter_ns()
 

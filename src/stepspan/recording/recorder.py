@@ -19,7 +19,7 @@ from stepspan.events import SCHEMA, Event
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.scopes import Emit, NullScopes, Scopes
 from stepspan.recording.warnings import WarningSink
-from stepspan.values import error_fields, json_value
+from stepspan.values import error_fields, error_text, json_value
 
 if TYPE_CHECKING:
     from stepspan.identity import Identity
@@ -187,7 +187,7 @@ class JournalRecorder:
             if not self.emit(event):
                 self.background_events -= 1
         except Exception as error:
-            self.warn_once(event["tag"], f"{event['tag']} was lost: {error!r}")
+            self.warn_once(event["tag"], f"{event['tag']} was lost: {error_text(error)}")
 
     def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
         """Write an event of training, whose `fields()` may raise anything."""
@@ -195,7 +195,7 @@ class JournalRecorder:
             parent = {"parent": self.scopes.parent_seq()} if inside else {}
             self.emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
         except Exception as error:
-            self.warn_once(tag, f"{tag} was lost: {error!r}")
+            self.warn_once(tag, f"{tag} was lost: {error_text(error)}")
 
     def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
         """Write an exception, once for all the scopes that it passes through."""
@@ -213,7 +213,7 @@ class JournalRecorder:
             try:
                 task.stop()
             except Exception as error:
-                self.warn_once("background", f"{type(task).__name__} did not stop well: {error!r}")
+                self.warn_once("background", f"{type(task).__name__} did not stop well: {error_text(error)}")
 
     def training_events(self) -> tuple[object | None, int]:
         """The session, and how many of its events came from training."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import Event
 from stepspan.mapping import ids
-from stepspan.values import to_text
+from stepspan.values import error_text, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -213,7 +213,7 @@ class Scopes:
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
                 self._attach(scope)
         except Exception as error:
-            self._warn("begin", f"a {scope.tag} could not be begun: {error!r}")
+            self._warn("begin", f"a {scope.tag} could not be begun: {error_text(error)}")
 
     def end(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
         """Close a scope and whatever is still open inside it.
@@ -423,4 +423,5 @@ def is_failure(error: BaseException) -> bool:
 
     A `SystemExit` of a kind of its own is no good end, even without a code: Lightning raises one on SIGTERM.
     """
-    return not (isinstance(error, GeneratorExit) or (type(error) is SystemExit and not error.code))
+    kind = type(error)
+    return not (issubclass(kind, GeneratorExit) or (kind is SystemExit and not getattr(error, "code", None)))

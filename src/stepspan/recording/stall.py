@@ -22,6 +22,7 @@ from stepspan.events import Event
 from stepspan.journal.writer import mostly_idle
 from stepspan.recording.recorder import Recorder
 from stepspan.recording.scopes import Scope
+from stepspan.values import error_text
 
 SLOW_WORK_FACTOR = 6
 LONG_SPANS = frozenset(
@@ -94,7 +95,7 @@ class StallWatch:
         try:
             self._check()
         except Exception as error:
-            self._recorder.warn_once("stall", f"the stall watch failed: {error!r}")
+            self._recorder.warn_once("stall", f"the stall watch failed: {error_text(error)}")
         finally:
             self._checking.release()
 
