@@ -15,7 +15,7 @@ from harness.journals import fill, small_file_system
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stepspan.journal.cursor import SLOT, Cursor, CursorState, Ledger, Position, read_cursor
+from stepspan.journal.cursor import SLOT_BYTES, Cursor, CursorState, Ledger, Position, read_cursor
 
 counts = st.integers(0, 2**63 - 1)
 states = st.builds(
@@ -62,14 +62,14 @@ def test_the_latest_of_many_moves_holds(tmp_path: Path) -> None:
     for number in range(1, 6):
         write(path, moved(number))
         assert reopened(path) == read_cursor(path) == moved(number)
-    assert path.stat().st_size == 2 * SLOT
+    assert path.stat().st_size == 2 * SLOT_BYTES
 
 
 def test_a_new_cursor_starts_from_zero_and_takes_its_room(tmp_path: Path) -> None:
     path = tmp_path / "c"
     assert reopened(path) == CursorState()
-    assert path.stat().st_size == 2 * SLOT
-    assert path.stat().st_blocks * 512 >= 2 * SLOT, "really allocated, not sparse"
+    assert path.stat().st_size == 2 * SLOT_BYTES
+    assert path.stat().st_blocks * 512 >= 2 * SLOT_BYTES, "really allocated, not sparse"
 
 
 @pytest.mark.parametrize("last", [4, 5], ids=["over slot 0", "over slot 1"])
@@ -79,11 +79,16 @@ def test_a_move_torn_at_any_byte_leaves_the_one_before(tmp_path: Path, last: int
     before = path.read_bytes()
     write(path, moved(last))
     after = path.read_bytes()
-    start = SLOT * (last % 2)
-    assert before[SLOT - start : 2 * SLOT - start] == after[SLOT - start : 2 * SLOT - start]
+    start = SLOT_BYTES * (last % 2)
+    assert before[SLOT_BYTES - start : 2 * SLOT_BYTES - start] == after[SLOT_BYTES - start : 2 * SLOT_BYTES - start]
     length = 8 + struct.unpack_from("<I", after, start + 4)[0]
-    for cut in [*range(length + 2), *range(length + 2, SLOT + 1, 97)]:
-        torn = before[:start] + after[start : start + cut] + before[start + cut : start + SLOT] + before[start + SLOT :]
+    for cut in [*range(length + 2), *range(length + 2, SLOT_BYTES + 1, 97)]:
+        torn = (
+            before[:start]
+            + after[start : start + cut]
+            + before[start + cut : start + SLOT_BYTES]
+            + before[start + SLOT_BYTES :]
+        )
         path.write_bytes(torn)
         found = read_cursor(path)
         assert found == reopened(path)
@@ -104,11 +109,11 @@ def test_every_damaged_byte_of_the_newest_slot_is_seen(tmp_path: Path) -> None:
     "content",
     [
         pytest.param(b"", id="empty"),
-        pytest.param(bytes(2 * SLOT), id="zeros"),
+        pytest.param(bytes(2 * SLOT_BYTES), id="zeros"),
         pytest.param(b"x", id="one byte"),
         pytest.param(b'{"position": 7}' * 1000, id="somebody else's"),
-        pytest.param(os.urandom(3 * SLOT), id="noise"),
-        pytest.param(b"\xff" * 2 * SLOT, id="ones"),
+        pytest.param(os.urandom(3 * SLOT_BYTES), id="noise"),
+        pytest.param(b"\xff" * 2 * SLOT_BYTES, id="ones"),
     ],
 )
 def test_a_file_that_nobody_can_read_starts_from_zero(tmp_path: Path, content: bytes) -> None:
@@ -123,7 +128,7 @@ def test_a_file_that_nobody_can_read_starts_from_zero(tmp_path: Path, content: b
 def slot(content: Any) -> bytes:
     raw = orjson.dumps(content)
     rest = struct.pack("<I", len(raw)) + raw
-    return (struct.pack("<I", crc32(rest)) + rest).ljust(SLOT, b"\0")
+    return (struct.pack("<I", crc32(rest)) + rest).ljust(SLOT_BYTES, b"\0")
 
 
 def fields(number: int) -> dict[str, Any]:
@@ -157,13 +162,13 @@ def test_what_a_newer_version_added_is_passed_over(tmp_path: Path) -> None:
     assert read_cursor(path) == reopened(path) == moved(9)
 
 
-@pytest.mark.parametrize("length", [SLOT, SLOT + 1, 2 * SLOT - 1])
+@pytest.mark.parametrize("length", [SLOT_BYTES, SLOT_BYTES + 1, 2 * SLOT_BYTES - 1])
 def test_a_file_cut_to_one_slot_keeps_it(tmp_path: Path, length: int) -> None:
     path = tmp_path / "c"
     write(path, moved(1), moved(2))  # slot 1, then slot 0
     os.truncate(path, length)
     assert read_cursor(path) == reopened(path) == moved(2)
-    assert path.stat().st_size == 2 * SLOT
+    assert path.stat().st_size == 2 * SLOT_BYTES
 
 
 @pytest.mark.parametrize("message", ["x" * 10_000_000, "ü" * 5000, '\\"\n\0' * 3000, "\ud800" * 3000])
@@ -173,7 +178,7 @@ def test_a_huge_message_is_cut_and_costs_nothing_else(tmp_path: Path, message: s
     found = read_cursor(path)
     assert found is not None
     assert replace(found, message="") == moved(2, state="hold")
-    assert 100 <= len(found.message) <= SLOT
+    assert 100 <= len(found.message) <= SLOT_BYTES
     assert message.encode("utf-8", "replace").decode().startswith(found.message)
 
 

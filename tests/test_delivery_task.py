@@ -30,7 +30,7 @@ from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError, NewerSchema
 from stepspan.events import Event
-from stepspan.journal.cursor import SLOT, Cursor, read_cursor
+from stepspan.journal.cursor import SLOT_BYTES, Cursor, read_cursor
 from stepspan.journal.disk import Limits
 from stepspan.journal.format import encode
 from stepspan.journal.layout import SessionPath, segment_name
@@ -224,8 +224,8 @@ def test_a_damaged_cursor_delivers_all_again(tmp_path: Path, change: Any) -> Non
 def test_a_torn_move_costs_that_move(tmp_path: Path) -> None:
     session, exporter, expected = half_delivered(tmp_path)
     raw = bytearray(cursor_file(session).read_bytes())
-    newest = max((0, 1), key=lambda slot: orjson.loads(raw[slot * SLOT + 8 :].split(b"\0")[0])["generation"])
-    raw[newest * SLOT + 50] ^= 0xFF
+    newest = max((0, 1), key=lambda slot: orjson.loads(raw[slot * SLOT_BYTES + 8 :].split(b"\0")[0])["generation"])
+    raw[newest * SLOT_BYTES + 50] ^= 0xFF
     cursor_file(session).write_bytes(raw)
     deliver(session, exporter, options())
     assert exporter.sent[20][: len(exporter.sent[19])] == exporter.sent[19]

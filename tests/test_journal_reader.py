@@ -40,7 +40,7 @@ from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.format import encode
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed
-from stepspan.journal.reader import SETTLE, EventBatch, JournalReader, last_event
+from stepspan.journal.reader import SETTLE_S, EventBatch, JournalReader, last_event
 
 END = Closed(10**9, NOON * 2, "completed")
 WHOLE = 1 << 20
@@ -350,13 +350,13 @@ def test_the_newest_millisecond_waits_until_it_is_settled(tmp_path: Path) -> Non
     first = reader.read(Position(), size=WHOLE)
     assert logged(first.events) == [0]
     assert first.at_end
-    watch.now += SETTLE / 2
+    watch.now += SETTLE_S / 2
     assert reader.read(first.position, size=WHOLE).events == []
     with open(session.path / segment_name(1), "ab") as file:  # a sibling of the same millisecond
         file.write(encode({**at(1.7, 3), "seq": 5}))
-    watch.now += SETTLE / 2
+    watch.now += SETTLE_S / 2
     assert reader.read(first.position, size=WHOLE).events == [], "the file has grown, so the wait begins again"
-    watch.now += SETTLE
+    watch.now += SETTLE_S
     second = reader.read(first.position, size=WHOLE)
     assert logged(second.events) == [1, 2, 3]
     assert reader.read(second.position, size=WHOLE).events == []
@@ -390,7 +390,7 @@ def test_a_successor_that_appears_between_two_reads(tmp_path: Path) -> None:
     watch = Watch()
     reader = JournalReader(session_of(writer.path), clock=watch)
     reader.read(Position(), size=WHOLE)
-    watch.now += SETTLE
+    watch.now += SETTLE_S
     first = reader.read(Position(), size=WHOLE)
     assert logged(first.events) == [0]
     number = 1

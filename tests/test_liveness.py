@@ -245,4 +245,4 @@ def test_silence_is_the_age_of_the_file(tmp_path: Path) -> None:
 
 
 def test_the_rule_is_a_quarter_of_an_hour() -> None:
-    assert liveness.DEAD_AFTER == 15 * 60
+    assert liveness.DEAD_AFTER_S == 15 * 60

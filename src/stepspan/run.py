@@ -115,9 +115,9 @@ class Run:
             scope = self._scopes.innermost()
             if scope is not None:
                 split = split or scope.split
-                number = scope.step if step is None else self._whole_number("step", step)
+                number = scope.step if step is None else self._integer("step", step)
             else:
-                number = None if step is None else self._whole_number("step", step)
+                number = None if step is None else self._integer("step", step)
             event: Event = {"ts": 0, "seq": 0, "tag": "metrics", "split": to_text(split) if split else "train"}
             if number is not None:
                 event["step"] = number
@@ -199,7 +199,7 @@ class Run:
             n: Its number, 0 or more.
 
         """
-        return self._scopes.epoch(self._whole_number("epoch", n))
+        return self._scopes.epoch(self._integer("epoch", n))
 
     def step(self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None) -> Scope:
         """A step, to be entered by `with`: its time (s) is measured, and all ranks' steps of one number share a trace.
@@ -214,7 +214,7 @@ class Run:
         """
         number: int | None = n
         if type(n) is not int or n < 0 or n >= MAX_INTEGER:
-            number = self._whole_number("step", n)
+            number = self._integer("step", n)
         scope = self._scopes.step(number, split if type(split) is str else to_text(split))
         scope.samples, scope.tokens = samples, tokens
         return scope
@@ -268,8 +268,8 @@ class Run:
             An iterator over the batches, as long as `iterable`.
 
         """
-        first = None if start is None else self._whole_number("start", start)
-        each = self._whole_number("accumulate", accumulate) or 1
+        first = None if start is None else self._integer("start", start)
+        each = self._integer("accumulate", accumulate) or 1
         return Steps(
             self._scopes, iterable, start=first, accumulate=each, split=to_text(split), samples=samples, tokens=tokens
         )
@@ -281,7 +281,7 @@ class Run:
             n: Counted from step 0, whatever step a resumed run starts at.
 
         """
-        total = self._whole_number("total_steps", n)
+        total = self._integer("total_steps", n)
         if total is not None:
             self.recorder.record("progress", lambda: {"total_steps": total})
 
@@ -411,7 +411,7 @@ class Run:
         if util := sys.modules.get("multiprocessing.util"):
             util.Finalize(None, self.close, exitpriority=0)
 
-    def _whole_number(self, field: str, value: Any) -> int | None:
+    def _integer(self, field: str, value: Any) -> int | None:
         if type(value) is int and 0 <= value < MAX_INTEGER:
             return value
         try:

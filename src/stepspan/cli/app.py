@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from stepspan.cli.options import (
-    DEAD_AFTER_S,
     AsJson,
     DeadAfter,
     Directory,
@@ -17,6 +16,7 @@ from stepspan.cli.options import (
     JournalPaths,
     StateDirectory,
 )
+from stepspan.journal.liveness import DEAD_AFTER_S
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from stepspan.cli.journals import journal_directory
-from stepspan.journal.liveness import DEAD_AFTER
 
 DEFAULT_DIRECTORY = "what STEPSPAN_DIRECTORY says, else stepspan-runs"
 
@@ -36,5 +35,5 @@ StateDirectory = Annotated[
 DeadAfter = Annotated[
     float, typer.Option(min=1.0, help="Seconds of silence after which a session of another host counts as dead.")
 ]
-DEAD_AFTER_S = DEAD_AFTER
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]

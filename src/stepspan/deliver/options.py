@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepspan.journal.liveness import DEAD_AFTER
+from stepspan.journal.liveness import DEAD_AFTER_S
 
 BATCH_BYTES = 512 << 10
 
@@ -29,7 +29,7 @@ class Options:
     """
 
     boot_id: str
-    dead_after: float = DEAD_AFTER
+    dead_after: float = DEAD_AFTER_S
     state_directory: Path | None = None
     batch_bytes: int = BATCH_BYTES
     clock: Callable[[], float] = time.monotonic

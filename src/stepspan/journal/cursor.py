@@ -1,10 +1,12 @@
-"""A durable cursor: how far one signal of one session has been answered by one destination, and the ledger of it.
+"""A durable cursor: how far one signal of one session has been delivered to one destination, and the ledger of it.
 
-A file of two slots of 2 KiB, allocated when it is made, so that it can be moved on a full disk. A move writes the older
-slot with the next generation; a torn or foreign slot fails its checksum and the other one holds. Losing a move costs
-sending again what was answered, which is harmless: the mapping gives the same points.
+A file of two slots of 2 KiB, allocated when it is made, so that it can be moved on a full disk:
 
-Slot: 4 bytes CRC-32 of the rest, 4 bytes length, JSON, zeros.
+    slot   4 bytes CRC-32 of the rest · 4 bytes length of the JSON · JSON, with its generation · zeros
+
+Only the deliverer that holds the destination's lock writes. A move writes the older slot with the next generation, in
+one `pwrite`; a slot that is torn fails its checksum, and the other one holds. Losing a move costs sending again what
+was answered, which is harmless: the mapping gives the same points.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ import orjson
 
 from stepspan.journal.layout import open_directory, open_file, read_file
 
-SLOT = 2048
-LONGEST_MESSAGE = 600
+SLOT_BYTES = 2048
+MAX_MESSAGE_CHARS = 600
 
 T = TypeVar("T", bound="Position | Ledger")
 
@@ -110,7 +112,12 @@ def _unpack(slot: bytes) -> tuple[int, CursorState] | None:
 
 
 class Cursor:
-    """The cursor file at `path`. OSError where it can't be made; a file nobody can read starts from zero."""
+    """The cursor file at `path`, made where there is none; one whose slots are both damaged starts from zero.
+
+    Raises:
+        OSError: It can't be made or opened.
+
+    """
 
     def __init__(self, path: Path) -> None:
         directory = open_directory(path.parent)
@@ -119,28 +126,33 @@ class Cursor:
         finally:
             os.close(directory)
         size = os.fstat(self._fd).st_size
-        if size < 2 * SLOT:
-            os.pwrite(self._fd, bytes(2 * SLOT - size), size)
+        if size < 2 * SLOT_BYTES:
+            os.pwrite(self._fd, bytes(2 * SLOT_BYTES - size), size)
         self._generation = 0
         self.state = CursorState()
-        for slot in (os.pread(self._fd, SLOT, 0), os.pread(self._fd, SLOT, SLOT)):
+        for slot in (os.pread(self._fd, SLOT_BYTES, 0), os.pread(self._fd, SLOT_BYTES, SLOT_BYTES)):
             found = _unpack(slot)
             if found and found[0] >= self._generation:
                 self._generation, self.state = found
 
     def write(self, state: CursorState) -> None:
-        """Move: from here on `state` is what a restart finds. OSError: it is not, and the older slot still holds."""
+        """Move the cursor: from here on `state` is what a restart finds.
+
+        Raises:
+            OSError: It was not written, and the older slot still holds.
+
+        """
         self.state = state
         generation = self._generation + 1
         message = state.message.encode("utf-8", "replace").decode()
         while True:
             content = orjson.dumps({"generation": generation, **asdict(replace(state, message=message))})
-            if len(content) <= SLOT - 8:
+            if len(content) <= SLOT_BYTES - 8:
                 break
-            message = message[: min(len(message) // 2, LONGEST_MESSAGE)]
+            message = message[: min(len(message) // 2, MAX_MESSAGE_CHARS)]
         rest = struct.pack("<I", len(content)) + content
         slot = struct.pack("<I", crc32(rest)) + rest
-        if os.pwrite(self._fd, slot.ljust(SLOT, b"\0"), SLOT * (generation % 2)) != SLOT:
+        if os.pwrite(self._fd, slot.ljust(SLOT_BYTES, b"\0"), SLOT_BYTES * (generation % 2)) != SLOT_BYTES:
             raise OSError("the disk took only a part of the cursor")
         self._generation = generation  # a move that failed is repeated on the same slot, never on the good one
 
@@ -151,8 +163,8 @@ class Cursor:
 
 def read_cursor(path: Path) -> CursorState | None:
     """What a cursor file says, without making or changing it."""
-    raw = read_file(path, 2 * SLOT) or b""
-    found = [state for state in (_unpack(raw[:SLOT]), _unpack(raw[SLOT:])) if state]
+    raw = read_file(path, 2 * SLOT_BYTES) or b""
+    found = [state for state in (_unpack(raw[:SLOT_BYTES]), _unpack(raw[SLOT_BYTES:])) if state]
     return max(found, key=lambda state: state[0])[1] if found else None
 
 

@@ -208,11 +208,11 @@ class Journal:
         assert self._header is not None, "open() comes first"
         mode = directory_mode(self.limits)
         self.directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        place = self.directory
+        host_directory = self.directory
         for name in (self._job, self._host):
-            place /= name
-            place.mkdir(mode=mode, exist_ok=True)
-        fresh = SessionWriter(place, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
+            host_directory /= name
+            host_directory.mkdir(mode=mode, exist_ok=True)
+        fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
         if self.session is not None:
             fresh.take_over(self.session)
         self.session, self.state = fresh, State.OPEN

@@ -1,7 +1,7 @@
-"""Names and places: where a session lies, how it is found, how its files are opened.
+"""Names and places: where a session is, how it is found, how its files are opened.
 
-Names are slugs; the true ids stand in the header. Files are opened relative to a directory's descriptor, never through
-a link, and only regular ones: a journal may lie where others can write.
+Directory names are slugs; the true ids are in the header. Files are opened relative to a directory's descriptor, never
+through a link, and only regular ones: a journal may lie where others can write.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 
 SEGMENT = re.compile(r"(\d{6,})\.jsonl")
 SESSION = re.compile(r"rank-(\d{5,})(\.[\w-]+)?-([0-9a-f]{16})")
-DEEPEST = 3  # <directory>/<job>/<host>/<session>
+MAX_DEPTH = 3  # <directory>/<job>/<host>/<session>
 
 
 def slug(name: str) -> str:
-    """A file name for any text: itself where it is harmless, else its harmless part and a hash of the whole."""
+    """A file name for any text: the text itself where it is harmless, else its harmless part and a hash of it all."""
     clean = re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:64].lstrip(".-")
     if clean and clean == name:
         return clean
@@ -65,17 +65,17 @@ def _open(path: str | Path, flags: int, mode: int = 0o600, *, dir_fd: int | None
 
 
 class Descriptors:
-    """Descriptors that stay open for long, each known by what it led to when it was opened.
+    """Descriptors that stay open for long, each known by the file that it led to when it was opened.
 
     Files are deleted while they are written, and some code closes every descriptor of its process (`os.closerange`),
-    whose numbers then lead to files of somebody else.
+    whose numbers may then belong to files of other code.
     """
 
     def __init__(self) -> None:
         self._opened: dict[int, tuple[int, int, bool]] = {}
 
     def hold(self, fd: int) -> int:
-        """Take in a descriptor that was just opened."""
+        """Keep a descriptor that was just opened, and return it."""
         self._opened[fd] = _leads_to(fd)
         return fd
 
@@ -85,13 +85,13 @@ class Descriptors:
             try:
                 if _leads_to(fd) != opened:
                     return True
-            except OSError as error:  # another one is a file system's trouble, which may pass
+            except OSError as error:  # any other error is the file system's, and may pass
                 if error.errno in {errno.EBADF, errno.ESTALE}:
                     return True
         return False
 
     def close(self, fd: int) -> None:
-        """Close one, unless its number is somebody else's by now."""
+        """Close a descriptor, unless its number belongs to other code by now."""
         opened = self._opened.pop(fd)
         with contextlib.suppress(OSError):
             if _leads_to(fd)[:2] == opened[:2]:
@@ -109,15 +109,24 @@ def _leads_to(fd: int) -> tuple[int, int, bool]:
     return found.st_dev, found.st_ino, found.st_nlink > 0
 
 
-def read_file(path: Path, longest: int = -1) -> bytes | None:
-    """A small regular file, whole or its first bytes; None where there is none."""
+def read_file(path: Path, max_bytes: int = -1) -> bytes | None:
+    """Read a small regular file.
+
+    Args:
+        path: Of the file; links are not followed.
+        max_bytes: How much of it, from its beginning; -1: all of it.
+
+    Returns:
+        Its bytes; None where there is no such file, or it cannot be read.
+
+    """
     try:
         directory = open_directory(path.parent)
     except OSError:
         return None
     try:
         with open(open_file(path.name, os.O_RDONLY, dir_fd=directory), "rb") as file:
-            return file.read(longest)
+            return file.read(max_bytes)
     except OSError:
         return None
     finally:
@@ -154,7 +163,7 @@ def replace_file(directory: int, name: str, content: bytes, *, mode: int = 0o600
 
 
 def writable_by_us(path: Path) -> bool:
-    """Whether a directory is ours to write in: it exists, is no link and has our owner."""
+    """Whether a directory is our own to write in: it exists, is not a link, and its owner is our user."""
     try:
         found = path.lstat()
     except OSError:
@@ -203,7 +212,7 @@ def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPat
     if start:
         yield start
         return
-    yield from _descend(root, DEEPEST, slug(host) if host else None)
+    yield from _descend(root, MAX_DEPTH, slug(host) if host else None)
 
 
 def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]:

@@ -21,7 +21,8 @@ import orjson
 from stepspan.errors import JournalError
 from stepspan.journal.layout import SessionPath, open_directory, open_file, read_file, segment_name
 
-DEAD_AFTER = 900.0
+DEAD_AFTER_S = 900.0
+"""Silence after which a session of another host or boot counts as dead."""
 CLOSED = "closed.json"
 LOCK = "lock"
 

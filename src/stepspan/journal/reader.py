@@ -24,9 +24,9 @@ from stepspan.journal.format import decode, decode_sequence
 from stepspan.journal.layout import SessionPath, open_directory, open_file, segment_name
 from stepspan.journal.liveness import Closed
 
-SETTLE = 0.2
-MILLISECOND = 1_000_000
-USUAL_HEADER = 1 << 16
+SETTLE_S = 0.2
+MILLISECOND_NS = 1_000_000
+USUAL_HEADER_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
@@ -64,21 +64,21 @@ class JournalReader:
         numbers: list[int] = []  # of the segments of the events
         ends: list[int] = []  # and where they end there
         unsettled: int | None = None  # events of this millisecond may have siblings that we have not seen
-        taken, at_end, full, beyond = 0, False, False, 0
+        consumed, at_end, full, beyond = 0, False, False, 0
         while number and not full:
             successor = self._successor(number)  # looked up first: if it exists, what we read now is all of this one
-            data = self._pread(number, offset, size - taken)
-            whole = data.rfind(b"\n") + 1
-            lines = data[:whole].splitlines(keepends=True)
-            usual = decode_sequence(lines, seq) if lines else None
-            if usual and _within(usual[-1], until, closed):
-                events += usual
-                numbers += repeat(number, len(usual))
+            data = self._pread(number, offset, size - consumed)
+            complete_bytes = data.rfind(b"\n") + 1
+            lines = data[:complete_bytes].splitlines(keepends=True)
+            decoded = decode_sequence(lines, seq) if lines else None
+            if decoded and _within(decoded[-1], until, closed):
+                events += decoded
+                numbers += repeat(number, len(decoded))
                 ends += islice(accumulate(map(len, lines), initial=offset), 1, None)
-                seq, offset = usual[-1]["seq"], offset + whole
+                seq, offset = decoded[-1]["seq"], offset + complete_bytes
                 lines = []
             else:
-                lines = data[:whole].split(b"\n")[:-1]
+                lines = data[:complete_bytes].split(b"\n")[:-1]
             for line in lines:
                 offset += len(line) + 1
                 try:
@@ -92,7 +92,7 @@ class JournalReader:
                     break
                 if until is not None and event["ts"] > until:
                     beyond, full = event["ts"], True
-                    unsettled = beyond // MILLISECOND
+                    unsettled = beyond // MILLISECOND_NS
                     break
                 seq = event["seq"]
                 events.append(event)
@@ -100,19 +100,19 @@ class JournalReader:
                 ends.append(offset)
             if full:
                 break
-            taken += whole
-            if len(data) == size - (taken - whole):
-                if events and events[0]["ts"] // MILLISECOND != events[-1]["ts"] // MILLISECOND:
-                    unsettled, full = events[-1]["ts"] // MILLISECOND, True
+            consumed += complete_bytes
+            if len(data) == size - (consumed - complete_bytes):
+                if events and events[0]["ts"] // MILLISECOND_NS != events[-1]["ts"] // MILLISECOND_NS:
+                    unsettled, full = events[-1]["ts"] // MILLISECOND_NS, True
                 else:
                     size *= 2  # one line, or one millisecond, is larger than a batch
             elif successor:
                 number, offset = successor, 0
             else:
                 at_end = full = True
-                if closed is None and not self._quiet(number, offset + len(data) - whole) and events:
-                    unsettled = events[-1]["ts"] // MILLISECOND
-        while events and events[-1]["ts"] // MILLISECOND == unsettled:
+                if closed is None and not self._quiet(number, offset + len(data) - complete_bytes) and events:
+                    unsettled = events[-1]["ts"] // MILLISECOND_NS
+        while events and events[-1]["ts"] // MILLISECOND_NS == unsettled:
             events.pop()
         if not events:
             return EventBatch(events, start, Ledger(), at_end or not number, beyond)
@@ -168,11 +168,11 @@ class JournalReader:
         now = self._clock()
         if (number, end) != self._tail:
             self._tail, self._grew_at = (number, end), now
-        return now - self._grew_at >= SETTLE
+        return now - self._grew_at >= SETTLE_S
 
     def _read_header(self) -> Event:
         for number in self.session.segments():
-            size = USUAL_HEADER
+            size = USUAL_HEADER_BYTES
             while b"\n" not in (data := self._pread(number, 0, size)) and len(data) == size:
                 size *= 2
             try:

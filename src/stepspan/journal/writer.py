@@ -54,7 +54,7 @@ class SessionWriter:
     """A session being written.
 
     Args:
-        place: The directory of the job's host, which the session's own directory is made in.
+        parent_directory: The directory of the job's host, which the session's own directory is made in.
         header: Of the session; its `session`, `rank` and `role` name the directory.
         limits: What it may take of the disk.
         clock: Gives Unix ns, for the lines that the writer makes itself (headers and gaps).
@@ -66,11 +66,17 @@ class SessionWriter:
     """
 
     def __init__(
-        self, place: Path, header: Event, *, limits: Limits, clock: Callable[[], int], disk: Disk | None = None
+        self,
+        parent_directory: Path,
+        header: Event,
+        *,
+        limits: Limits,
+        clock: Callable[[], int],
+        disk: Disk | None = None,
     ) -> None:
         self.limits = limits
         self.id: str = header["session"]
-        self.path = place / session_name(header["rank"], header["role"], self.id)
+        self.path = parent_directory / session_name(header["rank"], header["role"], self.id)
         self.seq = self.ts = 0
         """Of the last line."""
         self.lost = 0
@@ -95,7 +101,7 @@ class SessionWriter:
         self._descriptors, self._fd = Descriptors(), -1
         self._mode = 0o640 if limits.group_readable else 0o600
 
-        draft = place / f".{self.path.name}"
+        draft = parent_directory / f".{self.path.name}"
         draft.mkdir(mode=directory_mode(limits))
         self._directory = self._descriptors.hold(open_directory(draft))
         try:
@@ -195,18 +201,18 @@ class SessionWriter:
         self.error = ended.error or self.error
         ended.forget()
 
-    def close(self, status: str, late_events: Iterable[tuple[Event, Begun | None]] = ()) -> None:
+    def close(self, status: str, interrupting: Iterable[tuple[Event, Begun | None]] = ()) -> None:
         """End the session: everything that waits is written if it can be, and `closed.json` says the end.
 
         Args:
             status: "completed", "failed" or "interrupted".
-            late_events: What signal handlers have logged meanwhile.
+            interrupting: What signal handlers have logged meanwhile.
 
         """
         self._low = False
         if not self.is_gone():
             self._write_backlog()
-            for event, begun in late_events:
+            for event, begun in interrupting:
                 self.write(event, self._clock(), begun)
             self._sync(self._fd)
             with contextlib.suppress(OSError):

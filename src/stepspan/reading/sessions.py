@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from stepspan.events import Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath
-from stepspan.journal.liveness import DEAD_AFTER, Closed, read_closed, writer_is_dead
+from stepspan.journal.liveness import DEAD_AFTER_S, Closed, read_closed, writer_is_dead
 from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Record, Signal
@@ -103,7 +103,7 @@ class SessionReader:
         """
         if self.closed is not None:
             return self.closed.status
-        dead = writer_is_dead(self.path, self.header, boot_id=boot_id, dead_after=DEAD_AFTER)
+        dead = writer_is_dead(self.path, self.header, boot_id=boot_id, dead_after=DEAD_AFTER_S)
         return "interrupted" if dead else "running"
 
 
