@@ -38,6 +38,7 @@ class Host:
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
+        self._running = False
         self.started: list[dict[str, str]] = []
         self.exit_status: int | None = None
         self.told: list[tuple[str, str]] = []
@@ -54,10 +55,14 @@ class Host:
         )  # fmt: skip
 
     def watch(self, seconds: float) -> None:
-        """Once a second, for so long."""
+        """Once a second, for so long; at first it is started."""
         for _ in range(int(seconds)):
             self.now += 1
-            self.delivery.watch()
+            if self._running:
+                self.delivery.watch()
+            else:
+                self._running = True
+                self.delivery.start()
 
     def cursor(self, signal: str, **fields: object) -> None:
         cursor = Cursor(self._session / "cursors" / cursor_name("there", signal))

@@ -23,7 +23,6 @@ from stepspan.journal.cursor import CursorState
 from stepspan.journal.layout import SessionPath
 
 if TYPE_CHECKING:
-    from stepspan.deliver.deliverer import Deliverer
     from stepspan.exporters import Exporter
     from stepspan.exporters.otlp import OtlpExporter
 
@@ -167,7 +166,7 @@ class ProcessDelivery(Delivery):
         self._spawned_at = 0.0  # Unix seconds
         self._restart_delay = self._restart_at = 0.0
         self._failing_since: dict[tuple[str, str], float] = {}
-        self._next_check: float | None = None
+        self._next_check = 0.0
 
     def start(self) -> None:
         """Start the deliverer process, where this is the host's first rank and no deliverer is at work."""
@@ -178,9 +177,7 @@ class ProcessDelivery(Delivery):
 
     def watch(self) -> None:
         """Restart a deliverer that died, and warn about signals that need a person. Looks every few seconds."""
-        if self._next_check is None:
-            self.start()
-        elif time.monotonic() >= self._next_check:
+        if time.monotonic() >= self._next_check:
             self._check()
 
     def wait(self, session: Path, seq: int, timeout: float) -> bool:
@@ -276,35 +273,27 @@ class ThreadDelivery(Delivery):
     STOP_TIMEOUT_S = 0.4
 
     def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
-        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
-        self._exporters, self._session, self._boot_id = exporters, session, boot_id
-        self._deliverer: Deliverer | None = None
-        self._closing = threading.Event()
-
-    def start(self) -> None:
-        """Start the threads."""
         from stepspan.deliver.deliverer import Deliverer
         from stepspan.deliver.options import Options
 
-        options = Options(boot_id=self._boot_id, batch_bytes=self.BATCH_BYTES)
-        self._deliverer = Deliverer(self._exporters, self._sessions, options, pace=self._pace)
+        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
+        self._session = session
+        self._closing = threading.Event()
+        options = Options(boot_id=boot_id, batch_bytes=self.BATCH_BYTES)
+        self._deliverer = Deliverer(exporters, self._sessions, options, pace=self._pace)
+
+    def start(self) -> None:
+        """Start the threads."""
         try:
             self._deliverer.start()
         except RuntimeError as error:  # no more threads: the run still has its journal
             log.warning("delivery cannot be started: %s", error)
 
-    def watch(self) -> None:
-        """Start the threads, if `start` was not called: they don't die."""
-        if self._deliverer is None:
-            self.start()
-
     def close(self, session: Path | None, timeout: float) -> None:
         """As the base, at full speed; then the threads end."""
         self._closing.set()
-        self.watch()
         super().close(session, timeout)
-        if self._deliverer is not None:
-            self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
+        self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
 
     def _sessions(self) -> list[SessionPath]:
         path = self._session()
