@@ -286,3 +286,23 @@ def test_a_step_in_which_something_failed_goes_out_however_many_there_are() -> N
     assert 2777 in step_spans(found)
     assert 2779 not in step_spans(found)
     assert [span.error for span in found if span.name == "forward" and span.error] == ["ValueError: boom"]
+
+
+@pytest.mark.parametrize("field", ["step", "split", "name"])
+def test_what_a_processor_has_taken_the_name_of_costs_that_and_not_the_end_of_its_session(field):
+    s = SessionEvents()
+    s.run()
+    for number in range(2000):  # so many that steps are thinned
+        s.step(number, lasts=0.0001, split="val")
+    device_step(s, 2000, collectives=3, status="error")
+    for event in s.events[-8:]:
+        if field in event:
+            del event[field]
+            break
+    s.emit("step_begin", parent=0, step=2001, split="train")
+    fold = mapper("traces", s.header)
+    fold.map(s.events)
+    found = restored("traces", s.header, fold.state()).finish(s.closed())
+    assert {2001} <= step_spans(found).keys() <= {2000, 2001}
+    assert [span.name for span in found].count("all_reduce") == (2 if field == "name" else 0)
+    assert values(s.records("metrics", status="completed"), "training.step.duration", split="val")[-1] is None

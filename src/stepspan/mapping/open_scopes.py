@@ -6,14 +6,12 @@ thinned away before anybody wants theirs.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from stepspan.events import Event
 from stepspan.mapping import ids
-from stepspan.mapping.dispatch import MALFORMED
 from stepspan.mapping.records import Attributes
 
 MAX_OPEN = 10_000
@@ -125,7 +123,9 @@ class OpenScopes:
             self._forget_oldest()
 
     def begin_step(self, event: Event) -> None:
-        """Open a step."""
+        """Open a step. TypeError where its name is none, which a processor may have done: its ids could not be made."""
+        if type(event["step"]) is not int or type(event["split"]) is not str:
+            raise TypeError(f"step {event['step']!r:.40} of {event['split']!r:.40}")
         self.open[event["seq"]] = Step(event)
         if len(self.open) > MAX_OPEN:
             self._forget_oldest()
@@ -147,7 +147,7 @@ class OpenScopes:
         return step if step is not None and step.begin["seq"] in self.open else None
 
     def name(self, scope: Scope) -> Scope:
-        """Give a scope its ids, and return it. One of `MALFORMED` where its begin event has nothing to make them of."""
+        """Give a scope its ids, and return it."""
         unnamed: list[Scope] = []
         above: Scope | None = scope
         while above is not None and not above.trace_id:
@@ -174,7 +174,7 @@ class OpenScopes:
         epoch: Scope | None = scope
         while epoch is not None and epoch.begin["tag"] != "epoch_begin":
             epoch = epoch.parent
-        number = None if epoch is None else epoch.begin["epoch"]
+        number = None if epoch is None else epoch.begin.get("epoch")
         scope.trace_id = ids.outside_trace_id(header["run_key"], rank, role, number, begin["ts"]).hex()
         if parent is not None and parent.trace_id == scope.trace_id:
             scope.parent_id = parent.span_id
@@ -196,8 +196,7 @@ class OpenScopes:
 
     def _to_json(self, scope: Scope) -> dict[str, Any]:
         """A scope's own values; those around it by their `seq`. It is named now, as those may have ended."""
-        with contextlib.suppress(*MALFORMED):
-            self.name(scope)
+        self.name(scope)
         content = {**vars(scope), "parent": seq_of(scope.parent), "step": seq_of(scope.step)}
         if isinstance(scope, Step) and scope.children:
             content["children"] = [self._to_json(c) if isinstance(c, Scope) else c for c in scope.children]

@@ -166,10 +166,9 @@ class StepFold(OpenScopes):
 
     def _expect_device_time(self, span: Scope, step: Step | None) -> None:
         """A span has ended whose device time is to come; `step`: whose wait that is a part of."""
+        self._device_spans[span.begin["seq"]] = DeviceSpan(span.begin["name"], span.end["ts"], seq_of(step))
         if step is not None:
             step.wait, step.missing = step.wait or 0.0, (step.missing or 0) + 1
-        phase = span.begin["name"]
-        self._device_spans[span.begin["seq"]] = DeviceSpan(phase, span.end["ts"], seq_of(step))
         if len(self._device_spans) > MAX_DEVICE_SPANS:
             oldest = next(iter(self._device_spans))
             self._add_device_time(self._device_spans.pop(oldest), None)

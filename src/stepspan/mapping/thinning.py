@@ -76,7 +76,7 @@ class Thinning:
             if slow or step.has_failure:
                 state.slow += slow
                 found.append(step)
-            elif not state.k or (type(begin["step"]) is int and not begin["step"] % (1 << state.k)):
+            elif not (state.k and begin["step"] % (1 << state.k)):
                 state.kept += 1
                 if state.kept > TRACES_PER_WINDOW:
                     state.k += 1

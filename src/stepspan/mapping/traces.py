@@ -20,7 +20,7 @@ from stepspan.mapping.attributes import (
     exception_attributes,
     flatten,
 )
-from stepspan.mapping.dispatch import dispatch
+from stepspan.mapping.dispatch import MALFORMED, dispatch, warn_unmappable
 from stepspan.mapping.open_scopes import Scope, Step
 from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, SpanEvent
 from stepspan.mapping.sdk_records import SdkRecords
@@ -74,9 +74,9 @@ class TraceMapper:
         self._steps.give_up_device_times()
         self._settle()
         for seq, scope in sorted(self._steps.open.items(), reverse=True):
-            tag = scope.begin["tag"].replace("_begin", "_end")
+            end = self._end_step if isinstance(scope, Step) else self._end
             status = closed.status if seq == self._steps.run else "interrupted"
-            dispatch(self._handlers, [{"tag": tag, "begin": seq, "ts": closed.ts, "status": status}])
+            end({"begin": seq, "ts": closed.ts, "status": status})
         return list(self._spans)
 
     def state(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ class TraceMapper:
         elif scope.thinned:  # it has outlived its step
             self.filtered += 1
         else:
-            self._spans.append(self._span(scope))
+            self._emit(scope)
 
     def _hold(self, step: Step, child: Scope | Event) -> None:
         """Keep a span until its step has ended."""
@@ -120,7 +120,7 @@ class TraceMapper:
             for scope in self._steps.open.values():
                 scope.thinned |= scope.step is step
         elif not step.pending:
-            self._emit(step)
+            self._emit_step(step)
         if step.pending:
             self._settle()
 
@@ -131,17 +131,23 @@ class TraceMapper:
     def _settle(self) -> None:
         for step in self._steps.settle():
             if not step.thinned:
-                self._emit(step)
+                self._emit_step(step)
 
-    def _emit(self, step: Step) -> None:
+    def _emit_step(self, step: Step) -> None:
         """Send a step's span and those in it."""
         children, step.children = step.children, None
-        self._spans.append(self._span(step))
+        self._emit(step)
         for child in children or ():
             if isinstance(child, Scope):
-                self._spans.append(self._span(child))
+                self._emit(child)
             else:
                 self._spans += self._sdk_records.of(child)
+
+    def _emit(self, scope: Scope) -> None:
+        try:
+            self._spans.append(self._span(scope))
+        except MALFORMED as error:  # costs this span, not those beside it
+            warn_unmappable(scope.begin["tag"], repr(error))
 
     def _otel(self, event: Event) -> None:
         """A span of other instrumentation waits, as our own do, for the end of the step whose trace it is in."""
