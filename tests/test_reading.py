@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from harness.journals import header, lay_down, metrics
 
 from stepspan.errors import JournalError
 from stepspan.identity import host_facts
+from stepspan.journal.cursor import Position
 from stepspan.journal.layout import segment_name
 from stepspan.journal.liveness import Closed, write_closed
+from stepspan.journal.reader import JournalReader
 from stepspan.reading.runs import delivery_totals, summarise
-from stepspan.reading.sessions import SessionReader, job_folder, read_session
+from stepspan.reading.sessions import ALL_LINES, SessionReader, job_folder, read_batches, read_session
 
 
 def test_a_session_in_batches_is_the_same_as_whole(tmp_path: Path) -> None:
@@ -27,10 +30,10 @@ def test_a_session_in_batches_is_the_same_as_whole(tmp_path: Path) -> None:
     assert session.closed == Closed(session.events[-1]["seq"], session.events[-1]["ts"], "completed")
 
 
-def test_reading_can_begin_where_it_stopped(tmp_path: Path) -> None:
-    with SessionReader(trained(tmp_path, 50)) as reader:
-        first = next(reader.batches(size=1024))
-        rest = [event for batch in reader.batches(first.position) for event in batch.events]
+def test_reading_can_go_on_where_it_stopped(tmp_path: Path) -> None:
+    with closing(JournalReader(trained(tmp_path, 50))) as reader:
+        first = next(read_batches(reader, Position(), closed=None, size=1024))
+        rest = [event for batch in read_batches(reader, first.position, closed=ALL_LINES) for event in batch.events]
     assert rest[0]["seq"] == first.events[-1]["seq"] + 1
 
 

@@ -1,4 +1,4 @@
-"""Reading journals: what `report`, `tail`, `export` and tests have of a run, from its files alone.
+"""Reading journals: what `report`, `tail` and tests have of a run, from its files alone.
 
 sessions          one session: its header, its events batch by batch, how it ended
 metric_values     the last value and the extremes of each metric that was logged

@@ -46,7 +46,7 @@ class Session:
 
 
 class SessionReader:
-    """One session, open to be read from its beginning. Use it as a context manager, or call `close()`.
+    """One session, open to be read from its beginning. A context manager; its files are open as long as its block.
 
     Args:
         path: Where the session lies.
@@ -70,24 +70,19 @@ class SessionReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the files."""
         self._reader.close()
 
-    def batches(self, start: Position | None = None, size: int = READ_BYTES) -> Iterator[EventBatch]:
+    def batches(self, size: int = READ_BYTES) -> Iterator[EventBatch]:
         """The events in order, up to the session's end or else the last whole line. Memory is bounded by `size`.
 
         Args:
-            start: Where to begin; by default with the header.
             size: Journal bytes of a batch, about; a batch ends between two milliseconds, so it may be larger.
 
         Raises:
             OSError: A segment cannot be read.
 
         """
-        return read_batches(self._reader, start or Position(), closed=self.closed or ALL_LINES, size=size)
+        return read_batches(self._reader, Position(), closed=self.closed or ALL_LINES, size=size)
 
     def status(self, boot_id: str) -> str:
         """How the session ended: as `closed.json` has it, else "interrupted" if its writer is dead, else "running".
