@@ -19,8 +19,7 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +78,12 @@ class RowWriter:
                 return
             self._busy = True
             try:
-                with open_append(self.path, mode=0o666) as fd:
+                fd = open_append(self.path, mode=0o666)
+                try:
                     while self._waiting:
                         del self._waiting[: self._write(fd, bytes(self._waiting))]
+                finally:
+                    os.close(fd)
             except OSError as error:
                 if not self._warned:
                     self._warned = True
@@ -90,19 +92,14 @@ class RowWriter:
                 self._busy = False
 
 
-@contextmanager
-def open_append(path: Path, *, mode: int, flags: int = os.O_WRONLY) -> Iterator[int]:
+def open_append(path: Path, *, mode: int, flags: int = os.O_WRONLY) -> int:
     """A descriptor that appends to a file, which is created with its directories if need be. Raises OSError."""
     flags |= os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
     try:
-        fd = os.open(path, flags, mode)
+        return os.open(path, flags, mode)
     except FileNotFoundError:
         path.parent.mkdir(parents=True, exist_ok=True)
-        fd = os.open(path, flags, mode)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return os.open(path, flags, mode)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

@@ -66,13 +66,16 @@ class JsonlBackend:
     def emit(self, record: Mapping[str, Any]) -> None:
         """Append a record as a JSON line. Raises OSError."""
         line = orjson.dumps(json_value(record)) + b"\n"
-        with open_append(self.path, mode=FILE_MODE, flags=os.O_RDWR | getattr(os, "O_NONBLOCK", 0)) as fd:
+        fd = open_append(self.path, mode=FILE_MODE, flags=os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+        try:
             if not self._ends_with_line and _is_torn(fd):
                 line = b"\n" + line
             self._ends_with_line = False
             while line:
                 line = line[os.write(fd, line) :]
             self._ends_with_line = True
+        finally:
+            os.close(fd)
 
 
 class TextBackend:
@@ -91,10 +94,8 @@ class TextBackend:
         if self.path is None:
             sys.stdout.write(text)
             return
-        with open_append(self.path, mode=FILE_MODE) as fd:
-            data = text.encode(errors="backslashreplace")
-            while data:
-                data = data[os.write(fd, data) :]
+        with open(open_append(self.path, mode=FILE_MODE), "ab") as file:
+            file.write(text.encode(errors="backslashreplace"))
 
 
 def _is_torn(fd: int) -> bool:

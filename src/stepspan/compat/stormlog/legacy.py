@@ -27,6 +27,7 @@ _CHECKED_FIRST = (
     *(field for field in FIELDS if field.kind is int and field.name not in IDENTITY),
     *(field for field in FIELDS if field.name in ("event_type", "host")),
 )
+_FIELDS_IN_METADATA = (*IDENTITY, "session_id")
 _DEVICE_NUMBER = re.compile(r".*:(\d{1,9})", re.DOTALL)
 
 
@@ -96,8 +97,9 @@ def record_of_legacy(
         except RecordError:
             check_legacy(converted)
             raise
-    others = {key: value for key, value in metadata.items() if key not in IDENTITY and key != "session_id"}
-    return {**converted, **identity, "metadata": others}
+    for name in _FIELDS_IN_METADATA:
+        metadata.pop(name, None)
+    return {**converted, **identity, "metadata": metadata}
 
 
 def check_legacy(converted: Mapping[str, Any]) -> None:
@@ -111,16 +113,25 @@ def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     metadata = record.get("metadata")
     if metadata is not None and not isinstance(metadata, dict):
         raise RecordError(f"metadata must be an object when provided, not {short_repr(metadata)}", "metadata")
-    flat = (key for key in record if isinstance(key, str) and key.startswith(METADATA_PREFIX))
-    return {**(metadata or {}), **{key.removeprefix(METADATA_PREFIX): record[key] for key in flat}}
+    found = dict(metadata or {})
+    for key, value in record.items():
+        if isinstance(key, str) and key.startswith(METADATA_PREFIX):
+            found[key[len(METADATA_PREFIX) :]] = value
+    return found
 
 
 def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    return next((record[name] for name in names if name in record), default)
+    for name in names:
+        if name in record:
+            return record[name]
+    return default
 
 
 def _counter(record: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
-    return next((require_int(name, record[name]) for name in names if name in record), default)
+    for name in names:
+        if name in record:
+            return require_int(name, record[name])
+    return default
 
 
 def _scaled(name: str, value: object, scale: float) -> int | None:
