@@ -18,9 +18,10 @@ test: $(VENV)/.dev  ## Run the tests; those against real servers need `make stac
 test-frameworks: .venv-frameworks/.installed  ## Train with torch, Lightning and Hugging Face (some GB) before the real stack
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks tests/test_torch.py tests/test_ddp.py
 
-check: $(VENV)/.dev  ## Lint and type-check
+check: $(VENV)/.dev  ## Lint, type-check, and see that imports only point down
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest -q -p no:cacheprovider tests/test_layers.py tests/test_words.py
 	$(VENV)/bin/mypy
 	if $(VENV)/bin/python -c 'import grafana_foundation_sdk' 2>&-; then \
 		$(VENV)/bin/mypy --python-version 3.11 collector-config/dashboards; fi

@@ -123,7 +123,7 @@ class Settings(_Strict):
 def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | Path | None = None) -> Settings:
     """The settings in force. None among the arguments, and a blank variable, mean not given. Raises `ConfigError`."""
     path = config or env.get(f"{PREFIX}CONFIG", "").strip()
-    values = _read(path) if path else {}
+    values = _values_of_file(path) if path else {}
     origin = {field: f"{field} in {path}" for field in values}
     for field in Settings.model_fields:
         variable = f"{PREFIX}{field.upper()}"
@@ -156,7 +156,7 @@ def _refusal(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
     return ConfigError(where, value, fix)
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def _values_of_file(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, TypeError, ValueError) as error:  # no file, no path, no UTF-8

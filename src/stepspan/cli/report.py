@@ -134,9 +134,9 @@ class Page:
             (
                 name,
                 format_value(values["last"]),
-                _text(values["last_step"]),
+                _cell(values["last_step"]),
                 "" if values["min"] is None else format_value(values["min"]),
-                _text(values["min_step"]),
+                _cell(values["min_step"]),
                 "" if values["max"] is None else format_value(values["max"]),
                 f"{values['points']:,}",
                 str(values["nonfinite"] or ""),
@@ -211,8 +211,8 @@ def _session_row(session: Mapping[str, Any], id_length: int, *, several_hosts: b
         session["status"],
         "" if session["seconds"] is None else format_seconds(session["seconds"]),
         f"{session['steps']:,}",
-        _text(session["last_step"]),
-        _text(session["open_step"]),
+        _cell(session["last_step"]),
+        _cell(session["open_step"]),
         *(format_seconds(times[name]) if times else "" for name in ("p50", "p99", "max")),
         format_seconds(session["data_wait"]) if session["data_wait"] else "",
         "" if session["collective_wait"] is None else format_seconds(session["collective_wait"]),
@@ -230,7 +230,7 @@ def _moment(ts: int) -> str:
     return datetime.fromtimestamp(ts / 1e9).strftime("%Y-%m-%d %H:%M:%S") if ts else "at an unknown time"
 
 
-def _text(value: Any) -> str:
+def _cell(value: Any) -> str:
     return "" if value is None else str(value)
 
 

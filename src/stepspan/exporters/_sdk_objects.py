@@ -148,7 +148,7 @@ def _metric_data(kind: str, data: _Json, points: list[Any]) -> export.DataT:
 
 def _number_point(point: _Json, attributes: dict[str, Any]) -> export.NumberDataPoint:
     start, time = int(point.get("startTimeUnixNano", 0)), int(point["timeUnixNano"])
-    return export.NumberDataPoint(attributes, start, time, _number(point), _exemplars(point))
+    return export.NumberDataPoint(attributes, start, time, _point_value(point), _exemplars(point))
 
 
 def _histogram_point(point: _Json, attributes: dict[str, Any]) -> export.HistogramDataPoint:
@@ -199,7 +199,7 @@ def _exemplars(point: _Json) -> list[Exemplar]:
     return [
         Exemplar(
             filtered_attributes=_attributes(exemplar, "filteredAttributes"),
-            value=_number(exemplar),
+            value=_point_value(exemplar),
             time_unix_nano=int(exemplar["timeUnixNano"]),
             span_id=int(exemplar["spanId"], 16) if exemplar.get("spanId") else None,
             trace_id=int(exemplar["traceId"], 16) if exemplar.get("traceId") else None,
@@ -208,7 +208,7 @@ def _exemplars(point: _Json) -> list[Exemplar]:
     ]
 
 
-def _number(point: _Json) -> int | float:
+def _point_value(point: _Json) -> int | float:
     return int(point["asInt"]) if "asInt" in point else _double(point["asDouble"])
 
 
