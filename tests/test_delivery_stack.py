@@ -94,7 +94,7 @@ def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(
     assert (state.ledger.rejected, state.ledger.delivered) == (0, 0)
     assert "storage.tsdb.out_of_order_time_window" in state.message
     if way != "straight":
-        assert "look in the log of what is behind it" in state.message
+        assert "look in the backend's log" in state.message
     assert list((tmp_path / "old").rglob("rejected.jsonl")) == []
     assert arrived(prometheus, "6d") == {0: live}
 

@@ -102,7 +102,7 @@ def test_a_row_is_broken_by_a_record_that_is_taken() -> None:
 def test_a_first_record_that_is_refused_is_held_for_the_receiver_has_taken_nothing_yet() -> None:
     _, outcome = run(receiver := Receiver(1), [1])
     assert outcome.verdict is Verdict.HOLD
-    assert "it has taken nothing yet" in outcome.message
+    assert "the receiver has accepted nothing yet" in outcome.message
     assert "400: bad value" in outcome.message
     assert receiver.requests == [[1]]
 
@@ -118,7 +118,7 @@ def test_a_record_is_rejected_if_a_witness_is_taken_again() -> None:
 def test_a_witness_that_is_refused_now_holds() -> None:
     _, outcome = run(Receiver(0, 1), [1], known_good_record=0)
     assert outcome.verdict is Verdict.HOLD
-    assert "it refuses what it took before" in outcome.message
+    assert "the receiver refuses a record that it accepted before" in outcome.message
 
 
 def test_a_witness_is_not_asked_where_another_record_was_taken() -> None:
@@ -153,7 +153,7 @@ def test_an_opaque_refusal_holds_where_time_may_be_the_reason() -> None:
     isolation, outcome = run(Receiver(3, refusal=OPAQUE), range(8), maybe_out_of_window=lambda record: record == 3)
     assert outcome.verdict is Verdict.HOLD
     assert isolation.rejected == []
-    for words in ("storage.tsdb.out_of_order_time_window", "look in the log of what is behind it", OPAQUE.message):
+    for words in ("storage.tsdb.out_of_order_time_window", "look in the backend's log", OPAQUE.message):
         assert words in outcome.message
 
 

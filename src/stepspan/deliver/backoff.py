@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.values import format_seconds
 
 MAX_RETRY_DELAY_S = 30.0
 MAX_HOLD_DELAY_S = 300.0
@@ -48,5 +49,5 @@ class Backoff:
         asked, message = outcome.retry_after or 0.0, outcome.message
         delay = max(delay, min(asked, MAX_HOLD_DELAY_S))
         if asked > MAX_RETRY_DELAY_S:
-            message += f"; it asks for a wait of {asked:,.0f} s: the next try is in {delay:,.0f} s"
+            message += f"; the receiver asks to wait {format_seconds(asked)}: next try in {format_seconds(delay)}"
         return NextTry(state, delay, message)

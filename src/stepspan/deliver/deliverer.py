@@ -22,7 +22,7 @@ log = logging.getLogger("stepspan.deliver")
 
 POLL_INTERVAL_S = 0.1
 SILENCE_LIMIT_S = 30.0
-"""A receiver that has taken nothing for so long is given up by a deliverer that has nobody else to wait for."""
+"""A receiver that has taken nothing for so long is given up, unless a session is still being written."""
 STOP_TIMEOUT_S = 15.0
 MAX_FILES = 1 << 20
 
@@ -118,7 +118,7 @@ class Deliverer:
                     self._pace(time.thread_time() - before)
                 if not moved:
                     self._stop.wait(POLL_INTERVAL_S)
-        except Exception:  # a defect of ours in one signal: log it, and leave the others alone
+        except Exception:  # a defect in one signal: log it, and leave the others alone
             log.exception("delivery of %s to %s has stopped", scheduler.signal, scheduler.exporter.destination)
             scheduler.broken = True
         finally:

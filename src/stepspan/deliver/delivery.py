@@ -91,7 +91,7 @@ class Delivery:
             patient = waited < self.CONNECT_GRACE_S or not only_while_answering
             if not patient and not _any_answers(waiting if complete else states):
                 return False
-            self.watch()  # a deliverer may die as the run ends, and then nobody else looks
+            self.watch()  # a deliverer may die as the run ends, when no log call looks after it any more
             time.sleep(POLL_INTERVAL_S)
 
     def close(self, session: Path | None, timeout: float) -> None:

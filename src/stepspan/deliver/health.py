@@ -44,7 +44,7 @@ SECOND_NS = 1_000_000_000
 
 
 class Metric(NamedTuple):
-    """One of a deliverer's metrics; `state` is the attribute that tells the fields of a ledger apart."""
+    """One of a deliverer's metrics; `state` is the attribute that names a ledger's field."""
 
     name: str
     unit: str

@@ -5,9 +5,9 @@ receiver that was set up wrongly refuses everything. So a record is rejected onl
 the same signal meanwhile, if need be one that it has taken before and is sent again; and after `MAX_REFUSALS` single
 refusals in a row the signal is held, with the server's words.
 
-A Collector passes on that what is behind it refused, and not why: too old, too far in the future and a second value for
-one millisecond all look the same. A record whose time may be the reason is therefore never rejected on such an answer,
-but holds the signal: widening a window brings it back, and nothing brings back what was thrown away.
+A Collector passes on that the backend behind it refused, and not why: too old, too far in the future and a second
+value for one millisecond all look the same. A record whose time may be the reason is therefore never rejected on such
+an answer, but holds the signal: widening a window brings it back, and nothing brings back what was thrown away.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from stepspan.otlp.outcome import Outcome, Verdict
 
 MAX_REFUSALS = 16
 OUT_OF_WINDOW = (
-    "what is behind the collector refuses points that are over an hour old, or in its future, and the collector does "
-    "not pass on why: look in the log of what is behind it. If they are too old, widen "
-    "storage.tsdb.out_of_order_time_window there, then they go out by themselves; if they are in the future, set the "
-    "clocks. It said: "
+    "the backend behind the collector refuses points that are over an hour old or in its future, and the collector "
+    "does not pass on why: look in the backend's log. If they are too old, widen "
+    "storage.tsdb.out_of_order_time_window there, and they are delivered without a restart; if they are in the future, "
+    "set the clocks. The collector said: "
 )
 
 Send = Callable[[Sequence[Record]], Outcome]
@@ -56,10 +56,10 @@ class Isolation:
         if self.rejected and not self.accepted:
             message = self.rejected[0][1]
             if self.known_good_record is None:
-                return Outcome(Verdict.HOLD, f"it has taken nothing yet, and refuses this: {message}")
+                return Outcome(Verdict.HOLD, f"the receiver has accepted nothing yet and refuses this: {message}")
             answer = self.send([self.known_good_record])
             if answer.verdict is not Verdict.DELIVERED:
-                return Outcome(Verdict.HOLD, f"it refuses what it took before: {message}")
+                return Outcome(Verdict.HOLD, f"the receiver refuses a record that it accepted before: {message}")
         return Outcome(Verdict.DELIVERED, self.rejected[-1][1] if self.rejected else self._partial_message)
 
     def _offer(self, records: Sequence[Record]) -> Outcome | None:

@@ -101,7 +101,7 @@ def signal_ledger(state: CursorState, seq: int, ts: int, pending_since: int = 0)
 
 
 def first_pending_time(session: SessionPath, position: Position) -> int:
-    """The time of the first line after a position, Unix ns; 0: there is none, or none that is whole yet.
+    """The time of the first line after a position, Unix ns; 0: there is none, or it is still being written.
 
     Damaged lines are passed over; if there is nothing else in a few KiB, it is the time that the position has reached.
     """

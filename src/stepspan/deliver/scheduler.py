@@ -213,7 +213,7 @@ class Scheduler:
             if path not in self._defective:
                 self._defective.add(path)
                 log.exception("%s %s: cannot be delivered", path, self.signal, exc_info=error)
-            error = JournalError(f"a defect met it: {error!r}")
+            error = JournalError(f"a defect in stepspan: {error!r}")
         elif self.unreadable.get(path) != str(error):
             log.error("%s %s: cannot be delivered: %s", path, self.signal, error)
         self.unreadable[path] = str(error)

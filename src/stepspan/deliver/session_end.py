@@ -20,7 +20,7 @@ class SessionEnd:
     """The end of one session, looked for no more often than the intervals above.
 
     `state_directory` is where this deliverer writes what it finds out: the session's own directory, or another one
-    where that belongs to somebody else.
+    where that belongs to another user.
     """
 
     def __init__(self, session: SessionPath, header: Event, state_directory: Path, options: Options) -> None:
@@ -32,7 +32,7 @@ class SessionEnd:
         self._read_at = self._probed_at = -LIVENESS_INTERVAL_S
 
     def read(self) -> Closed | None:
-        """The end, if somebody has written it down."""
+        """The end, if it is written down."""
         now = self._options.clock()
         if self._closed is None and now - self._read_at >= CLOSED_INTERVAL_S:
             self._read_at = now
