@@ -1,4 +1,4 @@
-"""Trace and span ids: what shares one, what must not, and that nobody's random seed has a part in it."""
+"""Trace and span ids: what shares one, what must not, and that no random seed has a part in it."""
 
 from __future__ import annotations
 

@@ -93,8 +93,8 @@ def test_without_a_run_a_log_has_no_ids() -> None:
 )
 def test_a_milestone_is_as_severe_as_its_status(status: str | None, severity: int, body: str) -> None:
     s = SessionEvents()
-    told = {} if status is None else {"status": status}
-    s.emit("event", parent=0, name="checkpoint", attributes={"n": 1, "status": "the user's"}, **told)
+    fields = {} if status is None else {"status": status}
+    s.emit("event", parent=0, name="checkpoint", attributes={"n": 1, "status": "the user's"}, **fields)
     (log,) = s.records("logs")
     assert (log.severity, log.body, log.event_name) == (severity, body, "checkpoint")
     assert log.attributes == {"n": 1, "status": status or "the user's"}

@@ -45,8 +45,8 @@ def test_a_gauge_is_its_value_and_a_sum_counts_from_the_sessions_start() -> None
 def test_the_table_says_unit_and_kind() -> None:
     s = SessionEvents()
     sample(s, *([name, 1.0] for name in METRICS), ["some.new.name", 1.0])
-    told = {series.name: (series.unit, series.kind) for series, _, _ in s.records("metrics")}
-    assert told == {**METRICS, "some.new.name": ("", "gauge")}
+    found = {series.name: (series.unit, series.kind) for series, _, _ in s.records("metrics")}
+    assert found == {**METRICS, "some.new.name": ("", "gauge")}
 
 
 def test_of_two_samples_in_a_millisecond_the_last_goes_out() -> None:
@@ -61,10 +61,10 @@ def test_of_two_samples_in_a_millisecond_the_last_goes_out() -> None:
 def test_nan_is_a_value_and_text_is_none() -> None:
     s = SessionEvents()
     sample(s, ["hw.power", "NaN"], ["hw.temperature", "hot"], ["hw.energy", None], ["hw.gpu.clock", "Infinity"])
-    told = {series.name: value for series, _, value in s.records("metrics")}
-    assert told.keys() == {"hw.power", "hw.gpu.clock"}
-    assert math.isnan(told["hw.power"])
-    assert told["hw.gpu.clock"] == math.inf
+    found = {series.name: value for series, _, value in s.records("metrics")}
+    assert found.keys() == {"hw.power", "hw.gpu.clock"}
+    assert math.isnan(found["hw.power"])
+    assert found["hw.gpu.clock"] == math.inf
 
 
 @pytest.mark.parametrize("bent", [[["hw.power"]], ["x"], None, 7, [[]], [["hw.power", 1.0, "no table"]]], ids=repr)
@@ -80,12 +80,12 @@ def test_points_do_not_depend_on_batches() -> None:
     for n in range(12):
         sample(s, ["hw.power", float(n)], ["hw.energy", n * 10.0], after=4.0)
         s.metrics({"loss": 1.0 / (n + 1)})
-    whole = by_series(mapper("metrics", s.header).map(s.events))
+    at_once = by_series(mapper("metrics", s.header).map(s.events))
     for cut in range(1, len(s.events), 3):
         first = mapper("metrics", s.header)
         head = first.map(s.events[:cut])
         tail = restored("metrics", s.header, first.state()).map(s.events[cut:])
-        assert by_series([*head, *tail]) == whole
+        assert by_series([*head, *tail]) == at_once
 
 
 def test_a_run_with_a_sampler_gives_exactly_these_points() -> None:
@@ -102,11 +102,11 @@ def test_a_run_with_a_sampler_gives_exactly_these_points() -> None:
         [session] = recording.sessions()
         started = session.header["started"]
     about = (("hw.id", "GPU-1"), ("hw.name", "NVIDIA H200"), ("hw.type", "gpu"))
-    told: dict[tuple, list] = {}
+    found: dict[tuple, list] = {}
     for series, _, value in recording.points():
         if series.name.startswith("hw."):
-            told.setdefault((series.name, series.unit, *sorted(series.attributes.items())), []).append(value)
-    assert told == {
+            found.setdefault((series.name, series.unit, *sorted(series.attributes.items())), []).append(value)
+    assert found == {
         ("hw.gpu.utilization", "1", *about): [0.75, 0.75, None],
         ("hw.gpu.memory.usage", "By", *about): [float(40 << 30)] * 2 + [None],
         ("hw.gpu.memory.limit", "By", *about): [float(160 << 30)] * 2 + [None],

@@ -100,8 +100,8 @@ def test_a_step_behind_one_whose_wait_is_not_known_waits_for_it_only_if_it_has_a
 def test_a_device_time_that_was_lost_takes_its_steps_wait_along_and_no_other(seconds: str | None) -> None:
     s = SessionEvents()
     spans = [device_step(s, number)[0] for number in range(3)]
-    for span, told in zip(spans, (0.5, seconds, 0.25), strict=True):
-        s.emit("device_time", begin=span, seconds=told)
+    for span, written in zip(spans, (0.5, seconds, 0.25), strict=True):
+        s.emit("device_time", begin=span, seconds=written)
     found = step_spans(s.records("traces"))
     assert [found[number].attributes.get("wait") for number in range(3)] == [0.5, None, 0.25]
     assert values(s.records("metrics"), "training.step.wait") == [0.5, 0.25]
@@ -109,7 +109,8 @@ def test_a_device_time_that_was_lost_takes_its_steps_wait_along_and_no_other(sec
 
 def test_a_session_that_ends_before_its_device_times_sends_its_steps_without_them() -> None:
     s = SessionEvents()
-    lost, _ = device_step(s, 0)[0], host_step(s, 1, 0.5)
+    (lost,) = device_step(s, 0)
+    host_step(s, 1, 0.5)
     ended = step_spans(s.records("traces", status="interrupted"))
     assert [(span.error, span.attributes.get("wait")) for span in ended.values()] == [(None, None), (None, 0.5)]
     assert values(s.records("metrics", status="interrupted"), "training.step.wait") == [0.5, None]
@@ -151,11 +152,11 @@ def test_a_span_that_ends_while_its_step_waits_goes_out_and_a_thinned_step_takes
         span = s.emit("span_begin", parent=step, name="all_reduce", collective=True, cuda=True)
         s.emit("span_end", begin=span)
         save = s.emit("span_begin", parent=step, name=f"save {number}")
-        s.emit("step_end", begin=step, **({} if number % 2 else {"status": "error"}))
+        s.emit("step_end", 0.001, begin=step, **({} if number % 2 else {"status": "error"}))
         s.emit("span_end", begin=save)
         s.emit("device_time", begin=span, seconds=0.125)
     fold = mapper("traces", s.header)
-    found = fold.map(s.events)
+    found: Any = fold.map(s.events)
     assert step_spans(found)[3000].attributes["wait"] == 0.125
     assert 3001 not in step_spans(found)
     assert {span.name for span in found} == {"training.step", "all_reduce", "save 3000"}
@@ -164,7 +165,7 @@ def test_a_span_that_ends_while_its_step_waits_goes_out_and_a_thinned_step_takes
 
 # --- metrics, traces and the histogram agree
 
-STEPS = st.lists(
+STEPS: st.SearchStrategy[list[dict[str, Any]]] = st.lists(
     st.fixed_dictionaries(
         {
             "lasts": st.sampled_from([0.0002, 0.003, 0.05, 2.0]),
@@ -227,7 +228,7 @@ def test_metrics_trace_and_histogram_agree(s: SessionEvents) -> None:
     points = s.records("metrics", status="completed")
     spans = step_spans([r for r in s.records("traces", status="completed") if isinstance(r, Span)])
     series = by_series(points)
-    ended = {split: {} for split in ("train", "val")}
+    ended: dict[Any, dict[float, Span]] = {split: {} for split in ("train", "val")}
     for span in spans.values():
         ended[span.attributes["split"]][round((span.end - s.header["started"]) / SECOND, 9)] = span
     for split, by_end in ended.items():
@@ -246,7 +247,8 @@ def test_metrics_trace_and_histogram_agree(s: SessionEvents) -> None:
     for _, _, value in points:
         for exemplar in value.exemplars if isinstance(value, Histogram) else ():
             span = sent[exemplar.trace_id, exemplar.span_id]
-            assert (exemplar.value, exemplar.time) == (pytest.approx((span.end - span.start) / SECOND), span.end)
+            assert exemplar.value == pytest.approx((span.end - span.start) / SECOND)
+            assert exemplar.time == span.end
 
 
 @pytest.mark.parametrize("signal", ["metrics", "traces"])
@@ -258,8 +260,8 @@ def test_they_are_the_same_whatever_the_batches_and_restarts(signal: Any, s: Ses
             return sorted(f"{r[0].name} {r[0].attributes} {r[1:]}" for r in records)
         return [str(r) if isinstance(r, Span) else str(r.record) for r in records]
 
-    whole = mapper(signal, s.header)
-    expected = [*whole.map(s.events), *whole.finish(s.closed())]
+    at_once = mapper(signal, s.header)
+    expected = [*at_once.map(s.events), *at_once.finish(s.closed())]
     times = [event["ts"] // MS for event in s.events]
     cuts = [place for place in range(1, len(times)) if times[place] != times[place - 1]]
     fold, found, begin = mapper(signal, s.header), [], 0
@@ -270,7 +272,7 @@ def test_they_are_the_same_whatever_the_batches_and_restarts(signal: Any, s: Ses
     again = restored(signal, s.header, fold.state())
     found += again.finish(s.closed())
     assert plain(found) == plain(expected)
-    assert again.filtered == whole.filtered
+    assert again.filtered == at_once.filtered
 
 
 def test_a_step_in_which_something_failed_goes_out_however_many_there_are() -> None:
@@ -289,7 +291,7 @@ def test_a_step_in_which_something_failed_goes_out_however_many_there_are() -> N
 
 
 @pytest.mark.parametrize("field", ["step", "split", "name"])
-def test_what_a_processor_has_taken_the_name_of_costs_that_and_not_the_end_of_its_session(field):
+def test_what_a_processor_has_taken_the_name_of_costs_that_and_not_the_end_of_its_session(field: str) -> None:
     s = SessionEvents()
     s.run()
     for number in range(2000):  # so many that steps are thinned

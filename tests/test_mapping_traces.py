@@ -167,20 +167,20 @@ def test_spans_nest_below_their_step_and_follow_it() -> None:
     run = s.run()
     epoch = s.emit("epoch_begin", parent=run, epoch=3)
     step = s.emit("step_begin", parent=epoch, step=0, split="train", epoch=3)
-    outer = s.emit("span_begin", parent=step, name="backward", attributes={"layers": {"n": 2}, "names": ["a"]})
-    inner = s.emit("span_begin", parent=outer, name="all_reduce", collective=True)
+    backward = s.emit("span_begin", parent=step, name="backward", attributes={"layers": {"n": 2}, "names": ["a"]})
+    inner = s.emit("span_begin", parent=backward, name="all_reduce", collective=True)
     s.emit("span_end", begin=inner)
-    s.emit("span_end", begin=outer)
+    s.emit("span_end", begin=backward)
     s.emit("step_end", begin=step)
     found = spans_of(s)
     assert [span.name for span in found] == ["training.step", "all_reduce", "backward"]
-    step_span, inner_span, outer_span = found
+    step_span, inner_span, backward_span = found
     assert {span.trace_id for span in found} == {step_span.trace_id}
-    assert (outer_span.parent_id, inner_span.parent_id) == (step_span.span_id, outer_span.span_id)
-    assert outer_span.attributes == {"layers.n": 2, "names": ["a"]}
+    assert (backward_span.parent_id, inner_span.parent_id) == (step_span.span_id, backward_span.span_id)
+    assert backward_span.attributes == {"layers.n": 2, "names": ["a"]}
     assert inner_span.attributes == {"collective": True}
     assert step_span.attributes == {"step": 0, "split": "train", "epoch": 3, "wait": 0.001}
-    assert outer_span.links == inner_span.links == []
+    assert backward_span.links == inner_span.links == []
     assert [link.attributes for link in step_span.links] == [{"relation": "run"}]
 
 
@@ -577,21 +577,21 @@ def test_a_step_of_very_many_spans_keeps_the_first_ones(monkeypatch: pytest.Monk
 
 def test_a_restart_in_the_middle_of_everything_changes_no_span() -> None:
     s = whole_run()
-    whole = spans_of(s, status="completed")
+    at_once = spans_of(s, status="completed")
     for cut in range(len(s.events) + 1):
         fold = mapper("traces", s.header)
         first = fold.map(s.events[:cut])
         again = restored("traces", s.header, fold.state())
-        assert first + again.map(s.events[cut:]) + again.finish(s.closed()) == whole
+        assert first + again.map(s.events[cut:]) + again.finish(s.closed()) == at_once
 
 
 def test_spans_have_the_ids_that_their_process_gave_to_opentelemetry(tmp_path: Path) -> None:
     (tmp_path / "settings.yaml").write_text("propagate: true")
-    told = {}
+    given = {}
 
     def warn(name: str) -> None:
         context = trace.get_current_span().get_span_context()
-        told[name] = (context.trace_id.to_bytes(16, "big"), context.span_id.to_bytes(8, "big"))
+        given[name] = (context.trace_id.to_bytes(16, "big"), context.span_id.to_bytes(8, "big"))
 
     with recorded_run(rank=3, world_size=4, config=tmp_path / "settings.yaml") as recording:
         run = recording.run
@@ -603,5 +603,5 @@ def test_spans_have_the_ids_that_their_process_gave_to_opentelemetry(tmp_path: P
                 warn("training.step")
                 with run.span("forward"), run.span("attention"):
                     warn("attention")
-    assert {span.name: (span.trace_id, span.span_id) for span in recording.spans() if span.name in told} == told
-    assert len(told) == 4
+    assert {span.name: (span.trace_id, span.span_id) for span in recording.spans() if span.name in given} == given
+    assert len(given) == 4

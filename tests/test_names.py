@@ -150,6 +150,6 @@ def test_these_are_the_metrics_of_a_session() -> None:
 @example("step.number")
 @example("step_time_seconds")
 @example("step__duration seconds")
-def test_no_key_shares_a_series_with_one_of_ours(key: str) -> None:
+def test_no_key_shares_a_series_with_one_of_stepspans_own(key: str) -> None:
     name, _, attribute = prometheus_series(key)
     assert name not in OURS or attribute

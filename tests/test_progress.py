@@ -28,12 +28,12 @@ def test_eta_is_the_pace_times_what_is_left() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=100)
     train(s, range(41), each=0.5)
-    told = by_series(s.records("metrics"))
-    assert told[("training.run.eta",)] == [
+    points = by_series(s.records("metrics"))
+    assert points[("training.run.eta",)] == [
         (10.0, pytest.approx(0.5 * (100 - 20))),
         (20.0, pytest.approx(0.5 * (100 - 40))),
     ]
-    assert told[("training.run.total_steps",)] == [(10.0, 100.0), (20.0, 100.0)]
+    assert points[("training.run.total_steps",)] == [(10.0, 100.0), (20.0, 100.0)]
 
 
 def test_eta_counts_what_lies_between_steps() -> None:
@@ -78,9 +78,9 @@ def test_a_total_that_is_no_number_costs_the_eta_alone(total: Any) -> None:
     s.run(name="n")
     s.emit("progress", 0.0, total_steps=total)
     train(s, range(11), each=1.0)
-    told = by_series(s.records("metrics"))
-    assert ("training.run.eta",) not in told
-    assert ("training.run.start_time",) in told
+    points = by_series(s.records("metrics"))
+    assert ("training.run.eta",) not in points
+    assert ("training.run.start_time",) in points
 
 
 def test_start_and_the_last_checkpoint_are_repeated() -> None:
@@ -89,19 +89,19 @@ def test_start_and_the_last_checkpoint_are_repeated() -> None:
     s.emit("artifact", 1.0, name="a", path="a.pt", kind="checkpoint")
     s.emit("artifact", 1.0, name="plot", path="a.png", kind="plot")
     s.emit("event", 20.0, parent=0, name="later")
-    told = by_series(s.records("metrics"))
-    assert told[("training.run.start_time",)] == [(0.001, STARTED), (20.0, STARTED)]
-    assert told[("training.run.checkpoint_time",)] == [(20.0, pytest.approx(STARTED + 1.001, abs=1e-6))]
+    points = by_series(s.records("metrics"))
+    assert points[("training.run.start_time",)] == [(0.001, STARTED), (20.0, STARTED)]
+    assert points[("training.run.checkpoint_time",)] == [(20.0, pytest.approx(STARTED + 1.001, abs=1e-6))]
 
 
 def test_throughput_is_per_second_of_step_and_data_wait() -> None:
     s = SessionEvents()
     begin = s.emit("step_begin", parent=0, step=0, split="train")
     s.emit("step_end", 0.75, begin=begin, data_wait=0.25, samples=32, tokens=4096)
-    told = s.records("metrics")
-    assert values(told, "training.throughput", item="samples", split="train") == [32.0]
-    assert values(told, "training.throughput", item="tokens", split="train") == [4096.0]
-    assert {series.unit for series, _, _ in told if series.name == "training.throughput"} == {"{item}/s"}
+    points = s.records("metrics")
+    assert values(points, "training.throughput", item="samples", split="train") == [32.0]
+    assert values(points, "training.throughput", item="tokens", split="train") == [4096.0]
+    assert {series.unit for series, _, _ in points if series.name == "training.throughput"} == {"{item}/s"}
 
 
 def test_a_checkpoint_of_the_mapper_carries_the_progress() -> None:
@@ -110,12 +110,12 @@ def test_a_checkpoint_of_the_mapper_carries_the_progress() -> None:
     s.emit("progress", 0.0, total_steps=100)
     s.emit("artifact", 1.0, name="a", path="a.pt", kind="checkpoint")
     train(s, range(60), each=0.5)
-    whole = mapper("metrics", s.header).map(s.events)
+    at_once = mapper("metrics", s.header).map(s.events)
     for cut in range(1, len(s.events), 7):
         first = mapper("metrics", s.header)
         head = first.map(s.events[:cut])
         tail = restored("metrics", s.header, first.state()).map(s.events[cut:])
-        assert by_series([*head, *tail]) == by_series(whole)
+        assert by_series([*head, *tail]) == by_series(at_once)
 
 
 def test_a_step_says_how_much_it_processed() -> None:

@@ -96,8 +96,8 @@ def between_milliseconds(s: SessionEvents) -> list[int]:
 @given(data=st.data(), s=sessions())
 def test_any_batches_with_restarts_between_them_give_the_same_records(signal: Signal, data: Any, s: Any) -> None:
     cuts = data.draw(st.sets(st.sampled_from(between_milliseconds(s) or [len(s.events)])))
-    whole = mapper(signal, s.header)
-    expected = [*whole.map(s.events), *whole.finish(s.closed("interrupted"))]
+    at_once = mapper(signal, s.header)
+    expected = [*at_once.map(s.events), *at_once.finish(s.closed("interrupted"))]
     fold, found, begin = mapper(signal, s.header), [], 0
     for end in [*sorted(cuts), len(s.events)]:
         fold = restored(signal, s.header, fold.state())
@@ -106,15 +106,15 @@ def test_any_batches_with_restarts_between_them_give_the_same_records(signal: Si
     again = restored(signal, s.header, fold.state())
     found += plain(signal, again.finish(s.closed("interrupted")))
     assert same(signal, found, plain(signal, expected))
-    assert again.filtered == whole.filtered
+    assert again.filtered == at_once.filtered
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
 @settings(deadline=None, max_examples=40)
 @given(s=sessions())
 def test_a_restart_at_every_millisecond_gives_the_same_records(signal: Signal, s: Any) -> None:
-    whole = mapper(signal, s.header)
-    expected = whole.map(s.events)
+    at_once = mapper(signal, s.header)
+    expected = at_once.map(s.events)
     fold, found, begin = mapper(signal, s.header), [], 0
     for end in [*between_milliseconds(s), len(s.events)]:
         fold = restored(signal, s.header, fold.state())
@@ -157,8 +157,8 @@ def test_a_long_fast_run_with_a_restart_at_each_batch_is_the_same(signal: Signal
         s.metrics({"loss": 1.0 / (number + 1), "lr": 0.5}, 0.0001, step=number)
         s.emit("step_end", 0.0013 + (number % 11) * 0.0005, begin=step, data_wait=0.0001)
     assert s.ts > s.events[0]["ts"] + 15 * SECOND
-    whole = mapper(signal, s.header)
-    expected = plain(signal, [*whole.map(s.events), *whole.finish(s.closed())])
+    at_once = mapper(signal, s.header)
+    expected = plain(signal, [*at_once.map(s.events), *at_once.finish(s.closed())])
     cuts = between_milliseconds(s)[::997]
     fold, found, begin = mapper(signal, s.header), [], 0
     for end in [*cuts, len(s.events)]:
@@ -166,4 +166,4 @@ def test_a_long_fast_run_with_a_restart_at_each_batch_is_the_same(signal: Signal
         found += plain(signal, fold.map(s.events[begin:end]))
         begin = end
     assert same(signal, found + plain(signal, fold.finish(s.closed())), expected)
-    assert fold.filtered == whole.filtered
+    assert fold.filtered == at_once.filtered

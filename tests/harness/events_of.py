@@ -52,7 +52,7 @@ class SessionEvents:
         return self.emit("run_begin", **{**RUN, **fields})
 
     def step(self, number: int, *, lasts: float = 0.01, parent: int = 0, **fields: Any) -> int:
-        """A whole step; the `seq` of its beginning."""
+        """A step from its begin to its end; the `seq` of its beginning."""
         end = {name: fields.pop(name) for name in ("status", "data_wait", "ended") if name in fields}
         begin = self.emit("step_begin", parent=parent, step=number, **{"split": "train", **fields})
         self.emit("step_end", lasts, begin=begin, **end)

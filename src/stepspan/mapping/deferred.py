@@ -4,7 +4,7 @@ A deferred value comes in a later line, which says what time it is of: the time 
 step. Its point has that time, and so comes behind points of other series that are newer. Within its own series the
 order holds all the same, because
 
-- whoever writes the journal writes the deferred values of a series in the order of their calls, and no other value of
+- the writer of a journal writes the deferred values of a series in the order of their calls, and no other value of
   that series in between: a call whose value is on its way has null in its place (`metrics` events), and
 - `steps` settles pending steps in the order in which they ended.
 

@@ -14,7 +14,7 @@ from stepspan.mapping.open_scopes import Step, step_trace_id
 from stepspan.mapping.records import Exemplar, Histogram
 from stepspan.mapping.thinning import Thinning, ThinningState
 
-MAX_UNCOUNTED = 256
+MAX_UNCOUNTED = 1024
 """Steps that are counted at once: that costs less than to count each as it ends."""
 
 

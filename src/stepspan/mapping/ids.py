@@ -8,9 +8,9 @@ numbers: a user's `random.seed(42)` in every rank changes nothing, and sending t
 id                     hashes                                                 shared by
 =====================  =====================================================  ===================
 trace of a step        run key, split, epoch, lap, step                       all ranks
-span of a step         its trace, rank, role                                  nobody
+span of a step         its trace, rank, role                                  no other span
 trace outside steps    run key, rank, role, epoch, hour                       one rank's sessions
-any other span         session, `seq`                                         nobody
+any other span         session, `seq`                                         no other span
 =====================  =====================================================  ===================
 
 These are on disk and in backends for ever: what is hashed, and how it is written, must not change.

@@ -35,7 +35,7 @@ class Series:
     Attributes:
         name: The metric's name, as in `training.loss`.
         attributes: The attributes of each of its points.
-        unit: By UCUM ("s", "By", "{error}/s"); "" for a user's metric, whose unit nobody knows.
+        unit: By UCUM ("s", "By", "{sample}/s"); "" for a user's metric, whose unit is not known.
         kind: What the values are: a float of a gauge, a `Sum`, a `Histogram`.
         description: For people.
         encoded: What encoders keep: encoder name -> its own form.
@@ -193,7 +193,7 @@ class SdkScope:
 class SdkRecord(NamedTuple):
     """What an OpenTelemetry SDK handed over: one span, log record or data point, as OTLP JSON. Encoders change nothing.
 
-    Begins like a point, so that points and these can be told apart by series and not one by one.
+    Begins like a point, so that points and these are separated by series and not one by one.
 
     Attributes:
         source: What it shares with others.

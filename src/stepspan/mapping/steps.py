@@ -1,6 +1,6 @@
 """What telemetry says of a step: how long it took, how long it waited for other ranks, and whether it failed.
 
-Computed once, here, for metrics and traces alike, and for whoever else folds a journal.
+Computed once, here, for metrics and traces, and for the reader of a journal that reports on a run.
 
 A step waits in its collectives: spans with `collective`. Of collectives within each other the outer one counts. What
 is timed on the host is known when the span ends. What is timed on the device (`cuda`) is known when its `device_time`
