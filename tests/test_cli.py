@@ -11,14 +11,9 @@ from pathlib import Path
 
 import pytest
 from harness.receiver import Answer, ScriptedReceiver
+from harness.runs import command as run
 
 import stepspan
-
-
-def run(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "STEPSPAN_"))}
-    command = [sys.executable, "-m", "stepspan", *map(str, arguments)]
-    return subprocess.run(command, env={**env, **variables}, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
@@ -32,7 +27,7 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-@pytest.mark.parametrize("command", ["demo", "sync", "status", "doctor"])
+@pytest.mark.parametrize("command", ["demo", "sync", "status", "tail", "report", "export", "import", "doctor"])
 def test_every_command_explains_itself(command: str) -> None:
     told = run(command, "--help")
     assert told.returncode == 0

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from harness.receiver import Answer, ScriptedReceiver
+from harness.runs import command
 
 
 def doctor(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL_", "STEPSPAN_"))}
-    command = [sys.executable, "-m", "stepspan", "doctor", *map(str, arguments)]
-    return subprocess.run(command, env={**env, **variables}, capture_output=True, text=True, timeout=60, check=False)
+    return command("doctor", *arguments, **variables)
 
 
 def test_doctor_says_where_each_field_comes_from(tmp_path: Path) -> None:

@@ -1,10 +1,8 @@
-"""`stepspan tail` and `stepspan report`: a run as a person reads it, from its journal alone."""
+"""`stepspan tail`: the events of a run's sessions as lines, merged by time."""
 
 from __future__ import annotations
 
 import io
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,47 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.delivery import SECOND, Scripted, Training, deliver, options, trained
+from harness.delivery import SECOND, Training, trained
 from harness.journals import header, lay_down
 from harness.processes import under_load, until
+from harness.runs import command as run
 from rich.console import Console
 
 from stepspan.cli import tail as tails
 from stepspan.cli.event_text import ROWS, event_text, printable
-from stepspan.cli.report import Page
 from stepspan.cli.tail import SHOWN_WHILE_OPEN, Follow
 from stepspan.events import TAGS
-from stepspan.identity import host_facts
-from stepspan.journal.layout import find_sessions, segment_name
-from stepspan.otlp.outcome import Outcome, Verdict
-from stepspan.reading.runs import summarise
-from stepspan.reading.session_summary import quantiles
+from stepspan.journal.layout import segment_name
 from stepspan.values import format_seconds
-
-
-def stepspan(*arguments: object) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "TZ": "UTC"}
-    command = [sys.executable, "-m", "stepspan", *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def tail(path: Path, count: int = 1000, rank: int | None = None, tags: tuple[str, ...] = ()) -> list[str]:
     return [f"{line.rank}|{line.step}|{line.text}" for line in Follow(path, rank, tags).newest(count)]
-
-
-def one_step(training: Training, **wait: float) -> None:
-    """A step with a collective in it, and a value."""
-    step = training.emit("step_begin", parent=training.run, step=training.step, split="train")
-    span = training.emit("span_begin", parent=step, name="all_reduce", collective=True)
-    training.now += int(wait.get("collective", 0.0) * SECOND)
-    training.emit("span_end", begin=span)
-    training.emit("metrics", step=training.step, split="train", metrics={"loss": wait.get("loss", 0.5)})
-    training.now += int(wait.get("compute", 0.0) * SECOND)
-    training.emit("step_end", begin=step, data_wait=0.002)
-    training.step += 1
-
-
-# ---------------------------------------------------------------- tail
 
 
 def test_lines_are_merged_over_ranks_by_time(tmp_path: Path) -> None:
@@ -81,7 +54,7 @@ def test_lines_are_merged_over_ranks_by_time(tmp_path: Path) -> None:
 
 def test_a_step_is_told_by_its_end_and_by_its_beginning_while_it_is_open(tmp_path: Path) -> None:
     training = Training(tmp_path)
-    one_step(training, collective=0.005, compute=0.25)
+    training.collective_step(collective=0.005, compute=0.25)
     step = training.emit("step_begin", parent=training.run, step=1, split="train")
     training.emit("span_begin", parent=step, name="all_reduce", collective=True)
     training.die()
@@ -171,15 +144,15 @@ def test_the_command_prints_time_rank_step_and_what(tmp_path: Path) -> None:
     training = Training(tmp_path, rank=3)
     training.emit("metrics", step=12, split="train", metrics={"loss": 0.5})
     training.die()
-    told = stepspan("tail", tmp_path, "-n", 1)
+    told = run("tail", tmp_path, "-n", 1, TZ="UTC")
     assert told.stdout == "2026-11-21 12:00:00.000  rank 3        12  loss=0.5\n"
-    assert stepspan("tail", tmp_path, "--tag", "error").returncode == 2
+    assert run("tail", tmp_path, "--tag", "error").returncode == 2
 
 
 def test_several_jobs_are_named(tmp_path: Path) -> None:
     for number, job in enumerate(("one", "two")):
         lay_down(tmp_path / job / "node", [header(job_id=job, session=f"{number:016}")], session=f"{number:016}")
-    assert [line.split()[2] for line in stepspan("tail", tmp_path).stdout.splitlines()] == ["one", "two"]
+    assert [line.split()[2] for line in run("tail", tmp_path).stdout.splitlines()] == ["one", "two"]
 
 
 def test_in_a_terminal_several_jobs_have_headings(tmp_path: Path) -> None:
@@ -195,7 +168,7 @@ def test_in_a_terminal_several_jobs_have_headings(tmp_path: Path) -> None:
 
 def test_a_tag_that_nobody_knows_is_told_with_those_that_are_known(tmp_path: Path) -> None:
     trained(tmp_path, 1)
-    told = stepspan("tail", tmp_path, "--tag", "metric")
+    told = run("tail", tmp_path, "--tag", "metric")
     assert told.returncode == 2
     assert "metric" in told.stderr
     assert all(tag in told.stderr for tag in TAGS)
@@ -206,7 +179,7 @@ def test_nothing_in_a_journal_reaches_the_terminal_as_a_command(tmp_path: Path) 
     training.emit("event", parent=1, name="\x1b[31mred\n[bold]fake line", attributes={"bell": "\x07"})
     training.die()
     for command in (["tail", tmp_path], ["report", tmp_path]):
-        assert "\x1b" not in stepspan(*command).stdout
+        assert "\x1b" not in run(*command).stdout
     assert tail(tmp_path)[-1] == "0|| [31mred [bold]fake line bell= "
     assert printable("é✓") == "é✓"
 
@@ -257,188 +230,9 @@ def test_durations(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
-# ---------------------------------------------------------------- report
-
-
-def two_ranks(directory: Path) -> None:
-    """Rank 0 waits for rank 1, which is killed in step 3 and tried again."""
-    for rank, wait, compute in ((0, 0.4, 0.1), (1, 0.1, 0.4)):
-        training = Training(directory, rank=rank, session=f"00000000000000a{rank}", boot_id=host_facts().boot_id)
-        training.emit("hyperparams", params={"lr": 0.1})
-        training.emit("progress", total_steps=10)
-        for loss in (3.0, "NaN", 1.0):
-            one_step(training, collective=wait, compute=compute, loss=loss)
-        if rank == 0:
-            training.emit("artifact", name="model", path="/ckpt/3", kind="checkpoint", step=3)
-            training.end()
-        else:
-            step = training.emit("step_begin", parent=training.run, step=3, split="train")
-            training.emit("error", parent=step, type="OSError", message="no disk", stack="", attributes={})
-            training.die()
-    again = Training(directory, rank=1, session="00000000000000b1", started=60.0)
-    one_step(again, collective=0.1, compute=0.4, loss=0.25)
-    again.end()
-
-
-def test_the_report_as_data(tmp_path: Path) -> None:
-    two_ranks(tmp_path)
-    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    assert (job["job"], job["name"], job["ranks"], job["total_steps"]) == ("job", "demo", 2, 10)
-    assert [(s["rank"], s["status"], s["steps"], s["last_step"], s["open_step"]) for s in job["sessions"]] == [
-        (0, "completed", 3, 2, None),
-        (1, "interrupted", 3, 2, 3),
-        (1, "completed", 1, 0, None),
-    ]
-    assert job["sessions"][0]["step_time"] == pytest.approx({"p50": 0.5, "p99": 0.5, "max": 0.5}, abs=1e-4)
-    assert job["sessions"][0]["data_wait"] == pytest.approx(0.002)
-    assert job["straggler"] == {
-        "rank": 1,
-        "wait": pytest.approx(0.1, abs=1e-4),
-        "others_wait": pytest.approx(0.4, abs=1e-4),
-    }
-    loss = job["metrics"]["loss"]
-    assert (loss["last"], loss["min"], loss["min_step"], loss["max"]) == (1.0, 0.25, 0, 3.0)
-    assert (loss["points"], loss["nonfinite"]) == (7, 2)
-    assert [(e["rank"], e["step"], e["type"]) for e in job["errors"]["list"]] == [(1, 3, "OSError")]
-    assert [(c["step"], c["path"]) for c in job["checkpoints"]] == [(3, "/ckpt/3")]
-    assert job["hyperparams"] == {"lr": 0.1}
-    assert job["delivery"] == []
-
-
-def test_the_wait_of_a_collective_on_a_device_is_what_the_device_says(tmp_path: Path) -> None:
-    for rank, seconds in ((0, 0.25), (1, 0.125)):
-        training = Training(tmp_path, rank=rank, session=f"00000000000000a{rank}")
-        step = training.emit("step_begin", parent=training.run, step=0, split="train")
-        early, late = (
-            training.emit("span_begin", parent=step, name="all_reduce", collective=True, cuda=True) for _ in range(2)
-        )
-        for span in (early, late):
-            training.emit("span_end", begin=span)
-        training.emit("device_time", begin=early, seconds=seconds)
-        training.emit("step_end", begin=step)
-        training.emit("device_time", begin=late, seconds=seconds)
-        training.end()
-    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    assert job["straggler"] == {"rank": 1, "wait": 0.25, "others_wait": 0.5}
-
-
-def test_the_report_on_a_page(tmp_path: Path) -> None:
-    two_ranks(tmp_path)
-    page = stepspan("report", tmp_path).stdout
-    for words in (
-        "2 ranks, 3 sessions (2 completed, 1 interrupted); began 2026-11-21 12:00:00",
-        "reached step 2 of 10",
-        "least wait in collectives: rank 1, 100 ms a step; the others 400 ms: it holds them up",
-        "rank 1, step 3  OSError: no disk",
-        "step 3  model  /ckpt/3",
-        "sent nowhere",
-    ):
-        assert words in page
-    assert "Traceback" not in page
-
-
-def test_the_report_in_a_terminal_of_80_columns(tmp_path: Path) -> None:
-    two_ranks(tmp_path)
-    console = Console(file=io.StringIO(), width=80, highlight=False)
-    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    Page(console).run(job)
-    page = console.file.getvalue()
-    assert "…" not in page
-    for words in ("interrupted", "500 ms", "data (mean)", "in collectives (p50)", "errors", "all on node"):
-        assert words in page
-    assert page.count("00000000000000b1") == 2, "whole: its first 8 characters are those of another one"
-
-
-def test_a_run_that_took_all_its_steps_is_told_so_and_named_once(tmp_path: Path) -> None:
-    training = Training(tmp_path, job_id="demo")
-    training.emit("progress", total_steps=2)
-    for _ in range(2):
-        one_step(training)
-    training.end()
-    page = stepspan("report", tmp_path).stdout
-    assert page.splitlines()[0].split() == ["demo"]
-    assert "took all 2 steps" in page
-
-
-def test_a_key_that_names_its_split_does_so_once(tmp_path: Path) -> None:
-    training = Training(tmp_path)
-    training.emit("metrics", step=1, split="val", metrics={"val/loss": 1.0, "loss": 2.0, "val/": 3.0})
-    training.emit(
-        "metrics", step=1, split="train", metrics={"loss": 0.5, "train/loss": 0.5, "test/acc": 0.5, "a/b": 0.5}
-    )
-    training.emit("metrics", step=1, split="probe", metrics={"loss": 0.5, "probe/x": 0.5})
-    training.end()
-    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    assert {name: values["points"] for name, values in job["metrics"].items()} == {
-        "val/loss": 2,
-        "val/val/": 1,
-        "loss": 2,
-        "test/acc": 1,
-        "a/b": 1,
-        "probe/loss": 1,
-        "probe/probe/x": 1,
-    }
-
-
-def test_the_report_as_json_is_json_whatever_was_logged(tmp_path: Path) -> None:
-    training = Training(tmp_path)
-    one_step(training, loss="NaN")
-    training.end()
-
-    def refuse(constant: Any) -> None:
-        raise AssertionError(constant)
-
-    (job,) = json.loads(stepspan("report", tmp_path, "--json").stdout, parse_constant=refuse)["jobs"]
-    assert job["metrics"]["loss"]["last"] == "NaN"
-
-
-def test_what_is_lost_and_what_was_delivered(tmp_path: Path) -> None:
-    session = trained(tmp_path, 10)
-    file = session.path / segment_name(1)
-    content = file.read_bytes().splitlines(keepends=True)
-    content[7] = b"garbage\n"
-    file.write_bytes(b"".join(content))
-    deliver(session, Scripted(), options())
-    deliver(session, Scripted([Outcome(Verdict.HOLD, "404: check the path")]), options(), "traces")
-    (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    assert job["sessions"][0]["lines"]["damaged"] == 1
-    rows = {row["signal"]: row for row in job["delivery"]}
-    assert (rows["metrics"]["finished"], rows["metrics"]["pending"], rows["metrics"]["held"]) == (1, 0, 0)
-    assert (rows["traces"]["finished"], rows["traces"]["held"]) == (0, 1)
-    assert rows["traces"]["messages"] == ["404: check the path"]
-    page = stepspan("report", tmp_path).stdout
-    assert "1 lines damaged" in page
-    assert "404: check the path" in page
-
-
-def test_a_session_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    session = trained(tmp_path, 1)
-    (session.path / segment_name(1)).write_bytes(b"nothing\n")
-    (job,) = summarise([session], boot_id="")
-    assert job["sessions"][0]["status"] == "unreadable"
-    assert "no segment begins with a header" in job["sessions"][0]["trouble"]
-    assert "no segment begins with a header" in stepspan("report", tmp_path).stdout
-
-
-def test_many_ranks_stay_on_a_page(tmp_path: Path) -> None:
-    for rank in range(40):
-        training = Training(tmp_path, rank=rank, session=f"{rank:016}")
-        one_step(training, compute=5.0 if rank == 33 else 0.1)
-        training.end()
-    page = stepspan("report", tmp_path).stdout
-    assert "and 16 more" in page
-    assert "\n33 " in page
-    assert len(page.splitlines()) < 50
-
-
-def test_quantiles_by_nearest_rank() -> None:
-    assert quantiles([float(n) for n in range(1, 101)]) == {"p50": 50.0, "p99": 99.0, "max": 100.0}
-    assert quantiles([]) is None
-
-
 @pytest.mark.parametrize("command", ["tail", "report"])
 def test_help_and_an_empty_place(tmp_path: Path, command: str) -> None:
-    assert stepspan(command, "--help").stdout.count(".") >= 3
-    told = stepspan(command, tmp_path)
+    assert run(command, "--help").stdout.count(".") >= 3
+    told = run(command, tmp_path)
     assert told.returncode == 2
     assert str(tmp_path) in told.stderr

@@ -136,6 +136,17 @@ class Training:
             self.emit("step_end", begin=step)
             self.step += 1
 
+    def collective_step(self, *, collective: float = 0.0, compute: float = 0.0, loss: Any = 0.5) -> None:
+        """A step that waits `collective` seconds for other ranks, logs a value, and computes `compute` seconds."""
+        step = self.emit("step_begin", parent=self.run, step=self.step, split="train")
+        span = self.emit("span_begin", parent=step, name="all_reduce", collective=True)
+        self.now += int(collective * SECOND)
+        self.emit("span_end", begin=span)
+        self.emit("metrics", step=self.step, split="train", metrics={"loss": loss})
+        self.now += int(compute * SECOND)
+        self.emit("step_end", begin=step, data_wait=0.002)
+        self.step += 1
+
     def end(self, status: str = "completed") -> SessionPath:
         self.emit("run_end", begin=self.run, status=status)
         self.writer.close(status)

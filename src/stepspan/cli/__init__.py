@@ -1,4 +1,4 @@
-"""The command line: one file a command, imported when it is called."""
+"""The command line: `app` declares the commands; what each does is in a module that is imported when it is called."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """`stepspan`."""
+    """Run `stepspan` with the arguments of this process. Exit code 2 and a message where an argument is wrong."""
     from stepspan.cli.app import app
     from stepspan.errors import StepspanError
 
