@@ -1,7 +1,7 @@
 """Settings: arguments over `STEPSPAN_*` variables over a YAML file; STEPSPAN_DISABLED over all. Each default is here.
 
-Who a process is (job, rank, attempt) is `stepspan.identity`'s; where OTLP goes by the standard variables is
-`stepspan.otlp.endpoint`'s. A file is named by `config=` or STEPSPAN_CONFIG; a key that nobody knows is an error.
+Which process this is (job, rank, attempt) is for `stepspan.identity`, and where OTLP goes by the standard variables for
+`stepspan.otlp.endpoint`. A file is named by `config=` or STEPSPAN_CONFIG; an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
@@ -18,30 +18,30 @@ from stepspan.errors import ConfigError
 from stepspan.journal.disk import Limits
 
 
-def _words(value: Any) -> Any:
+def _split_words(value: Any) -> Any:
     """`a, b` in a variable is a list."""
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
-def _names(value: Any) -> Any:
+def _split_names(value: Any) -> Any:
     """`none` in a variable is an empty list."""
-    words = _words(value)
+    words = _split_words(value)
     return [] if words == ["none"] else words
 
 
-def _mapping(value: Any) -> Any:
+def _split_pairs(value: Any) -> Any:
     """`{"team": "vision"}` or `team=vision,tier=a` in a variable is a mapping."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("{"):
-        return _json(value)
+        return _parse_json(value)
     pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
     if not all(key.strip() and equals for key, equals, _ in pairs):
         raise ValueError("give key=value,key=value or a JSON object")
     return {key.strip(): item.strip() for key, _, item in pairs}
 
 
-def _json(value: Any) -> Any:
+def _parse_json(value: Any) -> Any:
     """JSON in a variable is a list."""
     try:
         return json.loads(value) if isinstance(value, str) else value
@@ -49,10 +49,11 @@ def _json(value: Any) -> Any:
         raise ValueError(f"give JSON: {error}") from None
 
 
-Words = Annotated[list[str], BeforeValidator(_words)]
-Table = Annotated[dict[str, Any], BeforeValidator(_mapping)]
-Samplers = Annotated[list[Literal["host", "process", "gpu", "torch"]], BeforeValidator(_names)]
-Listing = Annotated[list[dict[str, Any]], BeforeValidator(_json)]
+Words = Annotated[list[str], BeforeValidator(_split_words)]
+Table = Annotated[dict[str, Any], BeforeValidator(_split_pairs)]
+Samplers = Annotated[list[Literal["host", "process", "gpu", "torch"]], BeforeValidator(_split_names)]
+Entries = Annotated[list[dict[str, Any]], BeforeValidator(_parse_json)]
+Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
 
 
 class _Strict(BaseModel):
@@ -63,38 +64,66 @@ class OtlpSettings(_Strict):
     """Where one OTLP exporter sends, beyond what the OTEL_EXPORTER_OTLP_* variables say."""
 
     endpoint: str | None = None
-    protocol: Literal["http/protobuf", "grpc", "http/json"] | None = None
+    """Base URL; None: what the variables say."""
+    protocol: Protocol | None = None
+    """None: what the variables say."""
     headers: Table | None = None
+    """Sent with each request; credentials, mostly."""
     compression: Literal["none", "gzip"] | None = None
+    """None: what the variables say."""
     timeout: float | None = Field(default=None, gt=0)
-    processors: Listing = []
+    """Seconds for a request; None: what the variables say."""
+    processors: Entries = []
+    """Of this destination alone, after the journal."""
 
 
 class Settings(_Strict):
-    """Everything that can be set, with its default."""
+    """Everything that can be set, with its default.
+
+    Each is an entry of the YAML file, and a variable `STEPSPAN_` with its name in capitals; those that `start_run` has
+    an argument for are that argument, too.
+    """
 
     enabled: bool = True
+    """False: a run that records nothing."""
     name: str | None = None
+    """A name for people; None: the job id."""
     group: str | None = None
+    """What the job belongs to: a sweep, an experiment. None: the scheduler's array job, if there is one."""
     tags: Words = []
+    """Words to find the run by."""
     service_name: str | None = None
+    """`service.name` of the Resource; None: OTEL_SERVICE_NAME, else "training"."""
     resource: Table = {}
+    """Further attributes of the OpenTelemetry Resource."""
     directory: Annotated[Path, AfterValidator(Path.expanduser)] = Path("stepspan-runs")
+    """Where journals go."""
     endpoint: str | None = None
-    protocol: Literal["http/protobuf", "grpc", "http/json"] | None = None
+    """OTLP base URL; None: the OTEL_EXPORTER_OTLP_* variables, and without those nothing is sent."""
+    protocol: Protocol | None = None
+    """Of the endpoint; None: what the variables say, else http/protobuf."""
     delivery: Literal["process", "thread", "off"] = "process"
+    """What sends the journal: a process for each host, threads of the training process, or nothing."""
     durability: Literal["process", "disk"] = "process"
+    """What an event survives once its call has returned: the process, or with fdatasync the machine."""
     sync_every: float = Field(default=1.0, ge=0)
     """Seconds between fdatasync calls with durability `disk`; 0: after each event."""
     segment_bytes: int = Field(default=64 << 20, ge=4096)
+    """Size at which a journal's segment is complete and the next one begins."""
     session_bytes: int = Field(default=10 << 30, ge=65536)
+    """Size of a session beyond which its oldest segments are removed."""
     free_bytes: int = Field(default=1 << 30, ge=0)
+    """The journal stops growing while less than this is free on its disk."""
     free_ratio: float = Field(default=0.02, ge=0, lt=1)
+    """The same, as a share of the disk."""
     group_readable: bool = False
+    """Whether the user's group may read journals."""
     redact: bool = True
+    """Whether secrets are removed from events before the journal."""
     redact_names: Words = []
+    """Further names whose values are secrets."""
     health: bool = True
-    """Deliverers tell their OTLP destinations how the delivery goes: `stepspan.deliver.health`."""
+    """Whether deliverers send metrics about the delivery to their destinations (`stepspan.deliver.health`)."""
     propagate: bool | None = None
     """Make steps the parents of the user's own spans; None: unless a global TracerProvider is installed."""
     stall_after: float = Field(default=600.0, ge=0)
@@ -103,13 +132,13 @@ class Settings(_Strict):
     """What is sampled beside training; "none" in a variable, or an empty list: nothing."""
     sample_interval: float = Field(default=10.0, ge=0.1)
     """Seconds between two samples."""
-    processors: Listing = []
+    processors: Entries = []
     """Shared processors in order, each `{name: {argument: value}}`: attributes, rename, redact."""
-    exporters: Annotated[list[OtlpSettings], BeforeValidator(_json)] = []
+    exporters: Annotated[list[OtlpSettings], BeforeValidator(_parse_json)] = []
     """Further OTLP destinations, each with processors of its own: drop, sample_steps, attributes, rename."""
 
     def limits(self) -> Limits:
-        """What the journal may take."""
+        """How much of the disk a session of the journal may take."""
         return Limits(
             segment_bytes=self.segment_bytes,
             session_bytes=self.session_bytes,
@@ -121,45 +150,55 @@ class Settings(_Strict):
 
 
 def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | Path | None = None) -> Settings:
-    """The settings in force. None among the arguments, and a blank variable, mean not given. Raises `ConfigError`."""
+    """The settings in force.
+
+    Args:
+        arguments: What the program gave; None means not given.
+        env: The environment; a blank variable means not given.
+        config: A YAML file; None: the one that STEPSPAN_CONFIG names, if any.
+
+    Raises:
+        ConfigError: A setting is wrong or unknown; it names the argument, the variable, or the entry of the file.
+
+    """
     path = config or env.get(f"{PREFIX}CONFIG", "").strip()
-    values = _values_of_file(path) if path else {}
+    values = _read_file(path) if path else {}
     origin = {field: f"{field} in {path}" for field in values}
     for field in Settings.model_fields:
         variable = f"{PREFIX}{field.upper()}"
-        text = env.get(variable, "").strip()
-        if text:
-            values[field], origin[field] = text, variable
-    for field, value in arguments.items():
-        if value is not None:
-            values[field], origin[field] = value, field
+        value = env.get(variable, "").strip()
+        if value:
+            values[field], origin[field] = value, variable
+    for field, argument in arguments.items():
+        if argument is not None:
+            values[field], origin[field] = argument, field
     if switched_off(env):
         values["enabled"] = False
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        raise _refusal(error, origin) from None
+        raise _config_error(error, origin) from None
 
 
-def _refusal(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
-    """What is wrong first, by the name that it was given by: an argument, a variable, or an entry of the file."""
-    found = error.errors()[0]
-    first, *inside = map(str, found["loc"])
-    where = ".".join((origin[first], *inside))
-    value = found["input"]
+def _config_error(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:
+    """The first fault, by the name that the value was given by: an argument, a variable, or an entry of the file."""
+    fault = error.errors()[0]
+    first, *inside = map(str, fault["loc"])
+    field = ".".join((origin[first], *inside))
+    value = fault["input"]
     if first == "exporters" and not {"endpoint", "protocol", "compression", "timeout"}.intersection(inside):
         value = f"<{type(value).__name__}>"  # headers are credentials
-    fix = found["msg"].removeprefix("Value error, ")
-    if found["type"] == "extra_forbidden":
+    fix = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
         known = OtlpSettings.model_fields if inside else Settings.model_fields
         fix = f"unknown; known are {', '.join(known)}"
-    return ConfigError(where, value, fix)
+    return ConfigError(field, value, fix)
 
 
-def _values_of_file(path: str | Path) -> dict[str, Any]:
+def _read_file(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, TypeError, ValueError) as error:  # no file, no path, no UTF-8
+    except (OSError, TypeError, ValueError) as error:  # no file, not a path, not UTF-8
         raise ConfigError("config", path, f"the file cannot be read: {error}") from None
     try:
         import yaml

@@ -24,6 +24,8 @@ Event: TypeAlias = dict[str, Any]
 
 Number: TypeAlias = int | float | Literal["NaN", "Infinity", "-Infinity"]
 Json: TypeAlias = dict[str, Any]
+Parent: TypeAlias = Annotated[int, "`seq` of the begin line that it lies in; 0: none"]
+Begin: TypeAlias = Annotated[int, "`seq` of its own begin line"]
 
 
 class Line(TypedDict):
@@ -31,7 +33,7 @@ class Line(TypedDict):
 
     ts: Annotated[int, "Unix ns; grows from line to line of a session"]
     seq: Annotated[int, "the line's number in its session, from 1 on without a gap"]
-    crc: NotRequired[Annotated[int, "CRC-32 of the line before it; only in a line"]]
+    crc: NotRequired[Annotated[int, "CRC-32 of all bytes of the line before this field"]]
 
 
 class Header(Line):
@@ -41,17 +43,17 @@ class Header(Line):
     schema: Annotated[str, "version of this schema, major.minor"]
     session: Annotated[str, "64 random bits in hex"]
     run_key: Annotated[str, "what all ranks of one run have in common, and no other run has; in every trace id"]
-    job_id: str
-    rank: int
-    local_rank: NotRequired[int]
+    job_id: Annotated[str, "what all ranks of a job have in common"]
+    rank: Annotated[int, "of this process among all, from 0"]
+    local_rank: NotRequired[Annotated[int, "of this process among those of its host, from 0"]]
     world_size: Annotated[int, "how many ranks the run has"]
     role: Annotated[str, '"" or, for a forked worker or a duplicate of a living rank, what it is']
     attempt: NotRequired[Annotated[list[int], "how often the scheduler, and the launcher, restarted the job"]]
     launcher: NotRequired[Annotated[str, "the launcher that the identity came from"]]
     started: Annotated[int, "Unix ns"]
     boot_id: Annotated[str, "of the host's kernel: a lock of another boot says nothing"]
-    pid: int
-    host: str
+    pid: Annotated[int, "of the process that writes"]
+    host: Annotated[str, "name of the machine"]
     resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
 
 
@@ -59,18 +61,18 @@ class RunBegin(Line):
     """The run begins in this process."""
 
     tag: Literal["run_begin"]
-    parent: int
-    name: str
-    group: NotRequired[str | None]
-    tags: NotRequired[list[Any]]
-    attempt: NotRequired[list[int]]
+    parent: Parent
+    name: Annotated[str, "for people; the job id unless one was given"]
+    group: NotRequired[Annotated[str | None, "what the job belongs to"]]
+    tags: NotRequired[Annotated[list[Any], "words to find it by"]]
+    attempt: NotRequired[Annotated[list[int], "as in the header"]]
 
 
 class RunEnd(Line):
     """The run ended."""
 
     tag: Literal["run_end"]
-    begin: int
+    begin: Begin
     status: Annotated[str, "completed, failed or interrupted"]
 
 
@@ -78,15 +80,15 @@ class EpochBegin(Line):
     """An epoch begins."""
 
     tag: Literal["epoch_begin"]
-    parent: int
-    epoch: int
+    parent: Parent
+    epoch: Annotated[int, "its number, from 0"]
 
 
 class EpochEnd(Line):
     """An epoch ended."""
 
     tag: Literal["epoch_end"]
-    begin: int
+    begin: Begin
     status: NotRequired[Annotated[str, '"error" where an exception left it']]
     ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
 
@@ -95,10 +97,10 @@ class StepBegin(Line):
     """A step begins."""
 
     tag: Literal["step_begin"]
-    parent: int
-    step: int
+    parent: Parent
+    step: Annotated[int, "its number, from 0"]
     split: Annotated[str, '"train", or what the step is of']
-    epoch: NotRequired[int]
+    epoch: NotRequired[Annotated[int, "that it lies in"]]
     lap: NotRequired[Annotated[int, "how often the steps of this split have begun again"]]
 
 
@@ -106,7 +108,7 @@ class StepEnd(Line):
     """A step ended."""
 
     tag: Literal["step_end"]
-    begin: int
+    begin: Begin
     status: NotRequired[Annotated[str, '"error" where an exception left it']]
     data_wait: NotRequired[Annotated[float, "seconds that the step waited for its data"]]
     samples: NotRequired[Annotated[float, "how many samples it processed"]]
@@ -118,18 +120,18 @@ class SpanBegin(Line):
     """A phase begins."""
 
     tag: Literal["span_begin"]
-    parent: int
-    name: str
+    parent: Parent
+    name: Annotated[str, "of the span; the metric's attribute `phase`"]
     collective: NotRequired[Annotated[bool, "its time is a wait for other ranks"]]
     cuda: NotRequired[Annotated[bool, "its time on the device follows in a device_time event"]]
-    attributes: NotRequired[Json]
+    attributes: NotRequired[Annotated[Json, "of the span"]]
 
 
 class SpanEnd(Line):
     """A phase ended."""
 
     tag: Literal["span_end"]
-    begin: int
+    begin: Begin
     status: NotRequired[Annotated[str, '"error" where an exception left it']]
     ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
 
@@ -138,7 +140,7 @@ class DeviceTime(Line):
     """How long a phase took on the device; written when the device has got there."""
 
     tag: Literal["device_time"]
-    begin: int
+    begin: Begin
     seconds: Annotated[float | None, "null: it could not be measured"]
 
 
@@ -146,9 +148,9 @@ class Metrics(Line):
     """The values of one `log_metrics` call."""
 
     tag: Literal["metrics"]
-    step: NotRequired[int]
-    split: str
-    attributes: NotRequired[Json]
+    step: NotRequired[Annotated[int, "that the values belong to"]]
+    split: Annotated[str, "of the keys that name none"]
+    attributes: NotRequired[Annotated[Json, "of every point"]]
     metrics: Annotated[dict[str, Number | None], "key to number; null: a later line has it"]
     at: NotRequired[Annotated[int, "`ts` of the line whose values follow here"]]
 
@@ -157,50 +159,50 @@ class Hyperparams(Line):
     """Hyperparameters, merged with those logged before."""
 
     tag: Literal["hyperparams"]
-    params: Json
+    params: Annotated[Json, "name to value"]
 
 
 class Artifact(Line):
     """Where an artifact lies."""
 
     tag: Literal["artifact"]
-    name: str
-    path: str
-    kind: str
-    step: NotRequired[int]
+    name: Annotated[str, "what it is"]
+    path: Annotated[str, "where it lies"]
+    kind: Annotated[str, '"file", "checkpoint", or any word']
+    step: NotRequired[Annotated[int, "in which it was written"]]
 
 
 class Milestone(Line):
     """A named event of the user's, or of a watch."""
 
     tag: Literal["event"]
-    parent: NotRequired[int]
-    name: str
-    status: NotRequired[str]
-    severity: NotRequired[str]
-    attributes: NotRequired[Json]
+    parent: NotRequired[Parent]
+    name: Annotated[str, "what happened"]
+    status: NotRequired[Annotated[str, "how it went, in a word"]]
+    severity: NotRequired[Annotated[str, "info, warn or error; info by default"]]
+    attributes: NotRequired[Annotated[Json, "what belongs to it"]]
 
 
 class Error(Line):
     """An exception."""
 
     tag: Literal["error"]
-    parent: NotRequired[int]
-    type: str
-    message: Any
-    stack: str
-    attributes: NotRequired[Json]
+    parent: NotRequired[Parent]
+    type: Annotated[str, "qualified name of the exception's class"]
+    message: Annotated[Any, "its text"]
+    stack: Annotated[str, "its traceback; of a long one the end"]
+    attributes: NotRequired[Annotated[Json, "what belongs to it"]]
 
 
 class LogRecord(Line):
     """A record of Python's `logging`."""
 
     tag: Literal["log"]
-    parent: NotRequired[int]
+    parent: NotRequired[Parent]
     severity: Annotated[int, "OpenTelemetry's SeverityNumber, 1 to 24"]
-    logger: str
-    message: str
-    attributes: Json
+    logger: Annotated[str, "name of the logger"]
+    message: Annotated[str, "with its arguments filled in"]
+    attributes: Annotated[Json, "by semantic conventions (`code.*`, `thread.*`), and the record's extra fields"]
     exception: NotRequired[Annotated[Json, "type, message, stack"]]
 
 
@@ -208,14 +210,14 @@ class Progress(Line):
     """How many training steps there will be."""
 
     tag: Literal["progress"]
-    total_steps: int
+    total_steps: Annotated[int, "counted from step 0"]
 
 
 class Sample(Line):
     """What a sampler measured at one instant."""
 
     tag: Literal["sample"]
-    source: str
+    source: Annotated[str, "name of the sampler"]
     values: Annotated[list[list[Any]], "[[name, value, {attribute: value}?], ...]"]
 
 
@@ -223,7 +225,7 @@ class Memory(Line):
     """The counters of a memory allocator."""
 
     tag: Literal["memory"]
-    device_id: int
+    device_id: Annotated[int, "of the allocator's device"]
     counters: Annotated[dict[str, Number | None], "name to bytes"]
 
 
@@ -231,10 +233,10 @@ class Otel(Line):
     """What an OpenTelemetry SDK handed over."""
 
     tag: Literal["otel"]
-    parent: NotRequired[int]
-    signal: Literal["metrics", "traces", "logs"]
+    parent: NotRequired[Parent]
+    signal: Annotated[Literal["metrics", "traces", "logs"], "what the record is of"]
     scope: Annotated[Json, "its InstrumentationScope"]
-    schema_url: NotRequired[str]
+    schema_url: NotRequired[Annotated[str, "of the scope"]]
     record: Annotated[Json, "a metric, a span or a log record, as OTLP JSON"]
 
 
@@ -242,8 +244,8 @@ class Gap(Line):
     """So many events before this one could not be written."""
 
     tag: Literal["gap"]
-    dropped: int
-    why: str
+    dropped: Annotated[int, "how many"]
+    why: Annotated[str, "what the disk said"]
 
 
 BY_TAG: Mapping[str, type] = {
