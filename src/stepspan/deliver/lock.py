@@ -15,7 +15,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from stepspan.journal.layout import open_directory, open_file, slug
+from stepspan.journal.layout import open_path, slug
 
 DELIVERERS_DIRECTORY = ".deliverers"
 
@@ -65,8 +65,4 @@ def open_deliverers_file(directory: Path, name: str, flags: int) -> int:
     """Open a file that deliverers keep below `directory`; their own directory is made where it is missing. OSError."""
     path = directory / DELIVERERS_DIRECTORY
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = open_directory(path)
-    try:
-        return open_file(name, flags, dir_fd=descriptor)
-    finally:
-        os.close(descriptor)
+    return open_path(path / name, flags)

@@ -20,7 +20,7 @@ from zlib import crc32
 
 import orjson
 
-from stepspan.journal.layout import open_directory, open_file, read_file
+from stepspan.journal.layout import open_path, read_file
 
 SLOT_BYTES = 2048
 MAX_MESSAGE_CHARS = 600
@@ -120,11 +120,7 @@ class Cursor:
     """
 
     def __init__(self, path: Path) -> None:
-        directory = open_directory(path.parent)
-        try:
-            self._fd = open_file(path.name, os.O_RDWR | os.O_CREAT, dir_fd=directory)
-        finally:
-            os.close(directory)
+        self._fd = open_path(path, os.O_RDWR | os.O_CREAT)
         size = os.fstat(self._fd).st_size
         if size < 2 * SLOT_BYTES:
             os.pwrite(self._fd, bytes(2 * SLOT_BYTES - size), size)

@@ -54,6 +54,15 @@ def open_file(name: str, flags: int, *, dir_fd: int, mode: int = 0o600) -> int:
     return fd
 
 
+def open_path(path: Path, flags: int) -> int:
+    """A descriptor of a regular file; neither it nor its directory is a link. OSError otherwise."""
+    directory = open_directory(path.parent)
+    try:
+        return open_file(path.name, flags, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
 def _open(path: str | Path, flags: int, mode: int = 0o600, *, dir_fd: int | None) -> int:
     fd = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     if fd > 2:
@@ -121,16 +130,10 @@ def read_file(path: Path, max_bytes: int = -1) -> bytes | None:
 
     """
     try:
-        directory = open_directory(path.parent)
-    except OSError:
-        return None
-    try:
-        with open(open_file(path.name, os.O_RDONLY, dir_fd=directory), "rb") as file:
+        with open(open_path(path, os.O_RDONLY), "rb") as file:
             return file.read(max_bytes)
     except OSError:
         return None
-    finally:
-        os.close(directory)
 
 
 def replace_file(directory: int, name: str, content: bytes, *, mode: int = 0o600, sync: bool = False) -> None:
@@ -195,15 +198,8 @@ class SessionPath:
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Bytes of a segment, fewer where it ends. OSError."""
-        directory = open_directory(self.path)
-        try:
-            fd = open_file(segment_name(number), os.O_RDONLY, dir_fd=directory)
-        finally:
-            os.close(directory)
-        try:
-            return os.pread(fd, size, offset)
-        finally:
-            os.close(fd)
+        with open(open_path(self.path / segment_name(number), os.O_RDONLY), "rb", buffering=0) as file:
+            return os.pread(file.fileno(), size, offset)
 
 
 def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPath]:

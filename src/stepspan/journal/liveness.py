@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from stepspan.errors import JournalError
-from stepspan.journal.layout import SessionPath, open_directory, open_file, read_file, segment_name
+from stepspan.journal.layout import SessionPath, open_directory, open_file, open_path, read_file, segment_name
 
 DEAD_AFTER_S = 900.0
 """Silence after which a session of another host or boot counts as dead."""
@@ -38,7 +38,7 @@ class Closed:
 
 def take_lock(directory: Path) -> int:
     """Make and take the lock of a session that is being made: a descriptor to keep. OSError: it can't be made."""
-    fd = _open_lock(directory, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    fd = open_path(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     with contextlib.suppress(OSError):  # a file system without locks: only silence will tell
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return fd
@@ -49,7 +49,7 @@ def lock_is_held(directory: Path) -> bool:
 
     Asks for a share of it, so that two who ask at once don't take each other for the writer.
     """
-    fd = _open_lock(directory, os.O_RDONLY)
+    fd = open_path(directory / LOCK, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -57,14 +57,6 @@ def lock_is_held(directory: Path) -> bool:
     finally:
         os.close(fd)
     return False
-
-
-def _open_lock(directory: Path, flags: int) -> int:
-    dir_fd = open_directory(directory)
-    try:
-        return open_file(LOCK, flags, dir_fd=dir_fd)
-    finally:
-        os.close(dir_fd)
 
 
 def is_alive_here(directory: Path) -> bool:
