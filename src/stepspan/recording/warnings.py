@@ -18,11 +18,13 @@ class WarningSink:
 
     Args:
         audible: Whether this process logs them where people look; otherwise at DEBUG.
+        counted_in: What gives the counts, for the log record.
 
     """
 
-    def __init__(self, *, audible: bool) -> None:
+    def __init__(self, *, audible: bool, counted_in: str = "run.stats()") -> None:
         self.audible = audible
+        self._counted_in = counted_in
         self.counts: Counter[str] = Counter()
 
     def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
@@ -36,4 +38,4 @@ class WarningSink:
         """
         self.counts[kind] += 1
         if self.counts[kind] == 1:
-            log.log(level if self.audible else logging.DEBUG, "%s (logged once; run.stats() counts)", message)
+            log.log(level if self.audible else logging.DEBUG, "%s (logged once; %s counts)", message, self._counted_in)

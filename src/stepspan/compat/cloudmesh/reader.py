@@ -23,7 +23,7 @@ import orjson
 from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.files import is_database
 from stepspan.compat.cloudmesh.records import Record, edge, has_failed, instant, milestone, numbers, span_name
-from stepspan.compat.cloudmesh.sqlite import COLUMNS, JSON_COLUMNS
+from stepspan.compat.cloudmesh.sqlite import COLUMNS, JSON_COLUMNS, column_names
 from stepspan.compat.importing import BeginLine, ImportedSession, Line, default_job_id, event
 from stepspan.compat.rows import NS_PER_US, first_row, read_rows, row_index
 from stepspan.errors import RecordError, short_repr
@@ -40,7 +40,7 @@ def detect(path: Path) -> str | None:
             return None
         if is_database(path):
             with closing(_connect(path)) as database:
-                if not _columns(database) >= RELEASED_FIELDS:
+                if not column_names(database) >= RELEASED_FIELDS:
                     return None
                 count = database.execute("SELECT count(*) FROM telemetry").fetchone()[0]
             return f"a cloudmesh telemetry database of {count} records"
@@ -187,7 +187,7 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
         return
     try:
         with closing(_connect(path)) as database:
-            found = _columns(database)
+            found = column_names(database)
             known = [name for name in COLUMNS if name in found]
             if not {*known} >= RELEASED_FIELDS:
                 raise RecordError("a database without cloudmesh's table telemetry", where=str(path))
@@ -222,7 +222,3 @@ def _connect(path: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError:  # a log in WAL mode, where we may not make the files that go with it
         database = sqlite3.connect(f"{uri}&immutable=1", uri=True)
     return database
-
-
-def _columns(database: sqlite3.Connection) -> set[str]:
-    return {row[1] for row in database.execute("PRAGMA table_info(telemetry)")}

@@ -28,14 +28,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import orjson
 
-from stepspan.compat.cloudmesh.files import file_path, is_database
+from stepspan.compat.cloudmesh.files import FILE_MODE, file_path, is_database
 from stepspan.compat.cloudmesh.records import instant, numbers
+from stepspan.compat.row_writer import open_append
 from stepspan.errors import ConfigError
 from stepspan.values import json_value
 
@@ -115,19 +116,13 @@ class SqliteBackend:
 
     def _insert(self, row: list[Any], values: list[tuple[Any, ...]]) -> None:
         connection = self._open()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
+        with _transaction(connection):
             number = connection.execute(INSERT, row).lastrowid
             connection.executemany("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?)", [(*v, number) for v in values])
-            connection.execute("COMMIT")
-        except BaseException:
-            connection.rollback()
-            raise
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))
+            os.close(open_append(self.path, mode=FILE_MODE))  # SQLite would create it for all to read
             connection = sqlite3.connect(
                 self.path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
             )
@@ -153,16 +148,28 @@ def _prepare(connection: sqlite3.Connection) -> None:
                 raise
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with _transaction(connection):
         for statement in SCHEMA:
             connection.execute(statement)
-        known = {row[1] for row in connection.execute("PRAGMA table_info(telemetry)")}
+        known = column_names(connection)
         for name, kind in COLUMNS.items():
             if name not in known:
                 connection.execute(f"ALTER TABLE telemetry ADD COLUMN {name} {kind}")
         for statement in INDEXES:
             connection.execute(statement)
+
+
+def column_names(connection: sqlite3.Connection) -> set[str]:
+    """The columns of the table `telemetry`; none where there is no such table."""
+    return {row[1] for row in connection.execute("PRAGMA table_info(telemetry)")}
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """One transaction, which waits for other writers; an exception undoes all of it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
         connection.execute("COMMIT")
     except BaseException:
         with suppress(sqlite3.Error):

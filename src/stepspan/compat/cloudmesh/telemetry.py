@@ -14,12 +14,10 @@ off.
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,17 +30,16 @@ from stepspan.compat.cloudmesh.records import Record, edge, measured, span_name,
 from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
 from stepspan.environment import switched_off
-from stepspan.errors import ConfigError
+from stepspan.errors import ConfigError, short_repr
 from stepspan.identity import HostFacts, Identity, host_facts, resolve
 from stepspan.processors.redact import Redact
+from stepspan.recording.warnings import WarningSink
 from stepspan.values import json_value, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from stepspan.compat.cloudmesh.otel import OtelBackend
-
-log = logging.getLogger("stepspan")
 
 VARIABLE = "CLOUDMESH_AI_TELEMETRY_DISABLED"
 MAX_OPEN_SPANS = 1_000
@@ -138,7 +135,7 @@ class Telemetry:
         self._open: dict[str, list[str]] = {}
         """What has started -> the spans of that name that have not ended."""
         self._count = 0
-        self._warnings: Counter[str] = Counter()
+        self._warnings = WarningSink(audible=self._identity.local_rank == 0, counted_in="stats()")
 
     def emit(
         self,
@@ -308,7 +305,7 @@ class Telemetry:
             is logged to "stepspan".
 
         """
-        return {"records": self._count, "warnings": dict(self._warnings)}
+        return {"records": self._count, "warnings": dict(self._warnings.counts)}
 
     def __enter__(self) -> Self:
         return self
@@ -375,7 +372,7 @@ class Telemetry:
 
     def _lost(self, error: Exception) -> Emitted:
         """Count a record that could not be made, and warn the first time."""
-        self._warn("record", f"a record was lost: {error!r}")
+        self._warn("record", f"a record was lost: {short_repr(error)}")
         return Emitted()
 
     def _write(self, backend: Backend, record: Record) -> Emitted | None:
@@ -411,7 +408,7 @@ class Telemetry:
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self._warn(kind, f"{kind}: {error!r}")
+            self._warn(kind, f"{kind}: {short_repr(error)}")
             return False
 
     def _after_fork(self) -> None:
@@ -420,11 +417,7 @@ class Telemetry:
 
     def _warn(self, kind: str, message: str) -> None:
         with self._lock:
-            self._warnings[kind] += 1
-            first = self._warnings[kind] == 1
-        if first:
-            level = logging.WARNING if self._identity.local_rank == 0 else logging.DEBUG
-            log.log(level, "telemetry of %s: %s (logged once; stats() counts)", self.command_name, message)
+            self._warnings.warn_once(kind, f"telemetry of {self.command_name}: {message}")
 
 
 def is_off(env: Mapping[str, str]) -> bool:

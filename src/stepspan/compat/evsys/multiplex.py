@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -11,8 +10,8 @@ from pydantic import Field
 
 from stepspan.compat.evsys.contract import LogStore
 from stepspan.compat.evsys.registry import StoreConfig, StoreSpec, make_log_store, register_log_store
-
-log = logging.getLogger("stepspan")
+from stepspan.errors import short_repr
+from stepspan.recording.warnings import WarningSink
 
 
 @register_log_store("multiplex")
@@ -38,7 +37,8 @@ class MultiplexLogStore:
         children: list[StoreSpec] = Field(default_factory=list)
 
     def __init__(self, *, children: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.failures: Counter[str] = Counter()
+        self._warnings = WarningSink(audible=True, counted_in="`failures`")
+        self.failures: Counter[str] = self._warnings.counts
         self._children: dict[str, LogStore] = {}
         try:
             for position, spec in enumerate(children):
@@ -72,6 +72,4 @@ class MultiplexLogStore:
             try:
                 getattr(store, method)(*arguments, **named)
             except Exception as error:  # a user's store may raise anything
-                self.failures[child] += 1
-                if self.failures[child] == 1:
-                    log.warning("log store %s: %s failed: %r (logged once; `failures` counts)", child, method, error)
+                self._warnings.warn_once(child, f"log store {child}: {method} failed: {short_repr(error)}")

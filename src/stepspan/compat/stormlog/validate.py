@@ -149,11 +149,8 @@ def check_ranks(rank: int, local_rank: int, world_size: int) -> None:
     """Raise `RecordError` for a rank or local rank that is not below the world size."""
     for name, value in (("rank", rank), ("local_rank", local_rank)):
         if value >= world_size:
-            raise RecordError(
-                f"{name} must be < world_size: it is {short_repr(value)} of {short_repr(world_size)}",
-                name,
-                "world_size",
-            )
+            problem = f"{name} must be < world_size: it is {short_repr(value)} of {short_repr(world_size)}"
+            raise RecordError(problem, name, "world_size")
 
 
 def _check_totals(record: Mapping[str, Any]) -> None:
@@ -161,11 +158,8 @@ def _check_totals(record: Mapping[str, Any]) -> None:
     for name in ("device_used_bytes", "device_free_bytes"):
         value = record[name]
         if total is not None and value is not None and value > total:
-            raise RecordError(
-                f"{name} cannot exceed device_total_bytes: {short_repr(value)} > {short_repr(total)}",
-                name,
-                "device_total_bytes",
-            )
+            problem = f"{name} cannot exceed device_total_bytes: {short_repr(value)} > {short_repr(total)}"
+            raise RecordError(problem, name, "device_total_bytes")
 
 
 def check_capabilities(record: Mapping[str, Any]) -> None:
@@ -190,11 +184,8 @@ def check_capabilities(record: Mapping[str, Any]) -> None:
             raise RecordError(f"{path}.{name} must be a boolean, not {short_repr(found[name])}", f"{path}.{name}")
     for name, flag in _MEASURED.items():
         if not found[flag] and record[name] is not None:
-            raise RecordError(
-                f"{name} must be null when {path}.{flag} is false, not {short_repr(record[name])}",
-                name,
-                f"{path}.{flag}",
-            )
+            problem = f"{name} must be null when {path}.{flag} is false, not {short_repr(record[name])}"
+            raise RecordError(problem, name, f"{path}.{flag}")
 
 
 _MEASURED = {
