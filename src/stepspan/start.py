@@ -304,6 +304,11 @@ def _close_at_exit() -> None:
         _open.__exit__(type(error) if error else None, error, None)
 
 
+def fork_count() -> int:
+    """How often this process has forked: in a forked child its number among its parent's children."""
+    return _forks
+
+
 def _count_fork() -> None:
     global _forks
     _forks += 1

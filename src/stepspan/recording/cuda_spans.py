@@ -60,10 +60,8 @@ class DeviceSpan(Scope):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        session = self.session
         self.timer.mark()
-        self.owner.end(self, error)
-        self.timer.follow(self.seq, session)
+        self.timer.end(self, error)
 
 
 class Timer:
@@ -81,10 +79,11 @@ class Timer:
         """Start or stop measuring."""
         raise NotImplementedError
 
-    def follow(self, begin: int, session: object | None) -> None:
-        """Have the time follow the end of the span that began with line `begin` of `session`."""
-        self._begin, self._session = begin, session
-        if session is not None:
+    def end(self, span: Scope, error: BaseException | None = None) -> None:
+        """End a span, and have the time follow its end line when it is known."""
+        self._begin, self._session = span.seq, span.session
+        span.owner.end(span, error)
+        if self._session is not None:
             self._recorder.deferred.add(self)
 
     def ready(self) -> bool:

@@ -1,7 +1,6 @@
-"""PyTorch: values and times of a GPU without waiting for it, and the wait for other ranks in DDP and FSDP.
+"""PyTorch: how long a rank waits for the others in DDP and FSDP. Imports no torch: who has a model has imported it."""
 
-Nothing here imports torch: who has a tensor or a model has imported it.
-"""
+from __future__ import annotations
 
 from stepspan.integrations.torch.collectives import watch_collectives, watched
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import partial
 from sys import modules
 from typing import Any, TypeVar
 
@@ -98,10 +99,10 @@ class Wait:
 
     def end(self) -> None:
         """End the wait now."""
-        session = self._span.session
-        self._span.owner.end(self._span, None)
         if self.timer is not None:
-            self.timer.follow(self._span.seq, session)
+            self.timer.end(self._span)
+        else:
+            self._span.owner.end(self._span, None)
 
 
 def active_recorder(run: Run | None) -> Recorder | None:
@@ -248,31 +249,29 @@ class Communication:
         self._waits = waits
 
     def allocate(self, size: Sequence[int], *, dtype: Any, device: Any) -> Any:
-        """A tensor to communicate from, or to."""
+        """Return an empty tensor to communicate from, or to."""
         return modules["torch"].empty(*size, dtype=dtype, device=device)
+
+    def _call(self, collective: Callable[[], Any], tensor: Any, async_op: bool) -> Any:
+        """Communicate `tensor`; an asynchronous collective is not timed, for the wait for it happens elsewhere."""
+        return collective() if async_op else self._waits.timed(tensor, collective)
 
 
 class AllGather(Communication):
     """Gathers parameters before they are used."""
 
     def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, async_op: bool = False) -> Any:
-        """Gather; with `async_op` the work is returned, and is not timed: its wait happens elsewhere."""
-
-        def call() -> Any:
-            gather = modules["torch"].distributed.all_gather_into_tensor
-            return gather(output_tensor, input_tensor, group=group, async_op=async_op)
-
-        return call() if async_op else self._waits.timed(input_tensor, call)
+        """Gather; with `async_op` the work to wait for is returned."""
+        gather = modules["torch"].distributed.all_gather_into_tensor
+        collective = partial(gather, output_tensor, input_tensor, group=group, async_op=async_op)
+        return self._call(collective, input_tensor, async_op)
 
 
 class ReduceScatter(Communication):
     """Reduces gradients once they are known."""
 
     def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, op: Any, async_op: bool = False) -> Any:
-        """Reduce; with `async_op` the work is returned, and is not timed: its wait happens elsewhere."""
-
-        def call() -> Any:
-            scatter = modules["torch"].distributed.reduce_scatter_tensor
-            return scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
-
-        return call() if async_op else self._waits.timed(input_tensor, call)
+        """Reduce; with `async_op` the work to wait for is returned."""
+        scatter = modules["torch"].distributed.reduce_scatter_tensor
+        collective = partial(scatter, output_tensor, input_tensor, op=op, group=group, async_op=async_op)
+        return self._call(collective, input_tensor, async_op)
