@@ -214,6 +214,18 @@ def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path: Path) -
     assert (one.idle, one.over) == (True, True)
 
 
+def test_over_is_taken_back_before_another_session_counts_as_seen(tmp_path):
+    time = Time()
+    one = scheduler(tmp_path, Scripted(), options(time))
+    one.run_once()
+    assert one.over
+    session = trained(tmp_path, 5)
+    one._scan(time.now)
+    assert session.path in one.seen
+    assert (one.idle, one.over) == (False, False), "or a deliverer would end with it undelivered"
+    one.close()
+
+
 def test_a_receiver_that_stays_silent_is_abandoned_only_when_nobody_lives(tmp_path: Path) -> None:
     time = Time()
     living = Training(tmp_path)

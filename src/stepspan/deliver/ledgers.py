@@ -64,7 +64,9 @@ def session_ledger(session: SessionPath, state_directory: Path | None = None) ->
         "last_event": ts,
         "destinations": {
             destination: {
-                signal: signal_ledger(state, seq, ts, first_pending_time(session, state.position))
+                signal: signal_ledger(
+                    state, seq, ts, first_pending_time(session, state.position) if state.position.seq < seq else 0
+                )
                 for signal, state in states.items()
             }
             for destination, states in cursors(state_directory or session.path).items()
