@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 from stepspan.events import Event
@@ -12,29 +12,21 @@ from stepspan.mapping import ids
 from stepspan.mapping.histogram import HistogramState
 from stepspan.mapping.open_scopes import Step, step_trace_id
 from stepspan.mapping.records import Exemplar, Histogram
-from stepspan.mapping.thinning import Thinning, ThinningState
+from stepspan.mapping.thinning import Thinning
 
 MAX_UNCOUNTED = 1024
 """Steps that are counted at once: that costs less than to count each as it ends."""
-
-
-@dataclass(slots=True)
-class DurationsState:
-    """What is carried on: by split, the histogram, and the slowest step since the last point with a trace that goes
-    out, as its duration (s), end (Unix ns) and begin event.
-    """
-
-    histograms: dict[str, HistogramState] = field(default_factory=dict)
-    slowest: dict[str, tuple[float, int, Event]] = field(default_factory=dict)
 
 
 class Durations:
     """Steps in, histograms out."""
 
     def __init__(self, header: Event) -> None:
-        self._header = header
         self._thinning = Thinning(header)
-        self._state = DurationsState()
+        self._histograms: dict[str, HistogramState] = {}
+        self._slowest: dict[str, tuple[float, int, Event]] = {}
+        """Of each split since the last point: duration (s), end (Unix ns) and begin event of the slowest step of those
+        whose traces go out."""
         self._uncounted: list[Step] = []
 
     def add(self, step: Step) -> None:
@@ -46,35 +38,36 @@ class Durations:
     def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
         """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
         self._count()
-        for split, histogram in self._state.histograms.items():
-            slowest = self._state.slowest.pop(split, None)
+        for split, histogram in self._histograms.items():
+            slowest = self._slowest.pop(split, None)
             yield split, histogram.value(start, () if slowest is None else (self._exemplar(*slowest),))
 
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
         self._count()
-        return {**asdict(self._state), "thinning": asdict(self._thinning.state)}
+        histograms = {split: asdict(histogram) for split, histogram in self._histograms.items()}
+        return {"thinning": asdict(self._thinning), "histograms": histograms, "slowest": self._slowest}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
-        histograms = {split: HistogramState(**counted) for split, counted in state["histograms"].items()}
-        self._state = DurationsState(histograms, state["slowest"])
-        self._thinning.state = ThinningState(**state["thinning"])
+        self._thinning, self._slowest = Thinning(**state["thinning"]), state["slowest"]
+        self._histograms = {split: HistogramState(**counted) for split, counted in state["histograms"].items()}
 
     def _count(self) -> None:
         steps, self._uncounted = self._uncounted, []
-        histograms, slowest = self._state.histograms, self._state.slowest
+        slowest = self._slowest
         durations: defaultdict[str, list[float]] = defaultdict(list)
         for step in steps:
             durations[step.begin["split"]].append(step.duration)
         for split, values in durations.items():
-            histograms.setdefault(split, HistogramState()).add(values)
-        for step in self._thinning.kept(steps):
+            self._histograms.setdefault(split, HistogramState()).add(values)
+        for step in self._thinning.filter(steps):
             split = step.begin["split"]
             if split not in slowest or step.duration > slowest[split][0]:
                 slowest[split] = step.duration, step.end["ts"], step.begin
 
     def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
-        trace_id = step_trace_id(self._header, begin)
-        span_id = ids.step_span_id(trace_id, self._header["rank"], self._header["role"])
+        header = self._thinning.header
+        trace_id = step_trace_id(header, begin)
+        span_id = ids.step_span_id(trace_id, header["rank"], header["role"])
         return Exemplar(ended, duration, trace_id, span_id)

@@ -21,7 +21,7 @@ from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import metric_name
 from stepspan.mapping.open_scopes import Step
 from stepspan.mapping.point_buffer import PointBuffer, Table
-from stepspan.mapping.progress import Progress, ProgressState
+from stepspan.mapping.progress import Progress
 from stepspan.mapping.records import MILLISECOND_NS, SECOND_NS, Attributes, Kind, Record, Series, Sum
 from stepspan.mapping.samples import sampled_values
 from stepspan.mapping.sdk_records import SdkRecords
@@ -99,8 +99,8 @@ class MetricMapper:
             "run_end": self._steps.close,
             "hyperparams": self._hyperparams,
             "error": self._error,
-            "progress": self._progress.plan,
-            "artifact": self._progress.artifact,
+            "progress": lambda event: self._progress.plan(event),
+            "artifact": lambda event: self._progress.artifact(event),
             "memory": self._memory,
             "sample": self._sample,
             "otel": self._otel,
@@ -149,7 +149,7 @@ class MetricMapper:
             "metrics": asdict(self._state),
             "steps": self._steps.state(),
             "durations": self._durations.state(),
-            "progress": asdict(self._progress.state),
+            "progress": asdict(self._progress),
             "deferred": self._deferred.last,
         }
 
@@ -161,7 +161,7 @@ class MetricMapper:
         self._state = MetricState(**state["metrics"])
         self._steps.restore(state["steps"])
         self._durations.restore(state["durations"])
-        self._progress.state = ProgressState(**state["progress"])
+        self._progress = Progress(**state["progress"])
         self._deferred.last = state["deferred"]
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Kind = "gauge") -> Series:

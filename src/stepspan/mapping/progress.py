@@ -15,8 +15,10 @@ SMOOTHING = 0.7
 
 
 @dataclass(slots=True)
-class ProgressState:
-    """What is carried on.
+class Progress:
+    """Its fields are what is carried on, as JSON.
+
+    The pace is measured whenever it is asked for, which the mapper does at every period of event time.
 
     Attributes:
         started: When the session began, Unix s.
@@ -26,7 +28,7 @@ class ProgressState:
         last_ended: When that ended, Unix ns.
         measured_step: The number of the step at which the pace was measured last.
         measured_at: When that ended, Unix ns.
-        pace: Seconds for each training step.
+        pace: Seconds for each training step, over all that lies between them: validation and checkpoints too.
 
     """
 
@@ -39,57 +41,45 @@ class ProgressState:
     measured_at: int = 0
     pace: float | None = None
 
-
-class Progress:
-    """The pace is seconds for each training step, over all that lies between them: validation and checkpoints too.
-
-    It is measured whenever it is asked for, which the mapper does at every period of event time.
-    """
-
-    def __init__(self) -> None:
-        self.state = ProgressState()
-
     def begin(self, started: int) -> None:
         """A run has begun in a session that started then (Unix ns)."""
-        self.state.started = started / SECOND_NS
+        self.started = started / SECOND_NS
 
     def plan(self, event: Event) -> None:
         """Take how many steps there will be from a `progress` event."""
-        self.state.total = to_float(event["total_steps"])
+        self.total = to_float(event["total_steps"])
 
     def step(self, step: Step, ended: int) -> None:
         """Take a training step whose end was written at `ended` (Unix ns)."""
-        state, number = self.state, step.begin["step"]
-        if state.measured_step is None:
-            state.measured_step, state.measured_at = number - 1, step.begin["ts"]
-        state.last_step, state.last_ended = number, ended
+        number = step.begin["step"]
+        if self.measured_step is None:
+            self.measured_step, self.measured_at = number - 1, step.begin["ts"]
+        self.last_step, self.last_ended = number, ended
 
     def artifact(self, event: Event) -> None:
         """Take an `artifact` event: one of kind "checkpoint" says when the last checkpoint was made."""
         if event["kind"] == "checkpoint":
-            self.state.checkpoint = event["ts"] / SECOND_NS
+            self.checkpoint = event["ts"] / SECOND_NS
 
     def values(self, ts: int) -> Iterator[tuple[str, str, float]]:
         """Name, unit and value of each metric that is known at a time (Unix ns)."""
-        state = self.state
-        if state.started is not None:
-            yield "training.run.start_time", "s", state.started
-        if state.checkpoint is not None:
-            yield "training.run.checkpoint_time", "s", state.checkpoint
-        if state.total is not None:
-            yield "training.run.total_steps", "", state.total
-            remaining = self._remaining(state.total, ts)
+        if self.started is not None:
+            yield "training.run.start_time", "s", self.started
+        if self.checkpoint is not None:
+            yield "training.run.checkpoint_time", "s", self.checkpoint
+        if self.total is not None:
+            yield "training.run.total_steps", "", self.total
+            remaining = self._remaining(self.total, ts)
             if remaining is not None:
                 yield "training.run.eta", "s", remaining
 
     def _remaining(self, total: float, ts: int) -> float | None:
         """Seconds until the last step will have ended."""
-        state = self.state
-        step = to_float(state.last_step)
-        if step is None or state.measured_step is None:
+        step = to_float(self.last_step)
+        if step is None or self.measured_step is None:
             return None
-        if step > state.measured_step:
-            pace = (state.last_ended - state.measured_at) / SECOND_NS / (step - state.measured_step)
-            state.pace = pace if state.pace is None else SMOOTHING * state.pace + (1 - SMOOTHING) * pace
-        state.measured_step, state.measured_at = step, state.last_ended
-        return max(0.0, (state.pace or 0.0) * (total - step - 1) - (ts - state.last_ended) / SECOND_NS)
+        if step > self.measured_step:
+            pace = (self.last_ended - self.measured_at) / SECOND_NS / (step - self.measured_step)
+            self.pace = pace if self.pace is None else SMOOTHING * self.pace + (1 - SMOOTHING) * pace
+        self.measured_step, self.measured_at = step, self.last_ended
+        return max(0.0, (self.pace or 0.0) * (total - step - 1) - (ts - self.last_ended) / SECOND_NS)

@@ -32,9 +32,21 @@ MAX_RANKS = 2000
 
 
 @dataclass(slots=True)
-class ThinningState:
-    """What is carried on: the window's number, what was in it so far, its k; split -> its steps and their mean (s)."""
+class Thinning:
+    """Keeps or leaves out each step of a session as it ends. Its fields are what is carried on, as JSON.
 
+    Attributes:
+        header: The session's header.
+        window: The number of the window of 10 s.
+        seen: Steps in it so far.
+        kept: Those that went out for their number.
+        slow: Those that went out for their duration.
+        k: The logarithm to base 2 of which steps go out.
+        means: Split -> number of its steps, and the moving mean of their durations (s).
+
+    """
+
+    header: Event
     window: int = 0
     seen: int = 0
     kept: int = 0
@@ -42,25 +54,15 @@ class ThinningState:
     k: int = 0
     means: dict[str, tuple[int, float]] = field(default_factory=dict)
 
-
-class Thinning:
-    """Keeps or leaves out each step of a session as it ends."""
-
-    def __init__(self, header: Event) -> None:
-        self._header = header
-        self._rank: int = header["rank"]
-        self._world: int = header["world_size"]
-        self.state = ThinningState()
-
     def keeps(self, step: Step) -> bool:
         """Whether the trace of a step that has ended goes out. Call it once for each step, in order."""
-        return bool(self.kept([step]))
+        return bool(self.filter([step]))
 
-    def kept(self, steps: Sequence[Step]) -> list[Step]:
+    def filter(self, steps: Sequence[Step]) -> list[Step]:
         """Those of the next steps whose traces go out. The same as `keeps` for each of them."""
         found: list[Step] = []
-        state, all_ranks = self.state, self._world <= MAX_RANKS or self._rank == 0
-        means, last, seen = state.means, state.window, state.seen
+        means, last, seen, header = self.means, self.window, self.seen, self.header
+        all_ranks = header["world_size"] <= MAX_RANKS or header["rank"] == 0
         for step in steps:
             begin, duration = step.begin, step.duration
             window, split = step.end["ts"] // WINDOW_NS, begin["split"]
@@ -69,29 +71,29 @@ class Thinning:
                 last, seen = window, 0
             seen += 1
             count, mean = means.get(split, (0, duration))
-            slow = duration > SLOW_FACTOR * mean and count >= SLOW_MIN_STEPS and state.slow < SLOW_PER_WINDOW
+            slow = duration > SLOW_FACTOR * mean and count >= SLOW_MIN_STEPS and self.slow < SLOW_PER_WINDOW
             means[split] = count + 1, mean + (duration - mean) / MEAN_STEPS
             if begin.get("thin"):
                 continue
             if slow or step.has_failure:
-                state.slow += slow
+                self.slow += slow
                 found.append(step)
-            elif not (state.k and begin["step"] % (1 << state.k)):
-                state.kept += 1
-                if state.kept > TRACES_PER_WINDOW:
-                    state.k += 1
-                if all_ranks or self._is_drawn(step_trace_id(self._header, begin)):
+            elif not (self.k and begin["step"] % (1 << self.k)):
+                self.kept += 1
+                if self.kept > TRACES_PER_WINDOW:
+                    self.k += 1
+                if all_ranks or self._is_drawn(step_trace_id(header, begin)):
                     found.append(step)
-        state.seen = seen
+        self.seen = seen
         return found
 
     def _begin_window(self, window: int, before: int) -> None:
         """`before`: how many steps were in the window before."""
-        state = self.state
-        state.window, state.kept, state.slow = window, 0, 0
-        state.k = (max(0, before - 1) // TRACES_PER_WINDOW).bit_length()
+        self.window, self.kept, self.slow = window, 0, 0
+        self.k = (max(0, before - 1) // TRACES_PER_WINDOW).bit_length()
 
     def _is_drawn(self, trace_id: bytes) -> bool:
         """Whether this rank is in a trace that holds `MAX_RANKS` of them."""
-        hashed = blake2b(trace_id + self._rank.to_bytes(8, "big"), digest_size=8).digest()
-        return int.from_bytes(hashed, "big") * self._world < MAX_RANKS << 64
+        rank, world_size = self.header["rank"], self.header["world_size"]
+        hashed = blake2b(trace_id + rank.to_bytes(8, "big"), digest_size=8).digest()
+        return bool(int.from_bytes(hashed, "big") * world_size < MAX_RANKS << 64)

@@ -25,7 +25,7 @@ from stepspan.mapping.open_scopes import Scope, Step
 from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, SpanEvent
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold
-from stepspan.mapping.thinning import Thinning, ThinningState
+from stepspan.mapping.thinning import Thinning
 from stepspan.values import shorten
 
 MAX_EVENTS = 128
@@ -81,13 +81,13 @@ class TraceMapper:
 
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
-        return {"filtered": self.filtered, "steps": self._steps.state(), "thinning": asdict(self._thinning.state)}
+        return {"filtered": self.filtered, "steps": self._steps.state(), "thinning": asdict(self._thinning)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state."""
         self.filtered = state["filtered"]
         self._steps.restore(state["steps"])
-        self._thinning.state = ThinningState(**state["thinning"])
+        self._thinning = Thinning(**state["thinning"])
 
     def _end(self, event: Event) -> None:
         scope = self._steps.end(event)
@@ -207,19 +207,22 @@ class TraceMapper:
             self._run_links = [Link(trace_id, span_id, {"relation": "run"})]
         return self._run_links
 
+    @property
+    def _run(self) -> Scope | None:
+        """The run, if it is open."""
+        return self._steps.open.get(self._steps.run)
+
     def _hyperparams(self, event: Event) -> None:
-        run = self._steps.open.get(self._steps.run)
+        run = self._run
         if run is not None:
             params = {f"hyperparams.{key}": value for key, value in flatten(event["params"]).items()}
             run.hyperparams = dict(list({**(run.hyperparams or {}), **params}.items())[:MAX_ATTRIBUTES])
 
     def _artifact(self, event: Event) -> None:
-        run = self._steps.open.get(self._steps.run)
-        self._add_event(run, "training.artifact", event["ts"], artifact_attributes(event))
+        self._add_event(self._run, "training.artifact", event["ts"], artifact_attributes(event))
 
     def _event(self, event: Event) -> None:
-        run = self._steps.open.get(self._steps.run)
-        self._add_event(run, event["name"], event["ts"], event_attributes(event))
+        self._add_event(self._run, event["name"], event["ts"], event_attributes(event))
 
     def _error(self, event: Event) -> None:
         self._add_event(self._steps.error(event), "exception", event["ts"], exception_attributes(event))
