@@ -543,7 +543,7 @@ def test_steps_that_a_processor_marked_thin_do_not_go_out_not_even_slow_or_faile
 def test_above_2000_ranks_a_trace_holds_a_subset_of_them_and_always_rank_0() -> None:
     world = 10_000
     s = SessionEvents(rank=0, world_size=world)
-    steps = [open_scopes.Step(s.events[s.step(number) - 1]) for number in range(3)]
+    steps = [open_scopes.StepState(s.events[s.step(number) - 1]) for number in range(3)]
     for step in steps:
         step.end = {"ts": START, "begin": 0}
         kept = [rank for rank in range(world) if thinning.Thinning({**s.header, "rank": rank}).keeps(step)]

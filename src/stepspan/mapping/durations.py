@@ -10,7 +10,7 @@ from typing import Any
 from stepspan.events import Event
 from stepspan.mapping import ids
 from stepspan.mapping.histogram import HistogramState
-from stepspan.mapping.open_scopes import Step, step_trace_id
+from stepspan.mapping.open_scopes import StepState, step_trace_id
 from stepspan.mapping.records import Exemplar, Histogram
 from stepspan.mapping.thinning import Thinning
 
@@ -27,9 +27,9 @@ class Durations:
         self._slowest: dict[str, tuple[float, int, Event]] = {}
         """Of each split since the last point: duration (s), end (Unix ns) and begin event of the slowest step of those
         whose traces go out."""
-        self._uncounted: list[Step] = []
+        self._uncounted: list[StepState] = []
 
-    def add(self, step: Step) -> None:
+    def add(self, step: StepState) -> None:
         """Add a step that has ended. Call it once for each step, in order."""
         self._uncounted.append(step)
         if len(self._uncounted) == MAX_UNCOUNTED:

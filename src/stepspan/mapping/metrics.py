@@ -19,9 +19,9 @@ from stepspan.mapping.deferred import DeferredPoints
 from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import metric_name
-from stepspan.mapping.open_scopes import Step
+from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.point_buffer import PointBuffer, Table
-from stepspan.mapping.progress import Progress
+from stepspan.mapping.progress import RunProgress
 from stepspan.mapping.records import MILLISECOND_NS, SECOND_NS, Attributes, Kind, Record, Series, Sum
 from stepspan.mapping.samples import sampled_values
 from stepspan.mapping.sdk_records import SdkRecords
@@ -83,7 +83,7 @@ class MetricMapper:
         self._state = MetricState()
         self._steps = StepFold(header)
         self._durations = Durations(header)
-        self._progress = Progress()
+        self._progress = RunProgress()
         self._deferred = DeferredPoints(self._start, self._points)
         self._sdk_records = SdkRecords("metrics")
         self._handlers: dict[str, Callable[[Event], Any]] = {
@@ -161,7 +161,7 @@ class MetricMapper:
         self._state = MetricState(**state["metrics"])
         self._steps.restore(state["steps"])
         self._durations.restore(state["durations"])
-        self._progress = Progress(**state["progress"])
+        self._progress = RunProgress(**state["progress"])
         self._deferred.last = state["deferred"]
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Kind = "gauge") -> Series:
@@ -226,7 +226,7 @@ class MetricMapper:
 
     def _step_end(self, event: Event) -> None:
         step = self._steps.end(event)
-        if not isinstance(step, Step):
+        if not isinstance(step, StepState):
             return
         ts, split, wait = event["ts"], step.begin["split"], step.wait
         row = [step.duration]

@@ -26,7 +26,7 @@ def step_trace_id(header: Event, begin: Event) -> bytes:
 
 
 @dataclass(eq=False)
-class Scope:
+class ScopeState:
     """A run, epoch, step or span, from its begin event on.
 
     Attributes:
@@ -45,8 +45,8 @@ class Scope:
     """
 
     begin: Event
-    parent: Scope | None = None
-    step: Step | None = None
+    parent: ScopeState | None = None
+    step: StepState | None = None
     # From here on defaults stand in the class: most scopes never have a value of their own.
     trace_id: str = field(default="", init=False)
     span_id: str = field(default="", init=False)
@@ -71,7 +71,7 @@ class Scope:
 
 
 @dataclass(eq=False)
-class Step(Scope):
+class StepState(ScopeState):
     """A step, and what is computed of it in `steps`.
 
     Attributes:
@@ -92,7 +92,7 @@ class Step(Scope):
     missing: int | None = field(default=None, init=False)
     wait_lost: bool = field(default=False, init=False)
     pending: bool = field(default=False, init=False)
-    children: list[Scope | Event] | None = field(default=None, init=False)
+    children: list[ScopeState | Event] | None = field(default=None, init=False)
 
 
 class OpenScopes:
@@ -110,15 +110,15 @@ class OpenScopes:
 
     def __init__(self, header: Event) -> None:
         self._header = header
-        self.open: dict[int, Scope] = {}
+        self.open: dict[int, ScopeState] = {}
         self.run = 0
         self.run_ids: tuple[str, str] | None = None
 
     def begin(self, event: Event) -> None:
         """Open what is no step."""
         parent = self.open.get(event["parent"])
-        step = parent if isinstance(parent, Step) else None if parent is None else parent.step
-        self.open[event["seq"]] = Scope(event, parent, step)
+        step = parent if isinstance(parent, StepState) else None if parent is None else parent.step
+        self.open[event["seq"]] = ScopeState(event, parent, step)
         if len(self.open) > MAX_OPEN:
             self._forget_oldest()
 
@@ -126,7 +126,7 @@ class OpenScopes:
         """Open a step. TypeError where its name is none, which a processor may have done: its ids could not be made."""
         if type(event["step"]) is not int or type(event["split"]) is not str:
             raise TypeError(f"step {event['step']!r:.40} of {event['split']!r:.40}")
-        self.open[event["seq"]] = Step(event)
+        self.open[event["seq"]] = StepState(event)
         if len(self.open) > MAX_OPEN:
             self._forget_oldest()
 
@@ -137,19 +137,19 @@ class OpenScopes:
         run = self.name(self.open[self.run])
         self.run_ids = run.trace_id, run.span_id
 
-    def close(self, event: Event) -> Scope | None:
+    def close(self, event: Event) -> ScopeState | None:
         """Close the scope of an end event; None where its begin was never seen."""
         return self.open.pop(event["begin"], None)
 
-    def open_step(self, scope: Scope) -> Step | None:
+    def open_step(self, scope: ScopeState) -> StepState | None:
         """The step that a scope is or lies in, if that is open."""
-        step = scope if isinstance(scope, Step) else scope.step
+        step = scope if isinstance(scope, StepState) else scope.step
         return step if step is not None and step.begin["seq"] in self.open else None
 
-    def name(self, scope: Scope) -> Scope:
+    def name(self, scope: ScopeState) -> ScopeState:
         """Give a scope its ids, and return it."""
-        unnamed: list[Scope] = []
-        above: Scope | None = scope
+        unnamed: list[ScopeState] = []
+        above: ScopeState | None = scope
         while above is not None and not above.trace_id:
             unnamed.append(above)
             above = above.parent
@@ -157,11 +157,11 @@ class OpenScopes:
             self._name(unnamed.pop())
         return scope
 
-    def _name(self, scope: Scope) -> None:
+    def _name(self, scope: ScopeState) -> None:
         """Give a scope its ids; its parent has them."""
         begin, parent, header = scope.begin, scope.parent, self._header
         rank, role = header["rank"], header["role"]
-        if isinstance(scope, Step):
+        if isinstance(scope, StepState):
             trace_id = step_trace_id(header, begin)
             if rank or role:
                 scope.parent_id = ids.step_span_id(trace_id, 0).hex()
@@ -171,7 +171,7 @@ class OpenScopes:
         if parent is not None and begin["tag"] == "span_begin" and parent.begin["tag"] in {"span_begin", "step_begin"}:
             scope.trace_id, scope.parent_id = parent.trace_id, parent.span_id
             return
-        epoch: Scope | None = scope
+        epoch: ScopeState | None = scope
         while epoch is not None and epoch.begin["tag"] != "epoch_begin":
             epoch = epoch.parent
         number = None if epoch is None else epoch.begin.get("epoch")
@@ -194,26 +194,26 @@ class OpenScopes:
     def _forget_oldest(self) -> None:
         del self.open[next(seq for seq in self.open if seq != self.run)]
 
-    def _to_json(self, scope: Scope) -> dict[str, Any]:
+    def _to_json(self, scope: ScopeState) -> dict[str, Any]:
         """A scope's own values; those around it by their `seq`. It is named now, as those may have ended."""
         self.name(scope)
         content = {**vars(scope), "parent": seq_of(scope.parent), "step": seq_of(scope.step)}
-        if isinstance(scope, Step) and scope.children:
-            content["children"] = [self._to_json(c) if isinstance(c, Scope) else c for c in scope.children]
+        if isinstance(scope, StepState) and scope.children:
+            content["children"] = [self._to_json(c) if isinstance(c, ScopeState) else c for c in scope.children]
         return content
 
-    def _from_json(self, content: dict[str, Any]) -> Scope:
-        kind = Step if content["begin"]["tag"] == "step_begin" else Scope
+    def _from_json(self, content: dict[str, Any]) -> ScopeState:
+        kind = StepState if content["begin"]["tag"] == "step_begin" else ScopeState
         scope = kind(content["begin"])
         children: Sequence[Any] = content.pop("children", None) or ()
         around = {name: self.open.get(content[name]) for name in ("parent", "step")}
         vars(scope).update(content, **around)
-        if isinstance(scope, Step):
+        if isinstance(scope, StepState):
             scope.children = [c if "tag" in c else self._from_json(c) for c in children]
         return scope
 
 
-def seq_of(scope: Scope | None) -> int:
+def seq_of(scope: ScopeState | None) -> int:
     """The `seq` of a scope's begin event; 0 where there is no scope."""
     seq: int = 0 if scope is None else scope.begin["seq"]
     return seq

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from stepspan.events import Event
-from stepspan.mapping.open_scopes import Step
+from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.records import SECOND_NS
 from stepspan.values import to_float
 
@@ -15,7 +15,7 @@ SMOOTHING = 0.7
 
 
 @dataclass(slots=True)
-class Progress:
+class RunProgress:
     """Its fields are what is carried on, as JSON.
 
     The pace is measured whenever it is asked for, which the mapper does at every period of event time.
@@ -49,7 +49,7 @@ class Progress:
         """Take how many steps there will be from a `progress` event."""
         self.total = to_float(event["total_steps"])
 
-    def step(self, step: Step, ended: int) -> None:
+    def step(self, step: StepState, ended: int) -> None:
         """Take a training step whose end was written at `ended` (Unix ns)."""
         number = step.begin["step"]
         if self.measured_step is None:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from stepspan.events import Event
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
-from stepspan.mapping.open_scopes import OpenScopes, Scope, Step, seq_of
+from stepspan.mapping.open_scopes import OpenScopes, ScopeState, StepState, seq_of
 from stepspan.mapping.records import SECOND_NS
 from stepspan.values import shorten, to_float
 
@@ -36,7 +36,7 @@ STATUS_ERROR = 2
 """The status code of a failed span in OTLP JSON."""
 
 
-class DeviceSpan(NamedTuple):
+class PendingDeviceTime(NamedTuple):
     """A span that has ended, and whose time on the device is still to come.
 
     Attributes:
@@ -56,12 +56,12 @@ class StepFold(OpenScopes):
 
     def __init__(self, header: Event) -> None:
         super().__init__(header)
-        self._pending: dict[int, Step] = {}
+        self._pending: dict[int, StepState] = {}
         """The `seq` of a step's begin -> the step, in the order in which they ended."""
-        self._device_spans: dict[int, DeviceSpan] = {}
+        self._device_spans: dict[int, PendingDeviceTime] = {}
         """By the `seq` of their begin, in the order in which they ended."""
 
-    def end(self, event: Event) -> Scope | None:
+    def end(self, event: Event) -> ScopeState | None:
         """End a scope, and add what is no step to the step it is in.
 
         Args:
@@ -78,7 +78,7 @@ class StepFold(OpenScopes):
         scope.end = event
         duration = (event["ended" if "ended" in event else "ts"] - begin["ts"]) / SECOND_NS
         scope.duration = duration if duration > 0.0 else 0.0
-        if isinstance(scope, Step):
+        if isinstance(scope, StepState):
             if "status" in event and scope.failed:
                 scope.has_failure = True
             if self._pending or scope.missing is not None:
@@ -87,7 +87,7 @@ class StepFold(OpenScopes):
             self._add_to_step(scope)
         return scope
 
-    def error(self, event: Event) -> Scope | None:
+    def error(self, event: Event) -> ScopeState | None:
         """Fail the scope that an `error` event was raised in, and return it; None where there is none."""
         scope = self.open.get(event["parent"])
         if scope is not None:
@@ -97,7 +97,7 @@ class StepFold(OpenScopes):
                 step.has_failure = True
         return scope
 
-    def sdk_span(self, event: Event) -> Step | None:
+    def sdk_span(self, event: Event) -> StepState | None:
         """The open step in whose trace an `otel` event's span lies, which fails the step if it failed itself."""
         scope, record = self.open.get(event.get("parent", 0)), event["record"]
         step = None if scope is None else self.open_step(scope)
@@ -107,14 +107,14 @@ class StepFold(OpenScopes):
             step.has_failure = True
         return step
 
-    def device_time(self, event: Event) -> DeviceSpan | None:
+    def device_time(self, event: Event) -> PendingDeviceTime | None:
         """Take the device time of a span that has ended, and return the span; None for one that is not known."""
         span = self._device_spans.pop(event["begin"], None)
         if span is not None:
             self._add_device_time(span, to_float(event.get("seconds")))
         return span
 
-    def settle(self) -> Iterator[Step]:
+    def settle(self) -> Iterator[StepState]:
         """The steps that are no longer pending, in the order in which they ended."""
         while self._pending:
             seq, step = next(iter(self._pending.items()))
@@ -142,10 +142,10 @@ class StepFold(OpenScopes):
         """Go on from a state."""
         super().restore(state)
         steps = map(self._from_json, state["pending"])
-        self._pending = {seq_of(step): step for step in steps if isinstance(step, Step)}
-        self._device_spans = {seq: DeviceSpan(*span) for seq, span in state["device_spans"]}
+        self._pending = {seq_of(step): step for step in steps if isinstance(step, StepState)}
+        self._device_spans = {seq: PendingDeviceTime(*span) for seq, span in state["device_spans"]}
 
-    def _add_to_step(self, span: Scope) -> None:
+    def _add_to_step(self, span: ScopeState) -> None:
         """Add a span that has ended to the step it is in: a wait, or a failure."""
         begin, step = span.begin, self.open_step(span)
         waiting = step if begin.get("collective") and not self._in_collective(span) else None
@@ -156,7 +156,7 @@ class StepFold(OpenScopes):
         if step is not None and span.failed:
             step.has_failure = True
 
-    def _postpone(self, step: Step) -> None:
+    def _postpone(self, step: StepState) -> None:
         """Make a step pending whose wait is not known, or comes behind one that is not."""
         if step.wait_lost and not step.missing:
             step.wait = None
@@ -164,25 +164,25 @@ class StepFold(OpenScopes):
             step.pending = True
             self._pending[step.begin["seq"]] = step
 
-    def _expect_device_time(self, span: Scope, step: Step | None) -> None:
+    def _expect_device_time(self, span: ScopeState, step: StepState | None) -> None:
         """A span has ended whose device time is to come; `step`: whose wait that is a part of."""
-        self._device_spans[span.begin["seq"]] = DeviceSpan(span.begin["name"], span.end["ts"], seq_of(step))
+        self._device_spans[span.begin["seq"]] = PendingDeviceTime(span.begin["name"], span.end["ts"], seq_of(step))
         if step is not None:
             step.wait, step.missing = step.wait or 0.0, (step.missing or 0) + 1
         if len(self._device_spans) > MAX_DEVICE_SPANS:
             oldest = next(iter(self._device_spans))
             self._add_device_time(self._device_spans.pop(oldest), None)
 
-    def _add_device_time(self, span: DeviceSpan, seconds: float | None) -> None:
+    def _add_device_time(self, span: PendingDeviceTime, seconds: float | None) -> None:
         step = self.open.get(span.step) or self._pending.get(span.step)
-        if isinstance(step, Step):
+        if isinstance(step, StepState):
             step.missing = (step.missing or 0) - 1
             if seconds is None:
                 step.wait_lost = True
             else:
                 step.wait = (step.wait or 0.0) + seconds
 
-    def _in_collective(self, scope: Scope) -> bool:
+    def _in_collective(self, scope: ScopeState) -> bool:
         """Whether a wait lies within another one of the same step."""
         above = self.open.get(scope.begin["parent"])
         while above is not None and above.begin["tag"] == "span_begin":

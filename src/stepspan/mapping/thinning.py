@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from stepspan.events import Event
-from stepspan.mapping.open_scopes import Step, step_trace_id
+from stepspan.mapping.open_scopes import StepState, step_trace_id
 from stepspan.mapping.records import SECOND_NS
 
 WINDOW_NS = 10 * SECOND_NS
@@ -54,13 +54,13 @@ class Thinning:
     k: int = 0
     means: dict[str, tuple[int, float]] = field(default_factory=dict)
 
-    def keeps(self, step: Step) -> bool:
+    def keeps(self, step: StepState) -> bool:
         """Whether the trace of a step that has ended goes out. Call it once for each step, in order."""
         return bool(self.filter([step]))
 
-    def filter(self, steps: Sequence[Step]) -> list[Step]:
+    def filter(self, steps: Sequence[StepState]) -> list[StepState]:
         """Those of the next steps whose traces go out. The same as `keeps` for each of them."""
-        found: list[Step] = []
+        found: list[StepState] = []
         means, last, seen, header = self.means, self.window, self.seen, self.header
         all_ranks = header["world_size"] <= MAX_RANKS or header["rank"] == 0
         for step in steps:

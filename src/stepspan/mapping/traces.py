@@ -21,7 +21,7 @@ from stepspan.mapping.attributes import (
     flatten,
 )
 from stepspan.mapping.dispatch import MALFORMED, dispatch, warn_unmappable
-from stepspan.mapping.open_scopes import Scope, Step
+from stepspan.mapping.open_scopes import ScopeState, StepState
 from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, SpanEvent
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold
@@ -74,7 +74,7 @@ class TraceMapper:
         self._steps.give_up_device_times()
         self._settle()
         for seq, scope in sorted(self._steps.open.items(), reverse=True):
-            end = self._end_step if isinstance(scope, Step) else self._end
+            end = self._end_step if isinstance(scope, StepState) else self._end
             status = closed.status if seq == self._steps.run else "interrupted"
             end({"begin": seq, "ts": closed.ts, "status": status})
         return list(self._spans)
@@ -101,7 +101,7 @@ class TraceMapper:
         else:
             self._emit(scope)
 
-    def _hold(self, step: Step, child: Scope | Event) -> None:
+    def _hold(self, step: StepState, child: ScopeState | Event) -> None:
         """Keep a span until its step has ended."""
         if step.children is None:
             step.children = []
@@ -112,7 +112,7 @@ class TraceMapper:
 
     def _end_step(self, event: Event) -> None:
         step = self._steps.end(event)
-        if not isinstance(step, Step):
+        if not isinstance(step, StepState):
             return
         if not self._thinning.keeps(step):
             self.filtered += 1 + len(step.children or ())
@@ -133,17 +133,17 @@ class TraceMapper:
             if not step.thinned:
                 self._emit_step(step)
 
-    def _emit_step(self, step: Step) -> None:
+    def _emit_step(self, step: StepState) -> None:
         """Send a step's span and those in it."""
         children, step.children = step.children, None
         self._emit(step)
         for child in children or ():
-            if isinstance(child, Scope):
+            if isinstance(child, ScopeState):
                 self._emit(child)
             else:
                 self._spans += self._sdk_records.of(child)
 
-    def _emit(self, scope: Scope) -> None:
+    def _emit(self, scope: ScopeState) -> None:
         try:
             self._spans.append(self._span(scope))
         except MALFORMED as error:  # costs this span, not those beside it
@@ -158,7 +158,7 @@ class TraceMapper:
         else:
             self._hold(step, event)
 
-    def _span(self, scope: Scope) -> Span:
+    def _span(self, scope: ScopeState) -> Span:
         begin, status = scope.begin, scope.end.get("status", "")
         kind = begin["tag"].removesuffix("_begin")
         self._steps.name(scope)
@@ -175,13 +175,13 @@ class TraceMapper:
             links=[] if kind == "run" or (kind == "span" and scope.parent_id) else self._links(),
         )
 
-    def _attributes(self, kind: str, scope: Scope) -> Attributes:
+    def _attributes(self, kind: str, scope: ScopeState) -> Attributes:
         begin, end = scope.begin, scope.end
         if kind == "step":
             fields: dict[str, Any] = {name: begin[name] for name in STEP_FIELDS if name in begin}
             if "data_wait" in end:
                 fields["data_wait"] = end["data_wait"]
-            if isinstance(scope, Step) and scope.wait is not None:
+            if isinstance(scope, StepState) and scope.wait is not None:
                 fields["wait"] = scope.wait
             return fields
         if kind == "epoch":
@@ -208,7 +208,7 @@ class TraceMapper:
         return self._run_links
 
     @property
-    def _run(self) -> Scope | None:
+    def _run(self) -> ScopeState | None:
         """The run, if it is open."""
         return self._steps.open.get(self._steps.run)
 
@@ -228,7 +228,7 @@ class TraceMapper:
         self._add_event(self._steps.error(event), "exception", event["ts"], exception_attributes(event))
 
     @staticmethod
-    def _add_event(scope: Scope | None, name: str, ts: int, attributes: Attributes) -> None:
+    def _add_event(scope: ScopeState | None, name: str, ts: int, attributes: Attributes) -> None:
         if scope is not None:
             if scope.events is None:
                 scope.events = []

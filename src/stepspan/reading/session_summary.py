@@ -17,7 +17,7 @@ from stepspan.events import Event
 from stepspan.journal.cursor import Ledger
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.dispatch import dispatch
-from stepspan.mapping.open_scopes import Step
+from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.records import SECOND_NS
 from stepspan.mapping.steps import StepFold
 from stepspan.reading.metric_values import MetricValues, logged_values
@@ -122,7 +122,7 @@ class SessionSummary:
 
     def as_dict(self) -> dict[str, Any]:
         """What `stepspan report --json` prints of a session."""
-        open_steps = [scope for scope in self._steps.open.values() if isinstance(scope, Step)]
+        open_steps = [scope for scope in self._steps.open.values() if isinstance(scope, StepState)]
         return {
             "rank": self.rank,
             "role": self.role,
@@ -163,7 +163,7 @@ class SessionSummary:
 
     def _step_end(self, event: Event) -> None:
         step = self._steps.end(event)
-        if not isinstance(step, Step):  # its begin was never seen
+        if not isinstance(step, StepState):  # its begin was never seen
             return
         self.failed_steps += step.failed
         if step.begin["split"] == "train":
@@ -187,7 +187,7 @@ class SessionSummary:
         for step in self._steps.settle():
             self._add_wait(step)
 
-    def _add_wait(self, step: Step) -> None:
+    def _add_wait(self, step: StepState) -> None:
         if step.wait is not None and step.begin["split"] == "train":
             self.collective_waits.append(step.wait)
 
