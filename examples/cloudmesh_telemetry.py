@@ -1,4 +1,4 @@
-"""A model is loaded and serves requests, told through cloudmesh-ai's Telemetry.
+"""A model is loaded and serves requests, and reports it through cloudmesh-ai's Telemetry.
 
     python examples/cloudmesh_telemetry.py                                  # a database, and a journal to send later
     OTEL_EXPORTER_OTLP_ENDPOINT=http://localhost:4318 python examples/cloudmesh_telemetry.py      # sent as it happens

@@ -15,7 +15,7 @@ from stepspan.stores import LogStore, make_log_store
 
 
 def train(store: LogStore) -> None:
-    """What an evsys algorithm does with its log store."""
+    """Use a log store as an evsys algorithm does."""
     store.log_hyperparams({"lr": 3e-4, "batch_size": 64})
     for step in range(20):
         store.log_metrics({"loss": 2.0 / (step + 1), "grad_norm": 1.0 / (step + 1)}, step)

@@ -13,7 +13,7 @@ from stepspan.callbacks import Callback, CallbackList, RunCallback, TelemetryLog
 
 
 def train(callback: Callback, epochs: int = 2, steps: int = 10) -> None:
-    """What a qmlhc loop tells its callbacks."""
+    """Train as a qmlhc loop does, calling its callbacks."""
     for epoch in range(epochs):
         callback.on_epoch_begin(epoch, {"epoch": epoch})
         loss = 1.0

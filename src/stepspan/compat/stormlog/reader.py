@@ -74,42 +74,32 @@ class Follower:
         self._open: dict[str, tuple[SessionImport, _Translation]] = {}
         self._finished: set[str] = set()
 
-    def poll(self) -> int:
+    def poll(self) -> None:
         """Import what has been added.
-
-        Returns:
-            How many events were written.
 
         Raises:
             RecordError: The sink is not as stormlog writes it.
             OSError: The sink cannot be read, or a journal not written.
 
         """
-        added = 0
         for session in load_telemetry_sessions(self._path):
-            session_id = session.summary.session_id
-            if session.events and session_id not in self._finished:
-                added += self._import(session_id, session)
-        return added
+            if session.events and session.summary.session_id not in self._finished:
+                self._import(session)
 
-    def _import(self, session_id: str, session: LoadedTelemetrySession) -> int:
-        before = 0
-        if session_id in self._open:
-            journal, translation = self._open[session_id]
-            before = journal.written
-        else:
+    def _import(self, session: LoadedTelemetrySession) -> None:
+        session_id = session.summary.session_id
+        if session_id not in self._open:
             imported = replace(_imported(self._path, session, None), boot_id=self._boot_id)
             journal = SessionImport(self._directory, imported)
-            translation = _Translation(journal.run)
-            self._open[session_id] = journal, translation
+            self._open[session_id] = journal, _Translation(journal.run)
+        journal, translation = self._open[session_id]
         if not journal.complete:
             journal.write(translation.lines(session))
             if session.summary.status == "running":
-                return journal.written - before
+                return
             journal.close(_status(session), _ended(session))
         self._finished.add(session_id)
         del self._open[session_id]
-        return journal.written - before
 
 
 def _imported(path: Path, session: LoadedTelemetrySession, job_id: str | None) -> ImportedSession:
