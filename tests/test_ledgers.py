@@ -284,7 +284,7 @@ def test_appends_from_all_sides_are_lost_by_no_removal(tmp_path: Path) -> None:
             whole = (tmp_path / "rejected.jsonl").read_bytes().rpartition(b"\n")[0] if has() else b""
             for letter in whole.splitlines():
                 if orjson.loads(letter)["destination"] == "c":
-                    dead_letters._remove(tmp_path, [letter])
+                    dead_letters._remove(tmp_path / "rejected.jsonl", [letter])
 
     def has() -> Any:
         return (tmp_path / "rejected.jsonl").exists()

@@ -14,11 +14,10 @@ before the cursor moves.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from stepspan.journal.cursor import Cursor, cursor_name
-from stepspan.journal.layout import open_directory, open_file, read_file, replace_file
+from stepspan.journal.layout import open_path, read_file, replace_file
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp.outcome import Verdict
@@ -67,7 +66,7 @@ def append(
         + b"\n"
         for record, why in rejected
     )
-    with _locked(directory, os.O_CREAT) as (_, fd):
+    with _locked(directory / NAME, os.O_CREAT) as fd:
         size = os.fstat(fd).st_size
         if size and os.pread(fd, 1, size - 1) != b"\n":  # a crash cut the last line
             lines = b"\n" + lines
@@ -110,7 +109,7 @@ def resend(directory: Path, exporter: OtlpExporter) -> tuple[int, int]:
                 stopped.add(signal)
         kept += 1
     if accepted:
-        _remove(directory, accepted.keys())
+        _remove(directory / NAME, accepted.keys())
         _count_delivered(directory, exporter.destination, list(accepted.values()))
     return len(accepted), kept
 
@@ -140,41 +139,36 @@ def _count_delivered(directory: Path, destination: str, signals: Sequence[Signal
                 cursor.write(replace(state, ledger=replace(state.ledger, delivered=delivered, rejected=rejected)))
 
 
-def _remove(directory: Path, lines: Iterable[bytes]) -> None:
+def _remove(path: Path, lines: Iterable[bytes]) -> None:
     """Remove lines from the file."""
     gone = frozenset(lines)
-    with _locked(directory) as (dir_fd, fd):
+    with _locked(path) as fd:
         content = os.pread(fd, os.fstat(fd).st_size, 0)
         left = b"".join(line for line in content.splitlines(keepends=True) if line.rstrip(b"\n") not in gone)
         if left:
-            replace_file(dir_fd, NAME, left, sync=True)
+            replace_file(path, left, sync=True)
         else:
-            os.unlink(NAME, dir_fd=dir_fd)
+            path.unlink()
 
 
-@contextlib.contextmanager
-def _locked(directory: Path, flags: int = 0) -> Iterator[tuple[int, int]]:
-    """The descriptors of the directory and of the file that has the name while we hold its flock."""
-    dir_fd = open_directory(directory)
-    fd = -1
-    try:
-        while True:
-            fd = open_file(NAME, os.O_RDWR | os.O_APPEND | flags, dir_fd=dir_fd)
-            with contextlib.suppress(OSError):  # a file system without locks
+@contextmanager
+def _locked(path: Path, flags: int = 0) -> Iterator[int]:
+    """The descriptor of the file that has the name while its flock is held here. OSError."""
+    while True:
+        fd = open_path(path, os.O_RDWR | os.O_APPEND | flags)
+        try:
+            with suppress(OSError):  # a file system without locks
                 fcntl.flock(fd, fcntl.LOCK_EX)
-            with contextlib.suppress(FileNotFoundError):
-                if _has_the_name(fd, dir_fd):
-                    break
+            if _is_current(fd, path):
+                yield fd
+                return
+        finally:
             os.close(fd)
-            fd = -1
-        yield dir_fd, fd
-    finally:
-        if fd >= 0:
-            os.close(fd)
-        os.close(dir_fd)
 
 
-def _has_the_name(fd: int, dir_fd: int) -> bool:
-    """Whether the file that is open here is still the one that others open by the name. FileNotFoundError."""
-    named, opened = os.stat(NAME, dir_fd=dir_fd, follow_symlinks=False), os.fstat(fd)
-    return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+def _is_current(fd: int, path: Path) -> bool:
+    """Whether the file that is open here is still the one that has the name."""
+    with suppress(FileNotFoundError):
+        named, opened = path.lstat(), os.fstat(fd)
+        return (named.st_dev, named.st_ino) == (opened.st_dev, opened.st_ino)
+    return False

@@ -11,7 +11,6 @@ key is another one, counts as none: the state is then rebuilt by reading the jou
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from zlib import crc32
 import orjson
 
 from stepspan.journal.cursor import Position
-from stepspan.journal.layout import open_directory, read_file, replace_file
+from stepspan.journal.layout import read_file, replace_file
 
 
 class Checkpoint(NamedTuple):
@@ -33,11 +32,7 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(path: Path, checkpoint: Checkpoint, key: Mapping[str, Any]) -> None:
     """Replace the checkpoint at `path`. `key`: what it depends on, as JSON. OSError: the old one still stands."""
     content = orjson.dumps({**key, **checkpoint._asdict()})
-    directory = open_directory(path.parent)
-    try:
-        replace_file(directory, path.name, b"%08x %b" % (crc32(content), content))
-    finally:
-        os.close(directory)
+    replace_file(path, b"%08x %b" % (crc32(content), content))
 
 
 def load_checkpoint(path: Path, key: Mapping[str, Any]) -> Checkpoint | None:

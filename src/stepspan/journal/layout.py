@@ -136,12 +136,11 @@ def read_file(path: Path, max_bytes: int = -1) -> bytes | None:
         return None
 
 
-def replace_file(directory: int, name: str, content: bytes, *, mode: int = 0o600, sync: bool = False) -> None:
+def replace_file(path: Path, content: bytes, *, mode: int = 0o600, sync: bool = False) -> None:
     """Put a file with this content in the place of whatever has the name: a reader sees the old one or the new one.
 
     Args:
-        directory: The descriptor of the directory (`open_directory`).
-        name: The file's name in it.
+        path: Of the file; its directory may be no link.
         content: All of its bytes.
         mode: Its permissions.
         sync: Whether the bytes are on the disk before the name is theirs.
@@ -150,7 +149,8 @@ def replace_file(directory: int, name: str, content: bytes, *, mode: int = 0o600
         OSError: The old file is untouched, and nothing is left of the new one.
 
     """
-    draft = f".{name}.{os.getpid()}"
+    draft = f".{path.name}.{os.getpid()}"
+    directory = open_directory(path.parent)
     try:
         fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, dir_fd=directory, mode=mode)
         with open(fd, "wb") as file:
@@ -158,11 +158,13 @@ def replace_file(directory: int, name: str, content: bytes, *, mode: int = 0o600
             if sync:
                 file.flush()
                 os.fsync(fd)
-        os.rename(draft, name, src_dir_fd=directory, dst_dir_fd=directory)
+        os.rename(draft, path.name, src_dir_fd=directory, dst_dir_fd=directory)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(draft, dir_fd=directory)
         raise
+    finally:
+        os.close(directory)
 
 
 def writable_by_us(path: Path) -> bool:

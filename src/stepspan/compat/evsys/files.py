@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 from stepspan.compat.evsys.registry import StoreConfig, register_log_store
 from stepspan.compat.row_writer import RowWriter, to_json
 from stepspan.compat.rows import read_json
-from stepspan.journal.layout import open_directory, replace_file
+from stepspan.journal.layout import replace_file
 
 log = logging.getLogger("stepspan")
 
@@ -111,11 +111,8 @@ class JSONLLogStore:
     def _replace(self, path: Path, value: Callable[[], Any]) -> None:
         with self._lock:
             try:
-                directory = open_directory(path.parent.resolve())
-                try:
-                    replace_file(directory, path.name, to_json(value(), indent=2).encode(), mode=0o666)
-                finally:
-                    os.close(directory)
+                target = path.parent.resolve() / path.name
+                replace_file(target, to_json(value(), indent=2).encode(), mode=0o666)
             except OSError as error:
                 if not self._warned:
                     self._warned = True
