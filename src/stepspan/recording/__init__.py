@@ -1,0 +1,13 @@
+"""Recording: what a run needs, in the training process, to turn calls into events of its journal.
+
+    recorder        what records a run: the contract, the one behind a journal, and the one that does nothing
+    scopes          what is open: run, epoch, step, span, and the events of their beginning and ending
+    steps           the loop over batches that makes steps
+    deferred        values that a device still computes; device_copies and cuda_spans get them without waiting
+    stall           says when training has stopped writing
+    propagation     a scope as the current span of OpenTelemetry
+    warnings        each kind of trouble is logged once and counted from then on
+    log_store       an open run behind the LogStore contract
+
+Nothing here raises into training, and nothing touches the network.
+"""
