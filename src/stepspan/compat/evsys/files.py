@@ -79,22 +79,50 @@ class JSONLLogStore:
         weakref.finalize(self, self._metrics.flush)
 
     def log_scalar(self, key: str, value: float, step: int) -> None:
-        """Append a row of one metric, with split "train"."""
+        """Append a row of one metric, with split "train"; the arguments are those of `log_metrics`."""
         self.log_metrics({key: value}, step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
-        """Append a row `{"ts": …, "step": step, "split": split, "metrics": metrics}`."""
+        """Append a row `{"ts": …, "step": step, "split": split, "metrics": metrics}`, and write it at once.
+
+        Args:
+            metrics: Names and values.
+            step: The training step they belong to.
+            split: The data they were measured on: "train", "val" or "test".
+
+        Raises:
+            RuntimeError: The store is closed.
+
+        """
         self._check_open()
         self._metrics.add({"ts": self._clock(), "step": step, "split": split, "metrics": dict(metrics)})
         self._metrics.flush()
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Merge `params` into the file of hyperparameters; a key that is there already gets the new value."""
+        """Merge hyperparameters into their file.
+
+        Args:
+            params: Names and values; a name that is there already gets the new value.
+
+        Raises:
+            RuntimeError: The store is closed.
+
+        """
         self._check_open()
         self._replace(self._hyperparams, lambda: {**read_json(self._hyperparams, dict), **params})
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
-        """Add `{"name": name, "path": path, "kind": kind, "ts": …}` to the list of artifacts."""
+        """Add `{"name": name, "path": path, "kind": kind, "ts": …}` to the list of artifacts.
+
+        Args:
+            name: What it is called.
+            path: Where it is.
+            kind: "file", "checkpoint" or your own.
+
+        Raises:
+            RuntimeError: The store is closed.
+
+        """
         self._check_open()
         entry = {"name": name, "path": os.fspath(path), "kind": kind, "ts": self._clock()}
         self._replace(self._artifacts, lambda: [*read_json(self._artifacts, list), entry])

@@ -46,21 +46,21 @@ class TensorBoardLogStore:
         self._close = weakref.finalize(self, self._writer.close)
 
     def log_scalar(self, key: str, value: float, step: int) -> None:
-        """Add a scalar."""
+        """Add the scalar `key` at a step. Raises RuntimeError after `close`."""
         self._open().add_scalar(key, value, global_step=step)
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
-        """Add a scalar for each key; `split` is not written."""
+        """Add a scalar for each key at a step; `split` is not written. Raises RuntimeError after `close`."""
         writer = self._open()
         for key, value in metrics.items():
             writer.add_scalar(key, value, global_step=step)
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
-        """Add the text `hparams`."""
+        """Add the text `hparams`: the mapping as Python prints it. Raises RuntimeError after `close`."""
         self._open().add_text("hparams", str(params))
 
     def log_artifact(self, name: str, path: str, *, kind: str = "file") -> None:
-        """Add the text `artifact/<name>`: the artifact's kind and path."""
+        """Add the text `artifact/<name>`: the artifact's kind and path. Raises RuntimeError after `close`."""
         self._open().add_text(f"artifact/{name}", f"[{kind}] {path}")
 
     def close(self) -> None:

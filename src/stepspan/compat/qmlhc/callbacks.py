@@ -28,19 +28,49 @@ class Callback:
     """
 
     def on_step_begin(self, step: int, context: Mapping[str, Any]) -> None:
-        """Called before step `step`."""
+        """Called before a step.
+
+        Args:
+            step: The step's number, from 0.
+            context: Anything that is known of it already.
+
+        """
 
     def on_step_end(self, step: int, context: Mapping[str, Any]) -> None:
-        """Called after step `step`, with the step's results in `context`."""
+        """Called after a step.
+
+        Args:
+            step: The step's number, from 0.
+            context: Its results, such as `{"loss": 0.5}`.
+
+        """
 
     def on_epoch_begin(self, epoch: int, context: Mapping[str, Any]) -> None:
-        """Called before epoch `epoch`."""
+        """Called before an epoch.
+
+        Args:
+            epoch: The epoch's number, from 0.
+            context: Anything that is known of it already.
+
+        """
 
     def on_epoch_end(self, epoch: int, context: Mapping[str, Any]) -> None:
-        """Called after epoch `epoch`, with the epoch's results in `context`."""
+        """Called after an epoch.
+
+        Args:
+            epoch: The epoch's number, from 0.
+            context: Its results.
+
+        """
 
     def on_error(self, error: Exception, context: Mapping[str, Any]) -> None:
-        """Called when the loop has caught an exception, which need not end the training."""
+        """Called when the loop has caught an exception, which need not end the training.
+
+        Args:
+            error: The exception.
+            context: Where it happened, such as `{"epoch": 3}`.
+
+        """
 
 
 class CallbackList(Callback):
