@@ -353,7 +353,7 @@ class Run:
             self.warn_once("stats", f"the ledgers of delivery cannot be read: {error_text(error)}")
         return {
             "journaled": session.seq if session else 0,
-            "lost": session.lost if session else 0,
+            "lost": self.recorder.lost_events(),
             "durable": self.pipeline.journal.durable if self.pipeline else True,
             "journal": str(session.path) if session else None,
             "warnings": dict(self.recorder.warning_counts),

@@ -46,7 +46,7 @@ class StepspanHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Record one line, in the thread that logs it: when this returns, it survives the process."""
-        if record.name.partition(".")[0] == OWN or threading.current_thread().name.startswith(OWN):
+        if to_text(record.name).partition(".")[0] == OWN or threading.current_thread().name.startswith(OWN):
             return
         run = self._run or current_run()
         if run is DISABLED or run.closed:

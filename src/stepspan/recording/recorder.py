@@ -102,6 +102,10 @@ class Recorder(Protocol):
         """The session, and how many events of training it holds: whether training goes on."""
         ...
 
+    def lost_events(self) -> int:
+        """How many events of the session could not be kept."""
+        ...
+
 
 class JournalRecorder:
     """Records a run through `emit` in `journal`.
@@ -220,6 +224,10 @@ class JournalRecorder:
         session = self._journal.session
         return session, (session.seq if session else 0) - self.background_events
 
+    def lost_events(self) -> int:
+        """How many events of the session could not be kept."""
+        return self._journal.session.lost if self._journal.session else 0
+
     def report_journal_errors(self) -> None:
         """Warn of what the journal has met since the last time."""
         session = self._journal.session
@@ -330,3 +338,7 @@ class NullRecorder:
     def training_events(self) -> tuple[object | None, int]:
         """None at all."""
         return None, 0
+
+    def lost_events(self) -> int:
+        """None: none was to be kept."""
+        return 0

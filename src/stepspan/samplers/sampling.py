@@ -28,14 +28,12 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from stepspan.events import Event
 from stepspan.journal.writer import mostly_idle
-from stepspan.values import json_number
-
-if TYPE_CHECKING:
-    from stepspan.recording.recorder import Recorder
+from stepspan.recording.recorder import Recorder
+from stepspan.values import error_text, json_number
 
 Observation: TypeAlias = "tuple[str, float] | tuple[str, float, Mapping[str, str | int]]"
 """A metric's name, its value and its attributes: `stepspan.mapping.samples` has the units and kinds."""
@@ -99,7 +97,7 @@ class Sampling:
     """A background task that samples a run. `sample()` samples once; `start()` does so on a thread until `stop()`.
 
     Args:
-        recorder: Takes the `sample` events, as events that are no sign that training goes on.
+        recorder: Takes the `sample` events as background events: they are no sign that training goes on.
         openers: Name of each sampler and what opens it.
         interval: Seconds from sample to sample.
         clock: Seconds, for utilizations.
@@ -209,7 +207,7 @@ class Sampling:
             self._recorder.emit_background(event)
 
     def _warn(self, name: str, error: Exception, level: int = logging.WARNING) -> None:
-        reason = str(error) if isinstance(error, (Absent, Gone)) else repr(error)
+        reason = str(error) if isinstance(error, (Absent, Gone)) else error_text(error)
         self._recorder.warn_once(f"samplers.{name}", f"{name} is not sampled: {reason}", level)
 
 
@@ -222,7 +220,7 @@ def start_sampling(recorder: Recorder, names: Sequence[str], interval: float) ->
     """Sample a run until it ends.
 
     Args:
-        recorder: The run; a thread that cannot be started is a warning in it.
+        recorder: Takes the samples, and a warning where no thread can be started.
         names: The wanted samplers, keys of `SAMPLERS`.
         interval: Seconds from sample to sample.
 

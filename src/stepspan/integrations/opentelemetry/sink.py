@@ -16,6 +16,7 @@ from stepspan.events import Event
 from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
+from stepspan.values import error_text
 
 
 class JournalSink:
@@ -62,16 +63,17 @@ class JournalSink:
                 run = self._run(resource, nested=depth > 0)
                 if run is None:
                     return result.FAILURE
-                lost = run.stats()["lost"]
+                lost = run.recorder.lost_events()
                 for fields in events:
                     run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
-                return result.SUCCESS if run.stats()["lost"] == lost else result.FAILURE
+                return result.SUCCESS if run.recorder.lost_events() == lost else result.FAILURE
             except Exception as error:  # wrong settings, no place for a journal, or a record that is none
                 self._warn(error)
                 return result.FAILURE
 
     def _warn(self, error: Exception) -> None:
-        (self._given or current_run()).warn_once("otel", f"OpenTelemetry's records were lost: {error!r}")
+        message = f"OpenTelemetry's records were lost: {error_text(error)}"
+        (self._given or current_run()).warn_once("otel", message)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The arguments, which differ between SDK versions, are not needed."""

@@ -27,6 +27,7 @@ from stepspan.recording.recorder import Recorder
 from stepspan.recording.scopes import Scope
 from stepspan.run import Run
 from stepspan.start import current_run
+from stepspan.values import error_text
 
 T = TypeVar("T")
 
@@ -119,7 +120,7 @@ def device_timer(recorder: Recorder, tensor: Any) -> Timer | None:
 def warn(recorder: Recorder | None, error: Exception) -> None:
     """Log what must not reach the training."""
     if recorder is not None:
-        recorder.warn_once("collectives", f"the wait for other ranks is not timed: {error!r}")
+        recorder.warn_once("collectives", f"the wait for other ranks is not timed: {error_text(error)}")
 
 
 # ----------------------------------------------------------------------------------------------------------------- DDP
