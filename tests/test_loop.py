@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +14,7 @@ from harness import runs
 from harness.runs import events, outline, python
 
 import stepspan
-from stepspan.integrations.loop import Loop, hooks, known_total, samples_of
+from stepspan.integrations.loop import FrameworkCallback, Loop, hooks, known_total, samples_of
 from stepspan.run import DISABLED, Run
 
 start = runs.start
@@ -62,6 +64,37 @@ def test_a_hook_that_fails_is_one_warning_and_training_goes_on(start: Start, cap
     assert run.stats()["warnings"] == {"fails": 2}
     (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "Hooks.fails failed: AttributeError('another version of the framework')" in message
+
+
+class FrameworksOwn:
+    """What a framework wants its callbacks to be."""
+
+    def begins(self) -> None:
+        raise AssertionError("the callback's own comes first")
+
+
+@hooks
+class Callback(FrameworkCallback):
+    def begins(self) -> None:
+        self.loop.begin(dict)
+
+    @staticmethod
+    def _framework_base() -> type:
+        return FrameworksOwn
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda it: it, copy.copy, copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))],
+    ids=["itself", "a copy", "a deep copy", "pickled"],
+)  # fmt: skip
+def test_a_callback_is_one_of_the_frameworks_however_it_is_copied(start: Start, copied: Callable[..., Any]) -> None:
+    callback = copied(Callback(job_id="job"))
+    assert isinstance(callback, FrameworksOwn)
+    assert isinstance(callback, Callback)
+    assert type(callback) is type(Callback())
+    callback.begins()
+    assert callback.loop.run.identity.job_id == "job"
+    callback.loop.end()
 
 
 def test_a_run_is_started_only_where_there_is_none_and_ended_only_by_who_started_it(start: Start) -> None:
