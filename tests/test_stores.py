@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import multiprocessing
@@ -164,6 +165,14 @@ def test_jsonl_goes_on_in_the_files_of_an_earlier_store(tmp_path: Path) -> None:
         "lr": 1, "only0": {"deep": 0}, "only1": {"deep": 1},
     }  # fmt: skip
     assert [entry["name"] for entry in json.loads((tmp_path / "artifacts.json").read_text())] == ["a0", "a1"]
+
+
+def test_jsonl_writes_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "logs").symlink_to(tmp_path / "scratch")
+    log_everything(stores.JSONLLogStore(log_dir=tmp_path / "logs"))
+    names = ["artifacts.json", "hyperparams.json", "metrics.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "scratch").iterdir()) == names
 
 
 @pytest.mark.parametrize("content", ['{"lr": 0.', "[1, 2]", "", "\x00\x00"], ids=["torn", "a list", "empty", "zeros"])
@@ -531,6 +540,10 @@ def test_the_stepspan_store_starts_a_run_with_its_parameters_and_ends_it(
     assert runs.status_of(session) == "completed"
     store.log_scalar("late", 1.0, 3)
     assert store.run.stats()["warnings"]["closed"] == 1
+
+
+def test_the_stepspan_store_takes_every_argument_of_start_run() -> None:
+    assert list(stores.StepspanLogStore.Config.model_fields) == list(inspect.signature(stepspan.start_run).parameters)
 
 
 def test_the_stepspan_store_passes_on_what_start_run_refuses(start: Callable[..., Run]) -> None:
