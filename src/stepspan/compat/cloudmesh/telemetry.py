@@ -169,16 +169,12 @@ class Telemetry:
             An object that may be awaited until the record is written.
 
         """
-        try:
-            found = dict(metrics or {})
-            if metric is not None and value is not None:
-                found[metric] = value
-            elif metric is not None or value is not None:
-                self._warn("metric", "a metric was lost: `metric` and `value` belong together")
-            paired = event is not None or not found
-            return self._record(status, found, message, attributes, event=event, stdout=stdout, paired=paired)
-        except Exception as error:
-            return self._lost(error)
+        single: list[tuple[str, Any]] = []
+        if metric is not None and value is not None:
+            single.append((metric, value))
+        elif metric is not None or value is not None:
+            self._warn("metric", "a metric was lost: `metric` and `value` belong together")
+        return self._record(status, (metrics, single), message, attributes, event=event, stdout=stdout)
 
     def start(self, message: str | None = None, *, event: str | None = None, **fields: Any) -> Emitted:
         """Emit that the command has started: the begin of a span.
@@ -263,13 +259,7 @@ class Telemetry:
         """
 
         def emit(status: str, text: Any, own: Mapping[str, Any], span: str, error: BaseException | None) -> Emitted:
-            try:
-                if error is not None:
-                    text = to_text(error) or type(error).__name__
-                values = {**(metrics or {}), **own}
-                return self._record(status, values, text, attributes, event=event, span=span, error=error)
-            except Exception as failure:
-                return self._lost(failure)
+            return self._record(status, (metrics, own), text, attributes, event=event, span=span, error=error)
 
         return Tracked(emit, message)
 
@@ -316,19 +306,15 @@ class Telemetry:
     def _emit_status(
         self, status: str, metrics: Mapping[str, Any] | None, message: Any, event: str | None, fields: Mapping[str, Any]
     ) -> Emitted:
-        try:
-            measurements = {key: value for key, value in fields.items() if measured(value) is not None}
-            attributes = {key: value for key, value in fields.items() if key not in measurements}
-            error = message if isinstance(message, BaseException) else None
-            values = {**(metrics or {}), **measurements}
-            return self._record(status, values, message, attributes, event=event, paired=True, error=error)
-        except Exception as failure:
-            return self._lost(failure)
+        measurements = {key: value for key, value in fields.items() if measured(value) is not None}
+        attributes = {key: value for key, value in fields.items() if key not in measurements}
+        error = message if isinstance(message, BaseException) else None
+        return self._record(status, (metrics, measurements), message, attributes, event=event, paired=True, error=error)
 
     def _record(
         self,
         status: str | None,
-        metrics: Mapping[Any, Any],
+        metrics: Iterable[Any],
         message: Any,
         attributes: Mapping[str, Any],
         *,
@@ -338,28 +324,55 @@ class Telemetry:
         span: str | None = None,
         error: BaseException | None = None,
     ) -> Emitted:
-        """Make a record, and give it to the backends. May raise what the objects it is given raise.
+        """Make a record, and give it to the backends. Never raises.
 
-        `paired`: what starts is paired here with what ends; `span`: `track` has paired them.
+        Args:
+            status: As of `emit`.
+            metrics: Mappings, lists of pairs, or None: the metrics together.
+            message: As of `emit`; the text of `error` where there is one.
+            attributes: As of `emit`.
+            event: As of `emit`.
+            stdout: As of `emit`.
+            paired: Whether what starts is paired here with what ends, whatever else the record has.
+            span: The span of `track`, which has paired them.
+            error: The exception that the record is about.
+
+        Returns:
+            What may be awaited.
+
         """
         if is_off(os.environ):
             return Emitted()
         if self._pid != os.getpid():
             self._after_fork()
-        fields: Record = {} if status is None else {"status": json_value(status)}
-        if event is not None:
-            fields["event"] = json_value(event)
-        fields["metrics"] = {str(key): _metric_value(value) for key, value in unfolded(metrics).items()}
-        if attributes:
-            fields["attributes"] = json_value(attributes)
-        if message is not None:
-            fields["message"] = json_value(message)
-        record = {"timestamp": timestamp(self._clock()), "command": self.command_name, **self._redact(fields)}
-        record_span = self._pair(record) if paired else span
-        if record_span is not None:
-            record["span"] = record_span
+        try:
+            fields: Record = {} if status is None else {"status": json_value(status)}
+            if event is not None:
+                fields["event"] = json_value(event)
+            values: dict[Any, Any] = {}
+            for each in metrics:
+                values.update(each or {})
+            fields["metrics"] = {str(key): _metric_value(value) for key, value in unfolded(values).items()}
+            if attributes:
+                fields["attributes"] = json_value(attributes)
+            if error is not None:
+                fields["message"] = to_text(error) or type(error).__name__
+            elif message is not None:
+                fields["message"] = json_value(message)
+            record = {"timestamp": timestamp(self._clock()), "command": self.command_name, **self._redact(fields)}
+            if span is not None:
+                record["span"] = span
+            elif paired or event is not None or not values:
+                record.update(self._pair(record))
+            return self._hand_over(record, error, inside=span is not None, stdout=stdout)
+        except Exception as failure:  # what it is given may raise anything
+            self._warn("record", f"a record was lost: {short_repr(failure)}")
+            return Emitted()
+
+    def _hand_over(self, record: Record, error: BaseException | None, *, inside: bool, stdout: bool) -> Emitted:
+        """Give a record to each backend; none of them keeps it from the others."""
         for run in self._runs:
-            self._guard("otel", run.emit, _with_context(record), error=error, inside=span is not None)
+            self._guard("otel", run.emit, _with_context(record), error=error, inside=inside)
         who = self._who()
         record.update(job_id=who.job_id, rank=who.rank, local_rank=who.local_rank, world_size=who.world_size)
         self._count += 1
@@ -370,11 +383,6 @@ class Telemetry:
             emitted = self._write(backend, record) or emitted
         return emitted
 
-    def _lost(self, error: Exception) -> Emitted:
-        """Count a record that could not be made, and warn the first time."""
-        self._warn("record", f"a record was lost: {short_repr(error)}")
-        return Emitted()
-
     def _write(self, backend: Backend, record: Record) -> Emitted | None:
         name = type(backend).__name__
         emitted = self._writing.do(lambda: self._guard(name, lambda: backend.emit(_with_context(record))))
@@ -382,21 +390,21 @@ class Telemetry:
             self._warn(name, "too many records wait to be written: one was lost")
         return emitted
 
-    def _pair(self, record: Record) -> str | None:
-        """The span that a record begins or ends, if it does."""
+    def _pair(self, record: Record) -> dict[str, str]:
+        """The field `span` of a record that begins or ends one, if it does."""
         end, name = edge(record), span_name(record)
         with self._lock:
             if end == "begin" and sum(map(len, self._open.values())) < MAX_OPEN_SPANS:
                 span = os.urandom(8).hex()
                 self._open.setdefault(name, []).append(span)
-                return span
+                return {"span": span}
             if end == "end" and name in self._open:
                 spans = self._open[name]
                 span = spans.pop()
                 if not spans:
                     del self._open[name]
-                return span
-        return None
+                return {"span": span}
+        return {}
 
     def _who(self) -> Identity:
         """The job and rank that a record belongs to: the open run's, or else the launcher's."""
