@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib import import_module
 from itertools import takewhile
-from types import MappingProxyType
 from typing import Any
 
 from stepspan.samplers.sampling import Absent, CumulativeSum, Emit, Gone, Observation, Quantity, Sampler
@@ -139,42 +138,41 @@ class _Gpu:
         return Sampler("gpu", guarded, self._close, description)
 
     def _guard(self, read: Callable[[], Iterable[Observation]]) -> Quantity:
+        """A quantity whose observations have the GPU's attributes too."""
+
         def guarded(now: float) -> Iterable[Observation]:
-            observations: list[Observation] = self._guarded(lambda: list(read()))
-            return observations
+            observations = self._guarded(lambda: list(read()))
+            return [(name, value, {**self._attributes, **dict(*more)}) for name, value, *more in observations]
 
         return guarded
 
-    def _observe(self, name: str, value: float, attributes: Mapping[str, str] = MappingProxyType({})) -> Observation:
-        return name, value, {**self._attributes, **attributes}
-
     def _utilization(self) -> Iterator[Observation]:
         percent = self._nvml.nvmlDeviceGetUtilizationRates(self._device).gpu
-        yield self._observe("hw.gpu.utilization", percent / 100)
+        yield "hw.gpu.utilization", percent / 100
 
     def _memory(self) -> Iterator[Observation]:
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._device)
-        yield self._observe("hw.gpu.memory.usage", memory.used)
-        yield self._observe("hw.gpu.memory.limit", memory.total)
+        yield "hw.gpu.memory.usage", memory.used
+        yield "hw.gpu.memory.limit", memory.total
         if memory.total:
-            yield self._observe("hw.gpu.memory.utilization", memory.used / memory.total)
+            yield "hw.gpu.memory.utilization", memory.used / memory.total
 
     def _power(self) -> Iterator[Observation]:
         milliwatts = self._nvml.nvmlDeviceGetPowerUsage(self._device)
-        yield self._observe("hw.power", milliwatts / 1e3)
+        yield "hw.power", milliwatts / 1e3
 
     def _energy(self) -> Iterator[Observation]:
         millijoules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
-        yield self._observe("hw.energy", self._cumulative("energy", millijoules) / 1e3)
+        yield "hw.energy", self._cumulative("energy", millijoules) / 1e3
 
     def _temperature(self) -> Iterator[Observation]:
         celsius = self._nvml.nvmlDeviceGetTemperature(self._device, self._nvml.NVML_TEMPERATURE_GPU)
-        yield self._observe("hw.temperature", celsius)
+        yield "hw.temperature", celsius
 
     def _clocks(self) -> Iterator[Observation]:
         for domain, constant in CLOCKS.items():
             megahertz = self._nvml.nvmlDeviceGetClockInfo(self._device, getattr(self._nvml, constant))
-            yield self._observe("hw.gpu.clock", megahertz * 1e6, {"hw.gpu.clock.domain": domain})
+            yield "hw.gpu.clock", megahertz * 1e6, {"hw.gpu.clock.domain": domain}
 
     def _throttling(self) -> Iterator[Observation]:
         nvml = self._nvml
@@ -183,13 +181,13 @@ class _Gpu:
         except (AttributeError, nvml.NVMLError_FunctionNotFound):  # its name before driver 535
             reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(self._device)
         for reason, bits in THROTTLE_REASONS.items():
-            yield self._observe("hw.gpu.throttled", float(bool(reasons & bits)), {"reason": reason})
+            yield "hw.gpu.throttled", float(bool(reasons & bits)), {"reason": reason}
 
     def _ecc(self) -> Iterator[Observation]:
         nvml = self._nvml
         for kind, constant in ECC.items():
             count = nvml.nvmlDeviceGetTotalEccErrors(self._device, getattr(nvml, constant), nvml.NVML_VOLATILE_ECC)
-            yield self._observe("hw.errors", self._cumulative(kind, count), {"error.type": kind})
+            yield "hw.errors", self._cumulative(kind, count), {"error.type": kind}
 
     def _xid(self) -> Iterator[Observation]:
         """Errors that the driver reported since the first sample: https://docs.nvidia.com/deploy/xid-errors/."""
@@ -209,7 +207,7 @@ class _Gpu:
         self._xids += len(codes)
         for code in dict.fromkeys(codes):
             self._guarded.emit_error("training.gpu.xid", {"xid": code})
-        yield self._observe("hw.errors", self._xids, {"error.type": "xid"})
+        yield "hw.errors", self._xids, {"error.type": "xid"}
 
     def _io(self, link: str) -> Iterator[Observation]:
         nvml = self._nvml
@@ -222,7 +220,7 @@ class _Gpu:
             if field.valueType == nvml.NVML_VALUE_TYPE_UNSIGNED_INT:
                 raise Absent("a 32-bit counter may wrap around between two samples unnoticed")
             count = self._cumulative((link, direction), field.value.ullVal) * unit
-            yield self._observe("hw.gpu.io", count, {"network.io.direction": direction, "hw.gpu.link": link})
+            yield "hw.gpu.io", count, {"network.io.direction": direction, "hw.gpu.link": link}
 
     def _close(self) -> None:
         if self._event_set is not None:
