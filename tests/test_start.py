@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from harness.receiver import ScriptedReceiver
 from harness.runs import events, outline, path_of, python, sessions, status_of
 
 import stepspan
+from stepspan.deliver import delivery
 from stepspan.journal.layout import find_sessions
 from stepspan.run import Run
 
@@ -200,6 +202,7 @@ import logging, os, random, signal, sys, threading, warnings
 import numpy
 import opentelemetry.trace, opentelemetry.metrics, opentelemetry._logs, opentelemetry.propagate
 import stepspan
+from stepspan.deliver import delivery
 
 def state():
     root, ours = logging.getLogger(), logging.getLogger("stepspan")
@@ -316,3 +319,19 @@ def test_nobody_hears_of_a_run_that_goes_well(start: Start, caplog: pytest.LogCa
     with start() as run, run.step(0):
         run.log_metrics({"x": 1.0})
     assert caplog.records == []
+
+
+# how a run starts
+
+
+def test_the_deliverer_is_started_three_calls_below_start_run(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacks: list[list[str]] = []
+
+    def spawn(*_: object, **__: object) -> None:
+        stacks.append([frame.name for frame in traceback.extract_stack()])
+
+    monkeypatch.setattr(delivery, "spawn", spawn)
+    with start(endpoint="http://127.0.0.1:1"):
+        assert stacks, "before the run is handed out"
+    below = stacks[0][stacks[0].index("start_run") + 1 :]
+    assert below == ["open_run", "start", "spawn"]

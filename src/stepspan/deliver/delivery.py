@@ -155,7 +155,7 @@ class ProcessDelivery(Delivery):
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._directory, self._host, self._exporters = directory, host, exporters
-        self._first, self._health = first, health
+        self._leaves_it_to_first_rank, self._health = not first, health
         self._warn = warn
         self._session = session
         self._env = with_absolute_paths(os.environ)  # a deliverer that is started again must not go elsewhere
@@ -169,11 +169,19 @@ class ProcessDelivery(Delivery):
         self._next_check = 0.0
 
     def start(self) -> None:
-        """Start the deliverer process, where this is the host's first rank and no deliverer is at work."""
-        if self._first:
-            self._check()
-        else:
-            self._next_check = time.monotonic() + 2 * self.check_interval_s
+        """Start the deliverer process where none is at work; a rank that is not its host's first leaves it time to."""
+        self._next_check = time.monotonic() + self.check_interval_s
+        if self._leaves_it_to_first_rank:
+            self._leaves_it_to_first_rank = False
+            self._next_check += self.check_interval_s
+            return
+        try:
+            free = self._exporters_without_deliverer()
+            if free:
+                self._spawned_at = time.time()
+                self._process = spawn(self._directory, self._host, free, health=self._health, env=self._env)
+        except Exception as error:  # a run that can't start a process still has its journal
+            self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
     def watch(self) -> None:
         """Restart a deliverer that died, and warn about signals that need a person. Looks every few seconds."""
@@ -203,10 +211,7 @@ class ProcessDelivery(Delivery):
         self._next_check = now + self.check_interval_s
         self._warn_of_failures(self._session())
         if self._process is None and now >= self._restart_at:
-            try:
-                self._spawn_where_free()
-            except Exception as error:  # a run that can't start a process still has its journal
-                self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
+            self.start()
 
     def _warn_of_failures(self, session: Path | None) -> None:
         """Warn once about a deliverer that died, and about each signal that is held or keeps failing."""
@@ -244,17 +249,15 @@ class ProcessDelivery(Delivery):
         where = self._directory
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
 
-    def _spawn_where_free(self) -> None:
-        """Start a deliverer for the destinations that none is at work for. OSError."""
+    def _exporters_without_deliverer(self) -> list[OtlpExporter]:
+        """Those whose destination has no deliverer on this host: its lock is free. OSError."""
         free = []
         for exporter in self._exporters:
             lock = DeliveryLock(self._directory, self._host, exporter.destination)
             if lock.acquire():
                 free.append(exporter)
                 lock.release()
-        if free:
-            self._spawned_at = time.time()
-            self._process = spawn(self._directory, self._host, free, health=self._health, env=self._env)
+        return free
 
 
 class ThreadDelivery(Delivery):
