@@ -28,7 +28,8 @@ class StepspanCallback(FrameworkCallback):
 
     The Trainer does not report exceptions to its callbacks. One that ends the program is recorded as the run ends; to
     have any recorded, train within `with stepspan.start_run():`. An instance is a `transformers.TrainerCallback`, and
-    can be copied and pickled. Hooks never raise into the training, except for wrong arguments.
+    can be copied and pickled. Its methods are hooks that the `Trainer` calls with its own arguments; they raise nothing
+    into the training but `ConfigError` at its start.
 
     Args:
         **arguments: Of `stepspan.start_run`, for the run that is started where none is open.

@@ -35,7 +35,8 @@ class StepspanCallback(FrameworkCallback):
       checkpoints (span and artifact of kind "checkpoint"), exceptions.
 
     No signal handler is touched: requeueing on SLURM works as without it. An instance is a `Callback` of the loaded
-    Lightning, and can be copied and pickled. Hooks never raise into the training, except for wrong arguments.
+    Lightning, and can be copied and pickled. Its methods are hooks that the `Trainer` calls, with Lightning's own
+    arguments; they raise nothing into the training but `ConfigError` at its start.
 
     Args:
         **arguments: Of `stepspan.start_run`, for the run that is started where none is open. What Lightning knows of

@@ -45,7 +45,12 @@ class StepspanHandler(logging.Handler):
         self._run = run
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Record one line, in the thread that logs it: when this returns, it survives the process."""
+        """Record one line, in the thread that logs it: when this returns, it survives the process.
+
+        Args:
+            record: As `logging` made it; its `exc_info` and `stack_info` are recorded too.
+
+        """
         if to_text(record.name).partition(".")[0] == OWN or threading.current_thread().name.startswith(OWN):
             return
         run = self._run or current_run()

@@ -99,20 +99,32 @@ class Loop:
             _exit(run, error)
 
     def enter(self, level: str, scope: Scope) -> None:
-        """Open a scope at a level, after closing what is open at that level and inside it."""
+        """Open a scope at a level, after closing what is open at that level and inside it.
+
+        Args:
+            level: One of `LEVELS`.
+            scope: Not open yet.
+
+        """
         self.leave(level)
         self._open[level] = scope
         scope.__enter__()
 
     def leave(self, level: str, error: BaseException | None = None) -> None:
-        """Close what is open at a level and inside it; `error`: what it has failed with."""
+        """Close what is open at a level and inside it, if anything is.
+
+        Args:
+            level: One of `LEVELS`.
+            error: What the scopes have failed with.
+
+        """
         for each in reversed(LEVELS[LEVELS.index(level) :]):
             scope = self._open.pop(each, None)
             if scope is not None:
                 _exit(scope, error)
 
     def scope_at(self, level: str) -> Scope | None:
-        """The open scope of a level."""
+        """The scope that is open at a level, one of `LEVELS`; None where none is."""
         return self._open.get(level)
 
     def batch(self, step: int, *, split: str = "train", samples: float | None = None) -> None:
@@ -135,7 +147,15 @@ class Loop:
             scope.samples = (scope.samples or 0) + samples
 
     def log(self, metrics: Mapping[str, Any], step: int | None, split: str | None = None) -> None:
-        """Log metrics. An evaluation's `val_loss` becomes `val/loss`, unless it has a `loss` too."""
+        """Log metrics.
+
+        Args:
+            metrics: Key -> value, as of `Run.log_metrics`. An evaluation's `val_loss` becomes `val/loss`, unless it has
+                a `loss` too.
+            step: The step's number; None: that of the open step.
+            split: The split of all keys that name no other; None: that of the open step.
+
+        """
         self.run.log_metrics({_key(key, metrics, split): value for key, value in metrics.items()}, step, split=split)
 
     def _was_interrupted(self) -> bool:
@@ -196,7 +216,13 @@ _WITH_BASE: dict[tuple[type, type], type] = {}
 
 
 def with_framework_base(cls: type, base: type) -> type:
-    """The class that derives from both `cls` and a framework's `base`: one and the same for each pair."""
+    """The class that derives from two others: one and the same each time.
+
+    Args:
+        cls: Comes first; the new class has its name and docstring.
+        base: A framework's.
+
+    """
     if (cls, base) not in _WITH_BASE:
         attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__}
         _WITH_BASE[cls, base] = type(cls.__name__, (cls, base), attributes)
@@ -232,7 +258,15 @@ def _hook(name: str, method: Callable[..., None]) -> Callable[..., None]:
 
 
 def samples_of(batch: Any) -> int | None:
-    """How many samples a batch holds: the first dimension of the arrays in it; None unless all have the same."""
+    """How many samples a batch holds: the first dimension of the arrays in it.
+
+    Args:
+        batch: An array or tensor, or mappings, lists and tuples of them, up to three deep.
+
+    Returns:
+        The number; None unless all arrays have the same first dimension.
+
+    """
     found = set(_first_dimensions(batch, 3))
     return found.pop() if len(found) == 1 else None
 

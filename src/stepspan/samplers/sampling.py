@@ -212,7 +212,16 @@ class Sampling:
 
 
 def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:
-    """The samplers of `names` that a rank runs: only local rank 0 samples the host."""
+    """Choose the samplers that a rank runs.
+
+    Args:
+        names: The wanted ones.
+        local_rank: Only rank 0 of a host samples the host.
+
+    Returns:
+        Keys of `SAMPLERS`, in their order.
+
+    """
     return [name for name in SAMPLERS if name in names and (name != "host" or local_rank == 0)]
 
 
@@ -273,7 +282,17 @@ class CumulativeSum:
         self._sums: dict[object, float] = {}
 
     def __call__(self, key: object, count: float, *, of: object = None) -> float:
-        """Read one counter, which belongs to device `of`; return the sum over all devices under `key`."""
+        """Take a reading of one counter.
+
+        Args:
+            key: What is summed up.
+            count: The counter's reading.
+            of: Which of several counters under `key` it is, such as a disk's name.
+
+        Returns:
+            The sum of the increases of all counters under `key`.
+
+        """
         increase = count - self._before.get((key, of), count)
         self._before[key, of] = count
         self._sums[key] = self._sums.get(key, 0.0) + max(0.0, increase)

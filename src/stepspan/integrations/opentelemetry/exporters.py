@@ -56,7 +56,17 @@ class _SharedRun:
         return self.run is not None and not self.run.closed
 
     def open(self, resource: Resource) -> Run:
-        """The run, begun by the first who asks. Raises `ConfigError` and OSError."""
+        """Return the run; the first call opens it.
+
+        Args:
+            resource: The SDK's, whose attributes the run's Resource takes over.
+
+        Raises:
+            ConfigError: A setting is wrong.
+            OSError: No journal can be kept.
+            TimeoutError: Another thread has been opening it for `OPEN_TIMEOUT_S`.
+
+        """
         if not self.lock.acquire(timeout=OPEN_TIMEOUT_S):
             raise TimeoutError(f"another thread has been opening it for {OPEN_TIMEOUT_S:g} s")
         try:
@@ -125,7 +135,15 @@ class JsonlSpanExporter(_JsonlSink, SpanExporter):
     """
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        """Write a batch of ended spans. Returns SUCCESS where all of them stand in the journal, else FAILURE."""
+        """Write a batch of ended spans; the SDK's span processor calls this.
+
+        Args:
+            spans: Spans of one Resource.
+
+        Returns:
+            SUCCESS where all of them stand in the journal, else FAILURE.
+
+        """
         resource = spans[0].resource if spans else None
         result: SpanExportResult = self._export(resource, map(encoding.span, spans), SpanExportResult)
         return result
@@ -141,7 +159,15 @@ class JsonlLogRecordExporter(_JsonlSink, LogRecordExporter):
     """
 
     def export(self, batch: Sequence[ReadableLogRecord]) -> LogRecordExportResult:
-        """Write a batch of log records. Returns SUCCESS where all of them stand in the journal, else FAILURE."""
+        """Write a batch of log records; the SDK's log record processor calls this.
+
+        Args:
+            batch: Log records of one Resource.
+
+        Returns:
+            SUCCESS where all of them stand in the journal, else FAILURE.
+
+        """
         resource = batch[0].resource if batch else None
         result: LogRecordExportResult = self._export(resource, map(encoding.log, batch), LogRecordExportResult)
         return result
@@ -161,7 +187,17 @@ class JsonlMetricExporter(_JsonlSink, MetricExporter):
         _JsonlSink.__init__(self, directory)
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
-        """Write a collection. Returns SUCCESS where all of it stands in the journal, else FAILURE."""
+        """Write one event for each metric of a collection; the SDK's metric reader calls this.
+
+        Args:
+            metrics_data: What was collected.
+            timeout_millis: Not needed: writing waits for no receiver.
+            **options: Not needed.
+
+        Returns:
+            SUCCESS where all of it stands in the journal, else FAILURE.
+
+        """
         resource = next((one.resource for one in metrics_data.resource_metrics), None)
         result: MetricExportResult = self._export(resource, encoding.metrics(metrics_data), MetricExportResult)
         return result

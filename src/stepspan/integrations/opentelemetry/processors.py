@@ -31,7 +31,12 @@ class JournalSpanProcessor(JournalSink, SpanProcessor):
         """Do nothing: a span is written once, as it ends."""
 
     def on_end(self, span: ReadableSpan) -> None:
-        """Write a span that has ended, if it is sampled."""
+        """Write a span, if it is sampled; the SDK calls this in the thread that ends it.
+
+        Args:
+            span: A span that has ended.
+
+        """
         context = span.get_span_context()
         if context is not None and context.trace_flags.sampled:
             self._record(lambda: encoding.span(span))
@@ -46,7 +51,12 @@ class JournalLogRecordProcessor(JournalSink, LogRecordProcessor):
     """
 
     def on_emit(self, log_record: ReadWriteLogRecord) -> None:
-        """Write a log record."""
+        """Write a log record; the SDK calls this in the thread that emits it.
+
+        Args:
+            log_record: As it was emitted, after the processors that were added before.
+
+        """
         self._record(lambda: encoding.log(log_record))
 
 
@@ -65,7 +75,12 @@ class JournalMetricExporter(JournalSink, MetricExporter):
         JournalSink.__init__(self, run)
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
-        """Write one event for each metric of a collection.
+        """Write one event for each metric of a collection; the metric reader calls this.
+
+        Args:
+            metrics_data: What was collected.
+            timeout_millis: Not needed: writing waits for no receiver.
+            **options: Not needed.
 
         Returns:
             SUCCESS where all of them stand in the journal; FAILURE otherwise, and where no run is open.
