@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,9 +13,6 @@ from stepspan.mapping.histogram import HistogramState
 from stepspan.mapping.open_scopes import StepState, step_trace_id
 from stepspan.mapping.records import Exemplar, Histogram
 from stepspan.mapping.thinning import Thinning
-
-MAX_UNCOUNTED = 1024
-"""Steps that are counted at once: that costs less than to count each as it ends."""
 
 
 class Durations:
@@ -27,34 +24,9 @@ class Durations:
         self._slowest: dict[str, tuple[float, int, Event]] = {}
         """Of each split since the last point: duration (s), end (Unix ns) and begin event of the slowest step of those
         whose traces go out."""
-        self._uncounted: list[StepState] = []
 
-    def add(self, step: StepState) -> None:
-        """Add a step that has ended. Call it once for each step, in order."""
-        self._uncounted.append(step)
-        if len(self._uncounted) == MAX_UNCOUNTED:
-            self._count()
-
-    def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
-        """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
-        self._count()
-        for split, histogram in self._histograms.items():
-            slowest = self._slowest.pop(split, None)
-            yield split, histogram.value(start, () if slowest is None else (self._exemplar(*slowest),))
-
-    def state(self) -> dict[str, Any]:
-        """What is carried on, as JSON."""
-        self._count()
-        histograms = {split: asdict(histogram) for split, histogram in self._histograms.items()}
-        return {"thinning": asdict(self._thinning), "histograms": histograms, "slowest": self._slowest}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
-        self._thinning, self._slowest = Thinning(**state["thinning"]), state["slowest"]
-        self._histograms = {split: HistogramState(**counted) for split, counted in state["histograms"].items()}
-
-    def _count(self) -> None:
-        steps, self._uncounted = self._uncounted, []
+    def add(self, steps: Sequence[StepState]) -> None:
+        """Add steps that have ended, each once and in order. Many at once cost less than each by itself."""
         slowest = self._slowest
         durations: defaultdict[str, list[float]] = defaultdict(list)
         for step in steps:
@@ -65,6 +37,22 @@ class Durations:
             split = step.begin["split"]
             if split not in slowest or step.duration > slowest[split][0]:
                 slowest[split] = step.duration, step.end["ts"], step.begin
+
+    def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
+        """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
+        for split, histogram in self._histograms.items():
+            slowest = self._slowest.pop(split, None)
+            yield split, histogram.value(start, () if slowest is None else (self._exemplar(*slowest),))
+
+    def state(self) -> dict[str, Any]:
+        """What is carried on, as JSON."""
+        histograms = {split: asdict(histogram) for split, histogram in self._histograms.items()}
+        return {"thinning": asdict(self._thinning), "histograms": histograms, "slowest": self._slowest}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._thinning, self._slowest = Thinning(**state["thinning"]), state["slowest"]
+        self._histograms = {split: HistogramState(**counted) for split, counted in state["histograms"].items()}
 
     def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
         header = self._thinning.header

@@ -36,6 +36,8 @@ INFO_HYPERPARAMS = (
 """Hyperparameters that are labels of `training.run.info`."""
 MAX_LABEL_CHARS = 120
 MAX_TABLES = 1000
+MAX_UNCOUNTED = 1000
+"""Steps that are kept uncounted from batch to batch."""
 OWN_SERIES: dict[str, tuple[str, str, Kind]] = {
     "training.step.number": ("split", "", "gauge"),
     "training.step.time": ("split", "s", "gauge"),
@@ -75,6 +77,8 @@ class MetricMapper:
         """By name and attributes."""
         self._own_series: dict[tuple[str, str], Series] = {}
         """Those of `OWN_SERIES`, by name and label."""
+        self._phases: dict[str, Series] = {}
+        """Those of `training.phase.time`, by a span's name: what is asked for most."""
         self._points = PointBuffer()
         self._add = self._points.add
         self._tables: dict[tuple[Any, ...], Table] = {}
@@ -84,6 +88,7 @@ class MetricMapper:
         self._steps = StepFold(header)
         self._durations = Durations(header)
         self._progress = RunProgress()
+        self._uncounted: list[StepState] = []
         self._deferred = DeferredPoints(self._start, self._points)
         self._sdk_records = SdkRecords("metrics")
         self._handlers: dict[str, Callable[[Event], Any]] = {
@@ -128,6 +133,8 @@ class MetricMapper:
                     handler(event)
                 except MALFORMED as error:
                     warn_unmappable(event["tag"], repr(error))
+        if len(self._uncounted) > MAX_UNCOUNTED:
+            self._count_steps()
         return self._points.flush()
 
     def finish(self, closed: Closed) -> Sequence[Record]:
@@ -143,6 +150,7 @@ class MetricMapper:
 
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
+        self._count_steps()
         return {
             "filtered": self._points.filtered,
             "series": [[s.name, s.attributes, s.unit, s.kind] for s in self._series.values()],
@@ -247,9 +255,7 @@ class MetricMapper:
             self._add_throughput("samples", split, event, step.duration)
         if "tokens" in event:
             self._add_throughput("tokens", split, event, step.duration)
-        if split == "train":
-            self._progress.step(step, ts)
-        self._durations.add(step)
+        self._uncounted.append(step)
 
     def _step_table(self, split: str, has_wait: bool, has_data_wait: bool) -> Table:
         series = [self._own("training.step.time", split)]
@@ -274,7 +280,11 @@ class MetricMapper:
     def _span_end(self, event: Event) -> None:
         span = self._steps.end(event)
         if span is not None:
-            self._add(self._own("training.phase.time", span.begin["name"]), event["ts"], span.duration)
+            name = span.begin["name"]
+            series = self._phases.get(name)
+            if series is None:
+                series = self._phases[name] = self._own("training.phase.time", name)
+            self._add(series, event["ts"], span.duration)
 
     def _device_time(self, event: Event) -> None:
         span, seconds = self._steps.device_time(event), to_float(event.get("seconds"))
@@ -340,7 +350,14 @@ class MetricMapper:
         self._state.boundary = boundary + PERIOD_NS
         return self._state.boundary
 
+    def _count_steps(self) -> None:
+        """Count the steps that have ended: many at once, as that costs less than to count each as it ends."""
+        steps, self._uncounted = self._uncounted, []
+        self._progress.add(steps)
+        self._durations.add(steps)
+
     def _add_progress(self, ts: int) -> None:
+        self._count_steps()
         for name, unit, value in self._progress.values(ts):
             self._add(self._of(name, {}, unit), ts, value)
 

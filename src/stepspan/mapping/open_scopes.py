@@ -148,13 +148,15 @@ class OpenScopes:
 
     def name(self, scope: ScopeState) -> ScopeState:
         """Give a scope its ids, and return it."""
-        unnamed: list[ScopeState] = []
-        above: ScopeState | None = scope
-        while above is not None and not above.trace_id:
-            unnamed.append(above)
-            above = above.parent
-        while unnamed:
-            self._name(unnamed.pop())
+        if not scope.trace_id:
+            unnamed: list[ScopeState] = []
+            above = scope.parent
+            while above is not None and not above.trace_id:
+                unnamed.append(above)
+                above = above.parent
+            while unnamed:
+                self._name(unnamed.pop())
+            self._name(scope)
         return scope
 
     def _name(self, scope: ScopeState) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stepspan.events import Event
@@ -49,12 +49,16 @@ class RunProgress:
         """Take how many steps there will be from a `progress` event."""
         self.total = to_float(event["total_steps"])
 
-    def step(self, step: StepState, ended: int) -> None:
-        """Take a training step whose end was written at `ended` (Unix ns)."""
-        number = step.begin["step"]
-        if self.measured_step is None:
-            self.measured_step, self.measured_at = number - 1, step.begin["ts"]
-        self.last_step, self.last_ended = number, ended
+    def add(self, steps: Sequence[StepState]) -> None:
+        """Add steps that have ended, each once and in order; those that are not of training do not count."""
+        for step in steps if self.measured_step is None else ():
+            if step.begin["split"] == "train":
+                self.measured_step, self.measured_at = step.begin["step"] - 1, step.begin["ts"]
+                break
+        for step in reversed(steps):
+            if step.begin["split"] == "train":
+                self.last_step, self.last_ended = step.begin["step"], step.end["ts"]
+                break
 
     def artifact(self, event: Event) -> None:
         """Take an `artifact` event: one of kind "checkpoint" says when the last checkpoint was made."""

@@ -70,7 +70,7 @@ class Thinning:
                 self._begin_window(window, seen if window == last + 1 else 0)
                 last, seen = window, 0
             seen += 1
-            count, mean = means.get(split, (0, duration))
+            count, mean = means.get(split) or (0, duration)
             slow = duration > SLOW_FACTOR * mean and count >= SLOW_MIN_STEPS and self.slow < SLOW_PER_WINDOW
             means[split] = count + 1, mean + (duration - mean) / MEAN_STEPS
             if begin.get("thin"):
