@@ -31,7 +31,10 @@ MOVES = st.one_of(
     st.tuples(st.just("step_begin"), st.fixed_dictionaries({"step": st.integers(0, 9), "split": SPLITS})),
     st.tuples(
         st.just("span_begin"),
-        st.fixed_dictionaries({"name": st.sampled_from(["forward", "sync"])}, optional={"collective": st.just(True)}),
+        st.fixed_dictionaries(
+            {"name": st.sampled_from(["forward", "sync"])},
+            optional={"collective": st.just(True), "cuda": st.just(True)},
+        ),
     ),
     st.tuples(st.just("epoch_begin"), st.fixed_dictionaries({"epoch": st.integers(0, 2)})),
     st.tuples(
@@ -39,6 +42,10 @@ MOVES = st.one_of(
         st.fixed_dictionaries(
             {"which": st.integers(0, 3)}, optional={"status": st.just("error"), "data_wait": st.just(0.25)}
         ),
+    ),
+    st.tuples(
+        st.just("device_time"),
+        st.fixed_dictionaries({"begin": st.integers(0, 3), "seconds": st.sampled_from([0.25, 0.001, None])}),
     ),
     st.tuples(
         st.just("hyperparams"), st.fixed_dictionaries({"params": st.fixed_dictionaries({"lr": st.integers(0, 2)})})
@@ -53,7 +60,7 @@ MOVES = st.one_of(
 @st.composite
 def sessions(draw: st.DrawFn) -> SessionEvents:
     s = SessionEvents(rank=draw(st.integers(0, 1)), world_size=2)
-    opened = [("run", s.run())]
+    opened, timed = [("run", s.run())], list[int]()
     for after, (tag, fields) in draw(st.lists(st.tuples(GAPS, MOVES), max_size=40)):
         if tag == "end":
             if opened:
@@ -63,6 +70,9 @@ def sessions(draw: st.DrawFn) -> SessionEvents:
         elif tag.endswith("_begin"):
             seq = s.emit(tag, after, parent=opened[-1][1] if opened else 0, **fields)
             opened.append((tag.removesuffix("_begin"), seq))
+            timed += [seq] * ("cuda" in fields)
+        elif tag == "device_time":  # of a span that has ended, or has not, or has been timed before
+            s.emit(tag, after, **{**fields, "begin": timed[-1 - min(fields["begin"], len(timed) - 1)] if timed else 1})
         elif tag in {"event", "error"}:
             s.emit(tag, after, parent=opened[-1][1] if opened else 0, **fields)
         else:
