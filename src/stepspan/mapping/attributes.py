@@ -53,18 +53,42 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar | l
 
 
 def artifact_attributes(event: Event) -> dict[str, Any]:
-    """The attributes of an `artifact` event."""
+    """The attributes of an artifact, as an event of the run's span and as a log record.
+
+    Args:
+        event: An `artifact` event.
+
+    Returns:
+        Name, path and kind, and the step if it has one.
+
+    """
     return flatten({name: event[name] for name in ARTIFACT_FIELDS if name in event})
 
 
 def event_attributes(event: Event) -> dict[str, Any]:
-    """The attributes of an `event` event: the user's, and its status if it has one."""
+    """The attributes of a milestone, as an event of the run's span and as a log record.
+
+    Args:
+        event: An `event` event.
+
+    Returns:
+        The user's attributes, flat, and the status if it has one, which replaces a user's attribute of that name.
+
+    """
     status = event.get("status")
     return {**flatten(event.get("attributes", {})), **({} if status is None else {"status": status})}
 
 
 def exception_attributes(error: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of an exception, by OpenTelemetry's semantic conventions, behind the user's."""
+    """The attributes of an exception, by OpenTelemetry's semantic conventions.
+
+    Args:
+        error: An `error` event, or the `exception` of a `log` event.
+
+    Returns:
+        The user's attributes, flat, and `exception.type`, `.message` and `.stacktrace`.
+
+    """
     return {
         **flatten(error.get("attributes", {})),
         "exception.type": error["type"],

@@ -54,7 +54,16 @@ class Points(Sequence["Point | SdkRecord"]):
 
 
 def merge_columns(first: Column, second: Column) -> Column:
-    """Two columns of one series as one, in time order."""
+    """Two columns of one series as one.
+
+    Args:
+        first: A column.
+        second: Another one of the same series.
+
+    Returns:
+        The points of both in time order; of equal times those of `first` come first.
+
+    """
     points = sorted([*zip(*first[1:], strict=True), *zip(*second[1:], strict=True)], key=itemgetter(0))
     times, values = zip(*points, strict=True)
     return first[0], times, values

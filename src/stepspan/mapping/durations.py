@@ -26,7 +26,12 @@ class Durations:
         whose traces go out."""
 
     def add(self, steps: Sequence[StepState]) -> None:
-        """Add steps that have ended, each once and in order. Many at once cost less than each by itself."""
+        """Add steps that have ended. Many at once cost less than each by itself.
+
+        Args:
+            steps: Each step of the session once, in the order in which they ended.
+
+        """
         slowest = self._slowest
         durations: defaultdict[str, list[float]] = defaultdict(list)
         for step in steps:
@@ -39,7 +44,15 @@ class Durations:
                 slowest[split] = step.duration, step.end["ts"], step.begin
 
     def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
-        """Each split and its histogram since `start` (Unix ns). An exemplar goes out once."""
+        """The histograms so far. An exemplar goes out once, so the next call has those of the time since.
+
+        Args:
+            start: When the session began, Unix ns.
+
+        Yields:
+            Each split and its histogram.
+
+        """
         for split, histogram in self._histograms.items():
             slowest = self._slowest.pop(split, None)
             yield split, histogram.value(start, () if slowest is None else (self._exemplar(*slowest),))

@@ -29,7 +29,12 @@ class HistogramState:
     buckets: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: Sequence[float]) -> None:
-        """Count values of 0 or more, at least one."""
+        """Count values.
+
+        Args:
+            values: At least one; each is 0 or more.
+
+        """
         self.minimum = min(values) if not self.count else min(self.minimum, min(values))
         self.maximum = max(self.maximum, max(values))
         self.count += len(values)
@@ -43,7 +48,13 @@ class HistogramState:
             self.buckets[str(bucket)] = self.buckets.get(str(bucket), 0) + count
 
     def value(self, start: int, exemplars: tuple[Exemplar, ...] = ()) -> Histogram:
-        """It as the value of a point, cumulative since `start` (Unix ns)."""
+        """The value of a point.
+
+        Args:
+            start: Since when the histogram counts, Unix ns.
+            exemplars: Go out with this point.
+
+        """
         buckets = {int(bucket): count for bucket, count in self.buckets.items()}
         first, last = min(buckets, default=0), max(buckets, default=-1)
         return Histogram(

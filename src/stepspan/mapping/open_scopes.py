@@ -123,7 +123,12 @@ class OpenScopes:
             self._forget_oldest()
 
     def begin_step(self, event: Event) -> None:
-        """Open a step. TypeError where its name is none, which a processor may have done: its ids could not be made."""
+        """Open a step.
+
+        Raises:
+            TypeError: It has no number or split, as a processor took that away. Its ids could not be made.
+
+        """
         if type(event["step"]) is not int or type(event["split"]) is not str:
             raise TypeError(f"step {event['step']!r:.40} of {event['split']!r:.40}")
         self.open[event["seq"]] = StepState(event)
@@ -147,7 +152,15 @@ class OpenScopes:
         return step if step is not None and step.begin["seq"] in self.open else None
 
     def name(self, scope: ScopeState) -> ScopeState:
-        """Give a scope its ids, and return it."""
+        """Give a scope its ids, if it has none yet.
+
+        Args:
+            scope: It, and what is around it, gets them.
+
+        Returns:
+            The same scope.
+
+        """
         if not scope.trace_id:
             unnamed: list[ScopeState] = []
             above = scope.parent

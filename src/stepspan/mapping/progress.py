@@ -50,7 +50,12 @@ class RunProgress:
         self.total = to_float(event["total_steps"])
 
     def add(self, steps: Sequence[StepState]) -> None:
-        """Add steps that have ended, each once and in order; those that are not of training do not count."""
+        """Add steps that have ended.
+
+        Args:
+            steps: Each step once, in the order in which they ended; those of other splits than "train" do not count.
+
+        """
         for step in steps if self.measured_step is None else ():
             if step.begin["split"] == "train":
                 self.measured_step, self.measured_at = step.begin["step"] - 1, step.begin["ts"]
@@ -66,7 +71,15 @@ class RunProgress:
             self.checkpoint = event["ts"] / SECOND_NS
 
     def values(self, ts: int) -> Iterator[tuple[str, str, float]]:
-        """Name, unit and value of each metric that is known at a time (Unix ns)."""
+        """The metrics of a run's progress that are known. Measures the pace.
+
+        Args:
+            ts: The time that they are for, Unix ns.
+
+        Yields:
+            Name, unit and value of each.
+
+        """
         if self.started is not None:
             yield "training.run.start_time", "s", self.started
         if self.checkpoint is not None:

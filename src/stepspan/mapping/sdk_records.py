@@ -25,7 +25,15 @@ class SdkRecords:
         self._scopes: dict[bytes, SdkScope] = {}
 
     def of(self, event: Event) -> list[SdkRecord]:
-        """The records of one `otel` event, as it was handed over; none where it is of another signal."""
+        """The records of one event.
+
+        Args:
+            event: An `otel` event.
+
+        Returns:
+            A span, a log record, or the data points of a metric, as they were handed over; none of another signal.
+
+        """
         if event["signal"] != self._signal:
             return []
         record: Mapping[str, Any] = event["record"]

@@ -88,7 +88,15 @@ class StepFold(OpenScopes):
         return scope
 
     def error(self, event: Event) -> ScopeState | None:
-        """Fail the scope that an `error` event was raised in, and return it; None where there is none."""
+        """Fail the scope that an error was raised in.
+
+        Args:
+            event: The `error` event.
+
+        Returns:
+            The scope; None where none is open.
+
+        """
         scope = self.open.get(event["parent"])
         if scope is not None:
             scope.error = shorten(f"{event['type']}: {event['message']}", MAX_TEXT_CHARS)
@@ -98,7 +106,15 @@ class StepFold(OpenScopes):
         return scope
 
     def sdk_span(self, event: Event) -> StepState | None:
-        """The open step in whose trace an `otel` event's span lies, which fails the step if it failed itself."""
+        """Find the open step in whose trace a span of other instrumentation lies. A failed span fails its step.
+
+        Args:
+            event: An `otel` event of signal "traces".
+
+        Returns:
+            The step; None where the span lies in no step, or in a trace of its own.
+
+        """
         scope, record = self.open.get(event.get("parent", 0)), event["record"]
         step = None if scope is None else self.open_step(scope)
         if step is None or self.name(step).trace_id != record["traceId"]:
@@ -108,14 +124,27 @@ class StepFold(OpenScopes):
         return step
 
     def device_time(self, event: Event) -> PendingDeviceTime | None:
-        """Take the device time of a span that has ended, and return the span; None for one that is not known."""
+        """Take how long a span took on the device.
+
+        Args:
+            event: A `device_time` event; one without a number says that the time is lost.
+
+        Returns:
+            What is known of the span; None where it has not ended, or has been timed before.
+
+        """
         span = self._device_spans.pop(event["begin"], None)
         if span is not None:
             self._add_device_time(span, to_float(event.get("seconds")))
         return span
 
     def settle(self) -> Iterator[StepState]:
-        """The steps that are no longer pending, in the order in which they ended."""
+        """Take the steps whose wait is known now, or will never be.
+
+        Yields:
+            Each step that is no longer pending, in the order in which they ended.
+
+        """
         while self._pending:
             seq, step = next(iter(self._pending.items()))
             if step.missing and len(self._pending) <= MAX_PENDING_STEPS:

@@ -59,7 +59,15 @@ class Thinning:
         return bool(self.filter([step]))
 
     def filter(self, steps: Sequence[StepState]) -> list[StepState]:
-        """Those of the next steps whose traces go out. The same as `keeps` for each of them."""
+        """Decide for many steps, as `keeps` does for each.
+
+        Args:
+            steps: The next steps, in the order in which they ended.
+
+        Returns:
+            Those whose traces go out.
+
+        """
         found: list[StepState] = []
         means, last, seen, header = self.means, self.window, self.seen, self.header
         all_ranks = header["world_size"] <= MAX_RANKS or header["rank"] == 0
