@@ -41,9 +41,10 @@ class Rank:
 
     def __init__(self, number: int, directory: Path, clock: Clock, options: SimpleNamespace, attempt: int) -> None:
         from stepspan import identity
-        from stepspan.deliver.delivery import Delivery
         from stepspan.exporters.jsonl import JsonlExporter
         from stepspan.pipeline import Pipeline
+        from stepspan.recording.recorder import JournalRecorder
+        from stepspan.recording.warnings import WarningSink
         from stepspan.run import Run
 
         local, host = number % LOCAL, f"host-{number * options.hosts // options.ranks}"
@@ -52,8 +53,14 @@ class Rank:
         facts = replace(options.facts, host=host)
         me = identity.resolve(who, {}, facts, earlier_sessions=lambda *_: 0)
         resource_of, _ = identity.resource_attributes(me, {})
-        pipeline = Pipeline([], [JsonlExporter(directory, clock=clock)])
-        self.run = Run(me, resource_of, pipeline, Delivery(), boot_id=facts.boot_id, name=JOB)
+        exporter, warnings = JsonlExporter(directory, clock=clock), WarningSink(audible=False)
+        pipeline = Pipeline([], [exporter])
+        emit, process = pipeline.emit, pipeline.process
+        recorder = JournalRecorder(
+            me, resource_of, exporter.journal, emit, process, warnings=warnings, boot_id=facts.boot_id
+        )
+        recorder.open()
+        self.run = Run(recorder, pipeline, name=JOB)
         self.run.log_hyperparams({"lr": 3e-4, "batch_size": 32, "model": "none"})
         self.run.set_total_steps(1_000_000)
         self._clock, self._samples, self._local = clock, options.samples, local

@@ -14,8 +14,13 @@ from pathlib import Path
 import pytest
 import pytest_timeout
 from harness import stack
+from harness.events_schema import violations
 from harness.processes import under_load
 from harness.stack import Collector, Loki, Prometheus, Tempo
+
+from stepspan.events import Event
+from stepspan.journal import writer
+from stepspan.journal.format import encode
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; children would ignore it as well
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,6 +44,21 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Setting
     """A test may take `timeout` seconds (pyproject.toml, or its mark), and more where the machine is busy."""
     found: bool = pytest_timeout.pytest_timeout_set_timer(item, settings._replace(timeout=under_load(settings.timeout)))
     return found
+
+
+@pytest.fixture(autouse=True)
+def valid_events(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test's journals are given is as `stepspan.events` says; tests of other lines are marked `any_events`."""
+    wrong: list[str] = []
+
+    def checked(event: Event) -> bytes:
+        wrong.extend(violations(event))
+        return encode(event)
+
+    if not request.node.get_closest_marker("any_events"):
+        monkeypatch.setattr(writer, "encode", checked)
+    yield
+    assert not wrong, "\n".join(dict.fromkeys(wrong))
 
 
 @pytest.fixture(autouse=True)

@@ -181,9 +181,9 @@ def test_a_disk_that_takes_nothing_stops_no_training(
     class Full(Disk):
         def __init__(self) -> None:
             super().__init__()
-            self.write_keeping_gil = lambda fd, data, length: -1
+            self.write_keeping_gil = lambda fd, data, length: -1  # type: ignore[assignment]
 
-        def write(self, fd: int, data: bytes) -> int:
+        def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
             raise OSError(28, "No space left on device")
 
     run = start(exporters=[JsonlExporter(tmp_path / "runs", disk=Full())])

@@ -112,14 +112,14 @@ def test_the_memory_logger_keeps_the_same_rows_without_a_time() -> None:
     assert logger.records[2]["context"]["state"] is context["state"], "the copy is shallow"
 
 
-class Hostile(Mapping):
+class Hostile(Mapping[str, Any]):
     def __getitem__(self, key: str) -> None:
         raise RuntimeError("no")
 
-    __iter__ = __len__ = __str__ = __repr__ = __getitem__
+    __iter__ = __len__ = __str__ = __repr__ = __getitem__  # type: ignore[assignment]
 
 
-circle: list = []
+circle: list[Any] = []
 circle.append(circle)
 
 
@@ -176,7 +176,7 @@ def test_a_flush_that_fails_half_way_doubles_no_row(tmp_path: Path, caplog: pyte
     def write(fd: Any, data: Any) -> Any:
         if not broken[0]:
             return os.write(fd, data)
-        broken[0] = None  # cut in the middle of a row, and then nothing more
+        broken[0] = None  # type: ignore[call-overload] # cut in the middle of a row, and then nothing more
         if len(data) > 10:
             return os.write(fd, data[:10])
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -267,7 +267,7 @@ def test_a_forked_child_writes_its_own_rows_and_not_its_parents(tmp_path: Path, 
 
 
 def test_a_signal_handler_that_logs_in_the_middle_of_a_write_doubles_no_row(tmp_path: Path) -> None:
-    raised = []
+    raised: list[Any] = []
 
     def write(fd: Any, data: Any) -> Any:
         written = os.write(fd, data)
@@ -314,7 +314,7 @@ def test_only_what_is_a_number_becomes_a_metric() -> None:
     }  # fmt: skip
     with recorded_run() as recording:
         RunCallback(recording.run).on_step_end(4, context)
-        RunCallback(recording.run).on_step_end(5, None)
+        RunCallback(recording.run).on_step_end(5, None)  # type: ignore[arg-type]
         assert recording.run.stats()["warnings"] == {}
     (event,) = recording.events("metrics")
     assert event["metrics"] == {"a": 1.0, "b": 0.5, "c": 2.0, "nan": "NaN"}
@@ -329,7 +329,7 @@ def test_an_exception_marks_the_step_it_was_raised_in() -> None:
         try:
             raise ValueError("diverged")
         except ValueError as error:
-            callback.on_error(error, {"node": "N1", "error": "x", "self": 1, 3: 4, "state": object()})
+            callback.on_error(error, {"node": "N1", "error": "x", "self": 1, 3: 4, "state": object()})  # type: ignore[dict-item]
         callback.on_step_begin(1, {})  # the loop goes on without an end of step 0
         callback.on_step_end(1, {"loss": 0.5})
         callback.on_epoch_end(0, {})
@@ -337,7 +337,7 @@ def test_an_exception_marks_the_step_it_was_raised_in() -> None:
     assert [(span.attributes["step"], span.error) for span in steps] == [(0, "ValueError: diverged"), (1, None)]
     (log,) = recording.logs("exception")
     assert log.attributes["exception.type"] == "ValueError"
-    assert "raise ValueError" in log.attributes["exception.stacktrace"]
+    assert "raise ValueError" in log.attributes["exception.stacktrace"]  # type: ignore[operator]
     assert {key: value for key, value in log.attributes.items() if "." not in key} == {"node": "N1"}
     assert log.span_id == steps[0].span_id
 
@@ -361,7 +361,7 @@ def test_ends_without_a_beginning_and_late_hooks_raise_nothing() -> None:
         callback = RunCallback(recording.run)
         callback.on_epoch_end(0, {"accuracy": 1})
         callback.on_step_end(0, {"loss": 1})
-        callback.on_error("no exception", None)
+        callback.on_error("no exception", None)  # type: ignore[arg-type]
     train(callback)
     train(RunCallback(stepspan.current_run()))
     assert recording.values("training.loss") == [1.0]
@@ -378,7 +378,7 @@ def test_the_logger_and_the_run_say_the_same(tmp_path: Path) -> None:
 
 
 def test_what_a_qmlhc_loop_reports_arrives(collector: Collector, prometheus: Prometheus, tmp_path: Path) -> None:
-    who = {"job_id": "qmlhc", "rank": 2, "local_rank": 0, "world_size": 4}
+    who: dict[str, Any] = {"job_id": "qmlhc", "rank": 2, "local_rank": 0, "world_size": 4}
     with stepspan.start_run(**who, directory=tmp_path / "runs", endpoint=collector.http_endpoint) as run:
         callback = CallbackList([RunCallback(run)])
         train(callback, epochs=2)

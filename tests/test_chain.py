@@ -97,10 +97,10 @@ def test_a_gateway_that_is_killed_between_deliveries_loses_no_point(
             ranks.start(rank, OTEL_EXPORTER_OTLP_ENDPOINT=agent.http_endpoint)
         arrived: dict[str, dict[int, float]] = {}
         for _ in range(2):
-            until(lambda before=arrived: both_have_more_than(before), PATIENCE)
+            until(lambda before=arrived: both_have_more_than(before), PATIENCE)  # type: ignore[misc]
             gateway.kill()
             newest = {rank: max(points) for rank, points in losses(agent).items()}
-            until(lambda newest=newest: all(max(losses(agent)[rank]) > newest[rank] for rank in newest), PATIENCE)
+            until(lambda newest=newest: all(max(losses(agent)[rank]) > newest[rank] for rank in newest), PATIENCE)  # type: ignore[misc]
             arrived = stored(prometheus)
             waiting = {rank: max(losses(agent)[rank]) - max(arrived[rank]) for rank in arrived}
             assert min(waiting.values()) > 0, "what comes while the gateway is dead waits at the agent"
@@ -158,7 +158,7 @@ def snippet(first: str) -> str:
 def test_the_documented_overlays_fit_the_gateway(tmp_path: Path, first: str) -> None:
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text(snippet(first))
-    command = [binary("otelcol"), "validate", f"--config={CONFIGS / 'gateway.yaml'}", f"--config={overlay}"]
+    command: list[Any] = [binary("otelcol"), "validate", f"--config={CONFIGS / 'gateway.yaml'}", f"--config={overlay}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert done.returncode == 0, done.stderr
 
@@ -168,7 +168,7 @@ def test_the_documented_processors_are_settings(tmp_path: Path) -> None:
     file.write_text(snippet("exporters:\n  - endpoint"))
     settings = load({}, {}, config=file)
     drop, sample_steps = build(settings.exporters[0].processors)
-    assert (drop.patterns, sample_steps.every) == (("grad/*", "debug/*"), 10)
+    assert (drop.patterns, sample_steps.every) == (("grad/*", "debug/*"), 10)  # type: ignore[attr-defined]
     assert settings.sample_interval == 30
 
 

@@ -99,7 +99,7 @@ def test_compose_refuses_what_it_does_not_know(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def services() -> dict[str, Any]:
+def services() -> Any:
     """The services of docker-compose.yml, as the Compose Specification's loader understands them."""
     done = check(binary("compose-check"), "--format", "json", "docker-compose.yml")
     assert done.returncode == 0, done.stderr
@@ -284,10 +284,10 @@ def test_single_makes_hyperparameters_and_errors_visible_in_loki(start: Any, lok
         train(start, collector.http_endpoint, tmp_path / "runs", rank=1)
         until(lambda: len(loki.query('{job_id="job"}', began, time.time() + 5)) >= 2)
         ask = lambda event: loki.query(f'{{job_id="job", rank="1"}} | event_name="{event}"', began, time.time() + 5)  # noqa: E731
-        ((labels, [(_, line)]),) = ask("training.hyperparams")
+        ((labels, [(_, line)]),) = ask("training.hyperparams")  # type: ignore[no-untyped-call]
         assert (labels["service_name"], labels["job_id"], labels["rank"]) == ("training", "job", "1")
         assert orjson.loads(line) == {"lr": 0.1, "model": "tiny"}
-        ((labels, [(_, line)]),) = ask("exception")
+        ((labels, [(_, line)]),) = ask("exception")  # type: ignore[no-untyped-call]
         assert line == "ValueError: bad sample"
         assert labels["exception_type"] == "ValueError"
         traces = {span["traceId"] for span in collector.spans()}

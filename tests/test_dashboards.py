@@ -50,7 +50,7 @@ def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
 
 
 def promtool(*arguments: str) -> None:
-    command = [binary("promtool"), *arguments]
+    command: list[Any] = [binary("promtool"), *arguments]
     done = subprocess.run(command, cwd=grafana.PROMETHEUS_STACK, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from harness import processes
 from harness.delivery import OK, Scripted, Training, assert_true, copy, everything, trained
+from harness.journals import closed_of
 from harness.processes import Ranks, under_load, until
 from harness.receiver import Answer, ScriptedReceiver
 
@@ -25,7 +26,6 @@ from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
-from stepspan.journal.liveness import read_closed
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -50,7 +50,7 @@ def exporter_to(receiver: ScriptedReceiver, protocol: str = "http/protobuf", **f
 def assert_ledgers(directory: Path) -> None:
     for session in find_sessions(directory):
         for state in cursors(session.path)["there"].values():
-            assert_true(state.ledger, read_closed(session.path).seq)
+            assert_true(state.ledger, closed_of(session.path).seq)
             assert state.position.finished
 
 
@@ -76,7 +76,7 @@ def test_all_signals_of_all_sessions_reach_all_destinations(tmp_path: Path) -> N
 def test_a_signal_that_hangs_stops_no_other(tmp_path: Path) -> None:
     trained(tmp_path, 5)
     hanging, released = Scripted(signals=["traces"]), threading.Event()
-    hanging.answer = lambda _: released.wait(20) and OK
+    hanging.answer = lambda _: released.wait(20) and OK  # type: ignore[assignment, return-value]
     other = Scripted(destination="other")
     deliverer = Deliverer([hanging, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
     deliverer.start()
@@ -92,7 +92,7 @@ def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path: Path, caplo
     trained(tmp_path, 5)
     broken, other = Scripted(signals=["traces"]), Scripted(destination="other")
     deliverer = Deliverer([broken, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
-    deliverer.schedulers[0].run_once = lambda: 1 / 0
+    deliverer.schedulers[0].run_once = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()
@@ -120,7 +120,7 @@ def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(
 
 def test_pace_is_told_the_cpu_time_of_each_round(tmp_path: Path) -> None:
     trained(tmp_path, 50)
-    told = []
+    told: list[Any] = []
     deliverer = Deliverer([Scripted()], lambda: find_sessions(tmp_path), Options(boot_id="boot"), pace=told.append)
     deliverer.start()
     deliverer.wait(caught_up)

@@ -12,7 +12,7 @@ import pytest
 import requests
 from harness import processes
 from harness.delivery import DAY, Training, assert_true
-from harness.journals import NOON, SECOND
+from harness.journals import NOON, SECOND, closed_of
 from harness.processes import Ranks, until
 from harness.stack import Collector, Prometheus
 
@@ -21,7 +21,6 @@ from stepspan.deliver.ledgers import cursors
 from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions
-from stepspan.journal.liveness import read_closed
 
 pytestmark = pytest.mark.stack
 ranks = processes.ranks
@@ -47,7 +46,7 @@ def sync(directory: Path, where: Any, protocol: Any = None, **fields: Any) -> di
         deliverer.stop()
         assert not any(scheduler.broken or scheduler.unreadable for scheduler in deliverer.schedulers)
     home = lambda session: fields["state_directory"] / session.path.name if fields else session.path  # noqa: E731
-    return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}
+    return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}  # type: ignore[no-untyped-call]
 
 
 def training(directory: Path, rank: int, started: Any, steps: Any, every: Any) -> Any:
@@ -121,7 +120,7 @@ def test_a_refused_point_costs_one_point(
     assert arrived(prometheus, "1h") == expected
     assert {rank: state.ledger.rejected for rank, state in states.items()} == {0: 1, 1: 0}
     for session in find_sessions(tmp_path / "runs"):
-        assert_true(states[session.rank].ledger, read_closed(session.path).seq)
+        assert_true(states[session.rank].ledger, closed_of(session.path).seq)
         assert states[session.rank].position.finished
     (letters,) = (tmp_path / "runs").rglob("rejected.jsonl")
     assert letters.read_bytes().count(b"\n") == 1
@@ -148,7 +147,7 @@ def test_repeated_delivery_from_zero_changes_nothing(
     sync(tmp_path / "runs", where, state_directory=tmp_path / "third", batch_bytes=3000)
     # Prometheus writes target_info of its own, by the times of each request, so other batches give it more samples.
     ours = lambda entries: [entry for entry in entries if "target_info" not in entry[0]]  # noqa: E731
-    assert ours(prometheus.dump("job")) == ours(dump)
+    assert ours(prometheus.dump("job")) == ours(dump)  # type: ignore[no-untyped-call]
 
 
 def test_a_collector_that_is_killed_and_restarted_under_a_run_loses_nothing(
@@ -158,13 +157,13 @@ def test_a_collector_that_is_killed_and_restarted_under_a_run_loses_nothing(
         for rank in range(2):
             ranks.start(rank, OTEL_EXPORTER_OTLP_ENDPOINT=collector.http_endpoint)
         count = lambda: sum(map(len, arrived(prometheus, "1h").values()))  # noqa: E731
-        until(lambda: count() > 50)
+        until(lambda: count() > 50)  # type: ignore[no-untyped-call]
         for _ in range(2):
             collector.kill()
             time.sleep(0.2)  # so that something is refused meanwhile; nothing rests on it
             collector.start()
-            before = count()
-            until(lambda before=before: count() > before)
+            before = count()  # type: ignore[no-untyped-call]
+            until(lambda before=before: count() > before)  # type: ignore[misc, no-untyped-call]
         counts = ranks.stop()
         until(lambda: not ranks.deliverers(), 40)
         steps = {rank: sorted(samples.values()) for rank, samples in arrived(prometheus, "1h").items()}

@@ -24,7 +24,7 @@ from harness.delivery import (
     plain,
     trained,
 )
-from harness.journals import NOON, SECOND, header, lay_down, metrics
+from harness.journals import NOON, SECOND, closed_of, cursor_of, header, lay_down, metrics
 
 from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS
 from stepspan.deliver.task import DeliveryTask
@@ -86,7 +86,7 @@ def test_a_crash_after_each_request_sends_it_again_as_it_was(tmp_path: Path, sig
     assert exporter.sent[::2] == exporter.sent[1::2], "each request went out twice, with the same records"
     assert exporter.taken[: len(exporter.sent[0])] == expected[: len(exporter.sent[0])]
     assert [(0, *record) for request in exporter.sent[::2] for record in request] == expected
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
     assert task.state.ledger.delivered == len(expected), "counted once"
 
 
@@ -99,7 +99,7 @@ def test_any_cursor_with_any_checkpoint_goes_on_with_the_same_records(tmp_path: 
     kept: list[tuple[int, bytes, bytes]] = []
     while task.advance(ALL):
         files = cursor_file(session, signal), checkpoint_file(session, signal)
-        kept.append((len(exporter.taken), *(file.read_bytes() if file.exists() else b"" for file in files)))
+        kept.append((len(exporter.taken), *(file.read_bytes() if file.exists() else b"" for file in files)))  # type: ignore[arg-type]
     task.close()
     states = [*dict.fromkeys(state for _, _, state in kept), b""]
     assert len(states) > 4, "there were several checkpoints"
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_never_ahead_of_its_cursor(tmp_path: Path) -> None:
     while task.advance(ALL):
         if checkpoint_file(session).exists():
             position = orjson.loads(checkpoint_file(session).read_bytes().partition(b" ")[2])["position"]
-            assert position["seq"] <= read_cursor(cursor_file(session)).position.seq
+            assert position["seq"] <= cursor_of(cursor_file(session)).position.seq
             seen += 1
     task.close()
     assert seen > 5
@@ -133,21 +133,21 @@ def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path: Path) ->
     while task.position.segment < 5:
         task.advance(ALL)
     task.advance(ALL)
-    needs = read_cursor(cursor_file(session)).needs
+    needs = cursor_of(cursor_file(session)).needs
     task.close()
     assert needs >= 4
     for number in range(1, needs):
         (session.path / segment_name(number)).unlink()
     task = deliver(session, exporter, options())
     assert exporter.taken == expected, "cumulative sums and open steps included"
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
     assert task.state.ledger.pruned == 0, "what was pruned had been read"
 
 
 # ---------------------------------------------------------------- strange files
 
 
-def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list]:
+def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list[Any]]:
     session = trained(tmp_path, 60, limits=SMALL)
     exporter = Scripted()
     task = DeliveryTask(session, "metrics", exporter, options(batch_bytes=TINY))
@@ -189,7 +189,7 @@ def test_a_checkpoint_that_does_not_hold_is_rebuilt_from_the_journal(tmp_path: P
     file.write_bytes(change(raw))
     task = deliver(session, exporter, options())
     assert exporter.taken == expected
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
 
 
 def test_another_sessions_checkpoint_is_not_used(tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_damaged_cursor_delivers_all_again(tmp_path: Path, change: Any) -> Non
     again = Scripted()
     task = deliver(session, again, options())
     assert again.taken == expected
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
 
 
 def test_a_torn_move_costs_that_move(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_another_sessions_cursor_is_not_used(tmp_path: Path, caplog: pytest.LogC
     task = deliver(session, again, options())
     assert again.taken == expected
     assert "another journal" in caplog.text
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
 
 
 @pytest.mark.parametrize("offset", [17, 10**9], ids=["within a line", "past the end"])
@@ -285,7 +285,7 @@ def test_an_exporters_own_processors_hold_for_it_alone(tmp_path: Path) -> None:
         for exporter in (whole, sampled)
     ]
     assert numbers == [[*range(12)], [0, 4, 8]]
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
 
 
 @pytest.mark.parametrize("made", [True, "loss", {}])
@@ -304,7 +304,7 @@ def test_an_event_goes_on_without_a_processor_that_makes_none_of_it(
     task = deliver(session, exporter, options())
     assert exporter.taken == everything(session)["metrics"]
     assert caplog.text.count("processor Confused failed") == 1
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
 
 
 # ---------------------------------------------------------------- ledgers of lines
@@ -316,7 +316,7 @@ def test_damaged_dropped_and_pruned_lines_are_counted_as_such(tmp_path: Path) ->
     gap = {"ts": NOON + 30 * SECOND, "seq": 26, "tag": "gap", "dropped": 4, "why": "disk full"}
     first = [*lines[:5], damaged, *lines[6:]]
     second = [{**header(), "seq": 27, "ts": NOON + 31 * SECOND}, {**metrics(99), "seq": 28, "ts": NOON + 32 * SECOND}]
-    session = lay_down(tmp_path, [{**header(world_size=1), "ts": NOON - SECOND}, *first, gap], second)
+    session = lay_down(tmp_path, [{**header(world_size=1), "ts": NOON - SECOND}, *first, gap], second)  # type: ignore[list-item]
     (session.path / "closed.json").write_bytes(b'{"seq":31,"ts":%d,"status":"interrupted"}' % (NOON + 33 * SECOND))
     task = deliver(session, Scripted(), options())
     ledger = task.state.ledger
@@ -332,18 +332,18 @@ def test_a_pruned_beginning_is_counted_and_the_rest_delivered(tmp_path: Path) ->
     task = deliver(session, exporter, options())
     assert task.state.ledger.pruned > 20
     assert task.state.ledger.damaged == 0
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
     assert [r for r in exporter.taken if r[1] == "training.loss"], "and what is left has been delivered"
 
 
 @pytest.mark.parametrize("signal", SIGNALS)
 def test_at_every_move_the_lines_that_wait_are_those_not_read(tmp_path: Path, signal: Signal) -> None:
     session = trained(tmp_path, 40)
-    journaled = read_closed(session.path).seq
+    journaled = closed_of(session.path).seq
     task = DeliveryTask(session, signal, Scripted(), options(batch_bytes=TINY))
     while task.advance(ALL):
         state = read_cursor(cursor_file(session, signal))
-        assert_true(state.ledger, journaled, pending=journaled - state.position.seq)
+        assert_true(state.ledger, journaled, pending=journaled - state.position.seq)  # type: ignore[union-attr]
     task.close()
 
 
@@ -352,12 +352,12 @@ def test_partial_success_counts_as_rejected_but_never_more_than_there_is(tmp_pat
     task = deliver(session, Scripted([Outcome(Verdict.DELIVERED, "3 rejected by the receiver", rejected=3)]), options())
     assert task.state.ledger.rejected == 3
     assert task.state.message == "3 rejected by the receiver"
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
 
     other = trained(tmp_path / "b", 5)
     task = deliver(other, Scripted([Outcome(Verdict.DELIVERED, rejected=10**6)]), options(batch_bytes=1 << 20))
     assert task.state.ledger.delivered == 0
-    assert_true(task.state.ledger, read_closed(other.path).seq)
+    assert_true(task.state.ledger, closed_of(other.path).seq)
 
 
 # ---------------------------------------------------------------- verdicts, by an injected clock
@@ -374,7 +374,7 @@ def test_retry_backs_off_twofold_and_forgets_it_when_the_receiver_is_back(tmp_pa
         waits.append(task.not_before - time.now)
         time.now = task.not_before
     assert waits == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
-    assert read_cursor(cursor_file(session)).state == "retry"
+    assert cursor_of(cursor_file(session)).state == "retry"
     assert not task.held
     assert task.advance(ALL)
     assert exporter.sent[10] == exporter.sent[0], "the same again"
@@ -461,7 +461,7 @@ def test_a_hold_is_told_once_tried_slowly_and_ends_by_itself(tmp_path: Path, cap
         time.now = task.not_before
     assert waits == [15.0, 30.0, 60.0, 120.0, 240.0, 300.0, 300.0]
     assert caplog.text.count("404: check the path") == 1
-    assert read_cursor(cursor_file(session)).message == "404: check the path"
+    assert cursor_of(cursor_file(session)).message == "404: check the path"
     while task.advance(ALL):
         pass
     assert (task.state.state, task.state.message) == ("ok", "")
@@ -484,7 +484,7 @@ def test_a_hold_survives_a_restart_and_is_not_told_again(tmp_path: Path, caplog:
     assert caplog.text.count("401: credentials") == 1
     assert task.advance(ALL)
     assert not task.held
-    task.close()
+    task.close()  # type: ignore[unreachable]
 
 
 def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tmp_path: Path) -> None:
@@ -500,7 +500,7 @@ def test_one_bad_record_costs_one_record_and_is_kept_with_the_receivers_words(tm
     task = deliver(session, exporter, options())
     assert exporter.taken == [record for record in expected if record != bad]
     assert task.state.ledger.rejected == 1
-    assert_true(task.state.ledger, read_closed(session.path).seq)
+    assert_true(task.state.ledger, closed_of(session.path).seq)
     (line,) = (session.path / "rejected.jsonl").read_bytes().splitlines()
     letter = orjson.loads(line)
     assert (letter["destination"], letter["signal"], letter["why"]) == ("there", "metrics", "400: duplicate sample")
@@ -538,7 +538,7 @@ def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(
     tmp_path: Path, age: Any, held: Any, reason_hidden: bool
 ) -> None:
     session = trained(tmp_path, 10)
-    time = Time(read_closed(session.path).ts / SECOND + age)
+    time = Time(closed_of(session.path).ts / SECOND + age)
     refusal = Outcome(Verdict.ISOLATE, "400: responded with HTTP Status Code 400", reason_hidden=reason_hidden)
     exporter = Scripted(lambda records: refusal if any(r[0].name == "training.lr" for r in records) else OK)
     task = DeliveryTask(session, "metrics", exporter, options(time))
@@ -557,7 +557,7 @@ def test_an_opaque_refusal_of_an_old_or_future_point_holds_instead_of_rejecting(
 
 
 @pytest.mark.parametrize("signal", ["traces", "logs"])
-def test_only_points_are_judged_by_their_time(tmp_path: Path, signal: str) -> None:
+def test_only_points_are_judged_by_their_time(tmp_path: Path, signal: Signal) -> None:
     session = trained(tmp_path, 20)
     time = Time(NOON / SECOND + 10 * 86_400)
     bad = everything(session)[signal][0][1:]
@@ -577,7 +577,7 @@ def test_a_dead_writers_session_is_closed_and_its_open_step_delivered(tmp_path: 
     session = training.die()
     exporter = Scripted()
     task = deliver(session, exporter, options(), "traces")
-    closed = read_closed(session.path)
+    closed = closed_of(session.path)
     assert closed.status == "interrupted"
     assert task.finished
     assert_true(task.state.ledger, closed.seq)
@@ -604,7 +604,7 @@ def test_a_living_writers_session_waits_at_its_end(tmp_path: Path) -> None:
     while task.advance(ALL):
         pass
     assert task.finished
-    assert_true(task.state.ledger, read_closed(training.path.path).seq)
+    assert_true(task.state.ledger, closed_of(training.path.path).seq)  # type: ignore[unreachable]
     assert exporter.taken == everything(training.path)["metrics"]
     task.close()
 
@@ -675,7 +675,7 @@ def test_the_end_of_a_dead_session_that_is_not_ours_is_kept_with_our_cursors(tmp
     task = deliver(session, Scripted(), options(state_directory=tmp_path / "state"))
     assert task.finished
     assert read_closed(session.path) is None
-    assert read_closed(tmp_path / "state" / session.path.name).status == "interrupted"
+    assert closed_of(tmp_path / "state" / session.path.name).status == "interrupted"
 
 
 def test_a_journal_of_a_newer_schema_is_not_touched_and_the_version_named(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_certificates_are_found_by_whatever_variable_names_them(
 
 def path_of_the_deliverer(directory: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> list[str]:
     seen: list[dict[str, str]] = []
-    monkeypatch.setattr(spawn.subprocess, "Popen", lambda *_, env, **__: seen.append(env))
+    monkeypatch.setattr(spawn.subprocess, "Popen", lambda *_, env, **__: seen.append(env))  # type: ignore[attr-defined]
     spawn.spawn(directory, "node", [], health=False, env=env)
     assert json.loads(seen[0][spawn.EXPORTERS_VARIABLE]) == []
     return seen[0]["PYTHONPATH"].split(os.pathsep)
@@ -286,8 +286,8 @@ def test_two_exporters_of_one_destination_are_refused(start: Callable[..., Run],
         [MemoryExporter(), MemoryExporter()],
     ]
     for pair in pairs:
-        with pytest.raises(ConfigError, match=f"exporters='{pair[0].destination}'.*destination="):
-            start(exporters=[JsonlExporter(tmp_path / "runs"), *pair])
+        with pytest.raises(ConfigError, match=f"exporters='{pair[0].destination}'.*destination="):  # type: ignore[index]
+            start(exporters=[JsonlExporter(tmp_path / "runs"), *pair])  # type: ignore[misc]
     start(exporters=[JsonlExporter(tmp_path / "runs"), MemoryExporter(), MemoryExporter(destination="other")])
 
 
@@ -298,7 +298,7 @@ def test_an_endpoint_that_variables_argument_and_file_name_is_one_exporter(
     monkeypatch.setenv("STEPSPAN_DELIVERY", "off")
     monkeypatch.setenv("STEPSPAN_EXPORTERS", json.dumps([{"endpoint": ENDPOINT}]))
     run = start(endpoint=ENDPOINT)
-    assert len(run.pipeline.followers) == 1
+    assert len(run.pipeline.followers) == 1  # type: ignore[union-attr]
     run.close()
     monkeypatch.setenv("STEPSPAN_EXPORTERS", json.dumps([{"processors": [{"drop": {"metrics": ["loss"]}}]}]))
     with pytest.raises(ConfigError, match="two exporters go to this destination"):

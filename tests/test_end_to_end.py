@@ -34,12 +34,12 @@ def demo(directory: Path, **variables: str) -> str:
     return done.stdout
 
 
-def journaled(directory: Path) -> dict[int, list[dict]]:
+def journaled(directory: Path) -> dict[int, list[dict[str, Any]]]:
     """Rank -> the events of its journal."""
     return {session.rank: read_session(session).events for session in find_sessions(directory)}
 
 
-def logged(events: list[dict], key: str) -> dict[tuple[str, int], float]:
+def logged(events: list[dict[str, Any]], key: str) -> dict[tuple[str, int], float]:
     """(split, millisecond) -> the last value that was logged in it."""
     return {
         (event["split"], event["ts"] // MILLISECOND): event["metrics"][key]
@@ -56,7 +56,7 @@ def arrived(prometheus: Prometheus, job_id: str, key: str) -> dict[str, dict[tup
     return found
 
 
-def assert_every_point(prometheus: Prometheus, directory: Path) -> str:
+def assert_every_point(prometheus: Prometheus, directory: Path) -> Any:
     """That Prometheus holds exactly what both ranks logged; the job's id."""
     ranks = journaled(directory)
     job_id = ranks[0][0]["job_id"]
@@ -86,7 +86,7 @@ def assert_one_trace_a_step(collector: Collector, directory: Path) -> None:
     spans = collector.spans()
     assert max(Counter(span["spanId"] for span in spans).values()) == 1, "no two spans share an id"
     runs = {span["resource"]["rank"]: span for span in spans if span["name"] == "training.run"}
-    traces: dict[str, list[dict]] = {}
+    traces: dict[str, list[dict[str, Any]]] = {}
     for span in spans:
         if span["name"] == "training.step":
             traces.setdefault(span["traceId"], []).append(span)
@@ -120,7 +120,7 @@ def _rank_with_sdk_exporters(
         metric=OTLPMetricExporter(endpoint=f"{endpoint}/v1/metrics"),
         log=OTLPLogExporter(endpoint=f"{endpoint}/v1/logs"),
     )
-    train(rank, ranks, epochs, directory, memory, barrier, exporters=[exporter])
+    train(rank, ranks, epochs, directory, memory, barrier, exporters=[exporter])  # type: ignore[arg-type]
 
 
 def test_every_point_arrives_through_the_official_exporters(

@@ -29,7 +29,7 @@ def basic(text: str) -> str:
 ROWS = {
     "nothing set": ({}, {}, "traces", None),
     "empty": ({f"{E}ENDPOINT": "", f"{E}TRACES_ENDPOINT": "  "}, {"endpoint": ""}, "traces", None),
-    "defaults": (
+    "defaults": (  # type: ignore[dict-item]
         HTTP,
         {},
         "metrics",
@@ -317,7 +317,7 @@ def test_a_rotated_password_is_the_same_destination_and_another_user_is_not() ->
     assert of("token-a@") == of("token-b@") == of("")
 
 
-class CountedLookups(Mapping):
+class CountedLookups(Mapping[str, str]):
     """An environment that counts how often each name is looked up."""
 
     def __init__(self, variables: dict[str, str]) -> None:
@@ -342,7 +342,7 @@ def test_each_variable_is_read_once_for_all_exporters() -> None:
         {"endpoint": "http://d:4318", "processors": [{"drop": {"metrics": ["grad/*"]}}]},
         {"endpoint": None, "processors": []},
     ]
-    exporters = otlp_exporters(env, endpoint=None, protocol=None, further=further)
+    exporters = otlp_exporters(env, endpoint=None, protocol=None, further=further)  # type: ignore[arg-type]
     assert [(e.signals, e.endpoints["traces"].url, e.endpoints["traces"].timeout) for e in exporters] == [
         (("metrics", "traces"), "http://c:4318/v1/traces", 3.0),
         (("metrics", "traces"), "http://d:4318/v1/traces", 3.0),

@@ -227,7 +227,7 @@ def test_opentelemetry_instrument_in_a_fresh_environment(tmp_path: Path) -> None
     project = Path(__file__).parent.parent
     packages = [project, "opentelemetry-distro", "opentelemetry-instrumentation-sqlite3"]
     installed = subprocess.run(
-        [programs / "pip", "install", "-q", *packages],
+        [programs / "pip", "install", "-q", *packages],  # type: ignore[list-item]
         env=environment,
         capture_output=True,
         text=True,

@@ -45,16 +45,17 @@ class KeepingMetrics(MetricExporter):
 
     def __init__(self, result: Any = MetricExportResult.SUCCESS) -> None:
         super().__init__()
-        self.kept, self.result, self.closed = [], result, False
+        self.kept: list[Any] = []
+        self.result, self.closed = result, False
 
-    def export(self, metrics_data: Any, timeout_millis: int = 10_000, **kwargs: Any) -> Any:
+    def export(self, metrics_data: Any, timeout_millis: int = 10_000, **kwargs: Any) -> Any:  # type: ignore[override]
         self.kept.append(metrics_data)
         return self.result
 
-    def force_flush(self, timeout_millis: int = 10_000) -> bool:
+    def force_flush(self, timeout_millis: int = 10_000) -> bool:  # type: ignore[override]
         return True
 
-    def shutdown(self, timeout_millis: int = 30_000, **kwargs: Any) -> None:
+    def shutdown(self, timeout_millis: int = 30_000, **kwargs: Any) -> None:  # type: ignore[override]
         self.closed = True
 
     def points(self, name: str) -> list[Any]:
@@ -71,7 +72,7 @@ class Raising(SpanExporter):
     def __init__(self) -> None:
         self.calls = 0
 
-    def export(self, spans: Any) -> None:
+    def export(self, spans: Any) -> None:  # type: ignore[override]
         self.calls += 1
         raise RuntimeError("out of ideas")
 
@@ -86,7 +87,7 @@ def journal() -> JsonlExporter:
 
 def test_the_memory_exporter_keeps_what_it_is_given(tmp_path: Path) -> None:
     session = trained(tmp_path, 5)
-    memory = MemoryExporter()
+    memory: Any = MemoryExporter()
     for signal in SIGNALS:
         task = deliver(session, memory, options(), signal)
         assert len(memory.records[signal]) == task.state.ledger.delivered == len(everything(session)[signal])
@@ -95,7 +96,7 @@ def test_the_memory_exporter_keeps_what_it_is_given(tmp_path: Path) -> None:
 
 
 def test_a_run_with_a_memory_exporter_delivers_on_a_thread(start: Callable[..., Run]) -> None:
-    memory = MemoryExporter()
+    memory: Any = MemoryExporter()
     run = start(exporters=[journal(), memory])
     assert isinstance(run.delivery, ThreadDelivery)
     for step in range(5):
@@ -109,7 +110,7 @@ def test_a_run_with_a_memory_exporter_delivers_on_a_thread(start: Callable[..., 
 
 
 def test_a_run_that_ends_at_once_has_delivered_to_a_receiver_that_answers(start: Callable[..., Run]) -> None:
-    memory = MemoryExporter()
+    memory: Any = MemoryExporter()
     with start(exporters=[journal(), memory]) as run:
         run.log_metrics({"loss": 0.5})
     assert [r[2] for _, r in memory.records["metrics"] if r[0].name == "training.loss"] == [0.5, None]
@@ -175,14 +176,14 @@ def test_sdk_exporters_in_memory_get_spans_points_and_logs(tmp_path: Path) -> No
     training = Training(tmp_path)
     training.steps(8, value=lambda n: "NaN" if n == 3 else float(n))
     session = training.end()
-    spans, logs, points = InMemorySpanExporter(), InMemoryLogRecordExporter(), KeepingMetrics()
+    spans, logs, points = InMemorySpanExporter(), InMemoryLogRecordExporter(), KeepingMetrics()  # type: ignore[no-untyped-call]
     exporter = SdkExporter(span=spans, metric=points, log=logs)
     assert set(exporter.signals) == set(SIGNALS)
     for signal in exporter.signals:
         task = deliver(session, exporter, options(), signal)
         assert task.state.ledger.delivered == len(everything(session)[signal])
     steps = [span for span in spans.get_finished_spans() if span.name == "training.step"]
-    assert [span.attributes["step"] for span in steps] == [*range(8)]
+    assert [span.attributes["step"] for span in steps] == [*range(8)]  # type: ignore[index]
     assert steps[0].resource.attributes["rank"] == 0
     values = [value for _, value in points.points("training.loss")]
     assert values[:3] == [0.0, 1.0, 2.0]

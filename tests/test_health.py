@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from harness import processes
-from harness.delivery import NOON, OK, SECOND, Scripted, Time, Training, options, run_to_end, trained
-from harness.journals import metrics, open_writer
+from harness.delivery import OK, Scripted, Time, Training, options, run_to_end, trained
+from harness.journals import NOON, SECOND, metrics, open_writer
 from harness.processes import Ranks, under_load, until
 from harness.received import attributes, points
 from harness.receiver import ScriptedReceiver
@@ -69,7 +69,7 @@ class Reporting:
 
     def says(self) -> Any:
         """What it would tell now: name -> the attribute that tells points apart, joined to the signal's -> value."""
-        found = {}
+        found: dict[Any, Any] = {}
         request = json.loads(self.otlp())
         for metric in request["resourceMetrics"][0]["scopeMetrics"][0]["metrics"]:
             for point in metric[next(kind for kind in ("sum", "gauge") if kind in metric)]["dataPoints"]:
@@ -144,9 +144,9 @@ def test_the_report_as_otlp(tmp_path: Path) -> None:
     assert found == [
         {"name": "stepspan.delivery.records", "unit": "{record}",
          "sum": {**cumulative, "dataPoints": sums(which, "outcome", outcomes)}},
-        {"name": "stepspan.delivery.pending", "unit": "By", "gauge": gauge(float(len(b"".join(rest))))},
-        {"name": "stepspan.delivery.lag", "unit": "s", "gauge": gauge(lag)},
-        {"name": "stepspan.delivery.held", "unit": "{session}", "gauge": gauge(0.0)},
+        {"name": "stepspan.delivery.pending", "unit": "By", "gauge": gauge(float(len(b"".join(rest))))},  # type: ignore[no-untyped-call]
+        {"name": "stepspan.delivery.lag", "unit": "s", "gauge": gauge(lag)},  # type: ignore[no-untyped-call]
+        {"name": "stepspan.delivery.held", "unit": "{session}", "gauge": gauge(0.0)},  # type: ignore[no-untyped-call]
         {"name": "stepspan.journal.lines", "unit": "{line}",
          "sum": {**cumulative, "dataPoints": sums(whose, "state", states)}},
     ]  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_session_that_is_held_shows_with_its_age_beside_those_that_go_on(tmp_p
         Training(tmp_path, rank=rank, session=f"00000000000000a{rank}").steps(10)
     with ScriptedReceiver() as receiver:
         reporting = Reporting(tmp_path, receiver)
-        reporting.there.export = lambda signal, resource, records: HOLD if resource["rank"] == 1 else OK
+        reporting.there.export = lambda signal, resource, records: HOLD if resource["rank"] == 1 else OK  # type: ignore[method-assign]
         reporting.run_to_end(rounds=5)
         reporting.time.now = NOON / SECOND + 3600
         says = reporting.says()
@@ -338,7 +338,7 @@ def test_after_a_request_that_failed_it_asks_again_a_minute_later(tmp_path: Path
     reporting = Reporting(tmp_path, signals=["traces"])
     reporting.run_to_end()
     sent = []
-    reporting.health._exporter.export = lambda *request: sent.append(request) or AWAY
+    reporting.health._exporter.export = lambda *request: sent.append(request) or AWAY  # type: ignore[func-returns-value, method-assign]
     for _ in range(12):
         assert not reporting.health.report()
         reporting.time.skip(healths.REPORT_INTERVAL_S)
@@ -407,10 +407,10 @@ def test_a_receiver_that_hangs_on_it_delays_nothing(tmp_path: Path, monkeypatch:
     class Hanging(OtlpExporter):
         def clone(self, timeout: Any) -> Any:
             other = super().clone(timeout)
-            other.export = lambda *request: asked.append(request) or time.sleep(timeout) or AWAY
+            other.export = lambda *request: asked.append(request) or time.sleep(timeout) or AWAY  # type: ignore[func-returns-value, method-assign]
             return other
 
-    asked: list = []
+    asked: list[Any] = []
     with ScriptedReceiver() as receiver:
         deliverer = live(tmp_path, Hanging(receiver.url, env={}))
         until(lambda: asked)
@@ -428,8 +428,8 @@ def test_a_dead_endpoint_costs_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(healths, "REPORT_INTERVAL_S", 0.05)
     Training(tmp_path).steps(3)
     deliverer = live(tmp_path, OtlpExporter(NOWHERE, env={}))
-    asked: list = []
-    deliverer._health[0]._exporter.export = lambda *request: asked.append(request) or AWAY
+    asked: list[Any] = []
+    deliverer._health[0]._exporter.export = lambda *request: asked.append(request) or AWAY  # type: ignore[func-returns-value]
     until(lambda: all(scheduler.silent_for() > 0.5 for scheduler in deliverer.schedulers))
     before = time.monotonic()
     deliverer.stop()
@@ -513,13 +513,13 @@ def test_names_in_prometheus(tmp_path: Path, collector: Collector, prometheus: P
                 (m["metric"].get("outcome") or m["metric"].get("state"), float(m["value"][1]))
                 for m in prometheus.query(query % mine)
             }
-            until(lambda told=told: told('stepspan_delivery_records_total{job_id="job",signal="metrics",%s}'))
-            records = dict(told('stepspan_delivery_records_total{job_id="job",signal="metrics",%s}'))
+            until(lambda told=told: told('stepspan_delivery_records_total{job_id="job",signal="metrics",%s}'))  # type: ignore[misc]
+            records = dict(told('stepspan_delivery_records_total{job_id="job",signal="metrics",%s}'))  # type: ignore[no-untyped-call]
             assert records["delivered"] > 20
             assert records["rejected"] == 0
-            assert dict(told('stepspan_journal_lines_total{job_id="job",%s}'))["read"] > 60
+            assert dict(told('stepspan_journal_lines_total{job_id="job",%s}'))["read"] > 60  # type: ignore[no-untyped-call]
             for gauge in ("stepspan_delivery_pending_bytes", "stepspan_delivery_lag_seconds", "stepspan_delivery_held"):
-                assert told(gauge + '{signal="metrics",job="stepspan",instance="deliverer-node-1",%s}') == {(None, 0.0)}
+                assert told(gauge + '{signal="metrics",job="stepspan",instance="deliverer-node-1",%s}') == {(None, 0.0)}  # type: ignore[no-untyped-call]
 
 
 # ---------------------------------------------------------------- its cost

@@ -170,9 +170,9 @@ def two(job: str, env: Any, **expected: Any) -> list[Session]:
     return [Session(job, rank, env(rank), **expected) for rank in (0, 1)]
 
 
-TORCHRUN = {"launcher": "torchrun", "parents": (LAUNCHER, SHELL)}
-NEXT_TORCHRUN = {"launcher": "torchrun", "parents": (NEXT_LAUNCHER, SHELL)}
-STEP = {"launcher": "slurm", "parents": (Process(300, "3000"), Process(1, "1"))}
+TORCHRUN: dict[str, Any] = {"launcher": "torchrun", "parents": (LAUNCHER, SHELL)}
+NEXT_TORCHRUN: dict[str, Any] = {"launcher": "torchrun", "parents": (NEXT_LAUNCHER, SHELL)}
+STEP: dict[str, Any] = {"launcher": "slurm", "parents": (Process(300, "3000"), Process(1, "1"))}
 WRAPPED = [
     (Process(210 + rank, "2001", frozenset({"TORCHELASTIC_RUN_ID", "RANK"})), LAUNCHER, SHELL) for rank in (0, 1)
 ]
@@ -605,7 +605,7 @@ def test_argument_before_variable_before_launcher_for_each_field_by_itself(field
     by_variable = who({**env, variable: "42"})
     assert values(by_variable)[field_name] == as_given(42)
     assert by_variable.sources[field_name].startswith(variable)
-    by_argument = who({**env, variable: "42"}, **{field_name: "43" if field_name == "job_id" else 43})
+    by_argument = who({**env, variable: "42"}, **{field_name: "43" if field_name == "job_id" else 43})  # type: ignore[arg-type]
     assert values(by_argument)[field_name] == as_given(43)
     assert by_argument.sources[field_name].startswith("argument")
     others = told.keys() - {field_name} - ({"local_rank"} if field_name == "rank" else set())
@@ -881,7 +881,7 @@ def test_a_service_name_is_a_string(arguments: dict[str, Any]) -> None:
 @pytest.mark.parametrize("key", ["", 3, None])
 def test_an_attribute_key_is_a_string(key: int | str | None) -> None:
     with pytest.raises(ConfigError, match=r"^resource key="):
-        resource_attributes(RANK_1, {}, resource={key: 1})
+        resource_attributes(RANK_1, {}, resource={key: 1})  # type: ignore[dict-item]
 
 
 # --- the host ---------------------------------------------------------------------------------------------------------

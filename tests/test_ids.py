@@ -32,7 +32,7 @@ def test_what_lies_outside_steps_shares_a_trace_only_within_run_rank_role_epoch_
 @settings(deadline=None)
 @given(STEP, OUTSIDE)
 def test_a_step_shares_no_trace_with_what_lies_outside(step: int, outside: Any) -> None:
-    assert ids.step_trace_id(*step) != ids.outside_trace_id(*outside)
+    assert ids.step_trace_id(*step) != ids.outside_trace_id(*outside)  # type: ignore[misc]
 
 
 @settings(deadline=None)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from harness import runs
+from harness.events_of import mapper
 from harness.runs import events, is_ours, outline
 from harness.stack import Collector
 from hypothesis import given, settings
@@ -26,7 +27,6 @@ from stepspan.compat.cloudmesh.reader import detect, read_sessions
 from stepspan.compat.cloudmesh.records import instant, timestamp
 from stepspan.compat.importing import ImportedSession, write_session
 from stepspan.journal.liveness import read_closed
-from stepspan.mapping.mapper import mapper
 from stepspan.testing import FixedClock
 
 SYSTEM = {"cpu": "Apple M2", "gpu_present": True, "gpu_model": None, "memory_total": None}
@@ -89,7 +89,7 @@ def journal(imported: ImportedSession, directory: str = "runs") -> Path:
 
 def logs(path: Path) -> list[Any]:
     lines = events(path)
-    return mapper("logs", lines[0]).map(lines)
+    return list(mapper("logs", lines[0]).map(lines))
 
 
 RELEASED = (

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 from harness import runs
+from harness.events_of import mapper
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stepspan.compat.evsys import reader
 from stepspan.compat.importing import write_session
 from stepspan.journal.liveness import read_closed
-from stepspan.mapping.mapper import mapper
 from stepspan.stores import JSONLLogStore
 
 T = 1_760_000_000
@@ -33,14 +33,14 @@ def lay(path: Path, *rows: object, mtime: float | None = None) -> Path:
     return path
 
 
-def imported(path: Path, directory: Path, **arguments: object) -> list[dict]:
+def imported(path: Path, directory: Path, **arguments: object) -> list[dict[str, Any]]:
     """The one session's events without its header, written and read back."""
-    (session,) = reader.read_sessions(path, **arguments)
+    (session,) = reader.read_sessions(path, **arguments)  # type: ignore[arg-type]
     written, _ = write_session(directory, session)
     return runs.events(written)[1:]
 
 
-def metrics(events: list[dict]) -> list[tuple]:
+def metrics(events: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """(seconds after T, step, split, metrics) of each metrics event."""
     return [
         ((event["ts"] - T * NS) / NS, event.get("step"), event["split"], event["metrics"])
@@ -294,7 +294,7 @@ def test_detection_says_what_it_takes_a_path_for(
     for file in files:
         lay(tmp_path / file, {"ts": T, "step": 0, "split": "train", "metrics": {"loss": 1.0}})
     found = reader.detect(tmp_path / given)
-    assert found is None if told is None else told in found
+    assert found is None if told is None else told in found  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(

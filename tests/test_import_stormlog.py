@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.processes import under_load, until
@@ -24,7 +25,7 @@ START = 1_795_226_400_000_000_000
 SECOND = 1_000_000_000
 
 
-def record(number: int, event_type: str = "sample", **fields: object) -> dict:
+def record(number: int, event_type: str = "sample", **fields: object) -> dict[str, Any]:
     """A record of schema 3, `number` seconds after the start."""
     return {
         "schema_version": 3,
@@ -64,7 +65,7 @@ RECORDS = [
 ]
 
 
-def write_sink(directory: Path, records: list[dict], status: str = "completed") -> Path:
+def write_sink(directory: Path, records: list[dict[str, Any]], status: str = "completed") -> Path:
     """A sink directory of one session."""
     directory.mkdir(exist_ok=True)
     (directory / "segment-000001.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
@@ -86,7 +87,7 @@ def write_sink(directory: Path, records: list[dict], status: str = "completed") 
     return directory
 
 
-def delivered(directory: Path, state: Path) -> MemoryExporter:
+def delivered(directory: Path, state: Path) -> Any:
     """What the journals below a directory map to."""
     exporter = MemoryExporter()
     deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="", state_directory=state))

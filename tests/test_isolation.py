@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from harness.delivery import OK
-from harness.receiver import ScriptedReceiver
 
 from stepspan.deliver.isolation import MAX_REFUSALS, Isolation
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -20,7 +19,8 @@ class Receiver:
     """Takes a request unless it holds one of `bad`."""
 
     def __init__(self, *bad: Any, refusal: Any = REFUSED, most: int = 10**9) -> None:
-        self.bad, self.refusal, self.most, self.requests = set(bad), refusal, most, []
+        self.bad, self.refusal, self.most = set(bad), refusal, most
+        self.requests: list[Any] = []
 
     def __call__(self, records: Any) -> Any:
         self.requests.append(list(records))
@@ -29,7 +29,7 @@ class Receiver:
         return self.refusal if self.bad & set(records) else OK
 
 
-def run(receiver: ScriptedReceiver, records: Any, **fields: Any) -> tuple[Any, ...]:
+def run(receiver: Any, records: Any, **fields: Any) -> tuple[Any, ...]:
     isolation = Isolation(receiver, **fields)
     return isolation, isolation.run(records)
 

@@ -199,7 +199,7 @@ def test_a_writer_whose_session_was_closed_goes_on_in_a_new_one(tmp_path: Path) 
     first = exporter.session
     assert first is not None
     scope = Scope()
-    exporter.append({"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0}, scope)
+    exporter.append({"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0, "name": "demo"}, scope)
     exporter.append(metrics(1))
     taken(first)
     clock.skip(900)

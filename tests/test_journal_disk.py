@@ -45,7 +45,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_short_write_is_completed(tmp_path: Path) -> None:
     class Nibbling(FaultyDisk):
-        def write(self, fd: int, data: bytes) -> int:
+        def write(self, fd: int, data: bytes) -> int:  # type: ignore[override]
             return os.write(fd, data[:7])
 
     writer = open_writer(tmp_path, disk=Nibbling())
@@ -125,6 +125,7 @@ def test_what_does_not_fit_in_memory_is_counted_to_the_line(tmp_path: Path, monk
     assert sum(len(str(event)) for event in before[6:]) > 1500
 
 
+@pytest.mark.any_events
 def test_a_line_larger_than_the_memory_is_dropped_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module, "MAX_BACKLOG_BYTES", 2000)
     disk, clock = FaultyDisk(), HandClock()

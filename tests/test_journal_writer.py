@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.journals import (
@@ -48,7 +49,7 @@ from stepspan.journal.writer import mostly_idle
 def test_a_session_is_a_header_then_the_events_then_its_end(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
     scope = Scope()
-    writer.append({"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0}, scope)
+    writer.append({"ts": 0, "seq": 0, "tag": "run_begin", "parent": 0, "name": "demo"}, scope)
     assert (scope.seq, scope.ts) == (2, writer.writer.ts)
     writer.append(metrics(1))
     writer.append({"ts": 0, "seq": 0, "tag": "run_end", "begin": 0, "status": "completed"}, scope)
@@ -138,6 +139,7 @@ def stranger(begun: threading.Event, done: threading.Event) -> None:
     done.wait()
 
 
+@pytest.mark.any_events
 @pytest.mark.parametrize(
     ("others", "keeps"),
     [
@@ -159,7 +161,7 @@ def test_both_ways_to_write_give_the_same_bytes(tmp_path: Path, others: list[Cal
     try:
         disk, kept = Disk(), []
         keep = disk.write_keeping_gil
-        disk.write_keeping_gil = lambda fd, data, length: kept.append(length) or keep(fd, data, length)
+        disk.write_keeping_gil = lambda fd, data, length: kept.append(length) or keep(fd, data, length)  # type: ignore[assignment, func-returns-value]
         writer = open_writer(tmp_path, disk=disk)
         writer.append(metrics(1, name="\0 and ü"))
         writer.append(metrics(2, big="x" * 3_000_000))
@@ -285,7 +287,7 @@ def test_real_signals_lose_nothing_and_lock_nothing(tmp_path: Path, source: str)
 
 @pytest.mark.parametrize("looks", [set(), {3}], ids=["alone", "a handler logged as the second was crossed"])
 def test_upkeep_may_wait_for_a_thread_that_logs(tmp_path: Path, looks: set[int]) -> None:
-    passed = []
+    passed: list[Any] = []
 
     def upkeep() -> None:
         beside = threading.Thread(target=writer.append, args=(metrics(2),), daemon=True)

@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 from harness import processes
 from harness.delivery import assert_true
+from harness.journals import closed_of
 from harness.processes import Ranks, until
 from harness.receiver import ScriptedReceiver
 
@@ -18,7 +19,6 @@ from stepspan.deliver.ledgers import cursors
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.format import decode
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
-from stepspan.journal.liveness import read_closed
 
 ranks = processes.ranks
 KILLS = 20
@@ -49,7 +49,7 @@ def test_twenty_kills_lose_nothing(ranks: Ranks) -> None:
             ((_, signals),) = cursors(session.path).items()
             assert len(signals) == 3
             for state in signals.values():
-                assert_true(state.ledger, read_closed(session.path).seq)
+                assert_true(state.ledger, closed_of(session.path).seq)
                 assert state.ledger.rejected == 0
                 assert state.position.finished
             kept = signals["traces"].ledger.delivered

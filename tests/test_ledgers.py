@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 import pytest
 from harness.delivery import OK, Scripted, Training, assert_true, deliver, options, plain, trained
+from harness.journals import closed_of
 from harness.processes import under_load
 from harness.receiver import HANG, Answer, ScriptedReceiver
 
@@ -21,7 +22,6 @@ from stepspan.deliver.task import DeliveryTask
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import CursorState, Ledger, Position, read_cursor
 from stepspan.journal.layout import SessionPath
-from stepspan.journal.liveness import read_closed
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.endpoint import PROTOCOLS
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -35,7 +35,7 @@ def exporter_to(receiver: ScriptedReceiver, protocol: str = "http/json", **field
     return closing(OtlpExporter(endpoint, protocol=protocol, destination="there", env={}, **fields))
 
 
-def letters(home: Path) -> list[dict]:
+def letters(home: Path) -> list[dict[str, Any]]:
     file = home / "rejected.jsonl"
     return [orjson.loads(line) for line in file.read_bytes().splitlines()] if file.exists() else []
 
@@ -56,7 +56,7 @@ def refusing(session: SessionPath, count: int, signals: Any = SIGNALS) -> None:
 
 def test_a_session_nobody_has_sent(tmp_path: Path) -> None:
     session = trained(tmp_path, 3)
-    closed = read_closed(session.path)
+    closed = closed_of(session.path)
     assert session_ledger(session) == {
         "session": "00000000000000a0",
         "rank": 0,
@@ -95,7 +95,7 @@ def test_signals_and_destinations_have_ledgers_of_their_own(tmp_path: Path) -> N
     assert {d: set(s) for d, s in found.items()} == {"there": {"metrics", "traces"}, "elsewhere": {"logs"}}
     for states in found.values():
         for state in states.values():
-            assert_true(state.ledger, read_closed(session.path).seq)
+            assert_true(state.ledger, closed_of(session.path).seq)
             assert state.position.finished
 
 
@@ -147,7 +147,7 @@ def test_dead_letters_arrive_as_they_would_have_and_the_ledger_moves(tmp_path: P
         assert not (session.path / "rejected.jsonl").exists()
         for state in cursors(session.path)["there"].values():
             assert state.ledger.rejected == 0
-            assert_true(state.ledger, read_closed(session.path).seq)
+            assert_true(state.ledger, closed_of(session.path).seq)
         seen = len(second.seen)
         assert resend(session.path, exporter) == (0, 0)
         assert len(second.seen) == seen
@@ -159,10 +159,10 @@ def test_every_kind_of_point_survives_being_a_dead_letter(tmp_path: Path) -> Non
     task = DeliveryTask(session, "metrics", whole, options())
     batch = task._batches.read(task.position, ALL, task._end)
     task.close()
-    append(session.path, "there", "metrics", task.header["resource"], [(record, "no") for record in batch.records])
+    append(session.path, "there", "metrics", task.header["resource"], [(record, "no") for record in batch.records])  # type: ignore[union-attr]
     for protocol in PROTOCOLS:
         with ScriptedReceiver() as straight, exporter_to(straight, protocol) as exporter:
-            exporter.export("metrics", task.header["resource"], batch.records)
+            exporter.export("metrics", task.header["resource"], batch.records)  # type: ignore[union-attr]
             with ScriptedReceiver() as again, exporter_to(again, protocol) as other:
                 for letter in letters(session.path):
                     assert other.send_json("metrics", orjson.dumps(letter["request"])).verdict is Verdict.DELIVERED
@@ -180,7 +180,7 @@ def test_what_is_refused_again_stays_as_it_was(tmp_path: Path) -> None:
     assert (session.path / "rejected.jsonl").read_bytes().splitlines() == [before[0], before[2]]
     ledger = cursors(session.path)["there"]["metrics"].ledger
     assert ledger.rejected == 2
-    assert_true(ledger, read_closed(session.path).seq)
+    assert_true(ledger, closed_of(session.path).seq)
 
 
 def test_a_partial_success_that_leaves_the_record_out_is_a_refusal(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_record_that_a_crash_set_aside_twice_is_sent_once(tmp_path: Path) -> N
         assert resend(session.path, exporter) == (2, 0)
         assert len(receiver.seen) == 2
     ledger = cursors(session.path)["there"]["metrics"].ledger
-    assert_true(ledger, read_closed(session.path).seq)
+    assert_true(ledger, closed_of(session.path).seq)
 
 
 def test_nothing_to_send(tmp_path: Path) -> None:

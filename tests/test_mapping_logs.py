@@ -94,7 +94,7 @@ def test_without_a_run_a_log_has_no_ids() -> None:
 def test_a_milestone_is_as_severe_as_its_status(status: str | None, severity: int, body: str) -> None:
     s = SessionEvents()
     fields = {} if status is None else {"status": status}
-    s.emit("event", parent=0, name="checkpoint", attributes={"n": 1, "status": "the user's"}, **fields)
+    s.emit("event", parent=0, name="checkpoint", attributes={"n": 1, "status": "the user's"}, **fields)  # type: ignore[arg-type]
     (log,) = s.records("logs")
     assert (log.severity, log.body, log.event_name) == (severity, body, "checkpoint")
     assert log.attributes == {"n": 1, "status": status or "the user's"}
@@ -103,7 +103,7 @@ def test_a_milestone_is_as_severe_as_its_status(status: str | None, severity: in
 def test_an_exception_is_an_error_with_its_stack_trace() -> None:
     s = SessionEvents()
     about = {"type": "ValueError", "message": "boom", "stack": "Traceback …"}
-    s.emit("error", parent=0, **about, attributes={"batch": 3, "exception.type": "the user's"})
+    s.emit("error", parent=0, **about, attributes={"batch": 3, "exception.type": "the user's"})  # type: ignore[arg-type]
     assert s.records("logs") == [
         Log(
             s.ts,

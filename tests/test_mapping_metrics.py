@@ -498,7 +498,7 @@ def test_a_step_whose_trace_does_not_go_out_is_no_exemplar_however_slow() -> Non
 def test_an_exemplars_trace_was_sent(rank: int, durations: Any) -> None:
     s = SessionEvents(rank=rank, world_size=4)
     for number, lasts in enumerate(durations):
-        s.step(number, lasts=lasts, **({"status": "error"} if number % 97 == 0 else {}))
+        s.step(number, lasts=lasts, **({"status": "error"} if number % 97 == 0 else {}))  # type: ignore[arg-type]
     sent = {(span.trace_id, span.span_id) for span in s.records("traces", status="completed")}
     shown = [e for p in s.records("metrics", status="completed") if isinstance(p[2], Histogram) for e in p[2].exemplars]
     assert shown

@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 from harness import runs
-from harness.events_of import START, SessionEvents, by_series, restored, values
+from harness.events_of import START, SessionEvents, by_series, mapper, restored, values
 from harness.scripted_nvml import GPU, ScriptedNvml
 from harness.stack import Collector, Prometheus
 
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.exporters.otlp import OtlpExporter
-from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Sum
 from stepspan.mapping.samples import METRICS
 from stepspan.run import Run
@@ -28,7 +27,7 @@ from stepspan.testing import FixedClock, recorded_run
 start = runs.start
 
 
-def sample(s: SessionEvents, *samples: list, after: float = 1.0) -> None:
+def sample(s: SessionEvents, *samples: list[Any], after: float = 1.0) -> None:
     s.emit("sample", after, source="host", values=list(samples))
 
 
@@ -102,7 +101,7 @@ def test_a_run_with_a_sampler_gives_exactly_these_points() -> None:
         [session] = recording.sessions()
         started = session.header["started"]
     about = (("hw.id", "GPU-1"), ("hw.name", "NVIDIA H200"), ("hw.type", "gpu"))
-    found: dict[tuple, list] = {}
+    found: dict[tuple[Any, ...], list[Any]] = {}
     for series, _, value in recording.points():
         if series.name.startswith("hw."):
             found.setdefault((series.name, series.unit, *sorted(series.attributes.items())), []).append(value)

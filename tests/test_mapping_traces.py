@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.events_of import MS, SECOND, START, SessionEvents, restored, whole_run
+from harness.events_of import MS, SECOND, START, SessionEvents, mapper, restored, whole_run
 from opentelemetry import trace
 
 from stepspan import __version__
 from stepspan.mapping import open_scopes, thinning, traces
-from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Link
 from stepspan.otlp import json as otlp_json
 from stepspan.testing import recorded_run

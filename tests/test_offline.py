@@ -74,7 +74,7 @@ def test_a_receiver_that_dies_and_returns_twice_loses_nothing_and_needs_no_human
         rank = ranks.start(OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url)
         for _ in range(2):
             arrived = len(receiver.points("training.loss"))
-            until(lambda arrived=arrived: len(receiver.points("training.loss")) > arrived)
+            until(lambda arrived=arrived: len(receiver.points("training.loss")) > arrived)  # type: ignore[misc]
             receiver.stop()
             failed = until(lambda: states(ranks.directory) >= {"retry"})
             assert failed

@@ -41,8 +41,9 @@ from stepspan.integrations.opentelemetry import (
     encoding,
     exporters,
 )
+from stepspan.journal.layout import find_sessions
 from stepspan.mapping.mapper import mapper
-from stepspan.mapping.records import SdkRecord
+from stepspan.mapping.records import SdkRecord, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.otlp.protobuf import encode
 from stepspan.otlp.sdk_records import SHAPES, to_wire
@@ -61,8 +62,8 @@ class Collected:
         self.logs: list[Any] = []
         resource = Resource({})
         tracing, logs = TracerProvider(resource=resource), LoggerProvider(resource=resource)
-        tracing.add_span_processor(SimpleSpanProcessor(self))
-        logs.add_log_record_processor(SimpleLogRecordProcessor(self))
+        tracing.add_span_processor(SimpleSpanProcessor(self))  # type: ignore[arg-type]
+        logs.add_log_record_processor(SimpleLogRecordProcessor(self))  # type: ignore[arg-type]
         views = [View(instrument_name="exponential", aggregation=ExponentialBucketHistogramAggregation())]
         self._reader = InMemoryMetricReader()
         meters = MeterProvider([self._reader], resource=resource, views=views)
@@ -95,27 +96,31 @@ def collected() -> Collected:
     remote = trace.SpanContext(5, 6, True, trace.TraceFlags(1), trace.TraceState([("vendor", "1"), ("other", "2")]))
     parent = trace.set_span_in_context(trace.NonRecordingSpan(remote))
     with found.tracer.start_as_current_span(
-        "outer", parent, trace.SpanKind.CLIENT, ATTRIBUTES, [trace.Link(remote, {"l": 1})]
+        "outer",
+        parent,
+        trace.SpanKind.CLIENT,
+        ATTRIBUTES,  # type: ignore[arg-type]
+        [trace.Link(remote, {"l": 1})],
     ) as span:
         span.add_event("happened", {"n": 1}, 7 * SECOND)
         span.set_status(trace.StatusCode.ERROR, "no")
         found.tracer.start_span("inner").end()
         found.logger.emit(
             timestamp=5, severity_number=SeverityNumber.WARN2, severity_text="careful", event_name="named",
-            body={"nested": [1, {"deep": b"\x00\xff"}]}, attributes={**ATTRIBUTES, "bytes": b"\x01", "map": {"k": 1.5}},
+            body={"nested": [1, {"deep": b"\x00\xff"}]}, attributes={**ATTRIBUTES, "bytes": b"\x01", "map": {"k": 1.5}},  # type: ignore[dict-item]
         )  # fmt: skip
         found.logger.emit(body="plain")
-        found.meter.create_counter("counter", "{thing}", "Things.").add(2**40, ATTRIBUTES)
+        found.meter.create_counter("counter", "{thing}", "Things.").add(2**40, ATTRIBUTES)  # type: ignore[arg-type]
         found.meter.create_up_down_counter("level").add(-1.5)
         found.meter.create_gauge("gauge", "s").set(0.25, {"k": 1})
         for name in ("explicit", "exponential"):
-            histogram: Histogram = found.meter.create_histogram(name, "By")
+            histogram: Histogram = found.meter.create_histogram(name, "By")  # type: ignore[assignment]
             for value in (0.0, 3.0, 1e6):
                 histogram.record(value, {"k": "v"})
     return found
 
 
-def foreign(signal: str, fields: Any) -> list[Any]:
+def foreign(signal: Signal, fields: Any) -> list[Any]:
     """What the mapping makes of the fields of `otel` events."""
     session = SessionEvents()
     for found in fields:
@@ -127,7 +132,7 @@ def same(signal: str, ours: bytes, official: Any) -> None:
     """As messages, except that the official encoder writes an empty status, and no trace state of a link."""
     parsed = type(official).FromString(ours)
     for request in (parsed, official):
-        for resource in getattr(request, SHAPES[signal].request.fields[0].name):
+        for resource in getattr(request, SHAPES[signal].request.fields[0].name):  # type: ignore[index]
             for scope in getattr(resource, resource.DESCRIPTOR.fields[1].name):
                 for span in getattr(scope, "spans", ()):
                     if not span.status.ByteSize():
@@ -167,7 +172,7 @@ def test_the_wire_of_metrics_is_what_the_official_encoder_writes(collected: Coll
 
 def test_points_of_one_metric_from_several_collections_are_one_metric_in_time_order(collected: Collected) -> None:
     fields = [one for _ in range(3) for one in encoding.metrics(collected.metrics)]
-    request = SHAPES["metrics"].request._concrete_class.FromString(
+    request = SHAPES["metrics"].request._concrete_class.FromString(  # type: ignore[attr-defined]
         encode("metrics", {}, [*foreign("metrics", fields), *mapped_ours()])
     )
     ours, theirs = request.resource_metrics[0].scope_metrics
@@ -251,10 +256,10 @@ def test_secrets_in_a_record_are_redacted_and_numbers_stay(start: Start) -> None
     with start(job_id="job") as run:
         provider.add_span_processor(JournalSpanProcessor(run))
         given = {"api_key": "geheim", "password": ["geheim"], "auth_token": 12, "url": "https://me:geheim@host/"}
-        with provider.get_tracer("user").start_as_current_span("s", attributes=given) as span:
+        with provider.get_tracer("user").start_as_current_span("s", attributes=given) as span:  # type: ignore[arg-type]
             span.add_event("login", {"password": "geheim"})
         meters.get_meter("m").create_counter("c").add(1, {"password": "geheim"})
-        JournalMetricExporter(run).export(reader.get_metrics_data())
+        JournalMetricExporter(run).export(reader.get_metrics_data())  # type: ignore[arg-type]
         found = events(run, "otel")
     assert "geheim" not in json.dumps(found)
     attributes = {entry["key"]: entry["value"] for entry in found[0]["record"]["attributes"]}
@@ -290,9 +295,9 @@ def test_metrics_of_a_reader_show_no_progress_of_training(start: Start) -> None:
         reader = PeriodicExportingMetricReader(JournalMetricExporter(run), export_interval_millis=1e9)
         meters = MeterProvider([reader], shutdown_on_exit=False)
         meters.get_meter("user").create_counter("c").add(1)
-        before = run.recorder.background_events
+        before = run.recorder.background_events  # type: ignore[union-attr]
         meters.force_flush()
-        assert run.recorder.background_events > before
+        assert run.recorder.background_events > before  # type: ignore[union-attr]
         (event,) = events(run, "otel")
         assert event["record"]["sum"]["aggregationTemporality"] == 2
         meters.shutdown()
@@ -415,7 +420,7 @@ def test_configure_again_after_shutdown_and_with_a_run_of_ones_own(start: Start,
     assert "Can't shutdown" not in found.stderr
     names = {
         events(path)[0]["job_id"]: [event["record"]["name"] for event in events(path, "otel")]
-        for path in (session.path for session in runs.find_sessions(tmp_path / "stepspan-runs"))
+        for path in (session.path for session in find_sessions(tmp_path / "stepspan-runs"))
     }
     assert names["job0"] == ["span 0", "count_0"]
     assert names["job1"][0] == "span 1"
@@ -444,7 +449,7 @@ def test_configure_again_before_shutdown_adds_nothing(start: Start, tmp_path: Pa
         STEPSPAN_SAMPLERS="none",
     )
     assert found.returncode == 0, found.stderr
-    paths = [session.path for session in runs.find_sessions(tmp_path / "stepspan-runs")]
+    paths = [session.path for session in find_sessions(tmp_path / "stepspan-runs")]
     (path,) = [path for path in paths if events(path)[0]["job_id"] == "job"]
     assert sorted(event["signal"] for event in events(path, "otel")) == ["logs", "metrics", "traces"]
 
@@ -534,7 +539,7 @@ def test_a_span_in_a_step_that_is_thinned_away_goes_with_it(tmp_path: Path) -> N
     traces = mapper("traces", session.header)
     found = traces.map(session.events)
     names = [span.record["name"] for span in found if isinstance(span, SdkRecord)]
-    steps = {f"in {span.attributes['step']}" for span in found if not isinstance(span, SdkRecord)}
+    steps = {f"in {span.attributes['step']}" for span in found if not isinstance(span, SdkRecord)}  # type: ignore[union-attr]
     assert {name for name in names if name.startswith("in")} == steps
     assert len(steps) < 1000
     assert "in 1501" in steps
@@ -673,7 +678,7 @@ def test_exporters_write_to_the_run_that_is_open(start: Start, collected: Collec
         assert JsonlMetricExporter().export(collected.metrics) is MetricExportResult.SUCCESS
         found = events(run, "otel")
     assert [event["signal"] for event in found] == ["traces"] * 2 + ["logs"] * 2 + ["metrics"] * 5
-    assert list(sessions(run.pipeline.journal.directory)) == ["0"]
+    assert list(sessions(run.pipeline.journal.directory)) == ["0"]  # type: ignore[union-attr]
 
 
 def test_exporters_without_a_run_share_one_of_their_own_with_the_sdk_s_resource(start: Start, tmp_path: Path) -> None:

@@ -202,4 +202,4 @@ def test_tempo_answers_the_panels(shown: Shown) -> None:
     if shown.tempo is None:
         pytest.skip("no Tempo: see the module's docstring")
     (found,) = (query for query in asked_of("tempo", "ranks") if "select" in query.text)
-    assert until(lambda: shown.tempo.search(found.filled(**shown.values()), shown.now - SPAN, time.time()))
+    assert until(lambda: shown.tempo.search(found.filled(**shown.values()), shown.now - SPAN, time.time()))  # type: ignore[union-attr]

@@ -15,7 +15,7 @@ from stepspan.otlp.rules import by_metric
 A, B, C = Series("a", {}), Series("b", {}), Series("c", {})
 
 
-def by_series(records: object) -> dict[str, list[tuple[int, float]]]:
+def by_series(records: Any) -> dict[str, list[tuple[int, float]]]:
     metrics, _ = by_metric(records)
     return {
         series.name: list(zip(times, values, strict=True))
@@ -24,7 +24,7 @@ def by_series(records: object) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def add_rows(buffer: PointBuffer, table: Table, *rows: tuple) -> None:
+def add_rows(buffer: PointBuffer, table: Table, *rows: tuple[Any, ...]) -> None:
     for ts, *row in rows:
         buffer.next_millisecond()
         buffer.add_row("metrics", table, ts, row)
@@ -33,7 +33,7 @@ def add_rows(buffer: PointBuffer, table: Table, *rows: tuple) -> None:
 def test_rows_leave_as_columns_that_share_their_times() -> None:
     buffer = PointBuffer()
     add_rows(buffer, Table([A, B]), (1, 0.5, 2), (2, 0.25, 3))
-    points = buffer.flush()
+    points: Any = buffer.flush()
     assert points.columns == [(A, [1, 2], (0.5, 0.25)), (B, [1, 2], [2.0, 3.0])]
     assert points.columns[0][1] is points.columns[1][1]
     assert list(points) == [(A, 1, 0.5), (B, 1, 2.0), (A, 2, 0.25), (B, 2, 3.0)]
@@ -118,7 +118,7 @@ def test_a_series_with_columns_and_single_points_leaves_in_time_order() -> None:
     buffer.add(B, 2, 2.0)
     add_rows(buffer, BC, (3, 3.0, 3.0))
     add_rows(buffer, AB, (4, 4.0, 4.0))
-    points = buffer.flush()
+    points: Any = buffer.flush()
     assert isinstance(points, Points)
     assert by_series(points)["b"] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert [ts for _, ts, _ in points] == [1, 1, 2, 3, 3, 4, 4]
@@ -129,5 +129,5 @@ def test_a_series_with_columns_and_single_points_leaves_in_time_order() -> None:
 def test_encoders_write_columns_as_they_write_points(encode: Any, value: float | str) -> None:
     buffer = PointBuffer()
     add_rows(buffer, AB, (1, 1.0, value), (2, 2.0, 5))
-    points = buffer.flush()
+    points: Any = buffer.flush()
     assert encode("metrics", {}, points) == encode("metrics", {}, list(points))

@@ -7,13 +7,12 @@ from typing import Any
 
 import orjson
 import pytest
-from harness.events_of import SessionEvents
+from harness.events_of import SessionEvents, mapper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepspan.errors import ConfigError
 from stepspan.events import Event
-from stepspan.mapping.mapper import mapper
 from stepspan.processors import Attributes, Drop, Redact, Rename, SampleSteps, build, specs
 from stepspan.processors.redact import REDACTED
 
@@ -240,14 +239,14 @@ def test_sample_steps_thins_metrics_and_traces_but_every_step_still_counts() -> 
     stage = SampleSteps(4)
     events = [found for e in s.events if (found := stage(e) if e["tag"] in stage.tags else e)]
     points = mapper("metrics", s.header)
-    found = [*points.map(events), *points.finish(s.closed())]
-    steps = [value for series, _, value in found if series.name == "training.step.number"]
-    times = [value for series, _, value in found if series.name == "training.step.time"]
-    (durations,) = [value for series, _, value in found if series.kind == "histogram" and value]
+    found: list[Any] = [*points.map(events), *points.finish(s.closed())]  # type: ignore[no-redef]
+    steps = [value for series, _, value in found if series.name == "training.step.number"]  # type: ignore[str-unpack, union-attr]
+    times = [value for series, _, value in found if series.name == "training.step.time"]  # type: ignore[str-unpack, union-attr]
+    (durations,) = [value for series, _, value in found if series.kind == "histogram" and value]  # type: ignore[str-unpack, union-attr]
     assert steps == [0.0, 4.0, 8.0, None]
     assert (len(times), durations.count) == (11, 10)
     assert [span.attributes["step"] for span in mapper("traces", s.header).map(events)] == [0, 4, 8]
-    assert any(series.name == "training.total" for series, _, _ in found)
+    assert any(series.name == "training.total" for series, _, _ in found)  # type: ignore[str-unpack, union-attr]
     assert "thin" not in s.events[3]
 
 
@@ -263,7 +262,7 @@ ENTRIES = [
 
 
 def test_settings_make_processors_and_processors_say_what_they_were_made_of() -> None:
-    made = build(ENTRIES)
+    made = build(ENTRIES)  # type: ignore[arg-type]
     assert [type(stage) for stage in made] == [Redact, Attributes, Rename, Drop, SampleSteps]
     assert orjson.loads(orjson.dumps(specs(made))) == ENTRIES
     assert specs(build(specs(made))) == ENTRIES

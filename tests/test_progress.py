@@ -155,6 +155,6 @@ def test_a_total_that_is_no_count_is_told_and_left_out(
     total: float | str | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with recorded_run() as recording, caplog.at_level(logging.WARNING, "stepspan"):
-        recording.run.set_total_steps(total)
+        recording.run.set_total_steps(total)  # type: ignore[arg-type]
         assert "total_steps=" in caplog.records[0].message
         assert recording.events("progress") == []

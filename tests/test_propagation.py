@@ -218,7 +218,7 @@ def test_tasks_and_threads_that_carry_the_context_over(start: Start, user: Traci
         asyncio.run(main())
         with run.step(10):
             carried = context.get_current()
-            thread = threading.Thread(target=lambda: (context.attach(carried), user.span("in training.step 10")))
+            thread = threading.Thread(target=lambda: (context.attach(carried), user.span("in training.step 10")))  # type: ignore[func-returns-value]
             thread.start()
             thread.join()
     ours = spans(run)

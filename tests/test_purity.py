@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from harness.events_of import MS, SECOND, SessionEvents, key_of, restored
+from harness.events_of import MS, SECOND, SessionEvents, key_of, mapper, restored
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import SIGNALS, Signal
 
 GAPS = st.sampled_from([1e-9, 3e-7, 3e-4, 0.001, 0.005, 0.05, 1.0, 11.0, 3700.0])

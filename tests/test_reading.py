@@ -45,13 +45,13 @@ def test_a_session_that_is_still_written_is_read_to_its_last_whole_line(tmp_path
     session = read_session(training.path)
     assert session.events[-1]["tag"] == "metrics"
     assert session.closed is None
-    assert [record[0].name for record in session.records("metrics")].count("training.loss") == 1
+    assert [record[0].name for record in session.records("metrics")].count("training.loss") == 1  # type: ignore[index, union-attr]
 
 
 def test_the_records_of_a_session_that_has_ended_include_its_end(tmp_path: Path) -> None:
     session = read_session(trained(tmp_path, 2))
-    assert [span.name for span in session.records("traces")] == ["training.step"] * 2 + ["training.run"]
-    assert session.records("metrics")[-1][2] is None
+    assert [span.name for span in session.records("traces")] == ["training.step"] * 2 + ["training.run"]  # type: ignore[union-attr]
+    assert session.records("metrics")[-1][2] is None  # type: ignore[index]
 
 
 def test_how_a_session_ended(tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_delivery_is_summed_over_sessions() -> None:
         {"destinations": {"d": {"metrics": held}}},
         {"destinations": {}},
     ]
-    assert delivery_totals(ledgers) == [
+    assert delivery_totals(ledgers) == [  # type: ignore[arg-type]
         {"destination": "d", "signal": "metrics", "delivered": 10, "rejected": 0, "filtered": 2, "pending": 4,
          "sessions": 2, "finished": 1, "held": 1, "lag": 3.0, "messages": ["404"]}
     ]  # fmt: skip

@@ -102,7 +102,7 @@ def test_the_report_in_a_terminal_of_80_columns(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80, highlight=False)
     (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
     Page(console).run(job)
-    page = console.file.getvalue()
+    page = console.file.getvalue()  # type: ignore[attr-defined]
     assert "…" not in page
     for words in ("interrupted", "500 ms", "data (mean)", "in collectives (p50)", "errors", "all on node"):
         assert words in page

@@ -237,7 +237,7 @@ def test_a_journal_that_fails_under_a_run_is_told(
 ) -> None:
     now = [0]
     with start(exporters=[JsonlExporter(tmp_path / "runs", clock=lambda: now[0])]) as run:
-        writer = run.pipeline.journal.session
+        writer = run.pipeline.journal.session  # type: ignore[union-attr]
         assert writer is not None
         writer.error = OSError(28, "No space left on device")
         now[0] += 2_000_000_000

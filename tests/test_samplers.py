@@ -73,7 +73,7 @@ def test_the_schedule_is_now_soon_every_interval_and_at_the_end() -> None:
         sampling.stop()
         assert delays == [0.02, 0.5, 10.0, 10.0, 10.0]
         assert [event["values"] for event in recording.events("sample")] == [[["some.value", n]] for n in range(5)]
-        assert recording.run.recorder.background_events == 5, "no sign that training goes on"
+        assert recording.run.recorder.background_events == 5, "no sign that training goes on"  # type: ignore[union-attr]
 
 
 def test_a_run_that_ends_just_after_a_sample_takes_no_other() -> None:
@@ -154,7 +154,7 @@ def test_a_driver_that_hangs_delays_the_end_by_a_second_and_records_no_more() ->
 
     with recorded_run() as recording:
         sampling = Sampling(recording.run.recorder, {"gpu": opener}, 10.0)
-        recording.run.recorder.background_tasks.append(sampling)
+        recording.run.recorder.background_tasks.append(sampling)  # type: ignore[union-attr]
         sampling.start()
         assert entered.wait(10)
         began = time.monotonic()
@@ -209,7 +209,7 @@ def test_the_cpu_of_the_process_is_of_the_cpus_that_it_may_use(tmp_path: Path) -
     before = time.process_time()
     while time.process_time() - before < 0.3:
         sum(range(1000))
-    assert read(source, "cpu", 101.0)["process.cpu.utilization"] == pytest.approx(0.3 / usable, rel=0.3)
+    assert read(source, "cpu", 101.0)["process.cpu.utilization"] == pytest.approx(0.3 / usable, rel=0.3)  # type: ignore[operator]
 
 
 def test_the_host_without_a_cgroup_is_the_whole_host(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_the_limits_of_a_cgroup_stand_for_the_host(tmp_path: Path, files: dict[s
     cgroup = Cgroup(root)
     assert cgroup.memory() == Memory(100 * MiB, 50 * MiB, 10 * MiB)
     assert (found := cgroup.cpu()) == Cpu(0.5, 2.5, found.level if found else root)
-    assert cgroup.cpus() == {0, 1, 2, 7}
+    assert cgroup.cpus() == {0, 1, 2, 7}  # type: ignore[comparison-overlap]
     source = host(0, nothing, root=root)
     assert read(source, "memory") == {
         "system.memory.usage used": 50 * MiB,
@@ -437,7 +437,9 @@ def test_samplers_are_chosen_by_name(value: str, expected: list[str]) -> None:
         pytest.param({"STEPSPAN_SAMPLE_INTERVAL": "often"}, "STEPSPAN_SAMPLE_INTERVAL='often'", id="no number"),
     ],
 )
-def test_a_wrong_choice_names_the_fix(start: Any, monkeypatch: pytest.MonkeyPatch, variables: dict, told: str) -> None:
+def test_a_wrong_choice_names_the_fix(
+    start: Any, monkeypatch: pytest.MonkeyPatch, variables: dict[str, Any], told: str
+) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=told):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from harness.delivery import DAY, OK, Scripted, Time, Training, assert_true, everything, options, run_to_end, trained
-from harness.journals import NOON, SECOND, header, lay_down, metrics
+from harness.journals import NOON, SECOND, closed_of, cursor_of, header, lay_down, metrics
 
 from stepspan.deliver.scheduler import (
     MAX_LEAD_NS,
@@ -20,10 +20,8 @@ from stepspan.deliver.scheduler import (
     Scheduler,
 )
 from stepspan.events import Event
-from stepspan.journal.cursor import read_cursor
 from stepspan.journal.format import encode
 from stepspan.journal.layout import find_sessions
-from stepspan.journal.liveness import read_closed
 from stepspan.otlp.outcome import Outcome, Verdict
 
 HOLD = Outcome(Verdict.HOLD, "too old: widen the window")
@@ -90,7 +88,7 @@ def test_live_data_waits_for_the_backlog_it_would_shut_out(tmp_path: Path) -> No
     ranks = [rank for rank, _ in order(exporter)]
     last_old = len(ranks) - 1 - ranks[::-1].index(0)
     first_live = ranks.index(1)
-    assert read_closed(old.path)
+    assert closed_of(old.path)
     assert first_live > last_old - 200, "but for the last ten minutes"
     live.die()
 
@@ -181,7 +179,7 @@ def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path: Path) -> N
     for rank in range(3):
         trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
     exporter = Scripted()
-    exporter.export = lambda signal, resource, records: HOLD if resource["rank"] == 0 else OK
+    exporter.export = lambda signal, resource, records: HOLD if resource["rank"] == 0 else OK  # type: ignore[method-assign]
     run_to_end(one := scheduler(tmp_path, exporter))
     assert [task.session.rank for task in one.tasks.values()] == [0]
 
@@ -214,7 +212,7 @@ def test_over_means_that_no_session_lives_and_the_rest_is_held(tmp_path: Path) -
     assert (one.idle, one.over) == (True, True)
 
 
-def test_over_is_taken_back_before_another_session_counts_as_seen(tmp_path):
+def test_over_is_taken_back_before_another_session_counts_as_seen(tmp_path: Path) -> None:
     time = Time()
     one = scheduler(tmp_path, Scripted(), options(time))
     one.run_once()
@@ -295,14 +293,14 @@ def test_a_defect_that_one_session_meets_is_told_once_and_stops_nobody_else(
     time = Time()
     bad, good = (trained(tmp_path, 20, rank=rank, session=f"00000000000000a{rank}") for rank in range(2))
     exporter = Scripted()
-    exporter.export = lambda signal, resource, records: OK if resource["rank"] else None
+    exporter.export = lambda signal, resource, records: OK if resource["rank"] else None  # type: ignore[assignment, method-assign, return-value]
     one = scheduler(tmp_path, exporter, options(time))
     for _ in range(3):
         run_to_end(one)
         assert one.tasks == {}
         assert one.unreadable.keys() == {bad.path}
         time.skip(UNREADABLE_RETRY_INTERVAL_S + RESCAN_INTERVAL_S)
-    assert read_cursor(good.path / "cursors" / "there.metrics").position.finished
+    assert cursor_of(good.path / "cursors" / "there.metrics").position.finished
     assert caplog.text.count("Traceback") == 1
 
 
@@ -336,7 +334,7 @@ def test_a_session_that_is_gone_while_its_records_wait_is_waited_for_no_longer(t
     time.skip(5)
     one.run_once()
     assert one.over
-    assert "gone" in one.unreadable[training.path.path]
+    assert "gone" in one.unreadable[training.path.path]  # type: ignore[unreachable]
 
 
 def test_a_session_that_could_not_be_read_is_tried_again_and_told_once(
@@ -419,7 +417,7 @@ def test_many_sessions_arrive_whole_whatever_the_batches(tmp_path: Path, batch: 
         expected = [r for s in sessions if s.rank == rank for r in everything(s)["metrics"]]
         assert found[rank] == expected
     for task in tasks.values():
-        assert_true(task.state.ledger, read_closed(task.session.path).seq)
+        assert_true(task.state.ledger, closed_of(task.session.path).seq)
 
 
 # ---------------------------------------------------------------- live sessions

@@ -463,7 +463,7 @@ def test_an_iterator_collected_by_another_thread(start: Start) -> None:
     run = start()
     box = [run.steps("ab")]
     next(box[0])
-    thread = threading.Thread(target=lambda: (box.clear(), gc.collect()))
+    thread = threading.Thread(target=lambda: (box.clear(), gc.collect()))  # type: ignore[func-returns-value]
     thread.start()
     thread.join()
     run.log_metrics({"after": 1})

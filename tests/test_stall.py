@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 from harness import runs
+from harness.events_of import mapper
 from harness.processes import under_load
 from harness.runs import events, is_ours, python, sessions, spans
 
 from stepspan.events import Event
-from stepspan.mapping.mapper import mapper
 from stepspan.recording.stall import MAX_STACKS_CHARS, REPEAT_INTERVAL_S, StallWatch
 from stepspan.run import Run
 
@@ -162,7 +162,7 @@ def test_the_time_of_a_compilation_still_counts_less_when_it_is_over(watched: Wa
         watched.passes(AFTER - 120)
         assert watched.told == []
         watched.passes(30)
-        assert watched.told == [("stalled", pytest.approx(2 * AFTER - 50, abs=20))]
+        assert watched.told == [("stalled", pytest.approx(2 * AFTER - 50, abs=20))]  # type: ignore[comparison-overlap]
 
 
 def test_a_compiler_is_seen_however_deep_it_works(watched: Watched) -> None:
@@ -200,7 +200,7 @@ def test_a_thread_that_trains_is_the_one_that_is_looked_at(watched: Watched) -> 
 
     def train() -> None:
         with watched.run.step(5):
-            compiling(lambda: (entered.set(), compiled.wait()))
+            compiling(lambda: (entered.set(), compiled.wait()))  # type: ignore[func-returns-value]
             wait_for_data()
 
     thread = threading.Thread(target=train, name="trainer")
@@ -306,7 +306,7 @@ def test_a_stall_arrives_as_an_error_and_its_end_as_information(watched: Watched
 
 
 def test_a_stall_that_ends_with_the_run_is_said_to_be_over(watched: Watched) -> None:
-    watched.run.recorder.background_tasks.append(watched.watch)
+    watched.run.recorder.background_tasks.append(watched.watch)  # type: ignore[union-attr]
     watched.passes(AFTER + 20)
     watched.run.log_metrics({"loss": 1.0})
     watched.run.close()
@@ -315,7 +315,7 @@ def test_a_stall_that_ends_with_the_run_is_said_to_be_over(watched: Watched) -> 
 
 
 def test_a_run_that_ends_while_it_stalls_has_not_recovered(watched: Watched) -> None:
-    watched.run.recorder.background_tasks.append(watched.watch)
+    watched.run.recorder.background_tasks.append(watched.watch)  # type: ignore[union-attr]
     watched.passes(AFTER + 20)
     watched.run.close("interrupted")
     assert [status for status, _ in watched.told] == ["stalled"]
@@ -341,8 +341,9 @@ def test_zero_is_no_watch(start: Start, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("STEPSPAN_STALL_AFTER", "0")
     with start() as run:
         assert watches() == []
-        assert run.recorder.background_tasks == [] or all(
-            "Stall" not in type(each).__name__ for each in run.recorder.background_tasks
+        assert run.recorder.background_tasks == [] or all(  # type: ignore[union-attr]
+            "Stall" not in type(each).__name__
+            for each in run.recorder.background_tasks  # type: ignore[union-attr]
         )
 
 

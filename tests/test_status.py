@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any
 
 from harness.delivery import Scripted, deliver, options, trained
 from rich.console import Console
@@ -19,7 +20,7 @@ def narrow() -> Console:
     return Console(file=io.StringIO(), width=80, highlight=False)
 
 
-def printed(console: Console) -> str:
+def printed(console: Console) -> Any:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert all(len(line) <= 80 for line in text.splitlines())
     assert "…" not in text

@@ -54,7 +54,7 @@ class Recorder:
 
     def __init__(self, *, endpoint: Any, retries: int = 3) -> None:
         self.endpoint, self.retries = endpoint, retries
-        self.calls = []
+        self.calls: list[Any] = []
 
     def log_scalar(self, key: str, value: Any, step: int) -> None:
         self.calls.append((key, value, step))
@@ -73,7 +73,7 @@ class Recorder:
 
 
 class Failing(Recorder):
-    Config = None
+    Config = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         super().__init__(endpoint="")
@@ -119,7 +119,7 @@ def test_each_built_in_store_keeps_the_contract(
     spec: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    store = stores.make_log_store(spec)
+    store: Any = stores.make_log_store(spec)
     assert isinstance(store, stores.LogStore)
     assert store.name == spec["kind"]
     log_everything(store)
@@ -188,7 +188,7 @@ def test_jsonl_counts_corrupt_hyperparameters_as_empty(tmp_path: Path, content: 
 
 def test_jsonl_files_can_have_other_names(tmp_path: Path) -> None:
     names = {"metrics_file": "m.jsonl", "hyperparams_file": "h.json", "artifacts_file": "a.json"}
-    store = stores.make_log_store({"kind": "jsonl", "params": {"log_dir": str(tmp_path), **names}})
+    store: Any = stores.make_log_store({"kind": "jsonl", "params": {"log_dir": str(tmp_path), **names}})
     log_everything(store)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "h.json", "m.jsonl"]
 
@@ -215,7 +215,7 @@ class Hostile:
     def __float__(self) -> None:
         raise RuntimeError("no")
 
-    def __str__(self) -> None:
+    def __str__(self) -> None:  # type: ignore[override]
         raise RuntimeError("no")
 
 
@@ -234,7 +234,7 @@ class Hostile:
 )
 def test_jsonl_writes_numbers_as_numbers_and_all_else_as_text(tmp_path: Path, value: Any, written: Any) -> None:
     store = stores.JSONLLogStore(log_dir=tmp_path)
-    store.log_metrics({"loss": value, ("a", 1): 2.0} if isinstance(value, Hostile) else {"loss": value}, np.int64(4))
+    store.log_metrics({"loss": value, ("a", 1): 2.0} if isinstance(value, Hostile) else {"loss": value}, np.int64(4))  # type: ignore[dict-item]
     store.log_hyperparams({"value": value})
     (row,) = rows(tmp_path / "metrics.jsonl")
     assert (row["step"], row["metrics"]["loss"]) == (4 if not isinstance(value, Hostile) else "4", written)
@@ -277,7 +277,9 @@ def board(directory: Path) -> Any:
 
 
 def test_tensorboard_writes_scalars_and_texts(tmp_path: Path) -> None:
-    store = stores.make_log_store({"kind": "tensorboard", "params": {"log_dir": str(tmp_path / "tb"), "flush_secs": 1}})
+    store: Any = stores.make_log_store(
+        {"kind": "tensorboard", "params": {"log_dir": str(tmp_path / "tb"), "flush_secs": 1}}
+    )
     log_everything(store)
     store.close()
     assert board(tmp_path / "tb") == [
@@ -317,7 +319,7 @@ def test_multiplex_tells_each_child_everything(tmp_path: Path, kinds: Any) -> No
     stores.register_log_store("recorder")(Recorder)
     log_dir = {"log_dir": str(tmp_path)}
     children = [{"kind": "recorder", "params": {"endpoint": "here"}}, {"kind": "jsonl", "params": log_dir}]
-    store = stores.make_log_store({"kind": "multiplex", "params": {"children": children}})
+    store: Any = stores.make_log_store({"kind": "multiplex", "params": {"children": children}})
     log_everything(store)
     store.close()
     recorder = store._children["recorder[0]"]
@@ -339,7 +341,7 @@ def test_a_child_that_fails_does_not_take_its_siblings_down(
     stores.register_log_store("failing")(Failing)
     log_dir = {"log_dir": str(tmp_path)}
     children = [{"kind": "failing"}, {"kind": "jsonl", "params": log_dir}, {"kind": "failing"}]
-    store = stores.make_log_store({"kind": "multiplex", "params": {"children": children}})
+    store: Any = stores.make_log_store({"kind": "multiplex", "params": {"children": children}})
     log_everything(store)
     store.close()
     assert len(rows(tmp_path / "metrics.jsonl")) == 3
@@ -399,7 +401,7 @@ def test_a_wrong_parameter_is_refused_by_its_name(
 
 def test_a_store_of_the_users_own_is_made_from_yaml_and_checked_by_its_own_config(kinds: Any) -> None:
     stores.register_log_store("http")(Recorder)
-    store = stores.make_log_store(yaml.safe_load("{kind: http, params: {endpoint: here, retries: '5'}}"))
+    store: Any = stores.make_log_store(yaml.safe_load("{kind: http, params: {endpoint: here, retries: '5'}}"))
     assert (store.name, store.endpoint, store.retries) == ("http", "here", 5)
     with pytest.raises(ConfigError, match=r"log_store\.http\.params\.endpoin='x'|log_store\.http\.params\.endpoint"):
         stores.make_log_store({"kind": "http", "params": {"endpoin": "x"}})
@@ -425,9 +427,9 @@ def test_the_stepspan_store_is_published_for_evsys() -> None:
 def test_evsys_finds_the_stepspan_store_in_its_own_registry_whoever_comes_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    registered = {}
+    registered: dict[Any, Any] = {}
     evsys = types.ModuleType("evsys_sdk.registry")
-    evsys.register_log_store = lambda kind: lambda store: registered.setdefault(kind, store)
+    evsys.register_log_store = lambda kind: lambda store: registered.setdefault(kind, store)  # type: ignore[attr-defined]
     assert plugin.StepspanLogStore is stores.StepspanLogStore
     monkeypatch.setitem(sys.modules, "evsys_sdk.registry", evsys)
     (point,) = [point for point in entry_points(group="evsys_sdk.log_stores") if point.name == "stepspan"]
@@ -436,7 +438,7 @@ def test_evsys_finds_the_stepspan_store_in_its_own_registry_whoever_comes_first(
 
 def plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **points: Any) -> None:
     """Install `module:attribute` under names in both groups in turn, each module as source text."""
-    found = {group: [] for group in registry.GROUPS}
+    found: dict[str, list[Any]] = {group: [] for group in registry.GROUPS}
     for number, (name, (group, code)) in enumerate(points.items()):
         module = f"plugin_of_test_{number}"
         (tmp_path / f"{module}.py").write_text(textwrap.dedent(code))
@@ -527,7 +529,7 @@ def test_the_stepspan_store_starts_a_run_with_its_parameters_and_ends_it(
     kind: stepspan
     params: {job_id: 4711, rank: 1, world_size: 2, name: tuned, tags: [a], directory: here, resource: {team: vision}}
     """
-    store = stores.make_log_store(yaml.safe_load(text))
+    store: Any = stores.make_log_store(yaml.safe_load(text))
     log_everything(store)
     assert not store.run.closed
     store.close()
@@ -561,7 +563,7 @@ def test_an_evsys_run_goes_to_jsonl_and_opentelemetry_by_one_more_line(
         - {kind: jsonl, params: {log_dir: logs}}
         - {kind: stepspan, params: {job_id: j}}
     """
-    store = stores.make_log_store(yaml.safe_load(text))
+    store: Any = stores.make_log_store(yaml.safe_load(text))
     log_everything(store)
     store.close()
     (session,) = runs.sessions(tmp_path / "stepspan-runs").values()
@@ -575,7 +577,7 @@ def test_an_evsys_run_goes_to_jsonl_and_opentelemetry_by_one_more_line(
 def _rank(rank: int, directory: Path, endpoint: Any) -> None:
     params = {"job_id": "evsys", "rank": rank, "local_rank": rank, "world_size": 2}
     params |= {"directory": directory, "endpoint": endpoint}
-    store = stores.make_log_store({"kind": "stepspan", "params": params})
+    store: Any = stores.make_log_store({"kind": "stepspan", "params": params})
     store.log_hyperparams({"lr": 0.5, "rank": rank})
     for step in range(3):
         store.log_metrics({"loss": 1.0 / (step + 1), "grad/norm": 2.0}, step)
@@ -597,7 +599,7 @@ def test_what_an_evsys_run_logs_arrives(collector: Collector, prometheus: Promet
         assert process.exitcode == 0
         process.close()
 
-    arrived = {}
+    arrived: dict[Any, Any] = {}
     for labels, samples in prometheus.series('training_loss{job_id="evsys"}[1h]'):
         arrived.setdefault(labels["rank"], {}).update({(labels["split"], at): value for at, value in samples})
     assert arrived == {

@@ -529,7 +529,7 @@ def test_projection_is_read_only_all_the_way_down() -> None:
     assert record.attributes["5"] == 6
     for mapping in (record.attributes, record.attributes["a"], record.resource, record.correlation):
         with pytest.raises(TypeError):
-            mapping["x"] = 1
+            mapping["x"] = 1  # type: ignore[index]
 
 
 def test_projection_correlates_by_phase() -> None:
@@ -556,7 +556,7 @@ def test_record_id_hashes_the_json_of_the_record(held: dict[str, Any], host: str
     assert stormlog.project_telemetry_event(record).record_id == f"telemetry-{digest}"
 
 
-odd = st.sampled_from([None, True, 0, 1, -1, -2, 5, 1.0, math.nan, 10**30, "", " ", "x", "3", [], {}])
+odd = st.sampled_from([None, True, 0, 1, -1, -2, 5, 1.0, math.nan, 10**30, "", " ", "x", "3", [], {}])  # type: ignore[var-annotated]
 names = st.sampled_from(
     [*NAMES, "timestamp", "type", "message", "memory_mb", "memory_allocated", "device", "total_memory", "backend"]
 )

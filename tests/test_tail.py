@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.delivery import SECOND, Training, trained
-from harness.journals import header, lay_down
+from harness.delivery import Training, trained
+from harness.journals import SECOND, header, lay_down
 from harness.processes import under_load, until
 from harness.runs import command as run
 from rich.console import Console
@@ -74,7 +74,7 @@ def test_a_long_journal_is_read_from_its_end(tmp_path: Path) -> None:
     follow = Follow(tmp_path, None, frozenset())
     (one,) = follow._open()
     original = one._reader._pread
-    one._reader._pread = lambda *where: read.append(original(*where)) or read[-1]
+    one._reader._pread = lambda *where: read.append(original(*where)) or read[-1]  # type: ignore[func-returns-value, method-assign]
     lines = one.newest(10, frozenset())
     assert lines[-1].text == "run ended: completed"
     size = sum((session.path / segment_name(n)).stat().st_size for n in session.segments())
@@ -134,7 +134,7 @@ def test_following_rests_between_two_looks(
         if len(rests) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(tails.time, "sleep", sleep)
+    monkeypatch.setattr(tails.time, "sleep", sleep)  # type: ignore[attr-defined]
     assert tails.show_tail(tmp_path, count=5, follow=True, rank=None, tags=()) == 0
     assert rests == [tails.POLL_INTERVAL_S] * 3
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -161,7 +161,7 @@ def test_in_a_terminal_several_jobs_have_headings(tmp_path: Path) -> None:
     lines = [tails.Line(n, job, "0", str(n), "metrics", f"loss={n}") for n, job in enumerate((long, long, "two"))]
     job = tails.show(console, lines, several_jobs=True)
     tails.show(console, lines[2:], several_jobs=True, job=job)
-    told = [" ".join(line.split()[2:]) or line for line in console.file.getvalue().splitlines()]
+    told = [" ".join(line.split()[2:]) or line for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     step = "rank 0 {0} loss={0}".format
     assert told == [long, step(0), step(1), "two", step(2), step(2)]
 

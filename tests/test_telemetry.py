@@ -320,7 +320,7 @@ def test_a_tracked_block_is_a_span_around_what_happens_in_it() -> None:
     assert (decode.trace_id, decode.parent_id) == (request.trace_id, request.span_id)
     assert failed.error == "ValueError: no such model"
     (exception,) = recording.logs("exception")
-    assert "raise ValueError" in exception.attributes["exception.stacktrace"]
+    assert "raise ValueError" in exception.attributes["exception.stacktrace"]  # type: ignore[operator]
     assert [log.severity for log in recording.logs("serve")] == [9, 17]
     assert recording.values("training.duration_sec")[0] >= 0
 
@@ -371,7 +371,7 @@ def test_an_exception_that_failed_keeps_its_stack_trace() -> None:
         except RuntimeError as error:
             t.fail(error)
     assert recording.spans("serve")[0].error == "RuntimeError: lost the GPU"
-    assert "lost the GPU" in recording.logs("exception")[0].attributes["exception.stacktrace"]
+    assert "lost the GPU" in recording.logs("exception")[0].attributes["exception.stacktrace"]  # type: ignore[operator]
     assert recording.logs("serve")[1].attributes["message"] == "lost the GPU"
 
 
@@ -385,7 +385,7 @@ def test_the_machine_and_the_user_are_told_once_to_a_run_of_somebody_else() -> N
         t.emit("b")
     (log,) = recording.logs("telemetry.context")
     assert log.attributes["user.name"]
-    assert log.attributes["system.memory_total"] > 0
+    assert log.attributes["system.memory_total"] > 0  # type: ignore[operator]
 
 
 def test_without_a_run_it_opens_one_and_closes_it(tmp_path: Path) -> None:
@@ -727,14 +727,14 @@ def test_a_forked_child_writes_on(backend: str, tmp_path: Path) -> None:
 def test_a_signal_handler_that_tells_while_a_record_is_written_waits_for_it_not_for_itself() -> None:
     backend = SqliteBackend("telemetry.db")
     t = Telemetry(backend=backend)
-    insert, told = backend._insert, []
+    insert, told = backend._insert, []  # type: ignore[var-annotated]
 
     def interrupted(*args: Any) -> None:
         if not told:
             told.append(t.emit("from the handler"))
         insert(*args)
 
-    backend._insert = interrupted  # type: ignore[method-assign] # where a signal may come
+    backend._insert = interrupted  # type: ignore[assignment, method-assign] # where a signal may come
     t.emit("interrupted")
     t.close()
     assert [row["status"] for row in table()] == ["interrupted", "from the handler"]
@@ -818,7 +818,7 @@ def _fresh_context() -> Iterator[None]:
 @pytest.mark.usefixtures("_fresh_context")
 def test_the_machine_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = []
-    monkeypatch.setattr(context, "gpu_models", lambda: looks.append(1) or ["H200", "H200"])
+    monkeypatch.setattr(context, "gpu_models", lambda: looks.append(1) or ["H200", "H200"])  # type: ignore[func-returns-value]
     kept = Kept()
     t = Telemetry(backend=kept)
     assert not looks, "not before there is something to say"

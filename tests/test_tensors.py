@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import runs
-from harness.events_of import MS, START, SessionEvents, by_series, key_of, restored
+from harness.events_of import MS, START, SessionEvents, by_series, key_of, mapper, restored
 from harness.processes import until
 from harness.runs import events
 from harness.scripted_torch import Bucket, Gpu, JaxArray
@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 
 from stepspan.integrations.torch import watched
 from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, StepWaits
-from stepspan.mapping.mapper import mapper
 from stepspan.recording import deferred as tensors
 from stepspan.recording import device_copies
 from stepspan.run import Run
@@ -78,8 +77,9 @@ def test_an_array_of_one_element_is_its_number(run: Run, value: Any, number: Any
     run.log_metrics({"x": value})
     assert lines(run) == [{"x": number}]
     assert run.stats()["warnings"] == {}
-    assert run.recorder.background_tasks == [] or not any(
-        isinstance(one, tensors.DeferredMetrics) for one in run.recorder.background_tasks
+    assert run.recorder.background_tasks == [] or not any(  # type: ignore[union-attr]
+        isinstance(one, tensors.DeferredMetrics)
+        for one in run.recorder.background_tasks  # type: ignore[union-attr]
     )
 
 
@@ -243,7 +243,7 @@ def test_a_distributed_tensor_in_parts_is_not_gathered(run: Run, gpu: Gpu, caplo
 
 def test_a_device_without_streams_is_read_by_the_thread_that_resolves(run: Run, gpu: Gpu) -> None:
     class Mps(type(gpu.tensor(0.0))):  # type: ignore[misc]
-        def tolist(self) -> list[float]:
+        def tolist(self) -> Any:
             return self._values
 
     gpu.torch.stack = lambda tensors: Mps(gpu, [tensor._values[0] for tensor in tensors], (len(tensors),), "mps")
@@ -270,7 +270,7 @@ def test_a_forked_child_waits_for_nothing_of_its_parent(run: Run, gpu: Gpu) -> N
     assert os.waitpid(child, 0)[1] == 0
     gpu.catch_up()
     assert arrived(run) == [{"loss": 1.0}]
-    (theirs,) = (path for name, path in runs.sessions(run.pipeline.journal.directory).items() if name != "0")
+    (theirs,) = (path for name, path in runs.sessions(run.pipeline.journal.directory).items() if name != "0")  # type: ignore[union-attr]
     assert [event["metrics"] for event in events(theirs, "metrics")] == [{"loss": 2.0}]
 
 

@@ -82,13 +82,13 @@ def receiver() -> Iterator[Any]:
         yield running
 
 
-def target(receiver: ScriptedReceiver, protocol: str) -> Any:
+def target(receiver: Any, protocol: str) -> Any:
     return receiver.grpc_target if protocol == "grpc" else receiver.url
 
 
 @contextlib.contextmanager
 def transport(
-    receiver: ScriptedReceiver, protocol: str, signal: str = "metrics", *, env: Any = None, **arguments: Any
+    receiver: Any, protocol: str, signal: Signal = "metrics", *, env: Any = None, **arguments: Any
 ) -> Iterator[Any]:
     """A transport to the receiver, or to an endpoint given as text."""
     where = receiver if isinstance(receiver, str) else target(receiver, protocol)
@@ -100,7 +100,7 @@ def transport(
         opened.close()
 
 
-def send(receiver: ScriptedReceiver, protocol: str, signal: str = "metrics", **settings: Any) -> Outcome:
+def send(receiver: Any, protocol: str, signal: Signal = "metrics", **settings: Any) -> Any:
     with transport(receiver, protocol, signal, **settings) as opened:
         return opened.send(body(signal, protocol))
 
@@ -642,7 +642,7 @@ def test_an_instrumented_client_makes_no_span_of_a_send(
     provider.add_span_processor(SimpleSpanProcessor(spans))
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)  # gRPC's instrumentor heeds no other
     with contextlib.ExitStack() as stack:
-        for instrumentor in (RequestsInstrumentor(), GrpcInstrumentorClient()):
+        for instrumentor in (RequestsInstrumentor(), GrpcInstrumentorClient()):  # type: ignore[no-untyped-call]
             instrumentor.instrument()
             stack.callback(instrumentor.uninstrument)
         stack.callback(provider.shutdown)
@@ -654,7 +654,7 @@ def test_an_instrumented_client_makes_no_span_of_a_send(
         )
         channel = grpc.insecure_channel(receiver.grpc_target)
         stack.callback(channel.close)
-        channel.unary_unary("/opentelemetry.proto.collector.logs.v1.LogsService/Export")(b"", timeout=9)
+        channel.unary_unary("/opentelemetry.proto.collector.logs.v1.LogsService/Export")(b"", timeout=9)  # type: ignore[call-arg]
         assert len(spans.get_finished_spans()) == 2, "the instrumentation works"
 
         receiver.script("metrics", [OK, Answer(503), Answer(400), RESET])

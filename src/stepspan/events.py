@@ -199,7 +199,7 @@ class LogRecord(Line):
 
     tag: Literal["log"]
     parent: NotRequired[Parent]
-    severity: Annotated[int, "OpenTelemetry's SeverityNumber, 1 to 24"]
+    severity: Annotated[str, "trace, debug, info, warning, error or critical"]
     logger: Annotated[str, "name of the logger"]
     message: Annotated[str, "with its arguments filled in"]
     attributes: Annotated[Json, "by semantic conventions (`code.*`, `thread.*`), and the record's extra fields"]

@@ -10,11 +10,13 @@ import orjson
 from harness.journals import RUN, header
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
-from stepspan.mapping.mapper import mapper
+from stepspan.mapping import mapper as mappers
 from stepspan.mapping.records import Series, Signal
 
 MS = 1_000_000
 SECOND = 1_000_000_000
+mapper: Any = mappers.mapper
+"""Untyped: a test knows of which kind the records of a signal are."""
 START = 1_760_000_000 * SECOND
 """A multiple of 10 s, but not of an hour: 2025-10-09T08:53:20Z."""
 

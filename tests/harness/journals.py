@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from stepspan.events import SCHEMA, Event
-from stepspan.journal.cursor import Position
+from stepspan.journal.cursor import CursorState, Position, read_cursor
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.format import decode, encode
 from stepspan.journal.journal import Journal
 from stepspan.journal.layout import SessionPath, segment_name, session_name
-from stepspan.journal.liveness import Closed
+from stepspan.journal.liveness import Closed, read_closed
 from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.journal.writer import SessionWriter
 from stepspan.reading.sessions import read_batches
@@ -141,6 +141,20 @@ def lay_down(place: Path, *segments: Iterable[Event | bytes], session: str = SES
 
 def session_of(path: Path) -> SessionPath:
     found = SessionPath.of(path)
+    assert found is not None
+    return found
+
+
+def closed_of(path: Path) -> Closed:
+    """How a session was closed; fails where it was not."""
+    found = read_closed(path)
+    assert found is not None
+    return found
+
+
+def cursor_of(file: Path) -> CursorState:
+    """What a cursor's file says; fails where there is none."""
+    found = read_cursor(file)
     assert found is not None
     return found
 
