@@ -28,6 +28,7 @@ from stepspan.values import json_value, to_float
 log = logging.getLogger("stepspan")
 
 MAX_WAITING_BYTES = 64 << 20
+APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
 
 
 class RowWriter:
@@ -94,7 +95,7 @@ class RowWriter:
 
 def open_append(path: Path, *, mode: int, flags: int = os.O_WRONLY) -> int:
     """A descriptor that appends to a file, which is created with its directories if need be. Raises OSError."""
-    flags |= os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+    flags |= APPEND
     try:
         return os.open(path, flags, mode)
     except FileNotFoundError:

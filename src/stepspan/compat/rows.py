@@ -100,6 +100,8 @@ def unix_ns(seconds: Any) -> int | None:
 
 def row_number(value: Any) -> float | str | None:
     """A number of a row as an event holds it; None for what is not one. "NaN" and "Infinity" are numbers."""
+    if type(value) is float and value - value == 0.0:
+        return value
     if isinstance(value, str):
         return value if value in NONFINITE else None
     number = to_float(value) if isinstance(value, (int, float)) else None

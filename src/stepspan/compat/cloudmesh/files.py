@@ -21,6 +21,7 @@ SQLITE_MAGIC = b"SQLite format 3\0"
 SETTLE_S = 0.02
 """Longer than a write takes."""
 FILE_MODE = 0o600
+READ_AND_APPEND = os.O_RDWR | getattr(os, "O_NONBLOCK", 0)
 
 
 def file_path(path: object, default: str) -> Path:
@@ -66,7 +67,7 @@ class JsonlBackend:
     def emit(self, record: Mapping[str, Any]) -> None:
         """Append a record as a JSON line. Raises OSError."""
         line = orjson.dumps(json_value(record)) + b"\n"
-        fd = open_append(self.path, mode=FILE_MODE, flags=os.O_RDWR | getattr(os, "O_NONBLOCK", 0))
+        fd = open_append(self.path, mode=FILE_MODE, flags=READ_AND_APPEND)
         try:
             if not self._ends_with_line and _is_torn(fd):
                 line = b"\n" + line

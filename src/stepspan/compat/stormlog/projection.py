@@ -119,8 +119,9 @@ def project_telemetry_event(
     attributes.update(zip(COUNTERS, _COUNTER_VALUES(record), strict=True))
     identity = {name: record[name] for name in IDENTITY}
     correlation = {"session_id": event.session_id, **identity}
-    scope = metadata.get("phase_scope")
+    stage, scope = None, metadata.get("phase_scope")
     if isinstance(scope, MappingProxyType):
+        stage = phase_name(scope)
         correlation |= {f"phase.{name}": scope[name] for name in PHASE_IDS if scope.get(name) is not None}
     projected = object.__new__(ProjectedTelemetryRecord)
     projected.__dict__.update(  # its __init__, being frozen, takes three times as long
@@ -131,7 +132,7 @@ def project_telemetry_event(
         session_id=event.session_id,
         source_kind=kind,
         event_type=event.event_type,
-        stage=phase_name(scope),
+        stage=stage,
         severity=_severity(event.event_type, metadata),
         severity_text=None if severity_text is None else str(severity_text),
         body=event.context,
