@@ -132,6 +132,18 @@ def test_a_device_time_whose_line_was_lost_holds_up_so_many_steps_at_most(monkey
     assert values(s.records("metrics"), "training.step.wait") == [0.5] * 5
 
 
+def test_a_device_time_whose_line_was_lost_holds_up_steps_for_ten_minutes_at_most() -> None:
+    s = SessionEvents()
+    device_step(s, 0)
+    for number in (1, 2, 3):
+        host_step(s, number, 250.0)
+    found = step_spans(s.records("traces"))
+    assert [(number, span.attributes.get("wait")) for number, span in found.items()] == [
+        (0, None), (1, 250.0), (2, 250.0), (3, 250.0),
+    ]  # fmt: skip
+    assert values(s.records("metrics"), "training.step.wait") == [250.0] * 3
+
+
 def test_device_spans_beyond_those_that_are_remembered_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "MAX_DEVICE_SPANS", 2)
     s = SessionEvents()

@@ -9,8 +9,9 @@ ended after it, because the points of a series must be in time order. `settle` r
 which they ended, when
 
 - all device times of the step have come, and no step before it is pending: its `wait` is known; or
-- more than `MAX_PENDING_STEPS` are pending, or the session has ended: its `wait` is None, and so is that of a step of
-  which a device time was lost (an event without a number).
+- more than `MAX_PENDING_STEPS` are pending, or it has been so for `MAX_PENDING_NS` of event time (the line of a device
+  time can be lost), or the session has ended: its `wait` is None, and so is that of a step of which a device time is
+  known to be lost (an event without a number).
 
 All of this depends on the events alone, not on batches or restarts.
 
@@ -32,6 +33,7 @@ from stepspan.values import shorten, to_float
 MAX_DEVICE_SPANS = 10_000
 """Spans whose device time is still to come."""
 MAX_PENDING_STEPS = 1000
+MAX_PENDING_NS = 600 * SECOND_NS
 STATUS_ERROR = 2
 """The status code of a failed span in OTLP JSON."""
 
@@ -60,6 +62,8 @@ class StepFold(OpenScopes):
         """The `seq` of a step's begin -> the step, in the order in which they ended."""
         self._device_spans: dict[int, PendingDeviceTime] = {}
         """By the `seq` of their begin, in the order in which they ended."""
+        self._now = 0
+        """The time of the event that `settle` follows, Unix ns."""
 
     def end(self, event: Event) -> ScopeState | None:
         """End a scope, and add what is no step to the step it is in.
@@ -133,6 +137,7 @@ class StepFold(OpenScopes):
             What is known of the span; None where it has not ended, or has been timed before.
 
         """
+        self._now = event["ts"]
         span = self._device_spans.pop(event["begin"], None)
         if span is not None:
             self._add_device_time(span, to_float(event.get("seconds")))
@@ -147,7 +152,8 @@ class StepFold(OpenScopes):
         """
         while self._pending:
             seq, step = next(iter(self._pending.items()))
-            if step.missing and len(self._pending) <= MAX_PENDING_STEPS:
+            overdue = len(self._pending) > MAX_PENDING_STEPS or self._now - step.end["ts"] > MAX_PENDING_NS
+            if step.missing and not overdue:
                 return
             del self._pending[seq]
             step.pending = False
@@ -190,7 +196,7 @@ class StepFold(OpenScopes):
         if step.wait_lost and not step.missing:
             step.wait = None
         elif step.missing or (self._pending and step.wait is not None):
-            step.pending = True
+            step.pending, self._now = True, step.end["ts"]
             self._pending[step.begin["seq"]] = step
 
     def _expect_device_time(self, span: ScopeState, step: StepState | None) -> None:
