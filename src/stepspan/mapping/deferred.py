@@ -15,9 +15,6 @@ that was known at once (`reserve`). No point is of a time before its session beg
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 from stepspan.mapping.point_buffer import PointBuffer
 from stepspan.mapping.records import MILLISECOND_NS, Series
 
@@ -39,26 +36,27 @@ class DeferredPoints:
         self._points = points
         self.last: dict[str, int] = {}
 
-    def expect(self, series: Sequence[Series], metrics: Mapping[str, Any], now: int) -> None:
-        """Reserve the places of a call's deferred values, before its points are added.
+    def reserve(self, series: Series, now: int) -> None:
+        """Say that a point is deferred. If the series has one of this millisecond, that is the one that stays.
 
         Args:
-            series: The series of the call's keys, in order.
-            metrics: Key -> value; None of a deferred one.
-            now: The time of the call, Unix ns.
+            series: Whose point it is. Call it before points of the same event are added.
+            now: The time of the event, Unix ns.
 
         """
-        for one, value in zip(series, metrics.values(), strict=False):
-            if value is None:
-                self.reserve(one, now)
-
-    def reserve(self, series: Series, now: int) -> None:
-        """Say that a point of `now` (Unix ns) is deferred; if the series has one of this millisecond, that stays."""
         if self._points.has_current(series):
             self.last[_identity(series)] = now // MILLISECOND_NS
 
     def add(self, series: Series, at: int, value: float, now: int) -> None:
-        """Add a point of the time `at`, while events have come to `now` (both Unix ns)."""
+        """Add a point whose value is known now.
+
+        Args:
+            series: Whose point it is.
+            at: The time it is of, Unix ns.
+            value: Its value.
+            now: The time of the event that has the value, Unix ns.
+
+        """
         at = min(max(at, self._started), now)
         millisecond, identity = at // MILLISECOND_NS, _identity(series)
         if millisecond <= self.last.get(identity, 0):

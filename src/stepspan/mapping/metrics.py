@@ -211,8 +211,9 @@ class MetricMapper:
                 if value is not None:
                     self._deferred.add(one, event["at"], value, ts)
             return
-        if None in metrics.values():
-            self._deferred.expect(series, metrics, ts)
+        for one, value in zip(series, metrics.values(), strict=False):
+            if value is None:
+                self._deferred.reserve(one, ts)
         self._points.add_each(series, ts, [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))])
         if not attributes and len(set(series)) == len(series):
             if len(self._tables) >= MAX_TABLES:
