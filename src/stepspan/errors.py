@@ -18,7 +18,14 @@ class StepspanError(Exception):
 
 
 class ConfigError(StepspanError, ValueError):
-    """A setting is wrong. Says which `field`, what `value` it had, and the `fix`."""
+    """A setting is wrong.
+
+    Args:
+        field: Which one: an argument, or a variable or a key of the settings file.
+        value: What it was.
+        fix: What to write instead.
+
+    """
 
     def __init__(self, field: str, value: object, fix: str) -> None:
         self.field = field
@@ -45,7 +52,14 @@ class Damaged(JournalError):
 
 
 class RecordError(StepspanError, ValueError):
-    """A record or file is not as the schema says: `problem`, which names the `fields` it is about, found at `where`."""
+    """A record or file is not as the schema says.
+
+    Args:
+        problem: What is wrong, in words that name the fields.
+        fields: The names of the fields that it is about.
+        where: File and line.
+
+    """
 
     def __init__(self, problem: str, *fields: str, where: str = "") -> None:
         self.problem = problem
@@ -54,14 +68,19 @@ class RecordError(StepspanError, ValueError):
         super().__init__(f"{where}: {problem}" if where else problem)
 
     def at(self, where: str) -> RecordError:
-        """The same error, found at `where`."""
+        """The same error with its place.
+
+        Args:
+            where: File and line.
+
+        """
         return RecordError(self.problem, *self.fields, where=where)
 
 
-def short_repr(value: object) -> str:
-    """A value as an error message shows it: its `repr`, cut at 120 characters. Never raises."""
+def short_repr(value: object, limit: int = MAX_REPR_CHARS) -> str:
+    """A value as an error message shows it: its `repr`, cut at `limit` characters. Never raises."""
     try:
         shown = repr(value)
     except Exception as error:  # a user's object may fail in any way, and the error about it must not
         shown = f"<{type(value).__name__}: {type(error).__name__} in __repr__>"
-    return shown if len(shown) <= MAX_REPR_CHARS else f"{shown[: MAX_REPR_CHARS - 3]}..."
+    return shown if len(shown) <= limit else f"{shown[: limit - 3]}..."

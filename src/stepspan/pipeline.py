@@ -79,7 +79,15 @@ class Pipeline:
         return True
 
     def process(self, event: Event) -> Event | None:
-        """The event after the shared processors; None where one dropped it."""
+        """Take an event through the shared processors.
+
+        Args:
+            event: Of any tag.
+
+        Returns:
+            What they made of it; None where one dropped it.
+
+        """
         for stage in self._stages[event["tag"]]:
             try:
                 processed = stage(event)

@@ -384,7 +384,12 @@ class Run:
         self.close("failed" if failed else "completed")
 
     def after_fork(self, number: int) -> None:
-        """In a forked child, the parent's `number`-th, whose first event opens a session of its own."""
+        """Go on in a forked child, whose first event opens a session of its own.
+
+        Args:
+            number: Which child of its parent this is, from 1 on.
+
+        """
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         try:
             self.delivery.after_fork()

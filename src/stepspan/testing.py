@@ -69,7 +69,12 @@ class FixedClock:
         return now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass before the next reading."""
+        """Let time pass before the next reading.
+
+        Args:
+            seconds: How much; fractions count.
+
+        """
         self.now += round(seconds * 1e9)
 
 

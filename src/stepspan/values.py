@@ -14,11 +14,15 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from stepspan.errors import short_repr
+
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """The numbers that JSON has no word for, by how they are written."""
 MAX_DEPTH = 32
 """Levels of nesting that `json_value` keeps; what lies deeper becomes text."""
 MAX_STACK_CHARS = 64 << 10
+MAX_ERROR_CHARS = 1000
+"""Of an exception that a message quotes."""
 
 
 def json_value(value: Any, parents: tuple[int, ...] = ()) -> Any:
@@ -74,11 +78,8 @@ def to_text(value: Any) -> str:
 
 
 def error_text(error: BaseException) -> str:
-    """An exception for a message, as `repr` gives it. Never raises, whatever the exception's own `__repr__` does."""
-    try:
-        return utf8(repr(error)).decode()
-    except Exception:
-        return f"{type(error).__name__}(…)"
+    """An exception for a message: its `repr`. Never raises, whatever the exception's own `__repr__` does."""
+    return utf8(short_repr(error, MAX_ERROR_CHARS)).decode()
 
 
 def utf8(text: str) -> bytes:

@@ -76,5 +76,10 @@ def build(entries: Sequence[Mapping[str, Any]]) -> list[Processor]:
 
 
 def specs(processors: Sequence[Processor]) -> list[dict[str, Any]]:
-    """What `build` would make these processors from again; of one that is not ours only the type is known."""
+    """What `build` would make processors from again.
+
+    Args:
+        processors: Of one that is not stepspan's own only the type is known.
+
+    """
     return [getattr(p, "spec", None) or {f"{type(p).__module__}.{type(p).__qualname__}": {}} for p in processors]

@@ -73,6 +73,9 @@ def register_log_store(kind: str | None = None) -> Callable[[Store], Store]:
 def get_log_store(kind: str) -> type:
     """The class of a kind of log store.
 
+    Args:
+        kind: As a spec names it: "stepspan", "jsonl", …
+
     Raises:
         KeyError: The kind is not known; the message lists those that are.
 

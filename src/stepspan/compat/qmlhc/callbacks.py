@@ -87,7 +87,12 @@ class CallbackList(Callback):
         self.callbacks = list(callbacks)
 
     def append(self, callback: Callback) -> None:
-        """Add a callback at the end."""
+        """Add a callback at the end.
+
+        Args:
+            callback: Called after those that are there.
+
+        """
         self.callbacks.append(callback)
 
     def __iter__(self) -> Iterator[Callback]:

@@ -146,7 +146,12 @@ def project_telemetry_event(
 def project_telemetry_events(
     events: Iterable[TelemetryEventLike | TelemetryEventV2 | Mapping[str, Any]],
 ) -> list[ProjectedTelemetryRecord]:
-    """The neutral records of several events, in their order; raises as `project_telemetry_event` does."""
+    """The neutral records of several events, in their order; raises as `project_telemetry_event` does.
+
+    Args:
+        events: Each as `project_telemetry_event` takes one.
+
+    """
     return [project_telemetry_event(event) for event in events]
 
 
