@@ -20,17 +20,17 @@ from stepspan.deliver.delivery import Delivery
 from stepspan.events import Event
 from stepspan.journal.writer import SessionWriter
 from stepspan.recording.deferred import PENDING, metric_value
+from stepspan.recording.log_store import RunLogStore
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
 from stepspan.recording.scopes import Scope, is_failure
 from stepspan.recording.steps import Amount, Steps
-from stepspan.values import error_text, fields_of, json_value, to_text
+from stepspan.values import error_text, fields_of, json_value, to_float, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from stepspan.identity import Identity
     from stepspan.pipeline import Pipeline
-    from stepspan.recording.log_store import RunLogStore
 
 T = TypeVar("T")
 
@@ -212,9 +212,7 @@ class Run:
             tokens: How many tokens, in the same way.
 
         """
-        number: int | None = n
-        if type(n) is not int or n < 0 or n >= MAX_INTEGER:
-            number = self._integer("step", n)
+        number = n if type(n) is int and 0 <= n < MAX_INTEGER else self._integer("step", n)
         scope = self._scopes.step(number, split if type(split) is str else to_text(split))
         scope.samples, scope.tokens = samples, tokens
         return scope
@@ -287,8 +285,6 @@ class Run:
 
     def as_log_store(self) -> RunLogStore:
         """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""
-        from stepspan.recording.log_store import RunLogStore
-
         return RunLogStore(self)
 
     def flush(self, timeout: float = 5.0) -> bool:
@@ -303,7 +299,10 @@ class Run:
         """
         session = self._session
         try:
-            seconds = self._seconds(timeout)
+            seconds = to_float(timeout)
+            if seconds is None:
+                self.warn_once("flush", f"timeout={to_text(timeout):.80}: not a number of seconds")
+            seconds = max(0.0, seconds or 0.0)
             deadline = time.monotonic() + seconds
             arrived = not self.recorder.defers or self.recorder.deferred.drain(seconds)
             left = max(0.0, deadline - time.monotonic())
@@ -428,13 +427,6 @@ class Run:
             why = f"not a whole number: {to_text(error)}"
         self.warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
         return None
-
-    def _seconds(self, timeout: Any) -> float:
-        try:
-            return max(0.0, float(timeout))
-        except Exception as error:  # a user's __float__ may raise anything
-            self.warn_once("flush", f"timeout={to_text(timeout):.80}: not a number of seconds: {to_text(error)}")
-            return 0.0
 
 
 DISABLED = Run(NullRecorder())

@@ -16,19 +16,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
 from stepspan.environment import switched_off
 from stepspan.errors import ConfigError
+from stepspan.exporters.jsonl import JsonlExporter
+from stepspan.journal.journal import Journal
+from stepspan.journal.layout import sessions_of_rank
+from stepspan.journal.liveness import is_alive_here
+from stepspan.pipeline import Pipeline
+from stepspan.processors import Processor, Redact, build
+from stepspan.recording.recorder import JournalRecorder
+from stepspan.recording.warnings import WarningSink
 from stepspan.run import DISABLED, Run
 
 if TYPE_CHECKING:
     from stepspan.config import Settings
-    from stepspan.deliver.delivery import Delivery
-    from stepspan.exporters.jsonl import JsonlExporter
     from stepspan.exporters.otlp import OtlpExporter
     from stepspan.identity import Identity
-    from stepspan.journal.journal import Journal
-    from stepspan.processors import Processor
-    from stepspan.recording.warnings import WarningSink
 
 log = logging.getLogger("stepspan")
 
@@ -152,15 +156,18 @@ def open_run(
 
     """
     from stepspan import identity as identities
-    from stepspan.pipeline import Pipeline
-    from stepspan.processors import Redact, build
-    from stepspan.recording.recorder import JournalRecorder
-    from stepspan.recording.warnings import WarningSink
 
     jsonl, followers = _exporters(settings, exporters)
     journal = jsonl.journal
     facts = identities.host_facts()
-    identity, identity_warnings = _identity(who or {}, journal, facts)
+    identity = identities.resolve(
+        who or {},
+        os.environ,
+        facts,
+        earlier_sessions=lambda job, rank: len(sessions_of_rank(journal.directory, job, rank)),
+        ordinal=_runs_opened,
+    )
+    identity, identity_warnings = _deduplicate_instance(identity, journal.directory)
     resource, resource_warnings = identities.resource_attributes(
         identity, os.environ, service_name=settings.service_name, resource=settings.resource
     )
@@ -180,7 +187,7 @@ def open_run(
         propagate=settings.propagate,
     )
     recorder.open()
-    delivery = _delivery(settings, identity, journal, followers, facts.boot_id, warnings)
+    delivery = _delivery(settings, recorder, pipeline, facts.boot_id)
     delivery.start()
     run = Run(recorder, pipeline, delivery, name=settings.name, tags=settings.tags)
     _start_background_tasks(run, settings)
@@ -198,8 +205,6 @@ def _listed(field: str, value: Any) -> list[Any] | None:
 
 def _exporters(settings: Settings, given: Sequence[Any] | None) -> tuple[JsonlExporter, list[Any]]:
     """What keeps the journal, and what follows it."""
-    from stepspan.exporters.jsonl import JsonlExporter
-
     keeper = next((exporter for exporter in given or () if isinstance(exporter, JsonlExporter)), None)
     if keeper is None:
         keeper = JsonlExporter(settings.directory, limits=settings.limits())
@@ -216,26 +221,8 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
     return otlp_exporters(os.environ, endpoint=settings.endpoint, protocol=settings.protocol, further=further)
 
 
-def _identity(who: Mapping[str, Any], journal: Journal, facts: Any) -> tuple[Identity, tuple[str, ...]]:
-    """Who this process is, and what there is to warn of."""
-    from stepspan import identity as identities
-    from stepspan.journal.layout import sessions_of_rank
-
-    identity = identities.resolve(
-        who,
-        os.environ,
-        facts,
-        earlier_sessions=lambda job, rank: len(sessions_of_rank(journal.directory, job, rank)),
-        ordinal=_runs_opened,
-    )
-    return _deduplicate_instance(identity, journal.directory)
-
-
 def _deduplicate_instance(identity: Identity, directory: Path) -> tuple[Identity, tuple[str, ...]]:
     """A series identity of its own where another live process has this job id and rank: two would mix in one series."""
-    from stepspan.journal.layout import sessions_of_rank
-    from stepspan.journal.liveness import is_alive_here
-
     for session in sessions_of_rank(directory, identity.job_id, identity.rank):
         if is_alive_here(session.path):
             role = f"twin{os.getpid()}"
@@ -244,17 +231,9 @@ def _deduplicate_instance(identity: Identity, directory: Path) -> tuple[Identity
     return identity, identity.warnings
 
 
-def _delivery(
-    settings: Settings,
-    identity: Identity,
-    journal: Journal,
-    followers: Sequence[Any],
-    boot_id: str,
-    warnings: WarningSink,
-) -> Delivery:
+def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline, boot_id: str) -> Delivery:
     """What sends the journal to the followers: nothing, a process, or threads where a follower can't leave this one."""
-    from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
-
+    journal, followers = pipeline.journal, pipeline.followers
     if settings.delivery == "off" or not followers:
         return Delivery()
     from stepspan.exporters.otlp import OtlpExporter
@@ -262,15 +241,15 @@ def _delivery(
     def session() -> Path | None:
         return journal.session.path if journal.session else None
 
-    portable = all(isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors) for e in followers)
-    if settings.delivery == "process" and portable:
+    portable = [e for e in followers if isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors)]
+    if settings.delivery == "process" and len(portable) == len(followers):
         return ProcessDelivery(
             journal.directory,
-            identity.host,
-            followers,
-            first=identity.local_rank == 0,
+            recorder.identity.host,
+            portable,
+            first=recorder.identity.local_rank == 0,
             health=settings.health,
-            warn=warnings.warn_once,
+            warn=recorder.warn_once,
             session=session,
         )
     return ThreadDelivery(followers, session, boot_id)

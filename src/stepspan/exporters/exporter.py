@@ -21,17 +21,14 @@ class Exporter(Protocol):
     @property
     def destination(self) -> str:
         """Names its cursors: letters, digits, `-` and `_`. The same after a restart, or everything is sent again."""
-        ...
 
     @property
     def signals(self) -> Sequence[Signal]:
         """The signals it takes: "metrics", "traces", "logs"."""
-        ...
 
     @property
     def processors(self) -> Sequence[Processor]:
         """Its own processors, which see the events that it is sent, after the journal."""
-        ...
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Send records once.
@@ -45,8 +42,6 @@ class Exporter(Protocol):
             What became of them; `stepspan.otlp.outcome.Verdict` says what delivery does about each verdict.
 
         """
-        ...
 
     def close(self) -> None:
         """Release connections."""
-        ...

@@ -31,7 +31,6 @@ class Mapper(Protocol):
     @property
     def filtered(self) -> int:
         """Records that were made and left out, since the beginning of the session or the state."""
-        ...
 
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """Map a batch.
@@ -43,7 +42,6 @@ class Mapper(Protocol):
             Their records, and those that were waiting for them.
 
         """
-        ...
 
     def finish(self, closed: Closed) -> Sequence[Record]:
         """Map the session's end.
@@ -55,15 +53,12 @@ class Mapper(Protocol):
             The records of what was still open, cumulative or waiting.
 
         """
-        ...
 
     def state(self) -> dict[str, Any]:
         """All that is carried from batch to batch, as JSON. Valid until the next batch."""
-        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a state of the same `VERSION`, which now belongs to the mapper."""
-        ...
 
 
 MAPPERS: dict[Signal, Callable[[Event], Mapper]] = {"metrics": MetricMapper, "traces": TraceMapper, "logs": LogMapper}

@@ -62,8 +62,6 @@ class Transport(Protocol):
             body: The request, not compressed: the transport compresses it if the endpoint says so.
 
         """
-        ...
 
     def close(self) -> None:
         """Close the connections. A later `send` opens new ones."""
-        ...

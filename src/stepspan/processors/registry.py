@@ -38,7 +38,6 @@ class Processor(Protocol):
 
     def __call__(self, event: Event) -> Event | None:
         """The event to go on with, which may be the same one, changed in place; None drops it."""
-        ...
 
 
 NAMED: Mapping[str, type] = {

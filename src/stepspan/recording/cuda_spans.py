@@ -9,17 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Hashable
 from sys import modules
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import Any
+
+from typing_extensions import Self
 
 from stepspan.events import Event
 from stepspan.recording.cuda_captures import leave_captures_alone
 from stepspan.recording.recorder import Recorder
 from stepspan.recording.scopes import Scope
-
-if TYPE_CHECKING:
-    from types import TracebackType
-
-    from typing_extensions import Self
 
 MILLISECONDS_PER_SECOND = 1000.0
 SPAN_BEGIN: Event = {"ts": 0, "seq": 0, "tag": "span_begin", "parent": 0}
@@ -65,7 +63,7 @@ class DeviceSpan(Scope):
 
 
 class Timer:
-    """Measures from each odd mark to the next, and has the sum follow a span's end as a line. Never raises."""
+    """Measures the thread from each odd mark to the next, and has the sum follow a span's end. Never raises."""
 
     series: Collection[Hashable] = ()
 
@@ -77,7 +75,7 @@ class Timer:
 
     def mark(self) -> None:
         """Start or stop measuring."""
-        raise NotImplementedError
+        self._marks.append(time.perf_counter())
 
     def end(self, span: Scope, error: BaseException | None = None) -> None:
         """End a span, and have the time follow its end line when it is known."""
@@ -92,7 +90,7 @@ class Timer:
 
     def seconds(self) -> float | None:
         """The sum of the measured times; None where it could not be measured."""
-        raise NotImplementedError
+        return float(sum(self._marks[1::2]) - sum(self._marks[::2]))
 
     def event(self) -> Event:
         """The line with the time."""
@@ -106,18 +104,6 @@ class Timer:
         same_session = self._session is self._recorder.session  # otherwise the number is another line's
         begin = self._begin if same_session else 0
         return {"ts": 0, "seq": 0, "tag": "device_time", "begin": begin, "seconds": seconds}
-
-
-class HostTimer(Timer):
-    """Measures the thread that marks."""
-
-    def mark(self) -> None:
-        """Start or stop measuring now."""
-        self._marks.append(time.perf_counter())
-
-    def seconds(self) -> float | None:
-        """The sum of the measured times."""
-        return float(sum(self._marks[1::2]) - sum(self._marks[::2]))
 
 
 class DeviceTimer(Timer):

@@ -20,16 +20,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from stepspan.events import Event
 from stepspan.mapping.names import metric_name
 from stepspan.recording import device_copies
+from stepspan.recording.scopes import Emit
 from stepspan.values import json_number, to_text
-
-if TYPE_CHECKING:
-    from stepspan.recording.scopes import Emit
 
 POLL_INTERVAL_S = 0.01
 """From asking the device to asking again. The values' times do not depend on it."""
@@ -53,11 +52,9 @@ class AsyncCopy(Protocol):
 
     def ready(self) -> bool:
         """Whether they have arrived. Does not wait."""
-        ...
 
     def numbers(self) -> list[Any]:
         """The values, in order. Raises whatever the device raises."""
-        ...
 
 
 class DeferredEvent(Protocol):
@@ -68,15 +65,12 @@ class DeferredEvent(Protocol):
 
     def ready(self) -> bool:
         """Whether it can be written. Does not wait."""
-        ...
 
     def event(self) -> Event | None:
         """The event; None where nothing of it is left. Raises whatever the device raises."""
-        ...
 
     def lost(self) -> Event | None:
         """What is written where `event` fails or never becomes ready."""
-        ...
 
 
 def library_of(value: Any) -> str | None:
@@ -183,48 +177,37 @@ class ArrayCopy:
         return [array.item() for array in self._arrays]
 
 
+@dataclass(slots=True)
 class DeferredCall:
-    """The values of a `log_metrics` call that were not known yet.
+    """The values of a `log_metrics` call that were not known yet."""
 
-    Args:
-        event: The call's event without its values, with its time as `at`.
-        known: The values that are known, but wait behind others of their series.
-        copies: The values that are on their way from devices.
-        series: Of all these.
-        warn: Takes a kind and a message of what went wrong.
-
-    """
-
-    def __init__(
-        self,
-        event: Event,
-        known: Mapping[str, Any],
-        copies: Iterable[tuple[list[str], AsyncCopy]],
-        series: Collection[Hashable],
-        warn: Warn,
-    ) -> None:
-        self.series: Collection[Hashable] = series
-        self._warn = warn
-        self._event = event
-        self._known = known
-        self._copies = list(copies)
+    fields: Event
+    """The call's event without its values, with its time as `at`."""
+    known: Mapping[str, Any]
+    """The values that are known, but wait behind others of their series."""
+    copies: Sequence[tuple[list[str], AsyncCopy]]
+    """The values that are on their way from devices."""
+    series: Collection[Hashable]
+    """Of all these."""
+    warn: Warn
+    """Takes a kind and a message of what went wrong."""
 
     def ready(self) -> bool:
         """Whether all of them have arrived."""
-        return all(copy.ready() for _, copy in self._copies)
+        return all(copy.ready() for _, copy in self.copies)
 
     def event(self) -> Event | None:
         """The line that follows, with all that are numbers."""
-        values = dict(self._known)
-        for keys, copy in self._copies:
+        values = dict(self.known)
+        for keys, copy in self.copies:
             for key, number in zip(keys, copy.numbers(), strict=True):
-                if (value := metric_value(key, number, self._warn)) is not None:
+                if (value := metric_value(key, number, self.warn)) is not None:
                     values[key] = value
-        return {**self._event, "metrics": values} if values else None
+        return {**self.fields, "metrics": values} if values else None
 
     def lost(self) -> Event | None:
         """The line with the values that had been known."""
-        return {**self._event, "metrics": dict(self._known)} if self._known else None
+        return {**self.fields, "metrics": dict(self.known)} if self.known else None
 
 
 class WrittenAt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from sys import modules
 from typing import Any, cast
 
@@ -103,6 +104,7 @@ class PinnedBuffer:
 _buffers: dict[Any, PinnedBuffer] = {}
 
 
+@dataclass(eq=False)
 class PinnedCopy:
     """Numbers on their way to a row of pinned memory.
 
@@ -110,31 +112,31 @@ class PinnedCopy:
     again when nothing refers to this object: what is copied there next comes behind it in the same stream.
     """
 
-    def __init__(self, snapshot: Any, row: Any, arrived: Any, free: Callable[[], None]) -> None:
-        self._snapshot = snapshot
-        self._row = row
-        self._arrived = arrived
-        self._free = free
+    snapshot: Any
+    row: Any
+    arrived: Any
+    """A device's event."""
+    free: Callable[[], None]
+    """Gives the row back."""
 
     def ready(self) -> bool:
         """Whether the copy has arrived."""
         leave_captures_alone()
-        return bool(self._arrived.query())
+        return bool(self.arrived.query())
 
     def numbers(self) -> list[Any]:
         """The numbers that have arrived."""
-        numbers: list[Any] = self._row.tolist()
-        return numbers
+        return list(self.row.tolist())
 
     def __del__(self) -> None:
-        self._free()
+        self.free()
 
 
+@dataclass(eq=False)
 class BlockingCopy:
     """Numbers of a device that has no streams to speak of (MPS): reading them waits for the device."""
 
-    def __init__(self, snapshot: Any) -> None:
-        self._snapshot = snapshot
+    snapshot: Any
 
     def ready(self) -> bool:
         """Always: the device can't be asked."""
@@ -142,5 +144,4 @@ class BlockingCopy:
 
     def numbers(self) -> list[Any]:
         """The numbers; waits for the device, without the GIL."""
-        numbers: list[Any] = self._snapshot.tolist()
-        return numbers
+        return list(self.snapshot.tolist())

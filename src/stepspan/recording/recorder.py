@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import SCHEMA, Event
+from stepspan.journal.writer import Begun, SessionGone
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.scopes import Emit, NullScopes, Scopes
 from stepspan.recording.warnings import WarningSink
@@ -24,7 +25,6 @@ from stepspan.values import error_fields, error_text, json_value
 if TYPE_CHECKING:
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
-    from stepspan.journal.writer import Begun
 
 
 class BackgroundTask(Protocol):
@@ -32,48 +32,36 @@ class BackgroundTask(Protocol):
 
     def stop(self) -> None:
         """Write what is left to write, and end."""
-        ...
 
 
 class Recorder(Protocol):
     """What the parts of a run, and what is attached to it, need in order to record."""
 
-    @property
-    def active(self) -> bool:
-        """False where nothing is recorded: what is costly to find out need not be found out."""
-        ...
+    active: bool
+    """False where nothing is recorded: what is costly to find out need not be found out."""
+    scopes: Scopes
+    """What is open: run, epoch, step, spans."""
 
     @property
     def identity(self) -> Identity:
         """Which job and rank this process is."""
-        ...
-
-    @property
-    def scopes(self) -> Scopes:
-        """What is open: run, epoch, step, spans."""
-        ...
 
     @property
     def session(self) -> object | None:
         """The journal session that events go to now: what began in another one cannot end in it."""
-        ...
 
     @property
     def deferred(self) -> DeferredMetrics:
         """Writes events whose values a device still computes, when it has got there."""
-        ...
 
     def clock(self) -> int:
         """The time that an event would get now, Unix ns."""
-        ...
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Write one event of training; False where a processor dropped it. May raise."""
-        ...
 
     def emit_background(self, event: Event) -> None:
         """Write one event that does not show that training goes on."""
-        ...
 
     def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
         """Write an event of training.
@@ -84,27 +72,21 @@ class Recorder(Protocol):
             inside: Whether the event carries the innermost open scope as its `parent`.
 
         """
-        ...
 
     def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
         """Write an exception, once for all the scopes that it passes through."""
-        ...
 
     def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
         """Count something that went wrong, and log it the first time for its kind."""
-        ...
 
     def add_background_task(self, task: BackgroundTask) -> None:
         """Have a task stopped before the run ends; a forked child has none."""
-        ...
 
     def training_events(self) -> tuple[object | None, int]:
         """The session, and how many events of training it holds: whether training goes on."""
-        ...
 
     def lost_events(self) -> int:
         """How many events of the session could not be kept."""
-        ...
 
 
 class JournalRecorder:
@@ -153,6 +135,8 @@ class JournalRecorder:
         self._journal = journal
         self._process = process
         self._resource = dict(resource)
+        self.warning_counts: Mapping[str, int] = warnings.counts
+        """How often each kind of warning came up."""
         self._warnings = warnings
         self._boot_id = boot_id
         self._deferred: DeferredMetrics | None = None
@@ -173,11 +157,6 @@ class JournalRecorder:
             self._deferred = DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.clock)
             self.add_background_task(self._deferred)
         return self._deferred
-
-    @property
-    def warning_counts(self) -> Mapping[str, int]:
-        """How often each kind of warning came up."""
-        return self._warnings.counts
 
     @property
     def defers(self) -> bool:
@@ -233,8 +212,6 @@ class JournalRecorder:
         session = self._journal.session
         if session is None or session.error is None:
             return
-        from stepspan.journal.writer import SessionGone
-
         error, session.error = session.error, None
         if isinstance(error, SessionGone):
             self.warn_once("journal_gone", f"{error}: its latest lines are counted as lost")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from threading import get_ident
@@ -37,15 +37,6 @@ class Emit(Protocol):
 
     def __call__(self, event: Event, begun: Begun | None = None) -> bool:
         """Write one event."""
-        ...
-
-
-class RecordError(Protocol):
-    """Records an exception in the innermost open scope."""
-
-    def __call__(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
-        """Write the event of an exception."""
-        ...
 
 
 class Scope:
@@ -126,7 +117,7 @@ class Scopes:
         emit: Emit,
         *,
         warn: Callable[[str, str], None],
-        record_error: RecordError,
+        record_error: Callable[[BaseException], None],
         propagate: bool | None,
     ) -> None:
         self.clock: Callable[[], int] = journal.clock
@@ -189,12 +180,8 @@ class Scopes:
                 if tag == "step":
                     scope.epoch = parent.epoch
                 elif tag == "span":
-                    scope.epoch, scope.step, scope.split, scope.lap = (
-                        parent.epoch,
-                        parent.step,
-                        parent.split,
-                        parent.lap,
-                    )
+                    scope.epoch, scope.step = parent.epoch, parent.step
+                    scope.split, scope.lap = parent.split, parent.lap
             if tag == "step":
                 self._number_lap(scope, event)
             self._emit(event, scope)

@@ -135,8 +135,10 @@ class StallWatch:
         return session is not self._seen[0] or count < self._seen[1]
 
     def _report(self, status: str, severity: str, attributes: Event, scopes: list[Scope]) -> None:
-        inside: Event = {name: value for scope in scopes for name, value in _labels(scope).items()}
-        about = {**inside, "spans": [_title(scope) for scope in scopes], "collective": _in_collective(scopes)}
+        labels = ("epoch", "step", "split")
+        about: Event = {name: scope.begin[name] for scope in scopes for name in labels if name in scope.begin}
+        about["spans"] = [_title(scope) for scope in scopes]
+        about["collective"] = any("collective" in scope.begin for scope in scopes)
         self._recorder.emit_background(
             {
                 "ts": 0,
@@ -168,14 +170,6 @@ def _title(scope: Scope) -> str:
     if scope.tag != "span":
         return f"training.{scope.tag}"
     return f"{scope.begin['name']} (collective)" if scope.begin.get("collective") else str(scope.begin["name"])
-
-
-def _in_collective(scopes: list[Scope]) -> bool:
-    return any("collective" in scope.begin for scope in scopes)
-
-
-def _labels(scope: Scope) -> Event:
-    return {name: scope.begin[name] for name in ("epoch", "step", "split") if name in scope.begin}
 
 
 def _location(frame: FrameType | None) -> Event:

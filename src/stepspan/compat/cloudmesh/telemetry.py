@@ -51,7 +51,6 @@ class Backend(Protocol):
 
     def emit(self, record: dict[str, Any]) -> None:
         """Take a record, which must not be changed. What this raises is counted, and logged once."""
-        ...
 
 
 FILE_BACKENDS: Mapping[str, Callable[[Any], Backend]] = {"jsonl": JsonlBackend, "text": TextBackend}

@@ -25,7 +25,6 @@ class LogStore(Protocol):
             step: The training step it belongs to.
 
         """
-        ...
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, *, split: str = "train") -> None:
         """Log several named numbers.
@@ -36,7 +35,6 @@ class LogStore(Protocol):
             split: The data they were measured on: "train", "val" or "test".
 
         """
-        ...
 
     def log_hyperparams(self, params: Mapping[str, Any]) -> None:
         """Log hyperparameters.
@@ -45,7 +43,6 @@ class LogStore(Protocol):
             params: Names and values; they are merged with those logged before.
 
         """
-        ...
 
     def log_artifact(self, name: str, path: str, *, kind: str = "file") -> None:
         """Log that there is an artifact; the store does not read it.
@@ -56,8 +53,6 @@ class LogStore(Protocol):
             kind: "file", "checkpoint" or your own.
 
         """
-        ...
 
     def close(self) -> None:
         """Write out what waits, and release what the store holds."""
-        ...

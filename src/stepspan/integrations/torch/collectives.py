@@ -22,7 +22,7 @@ from functools import partial
 from sys import modules
 from typing import Any, TypeVar
 
-from stepspan.recording.cuda_spans import SPAN_BEGIN, DeviceTimer, HostTimer, Timer
+from stepspan.recording.cuda_spans import SPAN_BEGIN, DeviceTimer, Timer
 from stepspan.recording.recorder import Recorder
 from stepspan.recording.scopes import Scope
 from stepspan.run import Run
@@ -234,7 +234,7 @@ class StepWaits:
             if recorder is None or step is None:
                 return None
             if self._wait is None or step is not self._step:
-                wait = Wait(recorder, "collectives", step, device_timer(recorder, tensor) or HostTimer(recorder))
+                wait = Wait(recorder, "collectives", step, device_timer(recorder, tensor) or Timer(recorder))
                 self._step, self._wait = step, wait
                 step.on_exit += (wait.end,)
             return self._wait.timer
