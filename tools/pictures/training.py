@@ -31,7 +31,7 @@ from harness.stack import Loki, StackCollector, StackPrometheus
 from sklearn.datasets import load_digits
 
 import stepspan
-from stepspan.cli.demo_training import BATCH, AllReduce, Model, batches, shared_memory
+from stepspan.cli.demo_training import BATCH, CLASSES, PIXELS, AllReduce, Model, batches, shared_memory
 
 JOB = "digits-4-ranks"
 RANKS = 4
@@ -129,9 +129,9 @@ class Training:
         self.model, self.noise = Model(), np.random.default_rng([self.rank, self.attempt])
         a_epoch = (len(labels) - held_out) // BATCH
         first = self.restore() if self.attempt else 0
-        run.log_hyperparams({"lr": LEARNING_RATE, "batch_size": BATCH, "model": "mlp-64", "seed": 7})
+        run.log_hyperparams({"lr": LEARNING_RATE, "batch_size": BATCH, "model": "softmax", "seed": 7})
         run.set_total_steps(STEPS_OF_ALL)
-        self.all_reduce(np.zeros(Model.SIZE))  # all are there
+        self.all_reduce(np.zeros((PIXELS, CLASSES)))  # all are there
         self.begun, told = time.monotonic(), False
         for epoch in range(first // a_epoch, STEPS_OF_ALL // a_epoch):
             with run.epoch(epoch):
@@ -185,12 +185,12 @@ class Training:
         broken = self.attempt and self.rank == BROKEN and self.age > NOT_A_NUMBER
         norm = float(np.linalg.norm(gradient))
         seen = {"loss": math.nan if broken else loss, "lr": rate, "grad_norm": norm}
-        seen["accuracy"] = float((self.model.forward(x)[1].argmax(axis=1) == y).mean())
+        seen["accuracy"] = float((self.model.forward(x).argmax(axis=1) == y).mean())
         run.log_metrics(seen)
         lasted = time.monotonic() - begun
         self.hardware.follow(step, busy / lasted, lasted)
-        last = np.array([float(self.enough.is_set())] * Model.SIZE)
-        return bool(self.all_reduce(last)[0])
+        last = np.full((PIXELS, CLASSES), float(self.enough.is_set()))
+        return bool(self.all_reduce(last)[0, 0])
 
     def save(self, step: int) -> Path:
         path = self.directory / f"step-{step}.npz"

@@ -27,9 +27,7 @@ DELIVERY_TIMEOUT_S = 30.0
 def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     """Train, then print where the journal is, or what has been delivered. The exit code. Raises `ConfigError`."""
     try:
-        import sklearn  # noqa: F401  the ranks need it
-
-        from stepspan.cli.demo_training import shared_memory
+        from stepspan.cli.demo_training import shared_memory  # needs scikit-learn
     except ImportError as error:
         print(f"stepspan demo: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
         return 2
