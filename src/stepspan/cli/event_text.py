@@ -110,14 +110,9 @@ def _sample(event: Event, _: Event | None) -> str:
 
 ROWS: Mapping[str, EventText] = {
     "header": lambda e, _: f"session {e['session']} on {e['host']}, pid {e['pid']}",
-    "run_begin": _scope_begin,
+    **dict.fromkeys(("run_begin", "epoch_begin", "step_begin", "span_begin"), _scope_begin),
+    **dict.fromkeys(("epoch_end", "step_end", "span_end"), _scope_end),
     "run_end": _run_end,
-    "epoch_begin": _scope_begin,
-    "epoch_end": _scope_end,
-    "step_begin": _scope_begin,
-    "step_end": _scope_end,
-    "span_begin": _scope_begin,
-    "span_end": _scope_end,
     "device_time": _device_time,
     "metrics": _metrics,
     "hyperparams": lambda e, _: f"hyperparameters {format_fields(e['params'])}",

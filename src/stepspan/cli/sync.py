@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from stepspan.cli.delivering import deliver_until, delivery_failures
 from stepspan.cli.journals import require_directories, require_sessions
+from stepspan.compat.stormlog.reader import Follower
 from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
 from stepspan.deliver.deliverer import SILENCE_LIMIT_S, Deliverer, caught_up
@@ -50,13 +50,12 @@ class Sync:
         require_directories(paths)
         settings = load({"endpoint": endpoint, "protocol": protocol}, os.environ)
         self._health = settings.health
-        self._imported = settings.directory
-        """Where the journals of stormlog sinks go."""
+        imported = settings.directory  # where the journals of stormlog sinks go
         self._sinks = [path for path in paths if any(path.glob(SEGMENTS))]
         journals = [path for path in paths if path not in self._sinks]
         if self._sinks:
-            self._imported.mkdir(mode=0o700, parents=True, exist_ok=True)
-            journals.append(self._imported)
+            imported.mkdir(mode=0o700, parents=True, exist_ok=True)
+            journals.append(imported)
         self._paths = [path.absolute() for path in dict.fromkeys(journals)]
         facts = host_facts()
         self._host = facts.host
@@ -64,6 +63,9 @@ class Sync:
         self._exporter = OtlpExporter(settings.endpoint, protocol=settings.protocol, destination=destination)
         self._state_directory = state_directory
         self._options = Options(boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory)
+        self._followers = [Follower(sink, imported, boot_id=facts.boot_id) for sink in self._sinks]
+        self._next_import = 0.0
+        """On the monotonic clock."""
 
     def run(self, *, follow: bool) -> int:
         """Deliver what is pending, and with `follow` what is written until a signal comes. The exit code."""
@@ -72,13 +74,15 @@ class Sync:
             raise ConfigError("PATH", str(self._sinks[0]), "a stormlog sink: `stepspan import` it, or --follow it")
         if not follow:
             require_sessions(*self._paths)
-        with self._locks(), self._imports():
+        with self._locks():
+            self._poll_sinks()  # before an import that was cut short is taken for dead
             before = self._totals()
             health = self._host if follow and self._health else None
             deliverer = Deliverer([self._exporter], self._sessions, self._options, health=health)
             lines = None if follow else sum(self._ledger(session)["journaled"] for session in self._sessions())
-            done = (lambda _: False) if follow else caught_up
-            complete = deliver_until(done, deliverer, lines=lines, verb="delivering")
+            complete = deliver_until(
+                self._poll_sinks if follow else caught_up, deliverer, lines=lines, verb="delivering"
+            )
             after = self._totals()
         sent = [f"{after[f'{s} delivered'] - before[f'{s} delivered']:,} {s}" for s in self._exporter.signals]
         rejected = after["rejected"] - before["rejected"]
@@ -167,31 +171,14 @@ class Sync:
                 locks.callback(lock.release)
             yield
 
-    @contextmanager
-    def _imports(self) -> Iterator[None]:
-        """While stormlog sinks grow, let their journals grow as well."""
-        from stepspan.compat.stormlog.reader import Follower
-
-        followers = [Follower(sink, self._imported, boot_id=self._options.boot_id) for sink in self._sinks]
-        stop = threading.Event()
-
-        def poll() -> None:
-            for follower in followers:
+    def _poll_sinks(self, _: Deliverer | None = None) -> bool:
+        """While stormlog sinks grow, let their journals grow as well. False: whoever follows is never done."""
+        if time.monotonic() >= self._next_import:
+            self._next_import = time.monotonic() + IMPORT_INTERVAL_S
+            for follower in self._followers:
                 with suppress(OSError, ValueError):  # a sink in the middle of being written is read a second later
                     follower.poll()
-
-        def poll_until_stopped() -> None:
-            while not stop.wait(IMPORT_INTERVAL_S):
-                poll()
-
-        poll()  # before an import that was cut short is taken for dead
-        thread = threading.Thread(target=poll_until_stopped)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+        return False
 
 
 def _deliverer_root(session: SessionPath) -> Path:

@@ -14,7 +14,7 @@ MALFORMED = (AttributeError, KeyError, TypeError, ValueError)
 """What handling an event raises whose fields are not as the schema says."""
 
 
-def dispatch(handlers: Mapping[str, Callable[[Event], None]], events: Iterable[Event]) -> None:
+def dispatch(handlers: Mapping[str, Callable[[Event], object]], events: Iterable[Event]) -> None:
     """Hand each event to the handler of its tag, if there is one; warn of those that cannot be mapped."""
     for event in events:
         handler = handlers.get(event["tag"])

@@ -25,6 +25,10 @@ from stepspan.reading.sessions import SessionReader, job_folder
 
 MAX_LISTED = 100
 """Errors and checkpoints of a session that are kept one by one; the first errors, the last checkpoints."""
+REPORTED = ("rank", "role", "host", "attempt", "status", "started", "last_event", "epoch", "last_step", "stalls")
+"""Attributes of a summary that are in its JSON under the same name."""
+LINE_COUNTS = ("read", "damaged", "dropped", "pruned")
+"""Counts of a session's ledger that are in its JSON."""
 QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 
 
@@ -72,13 +76,13 @@ class SessionSummary:
         self.gaps: dict[str, int] = {}
         """Why events could not be written -> how many."""
         self._steps = StepFold(header)
-        self._handlers: Mapping[str, Callable[[Event], None]] = {
+        self._handlers: Mapping[str, Callable[[Event], object]] = {
             "run_begin": self._run_begin,
             "epoch_begin": self._epoch_begin,
             "step_begin": self._steps.begin_step,
             "step_end": self._step_end,
             "span_begin": self._steps.begin,
-            "span_end": self._span_end,
+            "span_end": self._steps.end,
             "device_time": self._device_time,
             "metrics": self._metrics,
             "hyperparams": lambda event: self.hyperparams.update(event["params"]),
@@ -124,34 +128,19 @@ class SessionSummary:
         """What `stepspan report --json` prints of a session."""
         open_steps = [scope for scope in self._steps.open.values() if isinstance(scope, StepState)]
         return {
-            "rank": self.rank,
-            "role": self.role,
+            **{name: getattr(self, name) for name in REPORTED},
             "session": self.path.session,
             "path": str(self.path.path),
-            "host": self.host,
-            "attempt": self.attempt,
-            "status": self.status,
             "trouble": self.problem,
-            "started": self.started,
-            "last_event": self.last_event,
             "seconds": max(0, self.last_event - self.started) / SECOND_NS if self.last_event else None,
-            "epoch": self.epoch,
             "steps": len(self.step_times),
             "failed_steps": self.failed_steps,
-            "last_step": self.last_step,
             "open_step": open_steps[-1].begin["step"] if open_steps else None,
             "step_time": quantiles(self.step_times),
             "data_wait": fmean(self.data_waits) if self.data_waits else None,
             "collective_wait": median(self.collective_waits) if self.collective_waits else None,
             "errors": self.error_count,
-            "stalls": self.stalls,
-            "lines": {
-                "read": self.lines.read,
-                "damaged": self.lines.damaged,
-                "dropped": self.lines.dropped,
-                "pruned": self.lines.pruned,
-                "why": self.gaps,
-            },
+            "lines": {**{name: getattr(self.lines, name) for name in LINE_COUNTS}, "why": self.gaps},
         }
 
     def _run_begin(self, event: Event) -> None:
@@ -174,9 +163,6 @@ class SessionSummary:
             self._settle()
         else:
             self._add_wait(step)
-
-    def _span_end(self, event: Event) -> None:
-        self._steps.end(event)
 
     def _device_time(self, event: Event) -> None:
         self._steps.device_time(event)
