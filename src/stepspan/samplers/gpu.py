@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from itertools import takewhile
 from typing import Any
@@ -20,6 +20,8 @@ from stepspan.samplers.sampling import Absent, CumulativeSum, Emit, Gone, Observ
 
 NO_GPUS = {"void", "none"}
 """NVIDIA_VISIBLE_DEVICES in a container without GPUs."""
+UNSUPPORTED = ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND", "LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED")
+"""NVML's errors where this machine does not have what is asked for."""
 MIG_ENABLED = 1
 ALL_LINKS = 0xFFFFFFFF
 MAX_XIDS = 64
@@ -60,72 +62,46 @@ def gpu(local_rank: int, emit: Emit, *, nvml: Any = None, env: Mapping[str, str]
         raise Absent("NVIDIA_VISIBLE_DEVICES says that there is no GPU")
     if nvml is None:
         nvml = import_module("pynvml")
-    guarded = _Guarded(nvml, emit)
-    guarded(nvml.nvmlInit)
+    reader = _Gpu(nvml, emit)
+    with reader.translated():
+        nvml.nvmlInit()
     try:
-        sampler: Sampler = guarded(lambda: _Gpu(nvml, _visible_device(nvml, env, local_rank), guarded).sampler())
+        with reader.translated():
+            return reader.open(env, local_rank)
     except BaseException:
         with suppress(Exception):
             nvml.nvmlShutdown()
         raise
-    return sampler
 
 
-class _Guarded:
-    """Calls NVML and translates its errors: `Absent` for what is not supported here, `Gone` for a lost GPU."""
+class _Gpu:
+    """Reads one device. Its methods raise NVMLError, which `translated` turns into what the sampling knows."""
 
     def __init__(self, nvml: Any, emit: Emit) -> None:
         self._nvml = nvml
         self._emit = emit
-        self.attributes: dict[str, str] = {}
+        self._device: Any = None
+        self._attributes: dict[str, str] = {}
         """Of the GPU, once it is known."""
-        unsupported = ("NOT_SUPPORTED", "FUNCTION_NOT_FOUND", "LIBRARY_NOT_FOUND", "DRIVER_NOT_LOADED")
-        self._unsupported = {getattr(nvml, f"NVML_ERROR_{name}") for name in unsupported}
-
-    def __call__(self, call: Callable[[], Any]) -> Any:
-        try:
-            return call()
-        except self._nvml.NVMLError as error:
-            if error.value in self._unsupported:
-                raise Absent(f"NVML says {error}") from error
-            if error.value == self._nvml.NVML_ERROR_GPU_IS_LOST:
-                self.emit_error("training.gpu.lost", {"message": f"NVML says {error}"})
-                raise Gone(f"NVML says {error}: {self.attributes.get('hw.id', 'before it was identified')}") from error
-            raise
-        except AttributeError as error:
-            raise Absent(f"this nvidia-ml-py is too old: {error}") from error
-
-    def emit_error(self, name: str, attributes: Mapping[str, Any]) -> None:
-        """Emit an event of severity "error" with the GPU's attributes."""
-        attributes = {**self.attributes, **attributes}
-        event = {"ts": 0, "seq": 0, "tag": "event", "parent": 0, "name": name, "severity": "error"}
-        self._emit({**event, "attributes": attributes})
-
-
-class _Gpu:
-    """Reads one device. Whatever it calls raises NVMLError."""
-
-    def __init__(self, nvml: Any, device: Any, guarded: _Guarded) -> None:
-        self._nvml = nvml
-        self._device = device
-        self._guarded = guarded
         self._cumulative = CumulativeSum()
         self._xids = 0
         self._event_set: Any = None
-        self._attributes = guarded.attributes = {
-            "hw.id": _to_str(nvml.nvmlDeviceGetUUID(device)),
-            "hw.name": _to_str(nvml.nvmlDeviceGetName(device)),
-            "hw.type": "gpu",
-        }
+        self._unsupported = {getattr(nvml, f"NVML_ERROR_{name}") for name in UNSUPPORTED}
 
-    def sampler(self) -> Sampler:
-        """All quantities that NVML may know of a GPU."""
+    def open(self, env: Mapping[str, str], local_rank: int) -> Sampler:
+        """Find the device. The sampler has all quantities that NVML may know of a GPU; it gives percent and mW."""
+        nvml = self._nvml
+        device = self._device = _visible_device(nvml, env, local_rank)
+        uuid, name = _to_str(nvml.nvmlDeviceGetUUID(device)), _to_str(nvml.nvmlDeviceGetName(device))
+        self._attributes = {"hw.id": uuid, "hw.name": name, "hw.type": "gpu"}
         quantities: dict[str, Callable[[], Iterable[Observation]]] = {
-            "utilization": self._utilization,
+            "utilization": lambda: [("hw.gpu.utilization", nvml.nvmlDeviceGetUtilizationRates(device).gpu / 100)],
             "memory": self._memory,
-            "power": self._power,
+            "power": lambda: [("hw.power", nvml.nvmlDeviceGetPowerUsage(device) / 1e3)],
             "energy": self._energy,
-            "temperature": self._temperature,
+            "temperature": lambda: [
+                ("hw.temperature", nvml.nvmlDeviceGetTemperature(device, nvml.NVML_TEMPERATURE_GPU))
+            ],
             "clocks": self._clocks,
             "throttling": self._throttling,
             "ecc": self._ecc,
@@ -133,22 +109,38 @@ class _Gpu:
             "pcie": lambda: self._io("pcie"),
             "nvlink": lambda: self._io("nvlink"),
         }
-        description = f"{self._attributes['hw.name']} ({self._attributes['hw.id']})"
-        guarded = {name: self._guard(read) for name, read in quantities.items()}
-        return Sampler("gpu", guarded, self._close, description)
+        guarded = {quantity: self._guard(read) for quantity, read in quantities.items()}
+        return Sampler("gpu", guarded, self._close, f"{name} ({uuid})")
 
     def _guard(self, read: Callable[[], Iterable[Observation]]) -> Quantity:
         """A quantity whose observations have the GPU's attributes too."""
 
         def guarded(now: float) -> Iterable[Observation]:
-            observations = self._guarded(lambda: list(read()))
-            return [(name, value, {**self._attributes, **dict(*more)}) for name, value, *more in observations]
+            with self.translated():
+                return [(name, value, {**self._attributes, **dict(*more)}) for name, value, *more in read()]
 
         return guarded
 
-    def _utilization(self) -> Iterator[Observation]:
-        percent = self._nvml.nvmlDeviceGetUtilizationRates(self._device).gpu
-        yield "hw.gpu.utilization", percent / 100
+    @contextmanager
+    def translated(self) -> Iterator[None]:
+        """Translate NVML's errors: `Absent` for what is not supported here, `Gone` for a lost GPU."""
+        try:
+            yield
+        except self._nvml.NVMLError as error:
+            if error.value in self._unsupported:
+                raise Absent(f"NVML says {error}") from error
+            if error.value == self._nvml.NVML_ERROR_GPU_IS_LOST:
+                self._emit_error("training.gpu.lost", {"message": f"NVML says {error}"})
+                raise Gone(f"NVML says {error}: {self._attributes.get('hw.id', 'before it was identified')}") from error
+            raise
+        except AttributeError as error:
+            raise Absent(f"this nvidia-ml-py is too old: {error}") from error
+
+    def _emit_error(self, name: str, attributes: Mapping[str, Any]) -> None:
+        """Emit an event of severity "error" with the GPU's attributes."""
+        attributes = {**self._attributes, **attributes}
+        event = {"ts": 0, "seq": 0, "tag": "event", "parent": 0, "name": name, "severity": "error"}
+        self._emit({**event, "attributes": attributes})
 
     def _memory(self) -> Iterator[Observation]:
         memory = self._nvml.nvmlDeviceGetMemoryInfo(self._device)
@@ -157,17 +149,9 @@ class _Gpu:
         if memory.total:
             yield "hw.gpu.memory.utilization", memory.used / memory.total
 
-    def _power(self) -> Iterator[Observation]:
-        milliwatts = self._nvml.nvmlDeviceGetPowerUsage(self._device)
-        yield "hw.power", milliwatts / 1e3
-
     def _energy(self) -> Iterator[Observation]:
         millijoules = self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
         yield "hw.energy", self._cumulative("energy", millijoules) / 1e3
-
-    def _temperature(self) -> Iterator[Observation]:
-        celsius = self._nvml.nvmlDeviceGetTemperature(self._device, self._nvml.NVML_TEMPERATURE_GPU)
-        yield "hw.temperature", celsius
 
     def _clocks(self) -> Iterator[Observation]:
         for domain, constant in CLOCKS.items():
@@ -206,7 +190,7 @@ class _Gpu:
                 codes.append(int(nvml.nvmlEventSetWait_v2(self._event_set, 0).eventData))
         self._xids += len(codes)
         for code in dict.fromkeys(codes):
-            self._guarded.emit_error("training.gpu.xid", {"xid": code})
+            self._emit_error("training.gpu.xid", {"xid": code})
         yield "hw.errors", self._xids, {"error.type": "xid"}
 
     def _io(self, link: str) -> Iterator[Observation]:

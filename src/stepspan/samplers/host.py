@@ -81,11 +81,12 @@ class _Host:
         self._bytes = CumulativeSum()
 
     def cpu(self, now: float) -> Iterator[Observation]:
-        usable = _usable_cpus(self._cgroup.cpus())
+        every = frozenset(range(psutil.cpu_count() or 1))
+        usable = every & (self._cgroup.cpus() or every) or every
         quota = self._cgroup.cpu()
         if quota is not None and quota.limit < len(usable):
             values = self._utilization((quota.limit, quota.level), quota.used, now * quota.limit)
-        elif len(usable) == (psutil.cpu_count() or 1):
+        elif usable == every:
             values = self._utilization("all", *_busy_and_total([psutil.cpu_times()]))
         else:
             each = psutil.cpu_times(percpu=True)
@@ -120,11 +121,6 @@ class _Host:
             for name in real:
                 total = self._bytes(direction, getattr(counters[name], field), of=name)
             yield f"system.{device}.io", total, {f"{device}.io.direction": direction}
-
-
-def _usable_cpus(allowed: frozenset[int] | None) -> frozenset[int]:
-    every = frozenset(range(psutil.cpu_count() or 1))
-    return (allowed & every or every) if allowed is not None else every
 
 
 def _busy_and_total(times: list[Any]) -> tuple[float, float]:
