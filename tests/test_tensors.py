@@ -18,8 +18,7 @@ from harness.scripted_torch import Bucket, Gpu, JaxArray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepspan.integrations.torch import watched
-from stepspan.integrations.torch.collectives import AllGather, ReduceScatter, StepWaits
+from stepspan.integrations.torch import AllGather, ReduceScatter, StepWaits, watched
 from stepspan.recording import deferred as tensors
 from stepspan.recording import device_copies
 from stepspan.run import Run

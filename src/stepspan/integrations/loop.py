@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial, wraps
+from functools import cache, partial, wraps
 from itertools import islice
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -197,7 +197,8 @@ class FrameworkCallback:
 
     def __new__(cls, **arguments: Any) -> Self:
         """Make one whose class has the framework's as a base."""
-        callback: Self = object.__new__(with_framework_base(cls, cls._framework_base()))
+        own: type = cls
+        callback: Self = object.__new__(with_framework_base(own, cls._framework_base()))
         callback._remake = partial(cls, **arguments)
         return callback
 
@@ -212,9 +213,7 @@ class FrameworkCallback:
         raise NotImplementedError
 
 
-_WITH_BASE: dict[tuple[type, type], type] = {}
-
-
+@cache
 def with_framework_base(cls: type, base: type) -> type:
     """The class that derives from two others: one and the same each time.
 
@@ -223,10 +222,7 @@ def with_framework_base(cls: type, base: type) -> type:
         base: A framework's.
 
     """
-    if (cls, base) not in _WITH_BASE:
-        attributes = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-        _WITH_BASE[cls, base] = type(cls.__name__, (cls, base), attributes)
-    return _WITH_BASE[cls, base]
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
 
 
 def hooks(cls: Class) -> Class:

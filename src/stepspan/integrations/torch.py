@@ -1,4 +1,4 @@
-"""How long a rank waits for others in PyTorch's DDP and FSDP.
+"""PyTorch: how long a rank waits for others in DDP and FSDP. Imports no torch: who has a model has imported it.
 
 The rank with the least wait is the one that the others wait for. On CUDA what begins and ends a wait are events of the
 streams, resolved off the training thread (`stepspan.recording.cuda_spans`).
