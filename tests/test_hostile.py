@@ -17,6 +17,8 @@ from harness import runs
 from harness.runs import events, path_of, status_of
 
 import stepspan
+from stepspan import Telemetry
+from stepspan.callbacks import MemoryLogger, RunCallback, TelemetryLogger
 from stepspan.run import Run
 from stepspan.stores import RunLogStore
 
@@ -211,3 +213,29 @@ def test_a_run_that_is_switched_off_has_all_that_a_run_has(start: Start, tmp_pat
         public = [name for name in dir(run) if not name.startswith("_")]
     off = start(job_id="job", enabled=False)
     assert [name for name in public if not hasattr(off, name)] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "parameter"), parameters(RunCallback))
+def test_no_argument_of_a_callback_can_stop_its_run(
+    start: Start, tmp_path: Path, method: str, parameter: str, kind: str
+) -> None:
+    run = start(job_id="job")
+    for callback in (RunCallback(run), TelemetryLogger(tmp_path / "t.jsonl"), MemoryLogger()):
+        call(getattr(callback, method), parameter, KINDS[kind]())
+    run.close()
+    assert_well_closed(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("method", "parameter"), parameters(Telemetry))
+def test_no_argument_of_telemetry_can_stop_it(
+    start: Start, tmp_path: Path, method: str, parameter: str, kind: str
+) -> None:
+    run = start(job_id="job")
+    files = {"telemetry_file": tmp_path / "t.jsonl", "path": tmp_path / "t.db"}
+    telemetry = Telemetry("c", backend="sqlite", backends=["otel"], **files)
+    use(call(getattr(telemetry, method), parameter, KINDS[kind]()), parameter)
+    telemetry.close()
+    run.close()
+    assert_well_closed(run)

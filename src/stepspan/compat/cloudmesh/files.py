@@ -19,7 +19,8 @@ from stepspan.values import json_value
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 SETTLE_S = 0.02
-"""Longer than a write takes."""
+SETTLE_CHECKS = 5
+"""A write takes less than all of these together, even where its process waits for a CPU in the middle of it."""
 FILE_MODE = 0o600
 READ_AND_APPEND = os.O_RDWR | getattr(os, "O_NONBLOCK", 0)
 
@@ -101,8 +102,9 @@ class TextBackend:
 
 def _is_torn(fd: int) -> bool:
     """Whether a file ends within a line that no other process is just writing: a write may be seen in parts."""
-    size = os.fstat(fd).st_size
-    if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
-        return False
-    time.sleep(SETTLE_S)
-    return os.fstat(fd).st_size == size and os.pread(fd, 1, size - 1) != b"\n"
+    for _ in range(SETTLE_CHECKS):
+        size = os.fstat(fd).st_size
+        if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
+            return False
+        time.sleep(SETTLE_S)
+    return True

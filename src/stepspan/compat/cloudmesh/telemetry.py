@@ -187,7 +187,7 @@ class Telemetry:
             An object that may be awaited until the record is written.
 
         """
-        return self._emit_status("started", None, message, event, fields)
+        return self._record("started", (), message, {}, event=event, paired=fields)
 
     def complete(
         self,
@@ -209,7 +209,7 @@ class Telemetry:
             An object that may be awaited until the record is written.
 
         """
-        return self._emit_status("completed", metrics, message, event, fields)
+        return self._record("completed", (metrics,), message, {}, event=event, paired=fields)
 
     def fail(
         self,
@@ -231,7 +231,7 @@ class Telemetry:
             An object that may be awaited until the record is written.
 
         """
-        return self._emit_status("failed", metrics, error, event, fields)
+        return self._record("failed", (metrics,), error, {}, event=event, paired=fields)
 
     def track(
         self,
@@ -302,14 +302,6 @@ class Telemetry:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _emit_status(
-        self, status: str, metrics: Mapping[str, Any] | None, message: Any, event: str | None, fields: Mapping[str, Any]
-    ) -> Emitted:
-        measurements = {key: value for key, value in fields.items() if measured(value) is not None}
-        attributes = {key: value for key, value in fields.items() if key not in measurements}
-        error = message if isinstance(message, BaseException) else None
-        return self._record(status, (metrics, measurements), message, attributes, event=event, paired=True, error=error)
-
     def _record(
         self,
         status: str | None,
@@ -319,7 +311,7 @@ class Telemetry:
         *,
         event: str | None = None,
         stdout: bool = False,
-        paired: bool = False,
+        paired: Mapping[str, Any] | None = None,
         span: str | None = None,
         error: BaseException | None = None,
     ) -> Emitted:
@@ -328,13 +320,14 @@ class Telemetry:
         Args:
             status: As of `emit`.
             metrics: Mappings, lists of pairs, or None: the metrics together.
-            message: As of `emit`; the text of `error` where there is one.
+            message: As of `emit`.
             attributes: As of `emit`.
             event: As of `emit`.
             stdout: As of `emit`.
-            paired: Whether what starts is paired here with what ends, whatever else the record has.
-            span: The span of `track`, which has paired them.
-            error: The exception that the record is about.
+            paired: Given for the start or the end of a span: numbers among these are metrics, the rest is attributes,
+                and a message may be the exception that ended it.
+            span: The span of `track`, which pairs start and end itself.
+            error: The exception that ended the span of `track`.
 
         Returns:
             What may be awaited.
@@ -351,6 +344,11 @@ class Telemetry:
             values: dict[Any, Any] = {}
             for each in metrics:
                 values.update(each or {})
+            if paired is not None:
+                measurements = {key: value for key, value in paired.items() if measured(value) is not None}
+                values.update(measurements)
+                attributes = {key: value for key, value in paired.items() if key not in measurements}
+                error = message if isinstance(message, BaseException) else None
             fields["metrics"] = {str(key): _metric_value(value) for key, value in unfolded(values).items()}
             if attributes:
                 fields["attributes"] = json_value(attributes)
@@ -361,7 +359,7 @@ class Telemetry:
             record = {"timestamp": timestamp(self._clock()), "command": self.command_name, **self._redact(fields)}
             if span is not None:
                 record["span"] = span
-            elif paired or event is not None or not values:
+            elif paired is not None or event is not None or not values:
                 record.update(self._pair(record))
             return self._hand_over(record, error, inside=span is not None, stdout=stdout)
         except Exception as failure:  # what it is given may raise anything

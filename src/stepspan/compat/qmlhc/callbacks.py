@@ -257,7 +257,7 @@ class RunCallback(Callback):
         attributes = {
             key: value
             for key, value in _to_dict(context).items()
-            if isinstance(key, str) and key not in RESERVED and isinstance(value, (str, int, float))
+            if issubclass(type(key), str) and key not in RESERVED and issubclass(type(value), (str, int, float))
         }
         self.run.log_error(error, **attributes)
 
