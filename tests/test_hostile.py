@@ -233,7 +233,7 @@ def test_no_argument_of_telemetry_can_stop_it(
     start: Start, tmp_path: Path, method: str, parameter: str, kind: str
 ) -> None:
     run = start(job_id="job")
-    files = {"telemetry_file": tmp_path / "t.jsonl", "path": tmp_path / "t.db"}
+    files: dict[str, Any] = {"telemetry_file": tmp_path / "t.jsonl", "path": tmp_path / "t.db"}
     telemetry = Telemetry("c", backend="sqlite", backends=["otel"], **files)
     use(call(getattr(telemetry, method), parameter, KINDS[kind]()), parameter)
     telemetry.close()
