@@ -30,7 +30,7 @@ def page() -> str:
     parts = [HEAD, "## Every event\n", table(Line, ())]
     common = tuple(get_type_hints(Line))
     for tag, kind in BY_TAG.items():
-        parts += [f"## {tag}\n", f"{kind.__doc__}\n", table(kind, (*common, "tag"))]
+        parts += [f"## {tag}\n", f"{kind.__doc__}\n", table(kind, common)]
     return "\n".join(parts)
 
 

@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.deliver.delivery import Delivery
@@ -373,9 +372,7 @@ class Run:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         failed = error is not None and is_failure(error)
         if failed and self._active:
             self.recorder.stop_background_tasks()

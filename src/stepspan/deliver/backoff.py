@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.values import format_seconds
@@ -15,14 +14,6 @@ DELAYS_S = {"retry": (0.25, MAX_RETRY_DELAY_S), "hold": (15.0, MAX_HOLD_DELAY_S)
 """State -> the first and the greatest delay."""
 MAX_SERVER_ERRORS = 5
 """Failures of the "retry, then hold" kind in a row: the last of them holds."""
-
-
-class NextTry(NamedTuple):
-    """What to do about a failure: the cursor's state, the seconds until the next try, and what to say."""
-
-    state: str
-    delay: float
-    message: str
 
 
 class Backoff:
@@ -37,8 +28,13 @@ class Backoff:
         self._state = ""
         self._failures = self._server_errors = 0
 
-    def next_try(self, outcome: Outcome) -> NextTry:
-        """Count a failure. Delays double while the state stays; a hold begins with its own first delay."""
+    def next_try(self, outcome: Outcome) -> tuple[str, float, str]:
+        """Count a failure. Delays double while the state stays; a hold begins with its own first delay.
+
+        Returns:
+            What to do about it: the cursor's state, the seconds until the next try, and what to say.
+
+        """
         self._server_errors = self._server_errors + 1 if outcome.verdict is Verdict.RETRY_THEN_HOLD else 0
         held = outcome.verdict is Verdict.HOLD or self._server_errors >= MAX_SERVER_ERRORS
         state = "hold" if held else "retry"
@@ -50,4 +46,4 @@ class Backoff:
         delay = max(delay, min(asked, MAX_HOLD_DELAY_S))
         if asked > MAX_RETRY_DELAY_S:
             message += f"; the receiver asks to wait {format_seconds(asked)}: next try in {format_seconds(delay)}"
-        return NextTry(state, delay, message)
+        return state, delay, message

@@ -20,18 +20,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 
+from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import Cursor, cursor_name
 from stepspan.journal.layout import open_path, read_file, replace_file
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp.outcome import Verdict
-
-if TYPE_CHECKING:
-    from stepspan.exporters.otlp import OtlpExporter
 
 NAME = "rejected.jsonl"
 REFUSED = frozenset({Verdict.ISOLATE, Verdict.HALVE})

@@ -111,6 +111,12 @@ def _unpack(slot: bytes) -> tuple[int, CursorState] | None:
         return None
 
 
+def _latest(slots: bytes) -> tuple[int, CursorState] | None:
+    """Generation and state of the later one of two slots; None where both are damaged."""
+    found = [slot for slot in (_unpack(slots[:SLOT_BYTES]), _unpack(slots[SLOT_BYTES:])) if slot]
+    return max(found, key=lambda slot: slot[0], default=None)
+
+
 class Cursor:
     """The cursor file at `path`, made where there is none; one whose slots are both damaged starts from zero.
 
@@ -124,12 +130,7 @@ class Cursor:
         size = os.fstat(self._fd).st_size
         if size < 2 * SLOT_BYTES:
             os.pwrite(self._fd, bytes(2 * SLOT_BYTES - size), size)
-        self._generation = 0
-        self.state = CursorState()
-        for slot in (os.pread(self._fd, SLOT_BYTES, 0), os.pread(self._fd, SLOT_BYTES, SLOT_BYTES)):
-            found = _unpack(slot)
-            if found and found[0] >= self._generation:
-                self._generation, self.state = found
+        self._generation, self.state = _latest(os.pread(self._fd, 2 * SLOT_BYTES, 0)) or (0, CursorState())
 
     def write(self, state: CursorState) -> None:
         """Move the cursor: from here on `state` is what a restart finds.
@@ -159,9 +160,8 @@ class Cursor:
 
 def read_cursor(path: Path) -> CursorState | None:
     """What a cursor file says, without making or changing it."""
-    raw = read_file(path, 2 * SLOT_BYTES) or b""
-    found = [state for state in (_unpack(raw[:SLOT_BYTES]), _unpack(raw[SLOT_BYTES:])) if state]
-    return max(found, key=lambda state: state[0])[1] if found else None
+    found = _latest(read_file(path, 2 * SLOT_BYTES) or b"")
+    return found[1] if found else None
 
 
 def cursor_name(destination: str, signal: str) -> str:

@@ -149,21 +149,35 @@ def replace_file(path: Path, content: bytes, *, mode: int = 0o600, sync: bool = 
         OSError: The old file is untouched, and nothing is left of the new one.
 
     """
-    draft = f".{path.name}.{os.getpid()}"
+    with _draft(path, content, mode=mode, sync=sync) as (draft, directory):
+        os.rename(draft, path.name, src_dir_fd=directory, dst_dir_fd=directory)
+
+
+def create_file(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Make a file with all of this content, unless something has the name. Arguments and errors as `replace_file`."""
+    with _draft(path, content, mode=mode) as (draft, directory), contextlib.suppress(FileExistsError):
+        os.link(draft, path.name, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+
+
+@contextlib.contextmanager
+def _draft(path: Path, content: bytes, *, mode: int, sync: bool = False) -> Iterator[tuple[str, int]]:
+    """A file beside `path`, for as long as the name that it was made under: that name, and the directory's descriptor.
+
+    Each has a name of its own: threads and processes may be at it at once.
+    """
+    draft = f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}"
     directory = open_directory(path.parent)
     try:
-        fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, dir_fd=directory, mode=mode)
+        fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=directory, mode=mode)
         with open(fd, "wb") as file:
             file.write(content)
             if sync:
                 file.flush()
                 os.fsync(fd)
-        os.rename(draft, path.name, src_dir_fd=directory, dst_dir_fd=directory)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(draft, dir_fd=directory)
-        raise
+        yield draft, directory
     finally:
+        with contextlib.suppress(OSError):  # it has its name by now
+            os.unlink(draft, dir_fd=directory)
         os.close(directory)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from stepspan.errors import JournalError
-from stepspan.journal.layout import SessionPath, open_directory, open_file, open_path, read_file, segment_name
+from stepspan.journal.layout import SessionPath, create_file, open_path, read_file, segment_name
 
 DEAD_AFTER_S = 900.0
 """Silence after which a session of another host or boot counts as dead."""
@@ -82,19 +82,7 @@ def read_closed(directory: Path) -> Closed | None:
 def write_closed(directory: Path, closed: Closed, *, by: str, mode: int = 0o600) -> Closed:
     """Say that a session has ended, unless somebody has; returns what stands there now. OSError: it cannot be said."""
     content = orjson.dumps({"seq": closed.seq, "ts": closed.ts, "status": closed.status, "by": by})
-    dir_fd = open_directory(directory)
-    draft = f".{CLOSED}.{os.getpid()}.{os.urandom(4).hex()}"
-    try:
-        fd = open_file(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, dir_fd=dir_fd, mode=mode)
-        try:
-            with open(fd, "wb") as file:
-                file.write(content)
-            with contextlib.suppress(FileExistsError):
-                os.link(draft, CLOSED, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
-        finally:
-            os.unlink(draft, dir_fd=dir_fd)
-    finally:
-        os.close(dir_fd)
+    create_file(directory / CLOSED, content, mode=mode)
     return read_closed(directory) or closed
 
 

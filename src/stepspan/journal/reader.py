@@ -204,11 +204,8 @@ def last_event(session: SessionPath) -> tuple[int, int]:
     try:
         for number in reversed(session.segments()):
             with contextlib.suppress(OSError):
-                fd = open_file(segment_name(number), os.O_RDONLY, dir_fd=directory)
-                try:
-                    event = _last_line(fd)
-                finally:
-                    os.close(fd)
+                with open(open_file(segment_name(number), os.O_RDONLY, dir_fd=directory), "rb") as file:
+                    event = _last_line(file.fileno())
                 if event:
                     return event["seq"], event["ts"]
     finally:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from threading import get_ident
-from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import Event
@@ -90,9 +89,7 @@ class Scope:
         self.owner.begin(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.owner.end(self, error)
 
 
@@ -128,7 +125,8 @@ class Scopes:
         self._warn = warn
         self._record_error = record_error
         self._propagate = propagate
-        self._propagation: ModuleType | None = None
+        self._propagation: Any = None
+        """The module `propagation`, once it is needed."""
         self._parent_identities: dict[object, Identity] = {}
         """The session of a process that forked this one, and its identity."""
         self._begin_counting()
@@ -245,7 +243,8 @@ class Scopes:
             elif self._main is scope:
                 self._main = scope.parent
             if scope.token is not None:
-                self._detach(scope)
+                token, scope.token = scope.token, None
+                self._propagation.detach(token)
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
@@ -375,11 +374,6 @@ class Scopes:
             self._propagation = propagation
         if self._propagate or not self._propagation.sampler_would_be_overruled():
             scope.token = self._propagation.attach(lambda: self.ids(scope))
-
-    def _detach(self, scope: Scope) -> None:
-        token, scope.token = scope.token, None
-        if self._propagation is not None:
-            self._propagation.detach(token)
 
 
 class NullScopes(Scopes):
