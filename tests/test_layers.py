@@ -1,9 +1,12 @@
 """Who may import whom in `stepspan`: only what is below, and never in a circle.
 
-Every import statement counts, wherever it stands: at the top, under `if TYPE_CHECKING` and inside functions.
-An import that waits for its call saves time at start-up; it needs what it imports all the same. Not counted: that
-importing `a.b.c` also runs `a/__init__.py` and `a/b/__init__.py`, and names which `stepspan.__getattr__` looks up (its
-`if TYPE_CHECKING` block lists them, so they are counted there).
+Every import statement counts, wherever it stands: at the top, under `if TYPE_CHECKING` and inside functions. An import
+that waits for its call saves time at start-up; it needs what it imports all the same. Not counted are
+
+- that importing `a.b.c` also runs `a/__init__.py` and `a/b/__init__.py`;
+- names that `stepspan.__getattr__` looks up: its `if TYPE_CHECKING` block lists them, so they are counted there;
+- modules that are named by a text: samplers and readers of other systems, which a table finds by a setting's word, and
+  the deliverer, which is started as a process of its own.
 """
 
 from __future__ import annotations

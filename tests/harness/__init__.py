@@ -5,5 +5,6 @@
 - Receivers: `receiver` answers by a script, `received` compares what came; `stack` has the real Collector, Prometheus,
   Loki and Tempo, `remote_read` reads all that Prometheus holds, `shown` a training before them, `grafana` the
   dashboards' queries.
+- Checks: `events_schema` holds events against their classes.
 - What a machine has: `processes` (ranks, and waiting for them), `scripted_nvml`, `scripted_torch` (GPUs).
 """
