@@ -40,6 +40,8 @@ class StepspanCallback(FrameworkCallback):
 
     """
 
+    _packages, _base_name = ("transformers",), "TrainerCallback"
+
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._epoch = -1
@@ -145,13 +147,6 @@ class StepspanCallback(FrameworkCallback):
                 by_split.setdefault(head if head in SPLITS else "train", {})[name] = value
         for split, metrics in by_split.items():
             self.loop.log(metrics, max(state.global_step - 1, 0), split)  # the step that was done last
-
-    @staticmethod
-    def _framework_base() -> type:
-        from transformers import TrainerCallback
-
-        base: type = TrainerCallback
-        return base
 
 
 def _batch_size(args: Any, state: Any) -> int:

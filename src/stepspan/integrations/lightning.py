@@ -7,16 +7,13 @@ module imports neither.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 from stepspan.integrations.loop import FrameworkCallback, hooks, known_total, samples_of
 from stepspan.run import DISABLED
 
-PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 STEP, EPOCH = "_step", "_epoch"
 """What Lightning appends to the name of a metric that is logged for both."""
 
@@ -47,6 +44,8 @@ class StepspanCallback(FrameworkCallback):
         ConfigError: From `setup`, where `start_run` finds an argument or a setting wrong.
 
     """
+
+    _packages, _base_name = ("lightning.pytorch", "pytorch_lightning"), "Callback"
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -208,19 +207,6 @@ class StepspanCallback(FrameworkCallback):
     def _is_new(self, name: str, value: Any) -> bool:
         before = self._logged.get(name)
         return before is None or before.data_ptr() != value.data_ptr()
-
-    @staticmethod
-    def _framework_base() -> type:
-        """The `Callback` of the Lightning that is loaded; if none is, of the first that can be imported."""
-        loaded = [name for name in PACKAGES if name in sys.modules]
-        for name in loaded or PACKAGES:
-            try:
-                found: type = import_module(name).Callback
-            except ModuleNotFoundError as error:
-                missing = error
-            else:
-                return found
-        raise missing
 
 
 def _restore(trainer: Any) -> None:

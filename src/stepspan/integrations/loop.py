@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial, wraps
+from importlib import import_module
 from itertools import islice
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from stepspan.errors import ConfigError
 from stepspan.recording.scopes import Scope
@@ -193,6 +194,10 @@ class FrameworkCallback:
     """
 
     loop: Loop
+    _packages: ClassVar[Sequence[str]]
+    """Names of the packages that the framework comes in."""
+    _base_name: ClassVar[str]
+    """The name of the framework's own callback class in them."""
     _remake: partial[Any]
 
     def __new__(cls, **arguments: Any) -> Self:
@@ -208,9 +213,18 @@ class FrameworkCallback:
     def __reduce__(self) -> tuple[Any, ...]:
         return self._remake, ()
 
-    @staticmethod
-    def _framework_base() -> type:
-        raise NotImplementedError
+    @classmethod
+    def _framework_base(cls) -> type:
+        """The framework's class, of the package that is loaded; if none is, of the first that can be imported."""
+        loaded = [name for name in cls._packages if name in sys.modules]
+        for name in loaded or cls._packages:
+            try:
+                found: type = getattr(import_module(name), cls._base_name)
+            except ModuleNotFoundError as error:
+                missing = error
+            else:
+                return found
+        raise missing
 
 
 @cache
