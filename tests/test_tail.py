@@ -15,8 +15,10 @@ from harness.journals import SECOND, header, lay_down
 from harness.processes import under_load, until
 from harness.runs import command as run
 from rich.console import Console
+from typer.testing import CliRunner
 
 from stepspan.cli import tail as tails
+from stepspan.cli.app import app
 from stepspan.cli.event_text import ROWS, event_text, printable
 from stepspan.cli.tail import SHOWN_WHILE_OPEN, Follow
 from stepspan.events import TAGS
@@ -123,9 +125,7 @@ def test_following_ends_when_interrupted(tmp_path: Path) -> None:
         assert process.wait(timeout=under_load(20)) == 0
 
 
-def test_following_rests_between_two_looks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_following_rests_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Training(tmp_path)
     rests: list[float] = []
 
@@ -135,9 +135,10 @@ def test_following_rests_between_two_looks(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(tails.time, "sleep", sleep)  # type: ignore[attr-defined]
-    assert tails.show_tail(tmp_path, count=5, follow=True, rank=None, tags=()) == 0
+    told = CliRunner().invoke(app, ["tail", str(tmp_path), "-n", "5", "--follow"])
+    assert told.exit_code == 0
     assert rests == [tails.POLL_INTERVAL_S] * 3
-    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert len(told.stdout.splitlines()) == 2
 
 
 def test_the_command_prints_time_rank_step_and_what(tmp_path: Path) -> None:

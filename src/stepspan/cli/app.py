@@ -101,7 +101,7 @@ def status(path: JournalPath, as_json: AsJson = False, state_directory: StateDir
     """Show the ledgers: for each session, destination and signal, the lines journaled, delivered and pending."""
     from stepspan.cli.status import show_status
 
-    raise typer.Exit(show_status(path, as_json=as_json, state_directory=state_directory))
+    show_status(path, as_json=as_json, state_directory=state_directory)
 
 
 @app.command()
@@ -122,7 +122,7 @@ def tail(
     """
     from stepspan.cli.tail import show_tail
 
-    raise typer.Exit(show_tail(path, count=lines, follow=follow, rank=rank, tags=tag or ()))
+    show_tail(path, count=lines, follow=follow, rank=rank, tags=tag or ())
 
 
 @app.command()
@@ -135,7 +135,7 @@ def report(path: JournalPath, as_json: AsJson = False, state_directory: StateDir
     """
     from stepspan.cli.report import show_report
 
-    raise typer.Exit(show_report(path, as_json=as_json, state_directory=state_directory))
+    show_report(path, as_json=as_json, state_directory=state_directory)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stepspan.cli.delivering import deliver_until, delivery_failures
-from stepspan.cli.journals import require_directories, require_sessions
+from stepspan.cli.options import require_directories, require_sessions
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.deliver.options import Options

@@ -1,13 +1,24 @@
-"""Arguments and options that several commands take, declared once."""
+"""Arguments and options that several commands take, declared once; and the journals that such an argument names."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from stepspan.cli.journals import journal_directory
+from stepspan.errors import ConfigError, JournalError
+from stepspan.journal.layout import SessionPath, find_sessions
+
+
+def journal_directory() -> Path:
+    """Where runs keep their journals: what `start_run()` would find. Raises `ConfigError`."""
+    from stepspan.config import load  # takes longer than all of `stepspan tail`
+
+    return load({}, os.environ).directory
+
 
 DEFAULT_DIRECTORY = "what STEPSPAN_DIRECTORY says, else stepspan-runs"
 
@@ -37,3 +48,18 @@ DeadAfter = Annotated[
 ]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
+
+
+def require_directories(paths: Sequence[Path]) -> None:
+    """Raises `ConfigError` for a path that is no directory."""
+    for path in paths:
+        if not path.is_dir():
+            raise ConfigError("PATH", str(path), "not a directory: name a journal, a job or a session")
+
+
+def require_sessions(*paths: Path) -> list[SessionPath]:
+    """All sessions at or below some paths, each once. Raises `JournalError` if there is none."""
+    sessions = {session.path: session for path in paths for session in find_sessions(path)}
+    if not sessions:
+        raise JournalError(f"no journal at or below {', '.join(map(str, paths))}")
+    return list(sessions.values())

@@ -12,7 +12,7 @@ import orjson
 from rich.console import Console
 
 from stepspan.cli.event_text import format_fields, format_value
-from stepspan.cli.journals import require_sessions
+from stepspan.cli.options import require_sessions
 from stepspan.cli.terminal import print_line, print_table, rank_label, short_id_length, stdout_console
 from stepspan.identity import host_facts
 from stepspan.reading.runs import summarise
@@ -24,18 +24,17 @@ STRAGGLER_SHARE = 0.1
 """A rank holds the others up if they wait longer than it does by this share of a step."""
 
 
-def show_report(path: Path, *, as_json: bool, state_directory: Path | None) -> int:
-    """Print a page for each run at or below `path`. The exit code. Raises `JournalError`."""
+def show_report(path: Path, *, as_json: bool, state_directory: Path | None) -> None:
+    """Print a page for each run at or below `path`. Raises `JournalError`."""
     runs = summarise(require_sessions(path), boot_id=host_facts().boot_id, state_directory=state_directory)
     if as_json:
         print(orjson.dumps(json_value({"jobs": runs}), option=orjson.OPT_INDENT_2).decode())
-        return 0
+        return
     page = Page(stdout_console())
     for number, run in enumerate(runs):
         if number:
             page.line("")
         page.run(run)
-    return 0
 
 
 class Page:
@@ -64,7 +63,7 @@ class Page:
         self.line("")
         self.line(text, "bold")
 
-    def table(self, columns: str, rows: Iterable[Sequence[str]], *, keys: int = 1) -> None:
+    def table(self, columns: str, rows: Iterable[Sequence[object]], *, keys: int = 1) -> None:
         """Print a table; the first `keys` columns are repeated where it is too wide for the terminal."""
         names = [name.strip() for name in columns.split(",")]
         print_table(self._console, names, rows, keys=names[:keys])
@@ -85,7 +84,8 @@ class Page:
         if last is not None:
             total = run["total_steps"]
             done = bool(total) and max(s["steps"] for s in sessions) >= total  # numbers may count from 0 or from 1
-            reached = f"took all {total} steps" if done else f"reached step {_of(last, total)}"
+            reached = f"took all {total} steps" if done else f"reached step {last}"
+            reached += f" of {total}" if total is not None and not done else ""
             epoch = max((s["epoch"] for s in sessions if s["epoch"] is not None), default=None)
             self.line(reached + ("" if epoch is None else f"{', the last' if done else ''} in epoch {epoch}"))
         if run["hyperparams"]:
@@ -134,12 +134,12 @@ class Page:
             (
                 name,
                 format_value(values["last"]),
-                _cell(values["last_step"]),
+                values["last_step"],
                 "" if values["min"] is None else format_value(values["min"]),
-                _cell(values["min_step"]),
+                values["min_step"],
                 "" if values["max"] is None else format_value(values["max"]),
                 f"{values['points']:,}",
-                str(values["nonfinite"] or ""),
+                values["nonfinite"] or None,
             )
             for name, values in list(metrics.items())[:MAX_METRICS]
         ]
@@ -185,12 +185,12 @@ class Page:
                     row["destination"],
                     row["signal"],
                     f"{row['delivered']:,}",
-                    str(row["filtered"] or ""),
-                    str(row["rejected"] or ""),
+                    row["filtered"] or None,
+                    row["rejected"] or None,
                     f"{row['pending']:,}",
                     format_seconds(row["lag"]) if row["lag"] else "",
                     f"{row['finished']} of {sessions}",
-                    str(row["held"] or ""),
+                    row["held"] or None,
                 )
                 for row in rows
             ),
@@ -200,7 +200,7 @@ class Page:
             self.line(message, "yellow")
 
 
-def _session_row(session: Mapping[str, Any], id_length: int, *, several_hosts: bool) -> Sequence[str]:
+def _session_row(session: Mapping[str, Any], id_length: int, *, several_hosts: bool) -> Sequence[object]:
     times = session["step_time"] or {}
     attempt = session["attempt"] or [0]
     return (
@@ -211,13 +211,13 @@ def _session_row(session: Mapping[str, Any], id_length: int, *, several_hosts: b
         session["status"],
         "" if session["seconds"] is None else format_seconds(session["seconds"]),
         f"{session['steps']:,}",
-        _cell(session["last_step"]),
-        _cell(session["open_step"]),
+        session["last_step"],
+        session["open_step"],
         *(format_seconds(times[name]) if times else "" for name in ("p50", "p99", "max")),
         format_seconds(session["data_wait"]) if session["data_wait"] else "",
         "" if session["collective_wait"] is None else format_seconds(session["collective_wait"]),
-        str(session["errors"] or ""),
-        str(session["stalls"] or ""),
+        session["errors"] or None,
+        session["stalls"] or None,
     )
 
 
@@ -228,14 +228,6 @@ def _completed_and_fast(session: Mapping[str, Any]) -> tuple[bool, float]:
 
 def _moment(ts: int) -> str:
     return datetime.fromtimestamp(ts / 1e9).strftime("%Y-%m-%d %H:%M:%S") if ts else "at an unknown time"
-
-
-def _cell(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _of(number: int, total: int | None) -> str:
-    return str(number) if total is None else f"{number} of {total}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from stepspan.cli.journals import require_sessions
+from stepspan.cli.options import require_sessions
 from stepspan.cli.terminal import print_line, print_table, short_id_length, stdout_console
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.reading.sessions import job_folder, state_path
@@ -18,14 +18,13 @@ from stepspan.values import format_seconds
 COUNTS = ("delivered", "filtered", "rejected", "pending", "damaged", "pruned", "dropped")
 
 
-def show_status(path: Path, *, as_json: bool, state_directory: Path | None) -> int:
-    """Print the ledgers of all sessions at or below `path`. The exit code. Raises `JournalError`."""
+def show_status(path: Path, *, as_json: bool, state_directory: Path | None) -> None:
+    """Print the ledgers of all sessions at or below `path`. Raises `JournalError`."""
     ledgers = [session_ledger(session, state_path(session, state_directory)) for session in require_sessions(path)]
     if as_json:
         print(json.dumps({"sessions": ledgers}, indent=2))
     else:
         print_ledgers(ledgers)
-    return 0
 
 
 def print_ledgers(ledgers: Sequence[dict[str, Any]], console: Console | None = None) -> None:
@@ -61,14 +60,14 @@ def _print_job(console: Console, ledgers: Sequence[dict[str, Any]]) -> None:
     states = [s for ledger in ledgers for signals in ledger["destinations"].values() for s in signals.values()]
     counts = [name for name in COUNTS if name == "delivered" or any(state[name] for state in states)]
     id_length = short_id_length(ledger["session"] for ledger in ledgers)
-    rows: list[list[str]] = []
+    rows: list[list[object]] = []
     for ledger in ledgers:
-        session = [str(ledger["rank"]), ledger["session"][:id_length], ledger["status"], str(ledger["journaled"])]
+        session = [ledger["rank"], ledger["session"][:id_length], ledger["status"], ledger["journaled"]]
         if not ledger["destinations"]:
             rows.append([*session, "", "", *[""] * len(counts), "", "not sent"])
         for destination, signals in ledger["destinations"].items():
             for signal, state in signals.items():
-                numbers = [str(state[name]) for name in counts]
+                numbers = [state[name] for name in counts]
                 lag = format_seconds(state["lag"]) if state["pending"] else ""
                 rows.append([*session, destination, signal, *numbers, lag, state["state"]])
                 session, destination = [""] * len(session), ""  # a cell that repeats the one above stays empty

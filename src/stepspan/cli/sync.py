@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.cli.delivering import deliver_until, delivery_failures
-from stepspan.cli.journals import require_directories, require_sessions
+from stepspan.cli.options import require_directories, require_sessions
 from stepspan.compat.stormlog.reader import Follower
 from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
@@ -31,6 +31,8 @@ from stepspan.values import format_seconds
 LOCK_TIMEOUT_S = SILENCE_LIMIT_S + 5.0
 """How long to wait for another deliverer, which gives up a silent receiver within this time."""
 IMPORT_INTERVAL_S = 1.0
+NOT_BEGUN = {"delivered": 0, "rejected": 0, "state": "", "message": ""}
+"""What the ledger says of a signal whose delivery has not begun."""
 
 
 class Sync:
@@ -147,10 +149,7 @@ class Sync:
             ledger = self._ledger(session)
             states = ledger["destinations"].get(self._exporter.destination, {})
             for signal in self._exporter.signals:
-                if signal not in states:  # its delivery has not begun
-                    totals["pending"] += ledger["journaled"]
-                    continue
-                state = states[signal]
+                state = states.get(signal, NOT_BEGUN | {"pending": ledger["journaled"]})
                 totals[f"{signal} delivered"] += state["delivered"]
                 totals["rejected"] += state["rejected"]
                 totals["pending"] += state["pending"]

@@ -171,8 +171,8 @@ def _written_at(session: SessionPath) -> float:
         return 0.0
 
 
-def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: Collection[str]) -> int:
-    """Print the newest lines, and with `follow` those that come. The exit code. Raises `ConfigError`."""
+def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: Collection[str]) -> None:
+    """Print the newest lines, and with `follow` those that come. Raises `ConfigError`; `JournalError` without any."""
     unknown = [tag for tag in tags if tag not in TAGS]
     if unknown:
         raise ConfigError("--tag", unknown[0], f"unknown; known are {', '.join(TAGS)}")
@@ -181,11 +181,10 @@ def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: C
     lines = sessions.newest(count)
     if not lines and not follow:
         of_rank = f" of rank {rank}" if rank is not None else ""
-        print(f"stepspan tail: no such line{of_rank} at or below {path}", file=sys.stderr)
-        return 2
+        raise JournalError(f"no such line{of_rank} at or below {path}")
     if sessions.skipped:
         print(f"stepspan tail: {sessions.skipped} sessions that were written earlier are left out", file=sys.stderr)
-    try:
+    with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         job = show(console, lines, several_jobs=sessions.several_jobs)
         scanned_at = time.monotonic()
         while follow:
@@ -193,9 +192,6 @@ def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: C
             rescan = time.monotonic() - scanned_at >= RESCAN_INTERVAL_S
             scanned_at = time.monotonic() if rescan else scanned_at
             job = show(console, sessions.read_on(rescan=rescan), several_jobs=sessions.several_jobs, job=job)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass
-    return 0
 
 
 def show(console: Console, lines: Sequence[Line], *, several_jobs: bool, job: str = "") -> str:

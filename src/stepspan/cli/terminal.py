@@ -33,18 +33,18 @@ def print_line(console: Console, text: str, style: str = "") -> None:
 
 
 def print_table(
-    console: Console, columns: Sequence[str], rows: Iterable[Sequence[str]], *, keys: Sequence[str]
+    console: Console, columns: Sequence[str], rows: Iterable[Sequence[object]], *, keys: Sequence[str]
 ) -> None:
     """Print a table; columns that do not fit beside the others follow below them, so that no cell is cut.
 
     Args:
         console: Where to, and how wide.
         columns: Their names; one that begins with `>` is flush right. A column without any value is left out.
-        rows: A cell for each column.
+        rows: A value for each column; None leaves the cell empty.
         keys: The columns that are repeated in each part.
 
     """
-    cells = [[printable(cell) for cell in row] for row in rows]
+    cells = [["" if cell is None else printable(str(cell)) for cell in row] for row in rows]
     names = [name.lstrip(">") for name in columns]
     kept = [n for n in range(len(names)) if any(row[n] for row in cells)]
     widths = {n: GAP_COLUMNS + max(cell_len(text) for text in (names[n], *(row[n] for row in cells))) for n in kept}

@@ -1,7 +1,6 @@
 """Reading journals: what `report`, `tail` and tests have of a run, from its files alone.
 
 sessions          one session: its header, its events batch by batch, how it ended
-metric_values     the last value and the extremes of each metric that was logged
 session_summary   all that one session says of its run
 runs              the sessions of each job as one run
 

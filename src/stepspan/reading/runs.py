@@ -14,8 +14,7 @@ from typing import Any
 
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.journal.layout import SessionPath
-from stepspan.reading.metric_values import MetricValues
-from stepspan.reading.session_summary import MAX_LISTED, SessionSummary
+from stepspan.reading.session_summary import MAX_LISTED, MetricValues, SessionSummary
 from stepspan.reading.sessions import state_path
 
 RECORD_COUNTS = ("delivered", "rejected", "filtered", "pending")

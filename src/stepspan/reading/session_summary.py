@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -17,11 +18,12 @@ from stepspan.events import Event
 from stepspan.journal.cursor import Ledger
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.dispatch import dispatch
+from stepspan.mapping.names import SPLITS
 from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.records import SECOND_NS
 from stepspan.mapping.steps import StepFold
-from stepspan.reading.metric_values import MetricValues, logged_values
 from stepspan.reading.sessions import SessionReader, job_folder
+from stepspan.values import to_float
 
 MAX_LISTED = 100
 """Errors and checkpoints of a session that are kept one by one; the first errors, the last checkpoints."""
@@ -30,6 +32,47 @@ REPORTED = ("rank", "role", "host", "attempt", "status", "started", "last_event"
 LINE_COUNTS = ("read", "damaged", "dropped", "pruned")
 """Counts of a session's ledger that are in its JSON."""
 QUANTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
+
+
+@dataclass(slots=True)
+class MetricValues:
+    """One metric of one rank, or of all ranks after `merge`."""
+
+    rank: int
+    """The rank that `last` is of."""
+    points: int = 0
+    nonfinite: int = 0
+    """Points that are NaN or infinite; they are in no extreme."""
+    min: float | None = None
+    max: float | None = None
+    last: float = math.nan
+    last_step: int | None = None
+    last_ts: int = 0
+    """Unix ns."""
+    min_step: int | None = None
+
+    def add(self, value: float, step: int | None, ts: int) -> None:
+        """Take in the next value of this rank, logged at `ts` (Unix ns)."""
+        self.points += 1
+        self.last, self.last_step, self.last_ts = value, step, ts
+        if not math.isfinite(value):
+            self.nonfinite += 1
+            return
+        if self.min is None or value < self.min:
+            self.min, self.min_step = value, step
+        if self.max is None or value > self.max:
+            self.max = value
+
+    def merge(self, other: MetricValues) -> None:
+        """Take in another session of the same rank, or another rank: its extremes, but not its last value."""
+        if other.rank == self.rank and other.last_ts > self.last_ts:
+            self.last, self.last_step, self.last_ts = other.last, other.last_step, other.last_ts
+        self.points += other.points
+        self.nonfinite += other.nonfinite
+        if other.min is not None and (self.min is None or other.min < self.min):
+            self.min, self.min_step = other.min, other.min_step
+        if other.max is not None and (self.max is None or other.max > self.max):
+            self.max = other.max
 
 
 class SessionSummary:
@@ -205,6 +248,21 @@ class SessionSummary:
     def _gap(self, event: Event) -> None:
         reason = str(event["why"])
         self.gaps[reason] = self.gaps.get(reason, 0) + int(event["dropped"])
+
+
+def logged_values(event: Event) -> Iterator[tuple[str, float]]:
+    """The name and value of each number in a `metrics` event.
+
+    A name carries its split, but for training: "loss", "val/loss". As in a receiver, a key that begins with the name of
+    a split says it itself. What a device still computes is left out: a later event has it.
+    """
+    split = event.get("split", "train")
+    for key, given in event["metrics"].items():
+        value = to_float(given)
+        if value is not None:
+            head, _, rest = key.partition("/")
+            name = key if rest and head in SPLITS else f"{split}/{key}"
+            yield name.removeprefix("train/"), value
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:

@@ -8,9 +8,9 @@ version of stepspan wrote, is refused with `JournalError`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from stepspan.events import Event
 from stepspan.journal.cursor import Position
@@ -19,9 +19,6 @@ from stepspan.journal.liveness import DEAD_AFTER_S, Closed, read_closed, writer_
 from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Record, Signal
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 READ_BYTES = 4 << 20
 """Journal bytes of a batch, about: what reading a session of any length keeps in memory."""
@@ -45,7 +42,7 @@ class Session:
         return [*fold.map(self.events), *(fold.finish(self.closed) if self.closed else ())]
 
 
-class SessionReader:
+class SessionReader(AbstractContextManager["SessionReader"]):
     """One session, open to be read from its beginning. A context manager; its files are open as long as its block.
 
     Args:
@@ -65,9 +62,6 @@ class SessionReader:
         self.header = self._reader.header
         self.closed = read_closed(path.path) or read_closed(state_path(path, state_directory))
         """The end of the session, if it is known."""
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._reader.close()
