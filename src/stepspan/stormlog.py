@@ -13,12 +13,6 @@ from stepspan.compat.stormlog.events import (
     TelemetryEventV4,
     telemetry_event_to_dict,
 )
-from stepspan.compat.stormlog.fields import (
-    SCHEMA_VERSION_LATEST,
-    SCHEMA_VERSION_V2,
-    SCHEMA_VERSION_V3,
-    SCHEMA_VERSION_V4,
-)
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
 from stepspan.compat.stormlog.load import load_telemetry_events, load_telemetry_sessions
 from stepspan.compat.stormlog.projection import (
@@ -26,8 +20,14 @@ from stepspan.compat.stormlog.projection import (
     project_telemetry_event,
     project_telemetry_events,
 )
+from stepspan.compat.stormlog.schema import (
+    SCHEMA_VERSION_LATEST,
+    SCHEMA_VERSION_V2,
+    SCHEMA_VERSION_V3,
+    SCHEMA_VERSION_V4,
+    validate_telemetry_record,
+)
 from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, SessionSummary
-from stepspan.compat.stormlog.validate import validate_telemetry_record
 from stepspan.errors import RecordError
 
 __all__ = [

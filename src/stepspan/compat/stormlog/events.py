@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from stepspan.compat.stormlog.fields import VERSIONS
-from stepspan.compat.stormlog.validate import LAYOUTS, Values, validate_telemetry_record
+from stepspan.compat.stormlog.schema import LAYOUTS, Values, validate_telemetry_record
 from stepspan.errors import RecordError, short_repr
 
 
@@ -107,7 +106,7 @@ TelemetryEventLike = TelemetryEventV3 | TelemetryEventV4
 """What records are converted to: V4 stays V4, because V3 has no room for its nulls; all else becomes V3."""
 
 _TYPES: dict[int, type[Any]] = {2: TelemetryEventV2, 3: TelemetryEventV3, 4: TelemetryEventV4}
-_LAYOUTS = {_TYPES[version]: LAYOUTS[version] for version in VERSIONS}
+_LAYOUTS = {kind: LAYOUTS[version] for version, kind in _TYPES.items()}
 
 
 def event_of(version: int, values: Values) -> TelemetryEventLike:

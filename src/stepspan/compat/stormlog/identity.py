@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stepspan.compat.stormlog.fields import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST
-from stepspan.compat.stormlog.validate import check_ranks
+from stepspan.compat.stormlog.schema import FIELDS, IDENTITY, SCHEMA_VERSION_LATEST, check_ranks
 from stepspan.errors import RecordError, short_repr
 
 LAUNCHERS = (

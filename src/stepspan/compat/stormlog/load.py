@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.compat.rows import parse_row
-from stepspan.compat.stormlog.convert import telemetry_event_from_record
+from stepspan.compat.stormlog.convert import legacy_session_id, telemetry_event_from_record
 from stepspan.compat.stormlog.events import TelemetryEventLike
-from stepspan.compat.stormlog.legacy import legacy_session_id
-from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, select_events, sort_sessions, summary_of
+from stepspan.compat.stormlog.schema import IDENTITY
+from stepspan.compat.stormlog.sessions import STATUSES, LoadedTelemetrySession, SessionSummary
 from stepspan.compat.stormlog.sink import MANIFEST, Manifest, read_manifest, segments_of
 from stepspan.errors import RecordError, short_repr
 
@@ -60,7 +60,7 @@ def load_telemetry_sessions(
     events: dict[str, list[Found]] = {session_id: [] for session_id in manifest.sessions}
     for event, source in found:
         events.setdefault(event.session_id, []).append((event, source))
-    return sort_sessions(_session(path, manifest, *each) for each in events.items())
+    return sorted((_session(path, manifest, *each) for each in events.items()), key=_preference)
 
 
 def load_telemetry_events(
@@ -86,7 +86,14 @@ def load_telemetry_events(
         OSError: As `load_telemetry_sessions`.
 
     """
-    return select_events(load_telemetry_sessions(path, permissive_legacy, events_key), session_id)
+    sessions = load_telemetry_sessions(path, permissive_legacy, events_key)
+    if session_id is None or not sessions:
+        return next((session.events for session in sessions if session.events), [])
+    for session in sessions:
+        if session.summary.session_id == session_id:
+            return session.events
+    known = ", ".join(session.summary.session_id for session in sessions)
+    raise RecordError(f"Requested session_id not found: {short_repr(session_id)} (there are: {known})", "session_id")
 
 
 def _sink(path: Path) -> tuple[Manifest, list[Path]]:
@@ -103,13 +110,35 @@ def _sink(path: Path) -> tuple[Manifest, list[Path]]:
 def _session(path: Path, manifest: Manifest, session_id: str, found: list[Found]) -> LoadedTelemetrySession:
     found = sorted(found, key=lambda each: each[0].timestamp_ns)
     events = [event for event, _ in found]
-    summary = manifest.sessions.get(session_id)
     return LoadedTelemetrySession(
-        summary=summary or summary_of(session_id, events, f"artifact:{path.name}"),
+        summary=manifest.sessions.get(session_id) or _summary(session_id, events, f"artifact:{path.name}"),
         events=events,
         sources_loaded=sorted({source for _, source in found}) or [str(path)],
         warnings=list(manifest.warnings),
     )
+
+
+def _summary(session_id: str, events: list[TelemetryEventLike], source: str) -> SessionSummary:
+    """The summary of a session that no manifest has: completed if its tracker logged `stop`, else incomplete."""
+    first = events[0]
+    stops = [event.timestamp_ns for event in events if event.event_type == "stop"]
+    return SessionSummary(
+        session_id=session_id,
+        status="completed" if stops else "incomplete",
+        started_at_ns=first.timestamp_ns,
+        ended_at_ns=max(stops, default=None),
+        host=first.host,
+        pid=first.pid,
+        source=source,
+        **{name: getattr(first, name) for name in IDENTITY},
+    )
+
+
+def _preference(session: LoadedTelemetrySession) -> tuple[int, int, int, str]:
+    """What sessions are sorted by: status, then the newest end, the newest start, and the id."""
+    summary = session.summary
+    end = summary.started_at_ns if summary.ended_at_ns is None else summary.ended_at_ns
+    return STATUSES.index(summary.status), -end, -summary.started_at_ns, summary.session_id
 
 
 def _events_of_segments(path: Path, segments: list[Path], manifest: Manifest, permissive: bool) -> Iterator[Found]:

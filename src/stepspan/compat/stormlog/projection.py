@@ -19,7 +19,7 @@ from stepspan.compat.stormlog.events import (
     TelemetryEventV4,
     telemetry_event_to_dict,
 )
-from stepspan.compat.stormlog.fields import IDENTITY, NAMES
+from stepspan.compat.stormlog.schema import IDENTITY, NAMES
 from stepspan.errors import RecordError
 
 SOURCE_KINDS = ("cuda", "rocm", "mps", "cpu", "tensorflow")
@@ -36,17 +36,8 @@ SEVERITIES = {
     "sample": "info",
 }
 """Event type -> severity, where metadata names none."""
-COUNTERS = {
-    "memory.allocator.allocated_bytes": "allocator_allocated_bytes",
-    "memory.allocator.reserved_bytes": "allocator_reserved_bytes",
-    "memory.allocator.active_bytes": "allocator_active_bytes",
-    "memory.allocator.inactive_bytes": "allocator_inactive_bytes",
-    "memory.allocator.change_bytes": "allocator_change_bytes",
-    "memory.device.used_bytes": "device_used_bytes",
-    "memory.device.free_bytes": "device_free_bytes",
-    "memory.device.total_bytes": "device_total_bytes",
-}
-"""Attribute -> the record's field, in bytes."""
+COUNTERS = {f"memory.{name.replace('_', '.', 1)}": name for name in NAMES if name.endswith("_bytes")}
+"""Attribute, such as `memory.allocator.allocated_bytes` -> the record's field, in bytes."""
 _COUNTER_VALUES = itemgetter(*COUNTERS.values())
 PHASE_IDS = ("scope_id", "parent_scope_id", "sequence")
 """Of metadata's `phase_scope`: they go into the correlation."""
@@ -103,7 +94,7 @@ def project_telemetry_event(
     record = vars(event)
     try:
         metadata: Mapping[str, Any] = _frozen(event.metadata)
-        record_id = _record_id({**record, "metadata": metadata})
+        digest = hashlib.sha256(_json({**record, "metadata": metadata}).encode()).hexdigest()
     except RecursionError:
         raise RecordError("metadata nests too deeply, or contains itself", "metadata") from None
     severity_text = metadata.get("severity_text")
@@ -126,7 +117,7 @@ def project_telemetry_event(
     projected = object.__new__(ProjectedTelemetryRecord)
     projected.__dict__.update(  # its __init__, being frozen, takes three times as long
         schema_version=1,
-        record_id=record_id,
+        record_id=f"telemetry-{digest[:32]}",
         timestamp_ns=event.timestamp_ns,
         observed_timestamp_ns=event.timestamp_ns,
         session_id=event.session_id,
@@ -166,10 +157,6 @@ def _frozen(value: Any) -> Any:
     return value
 
 
-def _record_id(record: Mapping[str, Any]) -> str:
-    return f"telemetry-{hashlib.sha256(_json(record).encode()).hexdigest()[:32]}"
-
-
 def _json(record: Mapping[str, Any]) -> str:
     """What `json.dumps(record, sort_keys=True)` writes. The record's own keys are sorted once for all."""
     return _TEMPLATE % tuple(map(_json_value, _SORTED(record)))
@@ -200,10 +187,8 @@ def _source_kind(event: TelemetryEventLike, metadata: Mapping[str, Any]) -> str:
     if isinstance(backend, str) and backend.strip().lower() in SOURCE_KINDS:
         return backend.strip().lower()
     collector = event.collector.lower()
-    for kind in SOURCE_KINDS:
-        if kind in collector:
-            return kind
-    return "gpu" if event.device_id >= 0 else "other"
+    fallback = "gpu" if event.device_id >= 0 else "other"
+    return next((kind for kind in SOURCE_KINDS if kind in collector), fallback)
 
 
 def phase_name(scope: Any) -> str | None:

@@ -1,15 +1,13 @@
-"""Sessions: the events of one tracker from start to stop, and which of several is meant."""
+"""Sessions: the events of one tracker from start to stop, and what is known of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from stepspan.compat.stormlog.events import TelemetryEventLike
-from stepspan.compat.stormlog.fields import IDENTITY
 from stepspan.compat.stormlog.projection import ProjectedTelemetryRecord, project_telemetry_events
-from stepspan.errors import RecordError, short_repr
 
 STATUSES = ("completed", "interrupted", "incomplete", "running")
 """In the order in which sessions are preferred."""
@@ -60,41 +58,3 @@ class LoadedTelemetrySession:
 
 def _distinct(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({repr(sorted(each.items())): each for each in found}.values())
-
-
-def summary_of(session_id: str, events: Sequence[TelemetryEventLike], source: str) -> SessionSummary:
-    """The summary of a session that no manifest has: completed if its tracker logged `stop`, else incomplete."""
-    first = events[0]
-    stops = [event.timestamp_ns for event in events if event.event_type == "stop"]
-    return SessionSummary(
-        session_id=session_id,
-        status="completed" if stops else "incomplete",
-        started_at_ns=first.timestamp_ns,
-        ended_at_ns=max(stops, default=None),
-        host=first.host,
-        pid=first.pid,
-        source=source,
-        **{name: getattr(first, name) for name in IDENTITY},
-    )
-
-
-def sort_sessions(sessions: Iterable[LoadedTelemetrySession]) -> list[LoadedTelemetrySession]:
-    """By status, then the newest end, the newest start, and the id."""
-
-    def key(session: LoadedTelemetrySession) -> tuple[int, int, int, str]:
-        summary = session.summary
-        end = summary.started_at_ns if summary.ended_at_ns is None else summary.ended_at_ns
-        return STATUSES.index(summary.status), -end, -summary.started_at_ns, summary.session_id
-
-    return sorted(sessions, key=key)
-
-
-def select_events(sessions: Sequence[LoadedTelemetrySession], session_id: str | None) -> list[TelemetryEventLike]:
-    """The events of the session that is asked for, else of the first that has any."""
-    if session_id is None or not sessions:
-        return next((session.events for session in sessions if session.events), [])
-    for session in sessions:
-        if session.summary.session_id == session_id:
-            return session.events
-    known = ", ".join(session.summary.session_id for session in sessions)
-    raise RecordError(f"Requested session_id not found: {short_repr(session_id)} (there are: {known})", "session_id")

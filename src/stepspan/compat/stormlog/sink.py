@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stepspan.compat.stormlog.fields import require_int, require_text
+from stepspan.compat.stormlog.schema import require_int, require_text
 from stepspan.compat.stormlog.sessions import STATUSES, SessionSummary
 from stepspan.errors import RecordError, short_repr
 

@@ -1,4 +1,7 @@
-"""Whether a record is as the schema says.
+"""The schema of a stormlog record, all versions in one table, and whether a record is as it says.
+
+The order of the table is part of the schema: fields are checked in it, and `telemetry_event_to_dict` writes in it.
+Within a group all types are checked before all ranges.
 
 Two ways to the same answer. `accepted` is quick: a record with exactly the fields of its version, whose types are ones
 that have been found right before, needs a handful of comparisons. What it cannot vouch for goes to `check`, which walks
@@ -9,20 +12,122 @@ identity, device_id, allocator, device, context, metadata, ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from operator import itemgetter
-from typing import Any
+from typing import Any, Final
 
-from stepspan.compat.stormlog.fields import (
-    CAPABILITIES,
-    CAPABILITY_TEXTS,
-    GROUPS,
-    IDENTITY,
-    SCHEMA_VERSION_V4,
-    VERSIONS,
-    require_int,
-    require_text,
-)
 from stepspan.errors import RecordError, short_repr
+
+SCHEMA_VERSION_V2: Final = 2
+SCHEMA_VERSION_V3: Final = 3
+SCHEMA_VERSION_V4: Final = 4
+SCHEMA_VERSION_LATEST: Final = 3
+"""The version that is written; V4 is only read."""
+VERSIONS = (SCHEMA_VERSION_V2, SCHEMA_VERSION_V3, SCHEMA_VERSION_V4)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A row of the table.
+
+    Args:
+        name: The field's name.
+        kind: int, str or dict.
+        minimum: The least value of an integer; None: any.
+        null: The first version of the schema in which the field may be null; None: never.
+        since: The first version of the schema that has the field.
+        blank: Whether a text may be empty or all spaces.
+
+    """
+
+    name: str
+    kind: type
+    minimum: int | None = None
+    null: int | None = None
+    since: int = SCHEMA_VERSION_V2
+    blank: bool = False
+
+    def check_type(self, value: object, version: int) -> None:
+        """Raise `RecordError` for a value of the wrong type, or a text that is blank and may not be."""
+        if value is None and self.null is not None and self.null <= version:
+            return
+        if self.kind is int:
+            require_int(self.name, value)
+        elif self.kind is str:
+            require_text(self.name, value, blank=self.blank)
+        elif not isinstance(value, dict):
+            raise RecordError(f"{self.name} must be an object, not {short_repr(value)}", self.name)
+
+    def check_range(self, value: object, version: int) -> None:
+        """Raise `RecordError` for an integer that is too small."""
+        if isinstance(value, int) and self.minimum is not None and value < self.minimum:
+            provided = " when provided" if self.null is not None and self.null <= version else ""
+            raise RecordError(f"{self.name} must be >= {self.minimum}{provided}, not {short_repr(value)}", self.name)
+
+
+def require_int(name: str, value: object) -> int:
+    """The value, if it is an integer: neither a bool nor 1.0 is one. Raises `RecordError` that names the field."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise RecordError(f"{name} must be an integer, not {short_repr(value)}", name)
+
+
+def require_text(name: str, value: object, *, blank: bool = False) -> str:
+    """The value, if it is a string, and not blank unless it may be. Raises `RecordError` that names the field."""
+    if isinstance(value, str) and (blank or value.strip()):
+        return value
+    must = "a string" if blank or not (value is None or isinstance(value, str)) else "a non-empty string"
+    raise RecordError(f"{name} must be {must}, not {short_repr(value)}", name)
+
+
+# fmt: off
+GROUPS: tuple[tuple[Field, ...], ...] = (
+    (Field("schema_version", int),),
+    (Field("session_id", str, since=3),),
+    (Field("timestamp_ns", int, 0),),  # Unix time
+    (Field("event_type", str),),
+    (Field("collector", str),),
+    (Field("sampling_interval_ms", int, 0),),
+    (Field("pid", int, -1),),  # -1: unknown
+    (Field("host", str),),
+    (Field("job_id", str, null=2),),
+    (Field("rank", int, 0),),
+    (Field("local_rank", int, 0),),
+    (Field("world_size", int, 1),),
+    (Field("device_id", int),),  # -1: none
+    (Field("allocator_allocated_bytes", int, 0, null=4),
+     Field("allocator_reserved_bytes", int, 0, null=4),
+     Field("allocator_active_bytes", int, 0, null=2),
+     Field("allocator_inactive_bytes", int, 0, null=2),
+     Field("allocator_change_bytes", int, null=4)),
+    (Field("device_used_bytes", int, 0, null=4),
+     Field("device_free_bytes", int, 0, null=2),
+     Field("device_total_bytes", int, 0, null=2)),
+    (Field("context", str, null=2, blank=True),),
+    (Field("metadata", dict),),
+)
+# fmt: on
+FIELDS = tuple(field for group in GROUPS for field in group)
+NAMES = tuple(field.name for field in FIELDS)
+IDENTITY: dict[str, str | int | None] = {"job_id": None, "rank": 0, "local_rank": 0, "world_size": 1}
+"""The optional fields, and what they are where a record lacks them."""
+
+CAPABILITY_TEXTS = ("backend", "telemetry_collector", "sampling_source")
+CAPABILITY_FLAGS = (
+    "supports_allocator_allocated",
+    "supports_allocator_reserved",
+    "supports_allocator_active",
+    "supports_allocator_inactive",
+    "supports_device_used",
+    "supports_device_free",
+    "supports_device_total",
+    "supports_native_allocator_history",
+    "supports_fragmentation_analysis",
+    "supports_allocator_attribution",
+    "supports_bounded_profiling",
+)
+CAPABILITIES = CAPABILITY_TEXTS + CAPABILITY_FLAGS
+"""What `metadata.memory_capabilities` of a V4 record holds: exactly these, three texts and eleven booleans."""
 
 Values = tuple[Any, ...]
 """Of a record, in the order of its layout's names."""
@@ -43,8 +148,6 @@ class Layout:
         self.groups = tuple(filter(None, groups))
         self.fields = tuple(field for group in self.groups for field in group)
         self.names = tuple(field.name for field in self.fields)
-        self.known = frozenset(self.names)
-        self.required = tuple(field.name for field in self.fields if not field.optional)
         self.pick: Callable[[Mapping[str, Any]], Values] = itemgetter(*self.names)
         self._limits = itemgetter(*map(self.names.index, _LIMITS))
         self._shapes: dict[tuple[type, ...], tuple[Picker, Picker]] = {}
@@ -79,10 +182,10 @@ class Layout:
 
     def check(self, record: Mapping[str, Any]) -> Values:
         """The record's values. Raises `RecordError` with the first thing that is wrong."""
-        missing = [name for name in self.required if name not in record]
+        missing = [name for name in self.names if name not in IDENTITY and name not in record]
         if missing:
             raise RecordError(f"Missing required telemetry fields: {', '.join(missing)}", *missing)
-        unknown = sorted(str(name) for name in record if name not in self.known)
+        unknown = sorted(str(name) for name in record if name not in self.names)
         if unknown:
             raise RecordError(
                 f"Unknown telemetry fields: {', '.join(unknown)} (your own fields belong in `metadata`)", *unknown
