@@ -75,16 +75,14 @@ def gpu_models() -> list[str]:
         import pynvml
 
         pynvml.nvmlInit()
+        try:
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+            names = [pynvml.nvmlDeviceGetName(handle) for handle in handles]
+        finally:
+            pynvml.nvmlShutdown()
     except Exception:  # ImportError, or NVMLError in one of its dozens of kinds
         return []
-    try:
-        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-        names = [pynvml.nvmlDeviceGetName(handle) for handle in handles]
-        return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
-    except Exception:
-        return []
-    finally:
-        pynvml.nvmlShutdown()
+    return [name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name) for name in names]
 
 
 RESOURCE: Mapping[str, tuple[str, str]] = {
@@ -101,9 +99,5 @@ RESOURCE: Mapping[str, tuple[str, str]] = {
 
 def resource(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record's system and user as attributes of a Resource."""
-    found = {}
-    for attribute, (part, key) in RESOURCE.items():
-        value = (record.get(part) or {}).get(key)
-        if isinstance(value, (str, bool, int, float)):
-            found[attribute] = value
-    return found
+    found = {attribute: (record.get(part) or {}).get(key) for attribute, (part, key) in RESOURCE.items()}
+    return {attribute: value for attribute, value in found.items() if isinstance(value, (str, bool, int, float))}

@@ -10,16 +10,14 @@ from __future__ import annotations
 import contextvars
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
 from stepspan.errors import ConfigError
+from stepspan.recording.scopes import Scope
+from stepspan.run import Run
 from stepspan.start import current_run, start_run
-
-if TYPE_CHECKING:
-    from stepspan.recording.scopes import Scope
-    from stepspan.run import Run
 
 PARAMETERS = frozenset({"self", "name", "status", "collective"})
 """Names of arguments of a run's methods: as attributes they become `telemetry.<name>`."""

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import orjson
@@ -81,35 +80,33 @@ def read_sessions(path: Path, *, job_id: str | None = None) -> Iterator[Imported
     for session in sessions.values():
         session.records.sort(key=lambda entry: entry[0])
     for session in sorted(sessions.values(), key=lambda each: each.records[0][0]):
+        first = session.first
+        host = (first.get("system") or {}).get("host")
         yield ImportedSession(
             "cloudmesh",
             path,
             job_id=job_id or session.job or default_job_id(path, path.stem),
-            name=session.name,
+            name=str(first.get("command") or "telemetry"),
             started=session.records[0][0] - NS_PER_US,
             ended=session.records[-1][0],
             lines=session.lines,
             key=session.job,
             rank=session.rank,
-            local_rank=session.local_rank,
-            world_size=max(session.world_size, session.rank + 1),
-            host=session.host or "imported",
+            local_rank=row_index(first.get("local_rank")) or 0,
+            world_size=max(row_index(first.get("world_size")) or 1, session.rank + 1),
+            host=host if isinstance(host, str) and host else "imported",
             status=session.status,
-            resource=session.resource,
+            resource=resource(first),
         )
 
 
 @dataclass(slots=True)
 class _Session:
-    """One session's records in the order of their times; all else is from the first record."""
+    """One session's records in the order of their times, and the first of them with the machine and the user."""
 
     job: str
     rank: int
-    name: str
-    resource: dict[str, Any]
-    host: str
-    local_rank: int
-    world_size: int
+    first: Record
     records: list[tuple[int, Record]] = field(default_factory=list)
 
     def lines(self, run: BeginLine) -> Iterator[Line]:
@@ -165,15 +162,7 @@ def _session_of(record: Record, sessions: dict[tuple[str, int], _Session]) -> _S
         raise RecordError(f"job_id={short_repr(job)} is not a text", "job_id")
     key = job or "", row_index(rank) or 0
     if key not in sessions:
-        host = (record.get("system") or {}).get("host")
-        sessions[key] = _Session(
-            *key,
-            name=str(record.get("command") or "telemetry"),
-            resource=resource(record),
-            host=host if isinstance(host, str) else "",
-            local_rank=row_index(record.get("local_rank")) or 0,
-            world_size=row_index(record.get("world_size")) or 1,
-        )
+        sessions[key] = _Session(*key, first=record.copy())
     record.pop("system", None)
     record.pop("user", None)
     return sessions[key]
@@ -194,19 +183,14 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
             for number, *values in database.execute(f"SELECT id, {', '.join(known)} FROM telemetry ORDER BY id"):
                 where = f"row {number}"
                 record = {name: value for name, value in zip(known, values, strict=True) if value is not None}
-                for name in JSON_COLUMNS:
-                    if name in record:
-                        record[name] = _parse(record[name], name, f"{path}, {where}")
+                for name in [name for name in JSON_COLUMNS if name in record]:
+                    try:
+                        record[name] = orjson.loads(record[name])
+                    except ValueError as error:
+                        raise RecordError(f"{name} is not JSON: {error}", name, where=f"{path}, {where}") from None
                 yield where, record
     except sqlite3.Error as error:
         raise RecordError(str(error), where=str(path)) from None
-
-
-def _parse(text: Any, name: str, where: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except ValueError as error:
-        raise RecordError(f"{name} is not JSON: {error}", name, where=where) from None
 
 
 def _connect(path: Path) -> sqlite3.Connection:

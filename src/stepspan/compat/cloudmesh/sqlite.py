@@ -28,8 +28,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -116,7 +115,8 @@ class SqliteBackend:
 
     def _insert(self, row: list[Any], values: list[tuple[Any, ...]]) -> None:
         connection = self._open()
-        with _transaction(connection):
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
             number = connection.execute(INSERT, row).lastrowid
             connection.executemany("INSERT INTO points VALUES (?, ?, ?, ?, ?, ?)", [(*v, number) for v in values])
 
@@ -148,7 +148,8 @@ def _prepare(connection: sqlite3.Connection) -> None:
                 raise
             time.sleep(0.01)
     connection.execute("PRAGMA synchronous = NORMAL")
-    with _transaction(connection):
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
         for statement in SCHEMA:
             connection.execute(statement)
         known = column_names(connection)
@@ -162,16 +163,3 @@ def _prepare(connection: sqlite3.Connection) -> None:
 def column_names(connection: sqlite3.Connection) -> set[str]:
     """The columns of the table `telemetry`; none where there is no such table."""
     return {row[1] for row in connection.execute("PRAGMA table_info(telemetry)")}
-
-
-@contextmanager
-def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """One transaction, which waits for other writers; an exception undoes all of it."""
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        with suppress(sqlite3.Error):
-            connection.rollback()
-        raise

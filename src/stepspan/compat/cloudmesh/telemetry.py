@@ -31,7 +31,7 @@ from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
 from stepspan.environment import switched_off
 from stepspan.errors import ConfigError, short_repr
-from stepspan.identity import HostFacts, Identity, host_facts, resolve
+from stepspan.identity import Identity, host_facts, resolve
 from stepspan.processors.redact import Redact
 from stepspan.recording.warnings import WarningSink
 from stepspan.values import json_value, to_text
@@ -131,8 +131,8 @@ class Telemetry:
         self._clock = clock
         self._redact = Redact()
         self._pid, self._lock, self._writing = os.getpid(), threading.RLock(), Writing()
-        self._open: dict[str, list[str]] = {}
-        """What has started -> the spans of that name that have not ended."""
+        self._open: dict[str, str] = {}
+        """Each span that has started and not ended -> its name; the last that started is the last."""
         self._count = 0
         self._warnings = WarningSink(audible=self._identity.local_rank == 0, counted_in="stats()")
 
@@ -391,16 +391,14 @@ class Telemetry:
         """The field `span` of a record that begins or ends one, if it does."""
         end, name = edge(record), span_name(record)
         with self._lock:
-            if end == "begin" and sum(map(len, self._open.values())) < MAX_OPEN_SPANS:
+            if end == "begin" and len(self._open) < MAX_OPEN_SPANS:
                 span = os.urandom(8).hex()
-                self._open.setdefault(name, []).append(span)
+                self._open[span] = name
                 return {"span": span}
-            if end == "end" and name in self._open:
-                spans = self._open[name]
-                span = spans.pop()
-                if not spans:
-                    del self._open[name]
-                return {"span": span}
+            for span in reversed(self._open) if end == "end" else ():
+                if self._open[span] == name:
+                    del self._open[span]
+                    return {"span": span}
         return {}
 
     def _who(self) -> Identity:
@@ -459,7 +457,5 @@ def _print(record: Record) -> None:
     sys.stdout.write(orjson.dumps(json_value(record)).decode() + "\n")
 
 
-@lru_cache(maxsize=1)
-def _facts() -> HostFacts:
-    """Of this process, read once: where no launcher names the job, all its Telemetries share one generated id."""
-    return host_facts()
+_facts = lru_cache(maxsize=1)(host_facts)
+"""Of this process, read once: where no launcher names the job, all its Telemetries share one generated id."""

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from functools import wraps
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from stepspan.compat.cloudmesh.writing import Emitted
@@ -40,37 +39,28 @@ class Tracked:
         self._begin()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._end(error)
 
     async def __aenter__(self) -> Self:
         await self._begin()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self._end(error)
 
     def __call__(self, function: F) -> F:
         """Track each call of a function or coroutine function."""
-        if inspect.iscoroutinefunction(function):
 
-            @wraps(function)
-            async def awaiting(*args: Any, **kwargs: Any) -> Any:
-                async with Tracked(self._emit, self._message):
-                    return await function(*args, **kwargs)
+        async def awaiting(*args: Any, **kwargs: Any) -> Any:
+            async with Tracked(self._emit, self._message):
+                return await function(*args, **kwargs)
 
-            return cast("F", awaiting)
-
-        @wraps(function)
         def calling(*args: Any, **kwargs: Any) -> Any:
             with Tracked(self._emit, self._message):
                 return function(*args, **kwargs)
 
-        return cast("F", calling)
+        return cast("F", wraps(function)(awaiting if inspect.iscoroutinefunction(function) else calling))
 
     def _begin(self) -> Emitted:
         self._span, self._began_s = os.urandom(8).hex(), time.perf_counter()

@@ -50,11 +50,10 @@ class Writing:
             return None
         with self._lock:
             self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="stepspan-telemetry")
-            self._waiting += 1
             try:
                 future = self._executor.submit(self._do, job)
+                self._waiting += 1  # the thread counts down under the same lock
             except RuntimeError:  # the interpreter is ending, and takes no more work
-                self._waiting -= 1
                 future = None
         if future is None:
             job()
