@@ -18,8 +18,7 @@ from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
 from stepspan.journal.writer import Begun
-from stepspan.processors import Processor
-from stepspan.values import error_text
+from stepspan.processors import Processor, apply
 
 FOLLOWER_ATTRIBUTES = ("destination", "signals", "processors", "export", "close")
 
@@ -88,17 +87,10 @@ class Pipeline:
             What they made of it; None where one dropped it.
 
         """
-        for stage in self._stages[event["tag"]]:
-            try:
-                processed = stage(event)
-            except Exception as error:  # a user's processor may raise anything; the event matters more
-                self._warn("processor", f"{type(stage).__name__} failed on a {event['tag']} event: {error_text(error)}")
-                continue
+        for processor in self._stages[event["tag"]]:
+            processed = apply(processor, event, self._warn_of_processor)
             if processed is None:
                 return None
-            if not isinstance(processed, dict) or "tag" not in processed:
-                self._warn("processor", f"{type(stage).__name__} made no event of a {event['tag']} event: ignored")
-                continue
             event = processed
         return event
 
@@ -106,6 +98,9 @@ class Pipeline:
         """End the journal. Events that come later are lost, with a warning."""
         self._append = self._refuse
         self.journal.close(status)
+
+    def _warn_of_processor(self, name: str, message: str) -> None:
+        self._warn("processor", message)
 
     def _refuse(self, event: Event, begun: Begun | None = None) -> None:
         self._warn("closed", f"the run is closed: {event['tag']} was lost, as is every later event")

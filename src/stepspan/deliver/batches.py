@@ -26,7 +26,7 @@ from stepspan.journal.liveness import Closed
 from stepspan.journal.reader import JournalReader
 from stepspan.mapping.mapper import VERSION, Mapper, mapper
 from stepspan.mapping.records import Record, Signal
-from stepspan.processors import specs
+from stepspan.processors import apply, specs
 
 log = logging.getLogger("stepspan.deliver")
 
@@ -147,22 +147,13 @@ class BatchReader:
         for processor in self._processors:
             kept: list[Event] = []
             for event in events:
-                processed: Event | None = event
-                if event["tag"] in processor.tags:
-                    try:
-                        made: Any = processor(event)
-                        if made is not None and not (isinstance(made, dict) and "tag" in made):
-                            raise TypeError(f"{made!r:.100} is no event")
-                        processed = made
-                    except Exception as error:  # a user's processor: the event goes on without it
-                        self._log_once(processor, error)
+                processed = apply(processor, event, self._log_once) if event["tag"] in processor.tags else event
                 if processed is not None:
                     kept.append(processed)
             events = kept
         return events
 
-    def _log_once(self, processor: object, error: Exception) -> None:
-        name = type(processor).__name__
+    def _log_once(self, name: str, message: str) -> None:
         if name not in self._failed_processors:
             self._failed_processors.add(name)
-            log.warning("%s %s: processor %s failed: %r", self._reader.session.path, self._signal, name, error)
+            log.warning("%s %s: processor %s", self._reader.session.path, self._signal, message)

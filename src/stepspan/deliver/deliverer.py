@@ -51,23 +51,15 @@ class Deliverer:
     ) -> None:
         self.schedulers = [Scheduler(signal, e, find, options) for e in exporters for signal in e.signals]
         self._exporters = exporters
-        self._health = [
+        reports = [
             Health(e, [s for s in self.schedulers if s.exporter is e], health, options)
             for e in exporters
             if health is not None and isinstance(e, OtlpExporter) and "metrics" in e.signals
         ]
         self._pace = pace
         self._stop, self._stop_health = threading.Event(), threading.Event()
-        self._threads = [
-            threading.Thread(
-                target=self._run, args=(s,), name=f"stepspan-{s.exporter.destination}-{s.signal}", daemon=True
-            )
-            for s in self.schedulers
-        ]
-        self._health_threads = [
-            threading.Thread(target=h.run, args=(self._stop_health,), name="stepspan-health", daemon=True)
-            for h in self._health
-        ]
+        self._threads = [_thread(f"{s.exporter.destination}-{s.signal}", self._run, s) for s in self.schedulers]
+        self._health_threads = [_thread("health", report.run, self._stop_health) for report in reports]
 
     def start(self) -> None:
         """Begin delivering, on threads."""
@@ -123,6 +115,10 @@ class Deliverer:
             scheduler.broken = True
         finally:
             scheduler.close()
+
+
+def _thread(name: str, work: Callable[..., None], argument: object) -> threading.Thread:
+    return threading.Thread(target=work, args=(argument,), name=f"stepspan-{name}", daemon=True)
 
 
 def _join(threads: Iterable[threading.Thread], timeout: float) -> None:

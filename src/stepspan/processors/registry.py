@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from stepspan.errors import ConfigError
@@ -12,6 +12,7 @@ from stepspan.processors.drop import Drop
 from stepspan.processors.redact import Redact
 from stepspan.processors.rename import Rename
 from stepspan.processors.sample_steps import SampleSteps
+from stepspan.values import error_text
 
 
 class Processor(Protocol):
@@ -72,6 +73,29 @@ def build(entries: Sequence[Mapping[str, Any]]) -> list[Processor]:
         except TypeError as error:
             raise ConfigError(f"processors.{name}", arguments, str(error)) from None
     return processors
+
+
+def apply(processor: Processor, event: Event, warn: Callable[[str, str], None]) -> Event | None:
+    """Call one processor with an event.
+
+    Args:
+        processor: One that names the event's tag.
+        event: What it is called with.
+        warn: Called with the processor's class and a message where it fails.
+
+    Returns:
+        What it made of the event; None where it dropped it; the event itself where it failed.
+
+    """
+    try:
+        processed: Any = processor(event)
+        if processed is not None and not (isinstance(processed, dict) and "tag" in processed):
+            raise TypeError("what it returned is no event")
+    except Exception as error:  # a user's processor may raise anything; the event matters more
+        name = type(processor).__name__
+        warn(name, f"{name} failed on a {event['tag']} event: {error_text(error)}")
+        return event
+    return processed
 
 
 def specs(processors: Sequence[Processor]) -> list[dict[str, Any]]:
