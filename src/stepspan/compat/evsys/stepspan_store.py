@@ -5,14 +5,19 @@ log_store: {kind: stepspan, params: {endpoint: "http://localhost:4318"}}
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict, create_model
 
-from stepspan.compat.evsys.registry import StoreConfig, register_log_store
+from stepspan.compat.evsys.registry import register_log_store
 from stepspan.recording.log_store import RunLogStore
 from stepspan.start import start_run
+
+_ARGUMENTS: dict[str, Any] = {
+    name: (list[Any] | None if name == "processors" else kind, None)  # a Protocol is no type that pydantic can check
+    for name, kind in get_type_hints(start_run).items()
+    if name != "return"
+}
 
 
 @register_log_store("stepspan")
@@ -27,27 +32,12 @@ class StepspanLogStore(RunLogStore):
 
     """
 
-    class Config(StoreConfig):
-        """The parameters of the `stepspan` store in YAML: the arguments of `stepspan.start_run`."""
-
-        model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)  # `job_id: 4711` is an int in YAML
-
-        job_id: str | None = None
-        name: str | None = None
-        group: str | None = None
-        tags: list[str] | None = None
-        rank: int | None = None
-        local_rank: int | None = None
-        world_size: int | None = None
-        attempt: int | None = None
-        service_name: str | None = None
-        directory: Path | None = None
-        endpoint: str | None = None
-        resource: dict[str, Any] | None = None
-        processors: list[Any] | None = None
-        exporters: list[Any] | None = None
-        config: Path | None = None
-        enabled: bool | None = None
+    Config: type[BaseModel] = create_model(
+        "Config",
+        __config__=ConfigDict(extra="forbid", coerce_numbers_to_str=True),  # `job_id: 4711` is an int in YAML
+        **_ARGUMENTS,
+    )
+    """The parameters of the `stepspan` store in YAML: the arguments of `stepspan.start_run`."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(start_run(**arguments))

@@ -226,31 +226,29 @@ class RunCallback(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
-        self._epoch: Scope | None = None
-        self._step: Scope | None = None
+        self._open: dict[str, Scope] = {}
+        """What is open: "step", "epoch", both or neither."""
 
     def on_step_begin(self, step: int, context: Mapping[str, Any]) -> None:
         """Begin a step's span, in the open epoch if there is one; a step that was never ended ends here."""
-        self._end_step()
-        self._step = self.run.step(step)
-        self._step.__enter__()
+        self._end("step")
+        self._open["step"] = self.run.step(step).__enter__()
 
     def on_step_end(self, step: int, context: Mapping[str, Any]) -> None:
         """Log the numbers in `context` at `step`, and end the step's span."""
         self.run.log_metrics(_numbers(context), step)
-        self._end_step()
+        self._end("step")
 
     def on_epoch_begin(self, epoch: int, context: Mapping[str, Any]) -> None:
         """Begin an epoch's span; an epoch or step that was never ended ends here."""
-        self._end_epoch()
-        self._epoch = self.run.epoch(epoch)
-        self._epoch.__enter__()
+        self._end("step", "epoch")
+        self._open["epoch"] = self.run.epoch(epoch).__enter__()
 
     def on_epoch_end(self, epoch: int, context: Mapping[str, Any]) -> None:
         """Log the numbers in `context`, and end the epoch's span."""
-        self._end_step()
+        self._end("step")
         self.run.log_metrics(_numbers(context))
-        self._end_epoch()
+        self._end("epoch")
 
     def on_error(self, error: Exception, context: Mapping[str, Any]) -> None:
         """Record the exception on the innermost open span, with the texts and numbers in `context` as attributes."""
@@ -261,16 +259,10 @@ class RunCallback(Callback):
         }
         self.run.log_error(error, **attributes)
 
-    def _end_step(self) -> None:
-        scope, self._step = self._step, None
-        if scope is not None:
-            scope.__exit__(None, None, None)
-
-    def _end_epoch(self) -> None:
-        self._end_step()
-        scope, self._epoch = self._epoch, None
-        if scope is not None:
-            scope.__exit__(None, None, None)
+    def _end(self, *kinds: str) -> None:
+        for kind in kinds:
+            if kind in self._open:
+                self._open.pop(kind).__exit__(None, None, None)
 
 
 def _to_int(value: Any) -> Any:
