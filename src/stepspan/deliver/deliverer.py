@@ -51,7 +51,7 @@ class Deliverer:
     ) -> None:
         self.schedulers = [Scheduler(signal, e, find, options) for e in exporters for signal in e.signals]
         self._exporters = exporters
-        reports = [
+        self._health = [
             Health(e, [s for s in self.schedulers if s.exporter is e], health, options)
             for e in exporters
             if health is not None and isinstance(e, OtlpExporter) and "metrics" in e.signals
@@ -59,7 +59,7 @@ class Deliverer:
         self._pace = pace
         self._stop, self._stop_health = threading.Event(), threading.Event()
         self._threads = [_thread(f"{s.exporter.destination}-{s.signal}", self._run, s) for s in self.schedulers]
-        self._health_threads = [_thread("health", report.run, self._stop_health) for report in reports]
+        self._health_threads = [_thread("health", report.run, self._stop_health) for report in self._health]
 
     def start(self) -> None:
         """Begin delivering, on threads."""
