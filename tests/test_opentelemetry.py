@@ -46,7 +46,7 @@ from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import SdkRecord, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.otlp.protobuf import encode
-from stepspan.otlp.sdk_records import SHAPES, to_wire
+from stepspan.otlp.sdk_records import REQUESTS, to_wire
 from stepspan.run import Run
 
 start = runs.start
@@ -132,7 +132,7 @@ def same(signal: str, ours: bytes, official: Any) -> None:
     """As messages, except that the official encoder writes an empty status, and no trace state of a link."""
     parsed = type(official).FromString(ours)
     for request in (parsed, official):
-        for resource in getattr(request, SHAPES[signal].request.fields[0].name):  # type: ignore[index]
+        for resource in getattr(request, REQUESTS[signal].fields[0].name):
             for scope in getattr(resource, resource.DESCRIPTOR.fields[1].name):
                 for span in getattr(scope, "spans", ()):
                     if not span.status.ByteSize():
@@ -172,7 +172,7 @@ def test_the_wire_of_metrics_is_what_the_official_encoder_writes(collected: Coll
 
 def test_points_of_one_metric_from_several_collections_are_one_metric_in_time_order(collected: Collected) -> None:
     fields = [one for _ in range(3) for one in encoding.metrics(collected.metrics)]
-    request = SHAPES["metrics"].request._concrete_class.FromString(  # type: ignore[attr-defined]
+    request = REQUESTS["metrics"]._concrete_class.FromString(
         encode("metrics", {}, [*foreign("metrics", fields), *mapped_ours()])
     )
     ours, theirs = request.resource_metrics[0].scope_metrics
@@ -203,7 +203,7 @@ def mapped_ours() -> list[Any]:
 )
 def test_what_is_no_otlp_json_is_refused_by_value_error(tree: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        to_wire(SHAPES["traces"].scope, {"spans": [tree]})
+        to_wire(REQUESTS["traces"], {"resourceSpans": [{"scopeSpans": [{"spans": [tree]}]}]})
 
 
 # on the journal

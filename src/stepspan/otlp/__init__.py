@@ -2,7 +2,7 @@
 
     endpoint      arguments and the standard variables, read once: where and how each signal goes
     json          records as the body of one request in OTLP/JSON
-    protobuf      the same in protobuf, packed by hand from `wire`
+    protobuf      the same in protobuf, packed by hand
     sdk_records   records of other instrumentation, under their own scopes, in both forms
     rules         what every encoder keeps, so that one record is the same telemetry in all of them
     transport     opens the transport of a protocol: `http` or `grpc`

@@ -46,41 +46,32 @@ _FAILED = "the receiver failed: look in its log"
 _OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}"
 
 HTTP_ANSWERS: Mapping[int, Answer] = {
-    400: Answer(Verdict.ISOLATE, _REFUSED),
+    **dict.fromkeys((400, 422), Answer(Verdict.ISOLATE, _REFUSED)),
     401: Answer(Verdict.HOLD, _SET_HEADERS),
     403: Answer(Verdict.HOLD, _NOT_ALLOWED),
     404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path"),
     405: Answer(Verdict.HOLD, "{url} takes no POST: check the path"),
     407: Answer(Verdict.HOLD, "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"),
-    408: Answer(Verdict.RETRY, _BUSY),
     413: Answer(Verdict.ISOLATE, "the request is larger than the receiver takes"),
     415: Answer(Verdict.HOLD, _OTHER_PROTOCOL),
-    422: Answer(Verdict.ISOLATE, _REFUSED),
-    429: Answer(Verdict.RETRY, _BUSY),
     500: Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
-    502: Answer(Verdict.RETRY, _BUSY),
-    503: Answer(Verdict.RETRY, _BUSY),
-    504: Answer(Verdict.RETRY, _BUSY),
+    **dict.fromkeys((408, 429, 502, 503, 504), Answer(Verdict.RETRY, _BUSY)),
 }
 HTTP_REDIRECT = Answer(
     Verdict.HOLD, "{url} redirects, and telemetry follows no redirect: set {location} as the endpoint"
 )
 
 GRPC_ANSWERS: Mapping[str, Answer] = {
-    "ABORTED": Answer(Verdict.RETRY, _BUSY),
-    "CANCELLED": Answer(Verdict.RETRY, _BUSY),
-    "DATA_LOSS": Answer(Verdict.RETRY, _BUSY),
+    **dict.fromkeys(("ABORTED", "CANCELLED", "DATA_LOSS", "RESOURCE_EXHAUSTED"), Answer(Verdict.RETRY, _BUSY)),
+    **dict.fromkeys(("INTERNAL", "UNKNOWN"), Answer(Verdict.RETRY_THEN_HOLD, _FAILED)),
     "DEADLINE_EXCEEDED": Answer(Verdict.RETRY, "no answer from {url} in time"),
-    "INTERNAL": Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
     "INVALID_ARGUMENT": Answer(Verdict.ISOLATE, _REFUSED),
     "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED),
-    "RESOURCE_EXHAUSTED": Answer(Verdict.RETRY, _BUSY),
     "UNAUTHENTICATED": Answer(Verdict.HOLD, _SET_HEADERS),
     "UNAVAILABLE": Answer(Verdict.RETRY, "no receiver at {url}, or it is busy"),
     "UNIMPLEMENTED": Answer(
         Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the port, or try protocol {other}"
     ),
-    "UNKNOWN": Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
 }
 
 UNKNOWN_ANSWER = Answer(Verdict.HOLD, "not an answer that OTLP knows: is {url} an OTLP receiver?")

@@ -248,7 +248,8 @@ class _Address(NamedTuple):
 def _endpoint(signal: Signal, settings: Mapping[str, _Setting], more: Mapping[str, str]) -> Endpoint:
     target = settings["ENDPOINT"]
     address = _address(target)
-    protocol = _protocol(settings.get("PROTOCOL"), address)
+    default: Protocol = "grpc" if address.port == _GRPC_PORT else "http/protobuf"
+    protocol: Protocol = _choice(PROTOCOLS, settings.get("PROTOCOL")) or default
     paths = {name: settings[name].value if name in settings else None for name in _PATHS}
     if paths["CLIENT_KEY"] and not paths["CLIENT_CERTIFICATE"]:
         fix = "a key needs its certificate: set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"
@@ -298,10 +299,6 @@ def _http_url(signal: Signal, target: _Setting, address: _Address) -> str:
         raise _endpoint_error(target, fix)
     path = address.path if target.scope == "signal" else f"{address.path.rstrip('/')}/v1/{signal}"
     return f"{address.scheme}://{address.authority}{path}" + (f"?{address.query}" if address.query else "")
-
-
-def _protocol(found: _Setting | None, address: _Address) -> Protocol:
-    return _choice(PROTOCOLS, found) or ("grpc" if address.port == _GRPC_PORT else "http/protobuf")
 
 
 def _insecure(found: _Setting | None, address: _Address, certificate: str | None) -> bool:

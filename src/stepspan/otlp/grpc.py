@@ -6,7 +6,7 @@ from its own back-off for up to two minutes: when to try again is decided by del
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,10 @@ class GrpcTransport:
         """Call Export once, with the request as its bytes are; gRPC compresses it if the endpoint says so."""
         with answers.uninstrumented():
             try:
-                answer = self._export()(body, timeout=self._endpoint.timeout, metadata=self._metadata)
+                if self._channel is None:
+                    self._channel = _open_channel(self._endpoint)
+                export = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
+                answer: bytes = export(body, timeout=self._endpoint.timeout, metadata=self._metadata)
             except OSError as error:  # a certificate file
                 return answers.failed_outcome(self._endpoint, "", answers.TLS_FAULT, str(error))
             except grpc.RpcError as error:
@@ -72,12 +75,6 @@ class GrpcTransport:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-
-    def _export(self) -> Callable[..., bytes]:
-        if self._channel is None:
-            self._channel = _open_channel(self._endpoint)
-        export: Callable[..., bytes] = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
-        return export
 
     def _error_outcome(self, error: Any) -> Outcome:
         code = error.code()

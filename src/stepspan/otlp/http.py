@@ -14,7 +14,7 @@ import os
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -61,26 +61,25 @@ class HttpTransport:
 
     Args:
         endpoint: Where and how; of protocol "http/protobuf" or "http/json".
-        clock: Unix time in seconds, against which a Retry-After date is read.
 
     """
 
-    def __init__(self, endpoint: Endpoint, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
-        self._clock = clock
         self._session = _Session()
+        self._session.stream = True  # `_content` reads the body, and not more of it than it must
         # The environment is read once: for each request that was a third of the time of sending. And no .netrc.
         self._session.trust_env = False
         self._session.proxies = requests.utils.get_environ_proxies(endpoint.url)
         bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        self._verify = endpoint.certificate or bundle or True
-        self._headers = {
-            "user-agent": answers.USER_AGENT,
-            **endpoint.headers,
-            "content-type": _CONTENT_TYPES[endpoint.protocol],
-        }
+        self._session.verify = endpoint.certificate or bundle or True
+        self._session.cert = endpoint.client_certificate
+        if endpoint.client_certificate and endpoint.client_key:
+            self._session.cert = endpoint.client_certificate, endpoint.client_key
+        self._session.headers.update({"user-agent": answers.USER_AGENT, **endpoint.headers})
+        self._session.headers["content-type"] = _CONTENT_TYPES[endpoint.protocol]
         if endpoint.compression == "gzip":
-            self._headers["content-encoding"] = "gzip"
+            self._session.headers["content-encoding"] = "gzip"
 
     def send(self, body: bytes) -> Outcome:
         """Post the request once, compressed if the endpoint says so."""
@@ -88,16 +87,7 @@ class HttpTransport:
         data = gzip.compress(body, _GZIP_LEVEL, mtime=0) if endpoint.compression == "gzip" else body
         with answers.uninstrumented():
             try:
-                response = self._session.post(
-                    endpoint.url,
-                    data=data,
-                    headers=self._headers,
-                    timeout=endpoint.timeout,
-                    verify=self._verify,
-                    cert=_client_certificate(endpoint),
-                    allow_redirects=False,
-                    stream=True,
-                )
+                response = self._session.post(endpoint.url, data, timeout=endpoint.timeout, allow_redirects=False)
             except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
                 return _fault_outcome(endpoint, error)
             with response:
@@ -117,7 +107,7 @@ class HttpTransport:
             str(code),
             answers.HTTP_REDIRECT if 300 <= code < 400 else answers.HTTP_ANSWERS.get(code, answers.UNKNOWN_ANSWER),
             _error_text(response, content),
-            retry_after=retry_after(response.headers.get("retry-after"), self._clock()),
+            retry_after=retry_after(response.headers.get("retry-after"), time.time()),
             location=response.headers.get("location", "").partition("?")[0],
         )
 
@@ -140,12 +130,6 @@ def retry_after(value: str | None, now: float) -> float | None:
         except (TypeError, ValueError, OverflowError):
             return None
     return max(seconds, 0.0) if math.isfinite(seconds) else None
-
-
-def _client_certificate(endpoint: Endpoint) -> str | tuple[str, str] | None:
-    if endpoint.client_certificate and endpoint.client_key:
-        return endpoint.client_certificate, endpoint.client_key
-    return endpoint.client_certificate
 
 
 def _content(response: requests.Response, timeout: float) -> bytes:

@@ -31,19 +31,7 @@ from stepspan.mapping.records import (
     SpanEvent,
     Sum,
 )
-from stepspan.otlp.rules import (
-    FIELDS,
-    HAS_IS_REMOTE,
-    INT64_MAX,
-    INT64_MIN,
-    MAX_DEPTH,
-    NO_RECORDED_VALUE,
-    SAMPLED,
-    SCOPE_NAME,
-    SEVERITY_TEXT,
-    Metric,
-    partition,
-)
+from stepspan.otlp import rules
 from stepspan.values import json_number, utf8
 
 _Json = dict[str, Any]
@@ -71,11 +59,11 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
         The body of an Export*ServiceRequest, not compressed.
 
     """
-    fields = FIELDS[signal]
-    own, sdk_records = partition(signal, records)
+    fields = rules.FIELDS[signal]
+    own, sdk_records = rules.partition(signal, records)
     scopes = []
     if own or not sdk_records:
-        scope = {"name": SCOPE_NAME, "version": __version__}
+        scope = {"name": rules.SCOPE_NAME, "version": __version__}
         scopes.append({"scope": scope, fields.records: _ENCODERS[signal](own)})
     if sdk_records:
         from stepspan.otlp.sdk_records import scopes_of
@@ -84,12 +72,12 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
     return _dumps({fields.resources: [{"resource": {"attributes": key_values(resource)}, fields.scopes: scopes}]})
 
 
-def _metrics(metrics: list[Metric]) -> list[_Json]:
+def _metrics(metrics: list[rules.Metric]) -> list[_Json]:
     written: dict[int, list[bytes]] = {}
     return [_metric(metric, written) for metric in metrics]
 
 
-def _metric(metric: Metric, written: dict[int, list[bytes]]) -> _Json:
+def _metric(metric: rules.Metric, written: dict[int, list[bytes]]) -> _Json:
     """One metric. `written`: the digits of times that columns share, by the id of the times."""
     (name, unit, kind), columns = metric
     field, data = _DATA[kind]
@@ -135,7 +123,7 @@ def _series_attributes(series: Series) -> bytes:
 def _point(time: int, value: float | Sum | Histogram | None) -> _Json:
     point: _Json = {"timeUnixNano": str(time)}
     if value is None:
-        point["flags"] = NO_RECORDED_VALUE
+        point["flags"] = rules.NO_RECORDED_VALUE
     elif isinstance(value, Sum):
         point.update(startTimeUnixNano=str(value.start), asDouble=json_number(value.value))
     elif isinstance(value, Histogram):
@@ -180,7 +168,7 @@ def _span(span: Span) -> _Json:
         "startTimeUnixNano": str(span.start),
         "endTimeUnixNano": str(span.end),
         "attributes": key_values(span.attributes),
-        "flags": HAS_IS_REMOTE,
+        "flags": rules.HAS_IS_REMOTE,
     }
     if span.parent_id is not None:
         encoded["parentSpanId"] = span.parent_id.hex()
@@ -202,7 +190,7 @@ def _link(link: Link) -> _Json:
         "traceId": link.trace_id.hex(),
         "spanId": link.span_id.hex(),
         "attributes": key_values(link.attributes),
-        "flags": HAS_IS_REMOTE,
+        "flags": rules.HAS_IS_REMOTE,
     }
 
 
@@ -212,13 +200,13 @@ def _log(log: Log) -> _Json:
         "timeUnixNano": time,
         "observedTimeUnixNano": time,
         "severityNumber": log.severity,
-        "severityText": SEVERITY_TEXT.get(log.severity, ""),
+        "severityText": rules.SEVERITY_TEXT.get(log.severity, ""),
         "body": any_value(log.body),
         "eventName": log.event_name,
         "attributes": key_values(log.attributes),
     }
     if log.trace_id is not None:
-        encoded.update(traceId=log.trace_id.hex(), flags=SAMPLED)
+        encoded.update(traceId=log.trace_id.hex(), flags=rules.SAMPLED)
     if log.span_id is not None:
         encoded["spanId"] = log.span_id.hex()
     return encoded
@@ -249,14 +237,14 @@ def any_value(value: Any, depth: int = 0) -> _Json:
     if isinstance(value, bool):  # before int, which it is a kind of
         return {"boolValue": value}
     if isinstance(value, int):
-        return {"intValue": str(value)} if INT64_MIN <= value <= INT64_MAX else {"stringValue": str(value)}
+        return {"intValue": str(value)} if rules.INT64_MIN <= value <= rules.INT64_MAX else {"stringValue": str(value)}
     if isinstance(value, float):
         return {"doubleValue": json_number(value)}
     if value is None:  # within a list, where leaving it out would move the others
         return {}
     if isinstance(value, bytes):  # of other instrumentation: our own records hold none
         return {"bytesValue": b64encode(value).decode()}
-    if depth == MAX_DEPTH:
+    if depth == rules.MAX_DEPTH:
         return {"stringValue": str(value)}
     if isinstance(value, Mapping):
         return {"kvlistValue": {"values": key_values(value, depth + 1)}}

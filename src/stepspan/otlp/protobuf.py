@@ -1,7 +1,7 @@
 """Neutral records -> the bytes of one Export*ServiceRequest in protobuf, for OTLP over HTTP and gRPC.
 
-Written straight to the wire (`stepspan.otlp.wire`), without message objects: building messages costs several times as
-much as the rest of delivery. What an OpenTelemetry SDK handed over is converted by `stepspan.otlp.sdk_records`.
+Written straight to the wire, without message objects: building messages costs several times as much as the rest of
+delivery. What an OpenTelemetry SDK handed over is converted by `stepspan.otlp.sdk_records`.
 Field numbers are those of opentelemetry-proto 1.x; tests/test_encoders.py parses what this writes with
 the official messages and holds it equal to the official encoder. Every NaN leaves as `rules.NAN`.
 """
@@ -30,20 +30,8 @@ from stepspan.mapping.records import (
     SpanEvent,
     Sum,
 )
-from stepspan.otlp.rules import (
-    HAS_IS_REMOTE,
-    INT64_MAX,
-    INT64_MIN,
-    MAX_DEPTH,
-    NAN,
-    NO_RECORDED_VALUE,
-    SAMPLED,
-    SCOPE_NAME,
-    SEVERITY_TEXT,
-    Metric,
-    partition,
-)
-from stepspan.otlp.wire import bytes_field, double_field, string_field, varint, zigzag
+from stepspan.otlp import rules
+from stepspan.values import utf8
 
 _fixed64 = struct.Struct("<BQ").pack
 _two_fixed64 = struct.Struct("<BQBQ").pack
@@ -69,7 +57,7 @@ class _Layout(NamedTuple):
 
 _CUMULATIVE = b"\x10\x02"  # aggregation_temporality = 2
 _MONOTONIC = b"\x18\x01"  # is_monotonic = true
-_NO_VALUE = bytes([NO_RECORDED_VALUE])
+_NO_VALUE = bytes([rules.NO_RECORDED_VALUE])
 _LAYOUTS = {
     "gauge": _Layout(b"\x2a", b"", b"\x3a", b"\x40" + _NO_VALUE),
     "sum": _Layout(b"\x3a", _CUMULATIVE + _MONOTONIC, b"\x3a", b"\x40" + _NO_VALUE),
@@ -92,30 +80,32 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
         ValueError: A record that an OpenTelemetry SDK handed over is not OTLP JSON.
 
     """
-    own, sdk_records = partition(signal, records)
+    own, sdk_records = rules.partition(signal, records)
     # Resource*, Scope* and their records have the same numbers in all three signals.
     scopes = []
     if own or not sdk_records:
-        scope = string_field(b"\x0a", SCOPE_NAME) + string_field(b"\x12", __version__)
+        scope = _string_field(b"\x0a", rules.SCOPE_NAME) + _string_field(b"\x12", __version__)
         encode_record = _ENCODERS[signal]
-        fields = [bytes_field(b"\x12", encode_record(record)) for record in own]
-        scopes.append(bytes_field(b"\x12", bytes_field(b"\x0a", scope) + b"".join(fields)))
+        fields = [_bytes_field(b"\x12", encode_record(record)) for record in own]
+        scopes.append(_bytes_field(b"\x12", _bytes_field(b"\x0a", scope) + b"".join(fields)))
     if sdk_records:
         from stepspan.otlp.sdk_records import encode_scopes
 
-        scopes += [bytes_field(b"\x12", encoded) for encoded in encode_scopes(signal, sdk_records)]
-    return bytes_field(b"\x0a", bytes_field(b"\x0a", _key_values(b"\x0a", resource)) + b"".join(scopes))
+        scopes.append(encode_scopes(signal, sdk_records))
+    return _bytes_field(b"\x0a", _bytes_field(b"\x0a", _key_values(b"\x0a", resource)) + b"".join(scopes))
 
 
 # --- metrics
 
 
-def _metric(metric: Metric) -> bytes:
+def _metric(metric: rules.Metric) -> bytes:
     (name, unit, kind), columns = metric
     layout = _LAYOUTS[kind]
     points = b"".join([_points(layout, *column) for column in columns])
-    names = string_field(b"\x0a", name) + string_field(b"\x12", columns[0][0].description) + string_field(b"\x1a", unit)
-    return names + bytes_field(layout.data, points + layout.rest)
+    names = (
+        _string_field(b"\x0a", name) + _string_field(b"\x12", columns[0][0].description) + _string_field(b"\x1a", unit)
+    )
+    return names + _bytes_field(layout.data, points + layout.rest)
 
 
 def _points(layout: _Layout, series: Series, times: Sequence[int], values: Sequence[Any]) -> bytes:
@@ -128,7 +118,7 @@ def _points(layout: _Layout, series: Series, times: Sequence[int], values: Seque
         except struct.error:  # a None among the values
             pass
     points = zip(times, values, strict=True)
-    return b"".join([bytes_field(b"\x0a", _point(layout, time, value) + attributes) for time, value in points])
+    return b"".join([_bytes_field(b"\x0a", _point(layout, time, value) + attributes) for time, value in points])
 
 
 def _gauge_points(attributes: bytes, times: Sequence[int], values: Sequence[float]) -> bytes:
@@ -136,9 +126,9 @@ def _gauge_points(attributes: bytes, times: Sequence[int], values: Sequence[floa
 
     Only time and value change, so the rest is what they are joined with.
     """
-    head = b"\x0a" + varint(18 + len(attributes)) + b"\x19"
+    head = b"\x0a" + _varint(18 + len(attributes)) + b"\x19"
     if not all(map(eq, values, values)):
-        values = [value if value == value else NAN for value in values]
+        values = [value if value == value else rules.NAN for value in values]
     return head + (attributes + head).join(map(_gauge_point, times, repeat(0x21), values)) + attributes
 
 
@@ -149,89 +139,89 @@ def _point(layout: _Layout, time: int, value: float | Sum | Histogram | None) ->
     if isinstance(value, Histogram):
         return _fixed64(0x19, time) + _histogram(value)
     if isinstance(value, Sum):
-        return _two_fixed64(0x11, value.start, 0x19, time) + double_field(0x21, value.value)
-    return _fixed64(0x19, time) + double_field(0x21, value)
+        return _two_fixed64(0x11, value.start, 0x19, time) + _double_field(0x21, value.value)
+    return _fixed64(0x19, time) + _double_field(0x21, value)
 
 
 def _histogram(histogram: Histogram) -> bytes:
     encoded = [
         _two_fixed64(0x11, histogram.start, 0x21, histogram.count),
-        double_field(0x29, histogram.sum),
-        b"\x30" + zigzag(histogram.scale),
+        _double_field(0x29, histogram.sum),
+        b"\x30" + _zigzag(histogram.scale),
         _fixed64(0x39, histogram.zero_count),
-        double_field(0x61, histogram.minimum),
-        double_field(0x69, histogram.maximum),
+        _double_field(0x61, histogram.minimum),
+        _double_field(0x69, histogram.maximum),
     ]
     if histogram.counts:
-        counts = b"".join([varint(count) for count in histogram.counts])
-        encoded.append(bytes_field(b"\x42", b"\x08" + zigzag(histogram.offset) + bytes_field(b"\x12", counts)))
-    encoded += [bytes_field(b"\x5a", _exemplar(exemplar)) for exemplar in histogram.exemplars]
+        counts = b"".join([_varint(count) for count in histogram.counts])
+        encoded.append(_bytes_field(b"\x42", b"\x08" + _zigzag(histogram.offset) + _bytes_field(b"\x12", counts)))
+    encoded += [_bytes_field(b"\x5a", _exemplar(exemplar)) for exemplar in histogram.exemplars]
     return b"".join(encoded)
 
 
 def _exemplar(exemplar: Exemplar) -> bytes:
-    ids = bytes_field(b"\x22", exemplar.span_id) + bytes_field(b"\x2a", exemplar.trace_id)
-    return _fixed64(0x11, exemplar.time) + double_field(0x19, exemplar.value) + ids
+    ids = _bytes_field(b"\x22", exemplar.span_id) + _bytes_field(b"\x2a", exemplar.trace_id)
+    return _fixed64(0x11, exemplar.time) + _double_field(0x19, exemplar.value) + ids
 
 
 # --- traces
 
 
-_SPAN_FLAGS = struct.pack("<HI", 0x0185, HAS_IS_REMOTE)  # field 16: a tag of two bytes
+_SPAN_FLAGS = struct.pack("<HI", 0x0185, rules.HAS_IS_REMOTE)  # field 16: a tag of two bytes
 
 
 def _span(span: Span) -> bytes:
     encoded = [
-        bytes_field(b"\x0a", span.trace_id),
-        bytes_field(b"\x12", span.span_id),
-        string_field(b"\x2a", span.name),
+        _bytes_field(b"\x0a", span.trace_id),
+        _bytes_field(b"\x12", span.span_id),
+        _string_field(b"\x2a", span.name),
         b"\x30\x01",  # kind = INTERNAL
         _two_fixed64(0x39, span.start, 0x41, span.end),
         _key_values(b"\x4a", span.attributes),
         _SPAN_FLAGS,
     ]
     if span.parent_id is not None:
-        encoded.append(bytes_field(b"\x22", span.parent_id))
+        encoded.append(_bytes_field(b"\x22", span.parent_id))
     if span.events:
-        encoded += [bytes_field(b"\x5a", _event(event)) for event in span.events]
+        encoded += [_bytes_field(b"\x5a", _event(event)) for event in span.events]
     if span.links:
-        encoded += [bytes_field(b"\x6a", _link(link)) for link in span.links]
+        encoded += [_bytes_field(b"\x6a", _link(link)) for link in span.links]
     if span.error is not None:
-        encoded.append(bytes_field(b"\x7a", string_field(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
+        encoded.append(_bytes_field(b"\x7a", _string_field(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
     return b"".join(encoded)
 
 
 def _event(event: SpanEvent) -> bytes:
-    return _fixed64(0x09, event.time) + string_field(b"\x12", event.name) + _key_values(b"\x1a", event.attributes)
+    return _fixed64(0x09, event.time) + _string_field(b"\x12", event.name) + _key_values(b"\x1a", event.attributes)
 
 
-_LINK_FLAGS = struct.pack("<BI", 0x35, HAS_IS_REMOTE)
+_LINK_FLAGS = struct.pack("<BI", 0x35, rules.HAS_IS_REMOTE)
 
 
 def _link(link: Link) -> bytes:
-    ids = bytes_field(b"\x0a", link.trace_id) + bytes_field(b"\x12", link.span_id)
+    ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
     return ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS
 
 
 # --- logs
 
 
-_LOG_FLAGS = struct.pack("<BI", 0x45, SAMPLED)
+_LOG_FLAGS = struct.pack("<BI", 0x45, rules.SAMPLED)
 
 
 def _log(log: Log) -> bytes:
     encoded = [
         _two_fixed64(0x09, log.time, 0x59, log.time),
-        b"\x10" + varint(log.severity),
-        string_field(b"\x1a", SEVERITY_TEXT.get(log.severity, "")),
-        bytes_field(b"\x2a", _any_value(log.body)),
+        b"\x10" + _varint(log.severity),
+        _string_field(b"\x1a", rules.SEVERITY_TEXT.get(log.severity, "")),
+        _bytes_field(b"\x2a", _any_value(log.body)),
         _key_values(b"\x32", log.attributes),
-        string_field(b"\x62", log.event_name),
+        _string_field(b"\x62", log.event_name),
     ]
     if log.trace_id is not None:
-        encoded.append(_LOG_FLAGS + bytes_field(b"\x4a", log.trace_id))
+        encoded.append(_LOG_FLAGS + _bytes_field(b"\x4a", log.trace_id))
     if log.span_id is not None:
-        encoded.append(bytes_field(b"\x52", log.span_id))
+        encoded.append(_bytes_field(b"\x52", log.span_id))
     return b"".join(encoded)
 
 
@@ -242,7 +232,7 @@ def _key_values(tag: bytes, attributes: Attributes, depth: int = 0) -> bytes:
     """Attributes as repeated KeyValue fields under this tag."""
     return b"".join(
         [
-            bytes_field(tag, _key(key) + bytes_field(b"\x12", _any_value(value, depth)))
+            _bytes_field(tag, _key(key) + _bytes_field(b"\x12", _any_value(value, depth)))
             for key, value in attributes.items()
             if value is not None
         ]
@@ -251,26 +241,85 @@ def _key_values(tag: bytes, attributes: Attributes, depth: int = 0) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _key(key: str) -> bytes:
-    return string_field(b"\x0a", key)
+    return _string_field(b"\x0a", key)
 
 
 def _any_value(value: AttributeValue | None, depth: int = 0) -> bytes:
     """An AnyValue."""
     if isinstance(value, str):
-        return string_field(b"\x0a", value)
+        return _string_field(b"\x0a", value)
     if isinstance(value, bool):  # before int, which it is a kind of
         return b"\x10\x01" if value else b"\x10\x00"
     if isinstance(value, int):
-        return b"\x18" + varint(value) if INT64_MIN <= value <= INT64_MAX else string_field(b"\x0a", str(value))
+        return (
+            b"\x18" + _varint(value)
+            if rules.INT64_MIN <= value <= rules.INT64_MAX
+            else _string_field(b"\x0a", str(value))
+        )
     if isinstance(value, float):
-        return double_field(0x21, value)
+        return _double_field(0x21, value)
     if value is None:  # within a list, where leaving it out would move the others
         return b""
-    if depth == MAX_DEPTH:
-        return string_field(b"\x0a", str(value))
+    if depth == rules.MAX_DEPTH:
+        return _string_field(b"\x0a", str(value))
     if isinstance(value, Mapping):
-        return bytes_field(b"\x32", _key_values(b"\x0a", value, depth + 1))
-    return bytes_field(b"\x2a", b"".join([bytes_field(b"\x0a", _any_value(item, depth + 1)) for item in value]))
+        return _bytes_field(b"\x32", _key_values(b"\x0a", value, depth + 1))
+    return _bytes_field(b"\x2a", b"".join([_bytes_field(b"\x0a", _any_value(item, depth + 1)) for item in value]))
+
+
+# --- protobuf's wire format
+#
+# A message is a sequence of fields, a field is a tag (field number << 3 | wire type) and its payload:
+#
+#     wire type 0  varint                        uint, int, bool, enum (sint32: zigzag first)
+#     wire type 1  8 bytes, little-endian        fixed64, double
+#     wire type 2  length as varint, then bytes  string, bytes, message, packed repeated scalars
+#     wire type 5  4 bytes, little-endian        fixed32
+
+
+_UINT64 = (1 << 64) - 1
+_ONE_BYTE = [bytes([number]) for number in range(128)]
+_pack_double = struct.Struct("<Bd").pack
+
+
+def _bytes_field(tag: bytes, payload: bytes) -> bytes:
+    """A field of wire type 2.
+
+    Args:
+        tag: The field's number and wire type, encoded.
+        payload: Bytes, a message, or packed scalars.
+
+    """
+    length = len(payload)
+    return tag + (_ONE_BYTE[length] if length < 0x80 else _varint(length)) + payload
+
+
+def _string_field(tag: bytes, string: str) -> bytes:
+    """A string field, as UTF-8; a lone surrogate becomes "?"."""
+    return _bytes_field(tag, utf8(string))
+
+
+def _double_field(tag: int, value: float) -> bytes:
+    """A double field; every NaN is written as `rules.NAN`. `tag` is a single byte."""
+    return _pack_double(tag, value if value == value else rules.NAN)
+
+
+def _zigzag(number: int) -> bytes:
+    """A sint32 as a varint that is short where the absolute value is small."""
+    return _varint(number << 1 ^ number >> 31)
+
+
+def _varint(number: int) -> bytes:
+    """Seven bits a byte, lowest first; a negative number in two's complement of 64 bits."""
+    if 0 <= number < 0x80:
+        return _ONE_BYTE[number]
+    number &= _UINT64
+    encoded = bytearray()
+    while number >= 0x80:
+        encoded.append(number & 0x7F | 0x80)
+        number >>= 7
+    encoded.append(number)
+    return bytes(encoded)
 
 
 _ENCODERS: Mapping[Signal, Callable[[Any], bytes]] = {
