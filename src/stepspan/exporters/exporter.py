@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from stepspan.mapping.records import Attributes, Record, Signal
-    from stepspan.otlp.outcome import Outcome
-    from stepspan.processors import Processor
+from stepspan.mapping.records import Attributes, Record, Signal
+from stepspan.otlp.outcome import Outcome
+from stepspan.processors import Processor
 
 
 class Exporter(Protocol):

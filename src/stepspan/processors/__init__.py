@@ -6,11 +6,8 @@ one of your own has to be.
 
 from __future__ import annotations
 
-from stepspan.processors.attributes import Attributes
-from stepspan.processors.drop import Drop
+from stepspan.processors.basic import Attributes, Drop, Rename, SampleSteps
 from stepspan.processors.redact import Redact
 from stepspan.processors.registry import Processor, apply, build, specs
-from stepspan.processors.rename import Rename
-from stepspan.processors.sample_steps import SampleSteps
 
 __all__ = ["Attributes", "Drop", "Processor", "Redact", "Rename", "SampleSteps", "apply", "build", "specs"]

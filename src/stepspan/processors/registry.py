@@ -7,11 +7,8 @@ from typing import Any, Protocol
 
 from stepspan.errors import ConfigError
 from stepspan.events import Event
-from stepspan.processors.attributes import Attributes
-from stepspan.processors.drop import Drop
+from stepspan.processors.basic import Attributes, Drop, Rename, SampleSteps
 from stepspan.processors.redact import Redact
-from stepspan.processors.rename import Rename
-from stepspan.processors.sample_steps import SampleSteps
 from stepspan.values import error_text
 
 

@@ -182,10 +182,6 @@ class JsonlMetricExporter(_JsonlSink, MetricExporter):
 
     """
 
-    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
-        MetricExporter.__init__(self)
-        _JsonlSink.__init__(self, directory)
-
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
         """Write one event for each metric of a collection; the SDK's metric reader calls this.
 

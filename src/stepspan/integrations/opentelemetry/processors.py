@@ -16,7 +16,6 @@ from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
 from stepspan.integrations.opentelemetry import encoding
 from stepspan.integrations.opentelemetry.sink import JournalSink
-from stepspan.run import Run
 
 
 class JournalSpanProcessor(JournalSink, SpanProcessor):
@@ -69,10 +68,6 @@ class JournalMetricExporter(JournalSink, MetricExporter):
         run: The run whose journal is written; None: whichever is open at a collection, if any.
 
     """
-
-    def __init__(self, run: Run | None = None) -> None:
-        MetricExporter.__init__(self)
-        JournalSink.__init__(self, run)
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
         """Write one event for each metric of a collection; the metric reader calls this.

@@ -57,19 +57,18 @@ class Configured:
         logger_provider = _provider(
             _logs.get_logger_provider, _logs.set_logger_provider, ProxyLoggerProvider, LoggerProvider
         )
-        if isinstance(tracer_provider, TracerProvider):
-            spans = JournalSpanProcessor(run)
-            tracer_provider.add_span_processor(spans)
-            self._processors.append(spans)
-        else:
-            self._warn_not_extensible(tracer_provider)
-        if isinstance(logger_provider, LoggerProvider):
-            logs = JournalLogRecordProcessor(run)
-            logger_provider.add_log_record_processor(logs)
-            self._processors.append(logs)
-        else:
-            self._warn_not_extensible(logger_provider)
+        self._add_processor(JournalSpanProcessor(run), tracer_provider, "add_span_processor")
+        self._add_processor(JournalLogRecordProcessor(run), logger_provider, "add_log_record_processor")
         self._add_reader(run)
+
+    def _add_processor(
+        self, processor: JournalSpanProcessor | JournalLogRecordProcessor, provider: Any, method: str
+    ) -> None:
+        if isinstance(provider, (TracerProvider, LoggerProvider)):
+            getattr(provider, method)(processor)
+            self._processors.append(processor)
+        else:
+            self._warn_not_extensible(provider)
 
     def _add_reader(self, run: Run | None) -> None:
         meter_provider = metrics.get_meter_provider()

@@ -28,6 +28,7 @@ class JournalSink:
     """
 
     def __init__(self, run: Run | None = None) -> None:
+        super().__init__()  # the SDK's base, which stands behind this one
         self._given = run
         self._shut_down = False
 

@@ -1,0 +1,162 @@
+"""The processors that take a few lines each: fixed attributes, other names, and what is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from stepspan.errors import ConfigError
+from stepspan.events import TAGS, Event
+from stepspan.values import json_value
+
+
+class Attributes:
+    """Adds attributes to spans, events and errors, and if asked to, to metrics.
+
+    An attribute that the event has already stays as it is.
+
+    Args:
+        values: Name -> value.
+        metrics: Whether metrics get them, too. There an attribute with many values makes many series.
+
+    Raises:
+        ConfigError: `values` is not a mapping.
+
+    Example:
+        In Python, `Attributes({"team": "vision"}, metrics=True)`; in a settings file::
+
+            processors:
+              - attributes: {values: {team: vision}, metrics: true}
+
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, metrics: bool = False) -> None:
+        if not isinstance(values, Mapping):
+            raise ConfigError("attributes.values", values, "give a mapping: {name: value}")
+        self.values: dict[str, Any] = json_value(values)
+        self.tags = frozenset({"span_begin", "event", "error"} | ({"metrics"} if metrics else set()))
+        self.spec = {"attributes": {"values": self.values, "metrics": metrics}}
+
+    def __call__(self, event: Event) -> Event:
+        """The event with the attributes, changed in place."""
+        event["attributes"] = {**self.values, **event.get("attributes", {})}
+        return event
+
+
+class Rename:
+    """Renames metric keys.
+
+    Args:
+        metrics: Old key -> new key. Where two keys of one call become the same, the later one wins.
+
+    Raises:
+        ConfigError: `metrics` is not a mapping to strings.
+
+    Example:
+        In Python, `Rename({"train_loss": "train/loss"})`; in a settings file::
+
+            processors:
+              - rename: {metrics: {train_loss: train/loss}}
+
+    """
+
+    tags = frozenset({"metrics"})
+
+    def __init__(self, metrics: Mapping[str, str]) -> None:
+        if not isinstance(metrics, Mapping) or not all(isinstance(new, str) for new in metrics.values()):
+            raise ConfigError("rename.metrics", metrics, 'give a mapping: {"old name": "new name"}')
+        self.metrics = dict(metrics)
+        self.spec = {"rename": {"metrics": self.metrics}}
+
+    def __call__(self, event: Event) -> Event:
+        """The event with the new keys, changed in place."""
+        names = self.metrics
+        event["metrics"] = {names.get(key, key): value for key, value in event["metrics"].items()}
+        return event
+
+
+class Drop:
+    """Leaves out metrics by their key, and whole events by their tag or name.
+
+    Args:
+        metrics: Patterns of metric keys, such as `"grad/*"`: `*`, `?` and `[…]` as in file names, case matters.
+        tags: Tags of events that go nowhere, as `stepspan.events` lists them: `"sample"`, `"log"`.
+        events: Patterns of the names of `log_event`.
+
+    Raises:
+        ConfigError: An argument is a string instead of a list, or a tag is unknown.
+
+    Example:
+        In Python, `OtlpExporter(processors=[Drop(["grad/*"], tags=["sample"])])`; in a settings file::
+
+            exporters:
+              - endpoint: https://otlp.example.com
+                processors:
+                  - drop: {metrics: ["grad/*"], tags: [sample]}
+
+    """
+
+    def __init__(self, metrics: Sequence[str] = (), *, tags: Sequence[str] = (), events: Sequence[str] = ()) -> None:
+        for field, given in (("metrics", metrics), ("tags", tags), ("events", events)):
+            if isinstance(given, str):
+                raise ConfigError(f"drop.{field}", given, f"give a list: [{given!r}]")
+        for tag in tags:
+            if tag not in TAGS:
+                raise ConfigError("drop.tags", tag, f"unknown; known are {', '.join(TAGS)}")
+        self.patterns = tuple(metrics)
+        self.dropped_tags = frozenset(tags)
+        self.names = tuple(events)
+        self.tags = self.dropped_tags | ({"metrics"} if metrics else set()) | ({"event"} if events else set())
+        self.spec = {"drop": {"metrics": list(metrics), "tags": list(tags), "events": list(events)}}
+        self._dropped: dict[str, bool] = {}  # metric key -> whether a pattern matches
+
+    def __call__(self, event: Event) -> Event | None:
+        """The event without what is dropped; None where nothing is left."""
+        tag = event["tag"]
+        if tag in self.dropped_tags:
+            return None
+        if tag == "event":
+            return None if any(fnmatchcase(event["name"], name) for name in self.names) else event
+        kept = {key: value for key, value in event["metrics"].items() if not self._is_dropped(key)}
+        return {**event, "metrics": kept} if kept else None
+
+    def _is_dropped(self, key: str) -> bool:
+        dropped = self._dropped.get(key)
+        if dropped is None:
+            dropped = self._dropped[key] = any(fnmatchcase(key, pattern) for pattern in self.patterns)
+        return dropped
+
+
+class SampleSteps:
+    """Keeps the metrics and the trace of every n-th step only. Step time and its histogram still count every step.
+
+    Args:
+        every: n, at least 1. Steps whose number it divides are kept.
+
+    Raises:
+        ConfigError: `every` is not a whole number of at least 1.
+
+    Example:
+        In Python, `OtlpExporter(processors=[SampleSteps(every=10)])`; in a settings file::
+
+            exporters:
+              - endpoint: https://otlp.example.com
+                processors:
+                  - sample_steps: {every: 10}
+
+    """
+
+    tags = frozenset({"metrics", "step_begin"})
+
+    def __init__(self, every: int) -> None:
+        if type(every) is not int or every < 1:
+            raise ConfigError("sample_steps.every", every, "give a whole number of at least 1")
+        self.every = every
+        self.spec = {"sample_steps": {"every": every}}
+
+    def __call__(self, event: Event) -> Event | None:
+        """The event, marked `thin` if it is a step whose trace is not wanted; None for metrics that are not."""
+        if event.get("step", 0) % self.every == 0:
+            return event
+        return {**event, "thin": True} if event["tag"] == "step_begin" else None
