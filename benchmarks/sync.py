@@ -137,13 +137,13 @@ def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[]
 
 def official_export(session: SessionPath, task: dict[str, Any]) -> Callable[[], int]:
     """The exporters as they are installed; with `gzip` 1 their level, which they don't let one choose, is changed."""
-    from stepspan.exporters import _sdk_objects
+    from stepspan.otlp import sdk_objects
 
     exporters = official_exporters(task)
     make: dict[str, Callable[..., Any]] = {
-        "metrics": _sdk_objects.metrics_data,
-        "traces": _sdk_objects.readable_spans,
-        "logs": _sdk_objects.log_records,
+        "metrics": sdk_objects.metrics_data,
+        "traces": sdk_objects.readable_spans,
+        "logs": sdk_objects.log_records,
     }
     requests: dict[str, list[Any]] = {}
     records = 0

@@ -1,6 +1,6 @@
 """Our JSON, our protobuf and our SDK objects say the same, and what the official encoders say.
 
-The oracle is `opentelemetry.exporter.otlp.proto.common` on the SDK objects of `stepspan.exporters._sdk_objects`. All
+The oracle is `opentelemetry.exporter.otlp.proto.common` on the SDK objects of `stepspan.otlp.sdk_objects`. All
 three are parsed into the same messages and compared there; DIFFERENCES holds all that is allowed to differ.
 """
 
@@ -26,11 +26,11 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from stepspan import __version__
-from stepspan.exporters._sdk_objects import log_records, metrics_data, readable_spans
 from stepspan.mapping.records import Exemplar, Histogram, Link, Log, Series, Signal, Span, SpanEvent, Sum
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp import protobuf as otlp_protobuf
 from stepspan.otlp.rules import NAN
+from stepspan.otlp.sdk_objects import log_records, metrics_data, readable_spans
 
 SECOND = 1_000_000_000
 START = 1_760_000_000 * SECOND

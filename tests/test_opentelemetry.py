@@ -30,7 +30,6 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExportResult
 
-from stepspan.exporters._sdk_objects import log_records, metrics_data, readable_spans
 from stepspan.integrations.opentelemetry import (
     JournalLogRecordProcessor,
     JournalMetricExporter,
@@ -38,7 +37,6 @@ from stepspan.integrations.opentelemetry import (
     JsonlLogRecordExporter,
     JsonlMetricExporter,
     JsonlSpanExporter,
-    encoding,
     exporters,
 )
 from stepspan.journal.layout import find_sessions
@@ -46,6 +44,14 @@ from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import SdkRecord, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.otlp.protobuf import encode
+from stepspan.otlp.sdk_objects import (
+    log_fields,
+    log_records,
+    metric_fields,
+    metrics_data,
+    readable_spans,
+    span_fields,
+)
 from stepspan.otlp.sdk_records import REQUESTS, to_wire
 from stepspan.run import Run
 
@@ -143,9 +149,9 @@ def same(signal: str, ours: bytes, official: Any) -> None:
 
 
 CASES = [
-    pytest.param("traces", lambda c: [encoding.span(span) for span in c.spans], lambda c: c.spans, encode_spans,
+    pytest.param("traces", lambda c: [span_fields(span) for span in c.spans], lambda c: c.spans, encode_spans,
                  readable_spans, id="spans"),
-    pytest.param("logs", lambda c: [encoding.log(log) for log in c.logs], lambda c: c.logs, encode_logs,
+    pytest.param("logs", lambda c: [log_fields(log) for log in c.logs], lambda c: c.logs, encode_logs,
                  log_records, id="logs"),
 ]  # fmt: skip
 
@@ -163,7 +169,7 @@ def test_the_wire_is_what_the_official_encoder_writes(
 
 def test_the_wire_of_metrics_is_what_the_official_encoder_writes(collected: Collected) -> None:
     data = collected.metrics
-    records = foreign("metrics", encoding.metrics(data))
+    records = foreign("metrics", metric_fields(data))
     assert len(records) == 5
     expected = encode_metrics(data)
     same("metrics", encode("metrics", {}, records), expected)
@@ -171,7 +177,7 @@ def test_the_wire_of_metrics_is_what_the_official_encoder_writes(collected: Coll
 
 
 def test_points_of_one_metric_from_several_collections_are_one_metric_in_time_order(collected: Collected) -> None:
-    fields = [one for _ in range(3) for one in encoding.metrics(collected.metrics)]
+    fields = [one for _ in range(3) for one in metric_fields(collected.metrics)]
     request = REQUESTS["metrics"]._concrete_class.FromString(
         encode("metrics", {}, [*foreign("metrics", fields), *mapped_ours()])
     )

@@ -64,12 +64,12 @@ class SdkExporter:
             DELIVERED if it answers success; RETRY_THEN_HOLD if it answers anything else, or raises.
 
         """
-        from stepspan.exporters import _sdk_objects as objects
+        from stepspan.otlp import sdk_objects
 
         convert: dict[Signal, Any] = {
-            "metrics": objects.metrics_data,
-            "traces": objects.readable_spans,
-            "logs": objects.log_records,
+            "metrics": sdk_objects.metrics_data,
+            "traces": sdk_objects.readable_spans,
+            "logs": sdk_objects.log_records,
         }
         exporter = self._exporters[signal]
         with uninstrumented():

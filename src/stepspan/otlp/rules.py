@@ -41,6 +41,13 @@ NAN: float = struct.unpack("<d", (0x7FF8000000000001).to_bytes(8, "little"))[0]
 """The one NaN that is sent. Prometheus compares bits, and this is what Go's math.NaN, hence its JSON decoder, makes of
 "NaN"; Python's float("nan") ends in 0, so one point sent over two protocols would be refused as two values."""
 
+
+def double(value: float | str) -> float:
+    """The float of a number in OTLP JSON. Every NaN becomes `NAN`. Raises ValueError if it is none."""
+    number = float(value)
+    return number if number == number else NAN
+
+
 NO_RECORDED_VALUE = 1
 """DataPointFlags: the series ends here."""
 

@@ -22,7 +22,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope, Signal
-from stepspan.otlp.rules import FIELDS, NAN
+from stepspan.otlp.rules import FIELDS, double
 from stepspan.values import utf8
 
 _Json: TypeAlias = dict[str, Any]
@@ -127,11 +127,6 @@ def _string(value: Any) -> bytes:
     return utf8(value)
 
 
-def _double(value: Any) -> float:
-    number = float(value)
-    return number if number == number else NAN
-
-
 def _integer(value: Any) -> int:
     if isinstance(value, float) and not value.is_integer():
         raise TypeError(f"{value} is not an integer")
@@ -141,7 +136,7 @@ def _integer(value: Any) -> int:
 _SCALARS: Mapping[int, _Convert] = {
     FieldDescriptor.TYPE_STRING: _string,
     FieldDescriptor.TYPE_BOOL: lambda value: value is True,
-    FieldDescriptor.TYPE_DOUBLE: _double,
+    FieldDescriptor.TYPE_DOUBLE: double,
     FieldDescriptor.TYPE_BYTES: partial(b64decode, validate=True),
 }
 """Field type -> what converts its values; all others are integers."""

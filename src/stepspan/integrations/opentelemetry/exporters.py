@@ -27,8 +27,8 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from stepspan import start
-from stepspan.integrations.opentelemetry import encoding
 from stepspan.integrations.opentelemetry.sink import JournalSink
+from stepspan.otlp.sdk_objects import log_fields, metric_fields, span_fields
 from stepspan.run import DISABLED, Run
 
 log = logging.getLogger("stepspan")
@@ -145,7 +145,7 @@ class JsonlSpanExporter(_JsonlSink, SpanExporter):
 
         """
         resource = spans[0].resource if spans else None
-        result: SpanExportResult = self._export(resource, map(encoding.span, spans), SpanExportResult)
+        result: SpanExportResult = self._export(resource, map(span_fields, spans), SpanExportResult)
         return result
 
 
@@ -169,7 +169,7 @@ class JsonlLogRecordExporter(_JsonlSink, LogRecordExporter):
 
         """
         resource = batch[0].resource if batch else None
-        result: LogRecordExportResult = self._export(resource, map(encoding.log, batch), LogRecordExportResult)
+        result: LogRecordExportResult = self._export(resource, map(log_fields, batch), LogRecordExportResult)
         return result
 
 
@@ -195,7 +195,7 @@ class JsonlMetricExporter(_JsonlSink, MetricExporter):
 
         """
         resource = next((one.resource for one in metrics_data.resource_metrics), None)
-        result: MetricExportResult = self._export(resource, encoding.metrics(metrics_data), MetricExportResult)
+        result: MetricExportResult = self._export(resource, metric_fields(metrics_data), MetricExportResult)
         return result
 
 

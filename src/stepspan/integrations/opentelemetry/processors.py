@@ -14,8 +14,8 @@ from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
 from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
 
-from stepspan.integrations.opentelemetry import encoding
 from stepspan.integrations.opentelemetry.sink import JournalSink
+from stepspan.otlp.sdk_objects import log_fields, metric_fields, span_fields
 
 
 class JournalSpanProcessor(JournalSink, SpanProcessor):
@@ -38,7 +38,7 @@ class JournalSpanProcessor(JournalSink, SpanProcessor):
         """
         context = span.get_span_context()
         if context is not None and context.trace_flags.sampled:
-            self._record(lambda: encoding.span(span))
+            self._record(lambda: span_fields(span))
 
 
 class JournalLogRecordProcessor(JournalSink, LogRecordProcessor):
@@ -56,7 +56,7 @@ class JournalLogRecordProcessor(JournalSink, LogRecordProcessor):
             log_record: As it was emitted, after the processors that were added before.
 
         """
-        self._record(lambda: encoding.log(log_record))
+        self._record(lambda: log_fields(log_record))
 
 
 class JournalMetricExporter(JournalSink, MetricExporter):
@@ -81,5 +81,5 @@ class JournalMetricExporter(JournalSink, MetricExporter):
             SUCCESS where all of them stand in the journal; FAILURE otherwise, and where no run is open.
 
         """
-        result: MetricExportResult = self._export(None, encoding.metrics(metrics_data), MetricExportResult)
+        result: MetricExportResult = self._export(None, metric_fields(metrics_data), MetricExportResult)
         return result
