@@ -8,14 +8,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from stepspan.identity.launchers import MARKS
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(NamedTuple):
     """An ancestor of this process. Pid and start time name it as long as its host is up.
 
     Args:
@@ -30,8 +29,7 @@ class Process:
     marks: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class HostFacts:
+class HostFacts(NamedTuple):
     """Where and when `start_run` was called: all that `resolve` may know in addition to arguments and environment.
 
     Args:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from stepspan.identity.variables import FoundText, Variables
 
@@ -37,8 +37,7 @@ def _pytorch_job(env: Variables) -> FoundText | None:
     return FoundText(pod[1], "HOSTNAME") if pod else None
 
 
-@dataclass(frozen=True, slots=True)
-class Launcher:
+class Launcher(NamedTuple):
     """A row: which variables a launcher gives its ranks, and what the ranks of one launch have in common.
 
     Args:

@@ -87,6 +87,9 @@ PROTOCOL_FAULT = Answer(
 )
 
 
+_REFUSALS = frozenset({Verdict.ISOLATE, Verdict.RETRY_THEN_HOLD})
+
+
 class Phrase(NamedTuple):
     """Words in a receiver's text that say more than its status does.
 
@@ -99,41 +102,35 @@ class Phrase(NamedTuple):
 
     words: str
     answer: Answer
-    instead_of: frozenset[Verdict]
+    instead_of: frozenset[Verdict] = _REFUSALS
 
 
-_REFUSALS = frozenset({Verdict.ISOLATE, Verdict.RETRY_THEN_HOLD})
+_TOO_LARGE = Answer(Verdict.HALVE, "larger than the receiver takes")
+_IN_FUTURE = Answer(
+    Verdict.HOLD, "the points are in the receiver's future: set the clocks of this host and of the receiver"
+)
 _TOO_OLD = Answer(
     Verdict.HOLD,
     "the points are older than the receiver takes: widen storage.tsdb.out_of_order_time_window "
     "(Mimir and others: out_of_order_time_window), then they go out by themselves",
 )
+_REFUSED_BEHIND = Answer(
+    Verdict.ISOLATE,
+    "what is behind the collector refuses something in the request: its own log says why",
+    reason_hidden=True,
+)
 
 PHRASES: tuple[Phrase, ...] = (
-    Phrase("larger than max", Answer(Verdict.HALVE, "larger than the receiver takes"), _REFUSALS | {Verdict.RETRY}),
+    Phrase("larger than max", _TOO_LARGE, _REFUSALS | {Verdict.RETRY}),
     # Prometheus says "out of bounds: timestamp is too far in the future": the future first.
-    Phrase(
-        "too far in the future",
-        Answer(
-            Verdict.HOLD, "the points are in the receiver's future: set the clocks of this host and of the receiver"
-        ),
-        _REFUSALS,
-    ),
-    Phrase("out of bounds", _TOO_OLD, _REFUSALS),
-    Phrase("too old", _TOO_OLD, _REFUSALS),
-    Phrase("out of order", _TOO_OLD, _REFUSALS),
+    Phrase("too far in the future", _IN_FUTURE),
+    Phrase("out of bounds", _TOO_OLD),
+    Phrase("too old", _TOO_OLD),
+    Phrase("out of order", _TOO_OLD),
     # VictoriaMetrics' 400; no record of the request is to blame.
-    Phrase("json encoding isn't supported", Answer(Verdict.HOLD, _OTHER_PROTOCOL), _REFUSALS),
+    Phrase("json encoding isn't supported", Answer(Verdict.HOLD, _OTHER_PROTOCOL)),
     # The Collector's otlp_http exporter passes a 400 on without Prometheus' words: too old looks like any other reason.
-    Phrase(
-        "responded with http status code 400",
-        Answer(
-            Verdict.ISOLATE,
-            "what is behind the collector refuses something in the request: its own log says why",
-            reason_hidden=True,
-        ),
-        frozenset({Verdict.ISOLATE}),
-    ),
+    Phrase("responded with http status code 400", _REFUSED_BEHIND, frozenset({Verdict.ISOLATE})),
 )
 """The first that fits counts. They apply behind a 500, too: a proxy may have wrapped the 400."""
 

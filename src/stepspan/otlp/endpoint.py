@@ -32,6 +32,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stepspan.errors import ConfigError
 from stepspan.mapping.records import SIGNALS, Signal
+from stepspan.values import to_float
 
 Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
@@ -126,37 +127,17 @@ class Endpoint:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Destination:
+class Destination(NamedTuple):
     """One receiver of OTLP, as arguments and variables describe it.
 
     Args:
-        resolved: The endpoint of each signal that something says where to send, switched off or not.
-        switched_off: The signals that OTEL_<SIGNAL>_EXPORTER=none switches off.
+        endpoints: The endpoint of each signal that is sent.
+        name: A name for state files, as `_destination_name` makes it.
 
     """
 
-    resolved: Mapping[Signal, Endpoint]
-    switched_off: frozenset[Signal] = frozenset()
-
-    @property
-    def endpoints(self) -> dict[Signal, Endpoint]:
-        """The endpoint of each signal that is sent."""
-        return {signal: endpoint for signal, endpoint in self.resolved.items() if signal not in self.switched_off}
-
-    @property
-    def name(self) -> str:
-        """A name for state files: 12 hex digits of the URLs and the tenants. Neither can be read in it.
-
-        Signals that are switched off count: switching one must not start the others anew. Credentials don't (rotating
-        them must not, either), but the user of a Basic authorization does: hosted receivers put the tenant there. Nor
-        does the protocol: the receiver is the same.
-        """
-        signals = sorted(self.resolved)
-        urls = "\n".join(f"{signal} {self.resolved[signal].url}" for signal in signals).encode()
-        tenants = "\n".join(f"{signal} {_tenants(self.resolved[signal])}" for signal in signals).encode()
-        salt = hashlib.blake2b(urls, digest_size=16).digest()
-        return hashlib.blake2b(urls + hashlib.blake2b(tenants, salt=salt).digest(), digest_size=6).hexdigest()
+    endpoints: dict[Signal, Endpoint]
+    name: str
 
 
 def read_variables(env: Mapping[str, str]) -> dict[str, str]:
@@ -191,14 +172,15 @@ def resolve_destination(
     variables = read_variables(env)
     switched_off = frozenset(s for s in SIGNALS if variables.get(f"OTEL_{s.upper()}_EXPORTER", "").lower() == "none")
     if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or len(switched_off) == len(SIGNALS):
-        return Destination({})
+        return Destination({}, _destination_name({}))
     arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
     resolved: dict[Signal, Endpoint] = {}
     for signal in SIGNALS:
         settings = _settings(signal, variables, arguments)
         if "ENDPOINT" in settings:
             resolved[signal] = _endpoint(signal, settings, headers or {})
-    return Destination(resolved, switched_off)
+    sent = {signal: endpoint for signal, endpoint in resolved.items() if signal not in switched_off}
+    return Destination(sent, _destination_name(resolved))
 
 
 class _Setting(NamedTuple):
@@ -312,11 +294,8 @@ def _insecure(found: _Setting | None, address: _Address, certificate: str | None
 def _timeout(found: _Setting | None) -> float:
     if found is None:
         return DEFAULT_TIMEOUT_S
-    try:
-        seconds = math.nan if isinstance(found.value, bool) else float(found.value)
-    except (TypeError, ValueError):
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
+    seconds = None if isinstance(found.value, bool) else to_float(found.value)
+    if seconds is None or not 0 < seconds < math.inf:
         raise ConfigError(found.field, found.value, "must be a number of seconds above 0")
     return seconds / 1000 if seconds >= _MIN_MILLISECONDS and found.scope != "argument" else seconds
 
@@ -355,6 +334,19 @@ def _choice(choices: tuple[Any, ...], found: _Setting | None) -> Any:
     if value not in choices:
         raise ConfigError(found.field, found.value, f"must be one of {', '.join(choices)}")
     return value
+
+
+def _destination_name(endpoints: Mapping[Signal, Endpoint]) -> str:
+    """12 hex digits of the URLs and the tenants. Neither can be read in them.
+
+    Signals that are switched off count: switching one must not start the others anew. Credentials don't (rotating them
+    must not, either), but the user of a Basic authorization does: hosted receivers put the tenant there. Nor does the
+    protocol: the receiver is the same.
+    """
+    urls = "\n".join(f"{signal} {endpoints[signal].url}" for signal in sorted(endpoints)).encode()
+    tenants = "\n".join(f"{signal} {_tenants(endpoints[signal])}" for signal in sorted(endpoints)).encode()
+    salt = hashlib.blake2b(urls, digest_size=16).digest()
+    return hashlib.blake2b(urls + hashlib.blake2b(tenants, salt=salt).digest(), digest_size=6).hexdigest()
 
 
 def _tenants(endpoint: Endpoint) -> list[tuple[str, str]]:

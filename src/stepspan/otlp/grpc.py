@@ -6,7 +6,6 @@ from its own back-off for up to two minutes: when to try again is decided by del
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -80,13 +79,15 @@ class GrpcTransport:
         code = error.code()
         if code in _CONNECTION_FAILED:
             self.close()
+        details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
+        status = answers.status_details(details)  # with the seconds to wait by its RetryInfo
         return answers.failed_outcome(
             self._endpoint,
             code.name,
             answers.GRPC_ANSWERS.get(code.name, answers.UNKNOWN_ANSWER),
             error.details() or "",
             phrases=GRPC_PHRASES,
-            retry_after=_retry_delay(error.trailing_metadata() or ()),
+            retry_after=None if status is None else status[1],
         )
 
 
@@ -110,11 +111,3 @@ def _open_channel(endpoint: Endpoint) -> grpc.Channel:
 
 def _file_bytes(path: str | None) -> bytes | None:
     return None if path is None else Path(path).read_bytes()
-
-
-def _retry_delay(trailing: Iterable[tuple[str, str | bytes]]) -> float | None:
-    """Seconds to wait by the google.rpc.RetryInfo in a status' details."""
-    for name, value in trailing:
-        if name == "grpc-status-details-bin" and isinstance(value, bytes):
-            return (answers.status_details(value) or ("", None))[1]
-    return None

@@ -15,6 +15,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from typing import Any
 
@@ -26,6 +27,7 @@ from stepspan.otlp import answers
 from stepspan.otlp.answers import Answer
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.values import to_float
 
 _CONTENT_TYPES = {"http/protobuf": "application/x-protobuf", "http/json": "application/json"}
 _REJECTED = {"metrics": "rejectedDataPoints", "traces": "rejectedSpans", "logs": "rejectedLogRecords"}
@@ -120,16 +122,11 @@ def retry_after(value: str | None, now: float) -> float | None:
         now: Unix time in seconds.
 
     """
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
+    seconds = to_float(value)
+    if value is not None and seconds is None:
+        with suppress(TypeError, ValueError, OverflowError):
             seconds = parsedate_to_datetime(value).timestamp() - now
-        except (TypeError, ValueError, OverflowError):
-            return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
+    return None if seconds is None or not math.isfinite(seconds) else max(seconds, 0.0)
 
 
 def _content(response: requests.Response, timeout: float) -> bytes:
@@ -168,10 +165,8 @@ def _error_text(response: requests.Response, content: bytes) -> str:
     """What a failure says: OTLP puts a google.rpc.Status there, many receivers plain text."""
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _CONTENT_TYPES["http/json"]:
-        try:
+        with suppress(KeyError, TypeError, ValueError):
             return str(_json_object(content)["message"])
-        except (KeyError, TypeError, ValueError):
-            pass
     if kind == _CONTENT_TYPES["http/protobuf"] and (status := answers.status_details(content)) is not None:
         return status[0]
     return content.decode("utf-8", "replace")

@@ -18,19 +18,7 @@ from typing import Any
 import orjson
 
 from stepspan._version import __version__
-from stepspan.mapping.records import (
-    Attributes,
-    Exemplar,
-    Histogram,
-    Link,
-    Log,
-    Record,
-    Series,
-    Signal,
-    Span,
-    SpanEvent,
-    Sum,
-)
+from stepspan.mapping.records import Attributes, Histogram, Log, Record, Series, Signal, Span, Sum
 from stepspan.otlp import rules
 from stepspan.values import json_number, utf8
 
@@ -92,7 +80,9 @@ def _metric(metric: rules.Metric, written: dict[int, list[bytes]]) -> _Json:
 
 def _points(series: Series, times: Sequence[int], values: Sequence[Any], written: dict[int, list[bytes]]) -> bytes:
     """A series' data points, separated by commas."""
-    attributes = _series_attributes(series)
+    attributes = series.encoded.get("json")
+    if not isinstance(attributes, bytes):
+        attributes = series.encoded["json"] = _dumps(key_values(series.attributes))
     if series.kind == "gauge":
         digits = orjson.dumps(values)
         if b"null" not in digits:  # orjson's word for None, NaN and infinities alike
@@ -111,13 +101,6 @@ def _finite_gauge_points(attributes: bytes, times: list[bytes], values: list[byt
     pieces[3::4] = [b',"attributes":' + attributes + b'},{"timeUnixNano":"'] * len(times)
     pieces[-1] = b',"attributes":' + attributes + b"}"
     return b'{"timeUnixNano":"' + b"".join(pieces)
-
-
-def _series_attributes(series: Series) -> bytes:
-    cached = series.encoded.get("json")
-    if not isinstance(cached, bytes):
-        cached = series.encoded["json"] = _dumps(key_values(series.attributes))
-    return cached
 
 
 def _point(time: int, value: float | Sum | Histogram | None) -> _Json:
@@ -146,17 +129,16 @@ def _histogram(histogram: Histogram) -> _Json:
     if histogram.counts:
         point["positive"] = {"offset": histogram.offset, "bucketCounts": [str(count) for count in histogram.counts]}
     if histogram.exemplars:
-        point["exemplars"] = [_exemplar(exemplar) for exemplar in histogram.exemplars]
+        point["exemplars"] = [
+            {
+                "timeUnixNano": str(exemplar.time),
+                "asDouble": json_number(exemplar.value),
+                "traceId": exemplar.trace_id.hex(),
+                "spanId": exemplar.span_id.hex(),
+            }
+            for exemplar in histogram.exemplars
+        ]
     return point
-
-
-def _exemplar(exemplar: Exemplar) -> _Json:
-    return {
-        "timeUnixNano": str(exemplar.time),
-        "asDouble": json_number(exemplar.value),
-        "traceId": exemplar.trace_id.hex(),
-        "spanId": exemplar.span_id.hex(),
-    }
 
 
 def _span(span: Span) -> _Json:
@@ -173,25 +155,23 @@ def _span(span: Span) -> _Json:
     if span.parent_id is not None:
         encoded["parentSpanId"] = span.parent_id.hex()
     if span.events:
-        encoded["events"] = [_event(event) for event in span.events]
+        encoded["events"] = [
+            {"timeUnixNano": str(event.time), "name": event.name, "attributes": key_values(event.attributes)}
+            for event in span.events
+        ]
     if span.links:
-        encoded["links"] = [_link(link) for link in span.links]
+        encoded["links"] = [
+            {
+                "traceId": link.trace_id.hex(),
+                "spanId": link.span_id.hex(),
+                "attributes": key_values(link.attributes),
+                "flags": rules.HAS_IS_REMOTE,
+            }
+            for link in span.links
+        ]
     if span.error is not None:
         encoded["status"] = {"code": _STATUS_ERROR, "message": span.error}
     return encoded
-
-
-def _event(event: SpanEvent) -> _Json:
-    return {"timeUnixNano": str(event.time), "name": event.name, "attributes": key_values(event.attributes)}
-
-
-def _link(link: Link) -> _Json:
-    return {
-        "traceId": link.trace_id.hex(),
-        "spanId": link.span_id.hex(),
-        "attributes": key_values(link.attributes),
-        "flags": rules.HAS_IS_REMOTE,
-    }
 
 
 def _log(log: Log) -> _Json:

@@ -7,8 +7,7 @@ what to split and where to stop is decided by `stepspan.deliver.task`, from the 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Verdict(enum.Enum):
@@ -30,8 +29,7 @@ class Verdict(enum.Enum):
     """Only a person can fix it. The signal is retried slowly, and the run warns once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """What became of one request.
 
     Args:

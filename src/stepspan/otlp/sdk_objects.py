@@ -243,19 +243,19 @@ def _metric(metric: _Json) -> export.Metric:
         if not int(point.get("flags", 0)) & rules.NO_RECORDED_VALUE:
             arguments = _decoded(point, kind.point_fields[1:])
             if kind.point is export.NumberDataPoint:
-                arguments["value"] = _number(point)
+                arguments["value"] = _number_value(point)
             points.append(kind.point(attributes=attributes, **arguments))
     return export.Metric(
         **_decoded(metric, _METRIC), data=kind.data(data_points=points, **_decoded(data, kind.data_fields))
     )
 
 
-def _number(point: _Json) -> int | float:
+def _number_value(point: _Json) -> int | float:
     return int(point["asInt"]) if "asInt" in point else rules.double(point["asDouble"])
 
 
 def _exemplar(exemplar: _Json) -> Exemplar:
-    return Exemplar(value=_number(exemplar), **_decoded(exemplar, _EXEMPLAR))
+    return Exemplar(value=_number_value(exemplar), **_decoded(exemplar, _EXEMPLAR))
 
 
 def _link(link: _Json) -> trace.Link:
