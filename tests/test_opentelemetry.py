@@ -138,7 +138,7 @@ def same(signal: str, ours: bytes, official: Any) -> None:
     """As messages, except that the official encoder writes an empty status, and no trace state of a link."""
     parsed = type(official).FromString(ours)
     for request in (parsed, official):
-        for resource in getattr(request, REQUESTS[signal].fields[0].name):
+        for resource in getattr(request, REQUESTS[signal].fields[0].name):  # type: ignore[index]
             for scope in getattr(resource, resource.DESCRIPTOR.fields[1].name):
                 for span in getattr(scope, "spans", ()):
                     if not span.status.ByteSize():
@@ -178,7 +178,7 @@ def test_the_wire_of_metrics_is_what_the_official_encoder_writes(collected: Coll
 
 def test_points_of_one_metric_from_several_collections_are_one_metric_in_time_order(collected: Collected) -> None:
     fields = [one for _ in range(3) for one in metric_fields(collected.metrics)]
-    request = REQUESTS["metrics"]._concrete_class.FromString(
+    request = REQUESTS["metrics"]._concrete_class.FromString(  # type: ignore[attr-defined]
         encode("metrics", {}, [*foreign("metrics", fields), *mapped_ours()])
     )
     ours, theirs = request.resource_metrics[0].scope_metrics
