@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 import orjson
 import requests
@@ -155,7 +154,7 @@ def _partial_success(endpoint: Endpoint, content: bytes) -> tuple[int, str]:
     if endpoint.protocol == "http/protobuf":
         return answers.partial_success(content)
     try:
-        partial = _json_object(content).get("partialSuccess") or {}
+        partial = orjson.loads(content).get("partialSuccess") or {}
         return int(partial.get(_REJECTED[endpoint.signal]) or 0), str(partial.get("errorMessage") or "")
     except (AttributeError, TypeError, ValueError):
         return 0, answers.malformed_note(content)
@@ -166,17 +165,10 @@ def _error_text(response: requests.Response, content: bytes) -> str:
     kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _CONTENT_TYPES["http/json"]:
         with suppress(KeyError, TypeError, ValueError):
-            return str(_json_object(content)["message"])
+            return str(orjson.loads(content)["message"])
     if kind == _CONTENT_TYPES["http/protobuf"] and (status := answers.status_details(content)) is not None:
         return status[0]
     return content.decode("utf-8", "replace")
-
-
-def _json_object(content: bytes) -> dict[str, Any]:
-    value = orjson.loads(content)
-    if not isinstance(value, dict):
-        raise TypeError("not a JSON object")
-    return value
 
 
 def _fault_outcome(endpoint: Endpoint, error: BaseException) -> Outcome:

@@ -8,7 +8,6 @@ A field that the installed classes don't know is left out, as a receiver that do
 from __future__ import annotations
 
 import binascii
-import json
 from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial
@@ -23,7 +22,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from stepspan.mapping.records import METRIC_DATA, SdkRecord, SdkScope, Signal
 from stepspan.otlp.rules import FIELDS, double
-from stepspan.values import utf8
 
 _Json: TypeAlias = dict[str, Any]
 _Convert: TypeAlias = Callable[[Any], Any]
@@ -72,7 +70,7 @@ def request_from_json(signal: Signal, request: bytes) -> bytes:
         ValueError: It is none.
 
     """
-    tree, fields = json.loads(request), FIELDS[signal]
+    tree, fields = orjson.loads(request), FIELDS[signal]
     entries = tree.get(fields.resources) if isinstance(tree, dict) else None
     if not isinstance(entries, list) or not all(fields.scopes in entry for entry in entries if isinstance(entry, dict)):
         raise ValueError(f"not a request for {signal}")
@@ -121,10 +119,10 @@ def _converter(field: FieldDescriptor) -> _Convert:
     return (lambda values: [convert(value) for value in values]) if field.is_repeated else convert
 
 
-def _string(value: Any) -> bytes:
+def _string(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not text")
-    return utf8(value)
+    return value
 
 
 def _integer(value: Any) -> int:

@@ -33,8 +33,6 @@ from stepspan.run import DISABLED, Run
 
 log = logging.getLogger("stepspan")
 
-NO_WATCHERS: dict[str, Any] = {"stall_after": 0, "samplers": []}
-"""Settings that switch off what watches over a training: this may be any program."""
 OPEN_TIMEOUT_S = 5.0
 """How long a thread waits for another one to open the run. That one may log meanwhile, and wait for a lock of `logging`
 which this one holds."""
@@ -206,12 +204,14 @@ def _open_run(directory: Path | None, resource: Resource) -> Run:
     attributes = dict(resource.attributes)
     service = str(attributes.pop("service.name", ""))
     attributes.pop("service.instance.id", None)
-    given = {
+    given: dict[str, Any] = {
         "directory": directory,
         "resource": attributes,
         "service_name": None if service.startswith("unknown_service") else service or None,
         "propagate": False,
-        **NO_WATCHERS,
+        # No watching over a training: this may be any program.
+        "stall_after": 0,
+        "samplers": [],
     }
     settings = config.load(given, os.environ)
     return start.open_run(settings, exporters=()) if settings.enabled else DISABLED

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from opentelemetry.context import Context
 from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
-from opentelemetry.sdk.trace import ReadableSpan, Span, SpanProcessor
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
 from stepspan.integrations.opentelemetry.sink import JournalSink
 from stepspan.otlp.sdk_objects import log_fields, metric_fields, span_fields
@@ -25,9 +24,6 @@ class JournalSpanProcessor(JournalSink, SpanProcessor):
         run: The run whose journal is written; None: whichever is open as a span ends, if any.
 
     """
-
-    def on_start(self, span: Span, parent_context: Context | None = None) -> None:
-        """Do nothing: a span is written once, as it ends."""
 
     def on_end(self, span: ReadableSpan) -> None:
         """Write a span, if it is sampled; the SDK calls this in the thread that ends it.
