@@ -38,11 +38,12 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     print(f"training in {ranks} ranks as job {job_id}", flush=True)
     context = multiprocessing.get_context("spawn")
     memory, barrier = shared_memory(ranks), context.Barrier(ranks)
-    processes = []
-    for rank in range(ranks):
-        process = context.Process(target=_rank, args=(job_id, rank, ranks, epochs, directory, memory, barrier))
+    processes = [
+        context.Process(target=_rank, args=(job_id, rank, ranks, epochs, directory, memory, barrier))
+        for rank in range(ranks)
+    ]
+    for process in processes:
         process.start()
-        processes.append(process)
     for process in processes:
         process.join()
     failed = [process.exitcode for process in processes if process.exitcode]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -49,31 +50,20 @@ def print_table(
     kept = [n for n in range(len(names)) if any(row[n] for row in cells)]
     widths = {n: GAP_COLUMNS + max(cell_len(text) for text in (names[n], *(row[n] for row in cells))) for n in kept}
     repeated = [n for n in kept if names[n] in keys]
-    for number, part in enumerate(_parts(kept, repeated, widths, console.width + GAP_COLUMNS)):
-        if number:
-            console.print()
+    others = [n for n in kept if n not in repeated]
+    width = console.width + GAP_COLUMNS - sum(widths[n] for n in repeated)
+    while others:
+        fitting = sum(end <= width for end in accumulate(widths[n] for n in others)) or 1
+        part = sorted([*repeated, *others[:fitting]])
+        others = others[fitting:]
         table = Table(box=None, header_style="dim", pad_edge=False)
         for n in part:
             table.add_column(names[n], justify="right" if columns[n].startswith(">") else "left", overflow="fold")
         for row in cells:
             table.add_row(*(Text(row[n]) for n in part))
         console.print(table)
-
-
-def _parts(kept: Sequence[int], repeated: Sequence[int], widths: dict[int, int], width: int) -> list[list[int]]:
-    """The columns of each part: those that are repeated, and of the others as many as fit, at least one."""
-    width -= sum(widths[n] for n in repeated)
-    parts: list[list[int]] = [[]]
-    free = width
-    for n in kept:
-        if n in repeated:
-            continue
-        if parts[-1] and widths[n] > free:
-            parts.append([])
-            free = width
-        parts[-1].append(n)
-        free -= widths[n]
-    return [sorted((*repeated, *part)) for part in parts]
+        if others:
+            console.print()
 
 
 def rank_label(rank: int, role: str) -> str:

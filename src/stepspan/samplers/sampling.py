@@ -177,8 +177,6 @@ class Sampling:
     def _open(self, name: str, opener: Opener) -> None:
         try:
             sampler = opener(self._emit)
-        except (*ABSENT, ImportError) as error:
-            self._warn(name, error, logging.INFO)
         except Exception as error:  # a driver may raise anything
             self._warn(name, error)
         else:
@@ -193,7 +191,7 @@ class Sampling:
                 values += ([name, json_number(float(value)), *more] for name, value, *more in read(self._clock()))
             except ABSENT as error:
                 del sampler.quantities[quantity]
-                self._warn(kind, error, logging.INFO)
+                self._warn(kind, error)
             except Gone as error:
                 self._samplers.remove(sampler)
                 self._warn(sampler.name, error)
@@ -206,7 +204,8 @@ class Sampling:
         if not self._stopped:
             self._recorder.emit_background(event)
 
-    def _warn(self, name: str, error: Exception, level: int = logging.WARNING) -> None:
+    def _warn(self, name: str, error: Exception) -> None:
+        level = logging.INFO if isinstance(error, (*ABSENT, ImportError)) else logging.WARNING
         reason = str(error) if isinstance(error, (Absent, Gone)) else error_text(error)
         self._recorder.warn_once(f"samplers.{name}", f"{name} is not sampled: {reason}", level)
 
