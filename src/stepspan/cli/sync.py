@@ -187,15 +187,11 @@ def _deliverer_root(session: SessionPath) -> Path:
 
 def _wait_for(lock: DeliveryLock) -> None:
     """Acquire a lock, after the deliverer that holds it. Raises `JournalError` if it can't be had."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    announced = False
     try:
-        while not lock.acquire():
-            if time.monotonic() > deadline:
-                raise JournalError("another deliverer is still sending to this destination: wait for it, or stop it")
-            if not announced:
-                print("another deliverer is sending to this destination: waiting for it to finish", file=sys.stderr)
-            announced = True
-            time.sleep(0.2)
+        if lock.acquire():
+            return
+        print("another deliverer is sending to this destination: waiting for it to finish", file=sys.stderr)
+        if not lock.acquire(LOCK_TIMEOUT_S):
+            raise JournalError("another deliverer is still sending to this destination: wait for it, or stop it")
     except OSError as error:
         raise JournalError(f"no lock can be kept: name a --state-directory for the cursors: {error}") from error

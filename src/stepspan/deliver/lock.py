@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from pathlib import Path
 
 from stepspan.journal.layout import open_path, slug
 
 DELIVERERS_DIRECTORY = ".deliverers"
+RETRY_INTERVAL_S = 0.1
 
 
 class DeliveryLock:
@@ -35,8 +37,11 @@ class DeliveryLock:
         self._name = f"{slug(host)}-{destination}.lock"
         self._fd = -1
 
-    def acquire(self) -> bool:
+    def acquire(self, timeout: float = 0.0) -> bool:
         """Take the lock if it is free.
+
+        Args:
+            timeout: For how many seconds to try again where another process holds it.
 
         Returns:
             Whether it is held by this object now.
@@ -45,6 +50,14 @@ class DeliveryLock:
             OSError: The lock file cannot be made.
 
         """
+        deadline = time.monotonic() + timeout
+        while not self._try_acquire():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(RETRY_INTERVAL_S)
+        return True
+
+    def _try_acquire(self) -> bool:
         fd = open_deliverers_file(self._directory, self._name, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

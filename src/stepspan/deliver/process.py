@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,8 +29,8 @@ from stepspan.processors import build
 
 log = logging.getLogger("stepspan.deliver")
 
-LOCK_TRIES = 5
-LOCK_RETRY_INTERVAL_S = 0.1
+LOCK_TIMEOUT_S = 0.5
+"""A rank may hold a lock for the moment in which it looks whether it is free."""
 
 
 def serve(
@@ -49,7 +48,7 @@ def serve(
     """
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in settings]
     locks = {e.destination: DeliveryLock(directory, host, e.destination) for e in exporters}
-    exporters = [e for e in exporters if _acquire(locks[e.destination])]
+    exporters = [e for e in exporters if locks[e.destination].acquire(LOCK_TIMEOUT_S)]
     sessions = partial(find_sessions, directory, host=host)
     while exporters:
         log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in exporters))
@@ -65,15 +64,6 @@ def serve(
         if not over or (all(deliverer.has_seen(session.path) for session in sessions()) and run_is_over(deliverer)):
             return
         exporters = [e for e in exporters if locks[e.destination].acquire()]
-
-
-def _acquire(lock: DeliveryLock) -> bool:
-    """Take a lock that a rank may hold for the moment in which it looks whether it is free."""
-    for _ in range(LOCK_TRIES):
-        if lock.acquire():
-            return True
-        time.sleep(LOCK_RETRY_INTERVAL_S)
-    return False
 
 
 def main() -> None:
