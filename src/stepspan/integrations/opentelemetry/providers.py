@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import atexit
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs._internal import ProxyLoggerProvider
@@ -23,11 +24,8 @@ from stepspan.integrations.opentelemetry.processors import (
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run, start_run
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
-
-class Configured:
+class Configured(AbstractContextManager["Configured"]):
     """What `configure()` has set up: a context manager, which shuts it down.
 
     Attributes:
@@ -130,9 +128,6 @@ class Configured:
             reader.shutdown()
         for processor in self._processors:
             processor.shutdown()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
