@@ -26,6 +26,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -174,11 +175,8 @@ def resolve_destination(
     if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or len(switched_off) == len(SIGNALS):
         return Destination({}, _destination_name({}))
     arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
-    resolved: dict[Signal, Endpoint] = {}
-    for signal in SIGNALS:
-        settings = _settings(signal, variables, arguments)
-        if "ENDPOINT" in settings:
-            resolved[signal] = _endpoint(signal, settings, headers or {})
+    given = {signal: _settings(signal, variables, arguments) for signal in SIGNALS}
+    resolved = {s: _endpoint(s, settings, headers or {}) for s, settings in given.items() if "ENDPOINT" in settings}
     sent = {signal: endpoint for signal, endpoint in resolved.items() if signal not in switched_off}
     return Destination(sent, _destination_name(resolved))
 
@@ -359,10 +357,8 @@ def _tenants(endpoint: Endpoint) -> list[tuple[str, str]]:
 def _basic_credentials(authorization: str) -> tuple[str, str]:
     """User and password of a Basic authorization, empty for any other."""
     scheme, _, encoded = authorization.partition(" ")
-    if scheme.lower() != "basic":
-        return "", ""
-    try:
-        user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
-        return "", ""
-    return user, password
+    if scheme.lower() == "basic":
+        with suppress(binascii.Error, UnicodeDecodeError):
+            user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+            return user, password
+    return "", ""

@@ -21,9 +21,7 @@ _METHODS = {
     "traces": "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
     "logs": "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
 }
-_CONNECTION_FAILED = frozenset(
-    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
-)
+_CONNECTION_FAILED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
 _UNAVAILABLE = frozenset({Verdict.RETRY})
 
 GRPC_PHRASES: tuple[Phrase, ...] = (
@@ -76,15 +74,15 @@ class GrpcTransport:
             self._channel = None
 
     def _error_outcome(self, error: Any) -> Outcome:
-        code = error.code()
+        code = error.code().name
         if code in _CONNECTION_FAILED:
             self.close()
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
         status = answers.status_details(details)  # with the seconds to wait by its RetryInfo
         return answers.failed_outcome(
             self._endpoint,
-            code.name,
-            answers.GRPC_ANSWERS.get(code.name, answers.UNKNOWN_ANSWER),
+            code,
+            answers.GRPC_ANSWERS.get(code, answers.UNKNOWN_ANSWER),
             error.details() or "",
             phrases=GRPC_PHRASES,
             retry_after=None if status is None else status[1],

@@ -16,20 +16,7 @@ from operator import eq
 from typing import Any, NamedTuple
 
 from stepspan._version import __version__
-from stepspan.mapping.records import (
-    Attributes,
-    AttributeValue,
-    Exemplar,
-    Histogram,
-    Link,
-    Log,
-    Record,
-    Series,
-    Signal,
-    Span,
-    SpanEvent,
-    Sum,
-)
+from stepspan.mapping.records import Attributes, AttributeValue, Histogram, Log, Record, Series, Signal, Span, Sum
 from stepspan.otlp import rules
 from stepspan.values import utf8
 
@@ -155,18 +142,17 @@ def _histogram(histogram: Histogram) -> bytes:
     if histogram.counts:
         counts = b"".join([_varint(count) for count in histogram.counts])
         encoded.append(_bytes_field(b"\x42", b"\x08" + _zigzag(histogram.offset) + _bytes_field(b"\x12", counts)))
-    encoded += [_bytes_field(b"\x5a", _exemplar(exemplar)) for exemplar in histogram.exemplars]
+    for exemplar in histogram.exemplars:
+        ids = _bytes_field(b"\x22", exemplar.span_id) + _bytes_field(b"\x2a", exemplar.trace_id)
+        measured = _fixed64(0x11, exemplar.time) + _double_field(0x19, exemplar.value)
+        encoded.append(_bytes_field(b"\x5a", measured + ids))
     return b"".join(encoded)
-
-
-def _exemplar(exemplar: Exemplar) -> bytes:
-    ids = _bytes_field(b"\x22", exemplar.span_id) + _bytes_field(b"\x2a", exemplar.trace_id)
-    return _fixed64(0x11, exemplar.time) + _double_field(0x19, exemplar.value) + ids
 
 
 # --- traces
 
 
+_LINK_FLAGS = struct.pack("<BI", 0x35, rules.HAS_IS_REMOTE)
 _SPAN_FLAGS = struct.pack("<HI", 0x0185, rules.HAS_IS_REMOTE)  # field 16: a tag of two bytes
 
 
@@ -182,25 +168,15 @@ def _span(span: Span) -> bytes:
     ]
     if span.parent_id is not None:
         encoded.append(_bytes_field(b"\x22", span.parent_id))
-    if span.events:
-        encoded += [_bytes_field(b"\x5a", _event(event)) for event in span.events]
-    if span.links:
-        encoded += [_bytes_field(b"\x6a", _link(link)) for link in span.links]
+    for event in span.events:
+        named = _fixed64(0x09, event.time) + _string_field(b"\x12", event.name)
+        encoded.append(_bytes_field(b"\x5a", named + _key_values(b"\x1a", event.attributes)))
+    for link in span.links:
+        ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
+        encoded.append(_bytes_field(b"\x6a", ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS))
     if span.error is not None:
         encoded.append(_bytes_field(b"\x7a", _string_field(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
     return b"".join(encoded)
-
-
-def _event(event: SpanEvent) -> bytes:
-    return _fixed64(0x09, event.time) + _string_field(b"\x12", event.name) + _key_values(b"\x1a", event.attributes)
-
-
-_LINK_FLAGS = struct.pack("<BI", 0x35, rules.HAS_IS_REMOTE)
-
-
-def _link(link: Link) -> bytes:
-    ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
-    return ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS
 
 
 # --- logs

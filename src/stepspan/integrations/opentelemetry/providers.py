@@ -70,16 +70,15 @@ class Configured(AbstractContextManager["Configured"]):
 
     def _add_reader(self, run: Run | None) -> None:
         meter_provider = metrics.get_meter_provider()
-        not_installed = isinstance(meter_provider, _ProxyMeterProvider)
-        add = getattr(meter_provider, "add_metric_reader", None)  # not before SDK 1.42 or so
-        if not not_installed and add is None:
-            self._warn_not_extensible(meter_provider)
-            return
-        self._reader = PeriodicExportingMetricReader(JournalMetricExporter(run))
-        if not_installed:  # the reader is shut down here, before the run ends, and not by the provider
+        if isinstance(meter_provider, _ProxyMeterProvider):
+            self._reader = PeriodicExportingMetricReader(JournalMetricExporter(run))
+            # The reader is shut down here, before the run ends, and not by the provider.
             metrics.set_meter_provider(MeterProvider([self._reader], shutdown_on_exit=False))
-        elif add is not None:
-            add(self._reader)
+        elif hasattr(meter_provider, "add_metric_reader"):  # not before SDK 1.42 or so
+            self._reader = PeriodicExportingMetricReader(JournalMetricExporter(run))
+            meter_provider.add_metric_reader(self._reader)
+        else:
+            self._warn_not_extensible(meter_provider)
 
     def _warn_not_extensible(self, provider: Any) -> None:
         name = f"{type(provider).__module__}.{type(provider).__qualname__}"

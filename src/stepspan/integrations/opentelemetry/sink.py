@@ -58,10 +58,9 @@ class JournalSink:
 
         """
         with recording_depth as depth:
-            if self._shut_down or depth >= MAX_DEPTH:
-                return result.FAILURE
             try:
-                run = self._run(resource, nested=depth > 0)
+                refused = self._shut_down or depth >= MAX_DEPTH
+                run = None if refused else self._run(resource, nested=depth > 0)
                 if run is None:
                     return result.FAILURE
                 lost = run.recorder.lost_events()
