@@ -39,19 +39,21 @@ which this one holds."""
 
 
 class _SharedRun:
-    """The run of this process's exporters that write below one directory, for when no other run is open."""
+    """The run of this process's exporters that write below one directory, for when no other run is open.
+
+    Attributes:
+        users: Number of exporters that are not shut down; the run ends with the last of them.
+        run: None until the first of them has something to write.
+        warned: Whether a failure was logged: only the first one is.
+
+    """
 
     def __init__(self, directory: Path | None) -> None:
         self.users = 0
         self.run: Run | None = None
         self.lock = threading.Lock()
         self._directory = directory
-        self._warned = False
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the run has begun and not ended."""
-        return self.run is not None and not self.run.closed
+        self.warned = False
 
     def open(self, resource: Resource) -> Run:
         """Return the run; the first call opens it.
@@ -73,18 +75,6 @@ class _SharedRun:
             return self.run
         finally:
             self.lock.release()
-
-    def warn_once(self, error: Exception) -> None:
-        """Log the first thing that goes wrong."""
-        if not self._warned:
-            self._warned = True
-            log.warning("OpenTelemetry's records cannot be written to a journal: %s (logged once)", error)
-
-    def release(self) -> None:
-        """One exporter is shut down; with the last one the run ends."""
-        self.users -= 1
-        if self.users <= 0 and self.run is not None:
-            self.run.close()
 
     def after_fork(self) -> None:
         """In a forked child: the run goes on in a session of its own when something is written."""
@@ -109,18 +99,23 @@ class _JsonlSink(JournalSink):
         run = super()._run()
         if run is not None:
             return run
-        if nested and not self._shared.is_open:  # what is logged as the run is opened has no journal yet
+        is_open = self._shared.run is not None and not self._shared.run.closed
+        if nested and not is_open:  # what is logged as the run is opened has no journal yet
             return None
         return self._shared.open(resource or Resource({}))
 
     def _warn(self, error: Exception) -> None:
-        self._shared.warn_once(error)
+        if not self._shared.warned:
+            self._shared.warned = True
+            log.warning("OpenTelemetry's records cannot be written to a journal: %s (logged once)", error)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The run that these exporters have opened ends with the last of them."""
         if not self._shut_down:
             super().shutdown()
-            self._shared.release()
+            self._shared.users -= 1
+            if self._shared.users <= 0 and self._shared.run is not None:
+                self._shared.run.close()
 
 
 class JsonlSpanExporter(_JsonlSink, SpanExporter):
