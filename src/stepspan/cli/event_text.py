@@ -78,10 +78,6 @@ def _step_details(event: Event) -> str:
     return wait + "".join(f", {event[item]} {item}" for item in ("samples", "tokens") if item in event)
 
 
-def _run_end(event: Event, begin: Event | None) -> str:
-    return f"{_title('run', begin)} {_duration(event, begin)}: {event['status']}"
-
-
 def _device_time(event: Event, begin: Event | None) -> str:
     duration = "not known" if event["seconds"] is None else format_seconds(event["seconds"])
     return f"{_title('a span', begin)} on the device: {duration}"
@@ -112,7 +108,7 @@ ROWS: Mapping[str, EventText] = {
     "header": lambda e, _: f"session {e['session']} on {e['host']}, pid {e['pid']}",
     **dict.fromkeys(("run_begin", "epoch_begin", "step_begin", "span_begin"), _scope_begin),
     **dict.fromkeys(("epoch_end", "step_end", "span_end"), _scope_end),
-    "run_end": _run_end,
+    "run_end": lambda e, begin: f"{_title('run', begin)} {_duration(e, begin)}: {e['status']}",
     "device_time": _device_time,
     "metrics": _metrics,
     "hyperparams": lambda e, _: f"hyperparameters {format_fields(e['params'])}",

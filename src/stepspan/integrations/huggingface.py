@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from stepspan.integrations.loop import FrameworkCallback, hooks, known_total
+from stepspan.integrations.loop import FrameworkCallback, hooks
 
 SPLITS = ("eval", "test")
 """What the Trainer puts before the names of an evaluation's metrics, with `_`."""
@@ -66,9 +66,7 @@ class StepspanCallback(FrameworkCallback):
         }
         others = {name: value for name, value in args.to_sanitized_dict().items() if value != "None"}
         self.loop.run.log_hyperparams({**main, **others, **main})  # the main ones first: backends cut long lists
-        total = known_total(state.max_steps)
-        if total is not None:
-            self.loop.run.set_total_steps(total)
+        self.loop.set_total_steps(state.max_steps)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called before an epoch. The last one ends only here, for it is evaluated and saved after `on_epoch_end`."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from stepspan.integrations.loop import FrameworkCallback, hooks, known_total, samples_of
+from stepspan.integrations.loop import FrameworkCallback, hooks, samples_of
 from stepspan.run import DISABLED
 
 STEP, EPOCH = "_step", "_epoch"
@@ -77,11 +77,8 @@ class StepspanCallback(FrameworkCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Called as training begins: sets the run's total steps, unless optimizers are stepped by hand."""
-        if not pl_module.automatic_optimization:
-            return
-        total = known_total(trainer.estimated_stepping_batches)
-        if total is not None:
-            self.loop.run.set_total_steps(total)
+        if pl_module.automatic_optimization:
+            self.loop.set_total_steps(trainer.estimated_stepping_batches)
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Called before an epoch, which begins here; the last one ends, for it kept checkpoints until now."""

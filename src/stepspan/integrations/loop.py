@@ -159,6 +159,17 @@ class Loop:
         """
         self.run.log_metrics({_key(key, metrics, split): value for key, value in metrics.items()}, step, split=split)
 
+    def set_total_steps(self, steps: Any) -> None:
+        """Set the run's total steps, where the framework knows them.
+
+        Args:
+            steps: What the framework says; infinity, -1 and the like stand for an unknown number.
+
+        """
+        total = known_total(steps)
+        if total is not None:
+            self.run.set_total_steps(total)
+
     def _was_interrupted(self) -> bool:
         """Whether no thread is in a method of the trainer any more."""
         for frame in sys._current_frames().values():
