@@ -25,7 +25,7 @@ Event: TypeAlias = dict[str, Any]
 Number: TypeAlias = int | float | Literal["NaN", "Infinity", "-Infinity"]
 Json: TypeAlias = dict[str, Any]
 Parent: TypeAlias = Annotated[int, "`seq` of the begin line that it lies in; 0: none"]
-Begin: TypeAlias = Annotated[int, "`seq` of its own begin line"]
+BeginSeq: TypeAlias = Annotated[int, "`seq` of its own begin line"]
 
 
 class Line(TypedDict):
@@ -57,18 +57,23 @@ class Header(Line):
     resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
 
 
+class Begin(Line):
+    """The beginning of the run, an epoch, a step or a phase."""
+
+    parent: Parent
+
+
 class End(Line):
     """The end of an epoch, a step or a phase."""
 
-    begin: Begin
+    begin: BeginSeq
     status: NotRequired[Annotated[str, '"error" where an exception left it']]
     ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
 
 
-class RunBegin(Line):
+class RunBegin(Begin):
     """The run begins in this process."""
 
-    parent: Parent
     name: Annotated[str, "for people; the job id unless one was given"]
     group: NotRequired[Annotated[str | None, "what the job belongs to"]]
     tags: NotRequired[Annotated[list[Any], "words to find it by"]]
@@ -78,14 +83,13 @@ class RunBegin(Line):
 class RunEnd(Line):
     """The run ended."""
 
-    begin: Begin
+    begin: BeginSeq
     status: Annotated[str, "completed, failed or interrupted"]
 
 
-class EpochBegin(Line):
+class EpochBegin(Begin):
     """An epoch begins."""
 
-    parent: Parent
     epoch: Annotated[int, "its number, from 0"]
 
 
@@ -93,10 +97,9 @@ class EpochEnd(End):
     """An epoch ended."""
 
 
-class StepBegin(Line):
+class StepBegin(Begin):
     """A step begins."""
 
-    parent: Parent
     step: Annotated[int, "its number, from 0"]
     split: Annotated[str, '"train", or what the step is of']
     epoch: NotRequired[Annotated[int, "that it lies in"]]
@@ -111,10 +114,9 @@ class StepEnd(End):
     tokens: NotRequired[Annotated[float, "how many tokens it processed"]]
 
 
-class SpanBegin(Line):
+class SpanBegin(Begin):
     """A phase begins."""
 
-    parent: Parent
     name: Annotated[str, "of the span; the metric's attribute `phase`"]
     collective: NotRequired[Annotated[bool, "its time is a wait for other ranks"]]
     cuda: NotRequired[Annotated[bool, "its time on the device follows in a device_time event"]]
@@ -128,7 +130,7 @@ class SpanEnd(End):
 class DeviceTime(Line):
     """How long a phase took on the device; written when the device has got there."""
 
-    begin: Begin
+    begin: BeginSeq
     seconds: Annotated[float | None, "null: it could not be measured"]
 
 

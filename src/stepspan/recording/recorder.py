@@ -54,9 +54,6 @@ class Recorder(Protocol):
     def deferred(self) -> DeferredMetrics:
         """Writes events whose values a device still computes, when it has got there."""
 
-    def clock(self) -> int:
-        """The time that an event would get now, Unix ns."""
-
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Write one event of training; False where a processor dropped it. May raise."""
 
@@ -263,9 +260,7 @@ class NullRecorder:
     defers = False
     session = None
     warning_counts: Mapping[str, int] = MappingProxyType({})
-
-    def __init__(self) -> None:
-        self.scopes: Scopes = NullScopes()
+    scopes: Scopes = NullScopes()
 
     @cached_property
     def identity(self) -> Identity:
@@ -278,11 +273,7 @@ class NullRecorder:
     @property
     def deferred(self) -> DeferredMetrics:
         """Takes values and loses them."""
-        return DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.clock)
-
-    def clock(self) -> int:
-        """No time passes."""
-        return 0
+        return DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.scopes.clock)
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Drop an event."""
