@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 from stepspan.errors import ConfigError
@@ -109,7 +110,7 @@ class Drop:
         self.names = tuple(events)
         self.tags = self.dropped_tags | ({"metrics"} if metrics else set()) | ({"event"} if events else set())
         self.spec = {"drop": {"metrics": list(metrics), "tags": list(tags), "events": list(events)}}
-        self._dropped: dict[str, bool] = {}  # metric key -> whether a pattern matches
+        self._is_dropped = cache(lambda key: any(fnmatchcase(key, pattern) for pattern in self.patterns))
 
     def __call__(self, event: Event) -> Event | None:
         """The event without what is dropped; None where nothing is left."""
@@ -120,12 +121,6 @@ class Drop:
             return None if any(fnmatchcase(event["name"], name) for name in self.names) else event
         kept = {key: value for key, value in event["metrics"].items() if not self._is_dropped(key)}
         return {**event, "metrics": kept} if kept else None
-
-    def _is_dropped(self, key: str) -> bool:
-        dropped = self._dropped.get(key)
-        if dropped is None:
-            dropped = self._dropped[key] = any(fnmatchcase(key, pattern) for pattern in self.patterns)
-        return dropped
 
 
 class SampleSteps:
