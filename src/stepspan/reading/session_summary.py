@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -165,7 +165,7 @@ class SessionSummary:
         if reader.closed is not None:  # lines before the end that no later line shows to be missing
             self.lines.damaged += max(0, reader.closed.seq - last_seq)
         self._steps.give_up_device_times()
-        self._settle()
+        self._add_waits(self._steps.settle())
 
     def as_dict(self) -> dict[str, Any]:
         """What `stepspan report --json` prints of a session."""
@@ -202,29 +202,20 @@ class SessionSummary:
             self.last_step = step.begin["step"]
             self.step_times.append(step.duration)
             self.data_waits.append(event.get("data_wait", 0.0))
-        if step.pending:
-            self._settle()
-        else:
-            self._add_wait(step)
+        self._add_waits(self._steps.settle() if step.pending else [step])
 
     def _device_time(self, event: Event) -> None:
         self._steps.device_time(event)
-        self._settle()
+        self._add_waits(self._steps.settle())
 
-    def _settle(self) -> None:
-        """Take in the steps whose waits have become known by now."""
-        for step in self._steps.settle():
-            self._add_wait(step)
-
-    def _add_wait(self, step: StepState) -> None:
-        if step.wait is not None and step.begin["split"] == "train":
-            self.collective_waits.append(step.wait)
+    def _add_waits(self, steps: Iterable[StepState]) -> None:
+        """Take in steps whose waits are known by now."""
+        waits = (step.wait for step in steps if step.begin["split"] == "train")
+        self.collective_waits.extend(wait for wait in waits if wait is not None)
 
     def _metrics(self, event: Event) -> None:
         for name, value in logged_values(event):
-            if name not in self.metrics:
-                self.metrics[name] = MetricValues(self.rank)
-            self.metrics[name].add(value, event.get("step"), event["ts"])
+            self.metrics.setdefault(name, MetricValues(self.rank)).add(value, event.get("step"), event["ts"])
 
     def _progress(self, event: Event) -> None:
         self.total_steps = event["total_steps"]
