@@ -14,7 +14,7 @@ from stepspan.compat.stormlog.events import (
     telemetry_event_to_dict,
 )
 from stepspan.compat.stormlog.identity import resolve_distributed_identity
-from stepspan.compat.stormlog.load import load_telemetry_events, load_telemetry_sessions
+from stepspan.compat.stormlog.load import LoadedTelemetrySession, load_telemetry_events, load_telemetry_sessions
 from stepspan.compat.stormlog.projection import (
     ProjectedTelemetryRecord,
     project_telemetry_event,
@@ -27,7 +27,7 @@ from stepspan.compat.stormlog.schema import (
     SCHEMA_VERSION_V4,
     validate_telemetry_record,
 )
-from stepspan.compat.stormlog.sessions import LoadedTelemetrySession, SessionSummary
+from stepspan.compat.stormlog.sink import SessionSummary
 from stepspan.errors import RecordError
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 `schema` is the table of its fields, all versions in one, and checks a record against it; `events` holds the types of
 events; `convert` makes events of records, legacy ones included; `identity` finds rank and job; `projection` turns
-events into neutral records; `sessions`, `sink` and `load` read files.
+events into neutral records; `sink` and `load` read files.
 
 Promises, held by stormlog's own answers in tests/conformance: what stormlog 0.3.8 accepts comes out equal here, what it
 refuses is refused in the same order for the same fields, and records of schema 4 (stormlog 0.3.10 and later) are read

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stepspan.compat.rows import parse_row
 from stepspan.compat.stormlog.convert import legacy_session_id, telemetry_event_from_record
 from stepspan.compat.stormlog.events import TelemetryEventLike
+from stepspan.compat.stormlog.projection import ProjectedTelemetryRecord, project_telemetry_events
 from stepspan.compat.stormlog.schema import IDENTITY
-from stepspan.compat.stormlog.sessions import STATUSES, LoadedTelemetrySession, SessionSummary
-from stepspan.compat.stormlog.sink import MANIFEST, Manifest, read_manifest, segments_of
+from stepspan.compat.stormlog.sink import MANIFEST, STATUSES, Manifest, SessionSummary, read_manifest, segments_of
 from stepspan.errors import RecordError, short_repr
 
 EVENTS = ("events", "telemetry_events")
@@ -22,6 +23,32 @@ RECORD_FIELDS = ("schema_version", "timestamp", "timestamp_ns", "event_type", "t
 
 Found = tuple[TelemetryEventLike, str]  # an event and the file it is from
 Positioned = Iterable[tuple[str, dict[str, Any]]]  # where a record is, for errors, and the record
+
+
+@dataclass
+class LoadedTelemetrySession:
+    """A session with its events, by time, the files they are from, and what was wrong with the sink's manifest."""
+
+    summary: SessionSummary
+    events: list[TelemetryEventLike]
+    sources_loaded: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def telemetry_records(self) -> list[ProjectedTelemetryRecord]:
+        """The events as neutral records. Raises RecordError where metadata nests too deeply."""
+        return project_telemetry_events(self.events)
+
+    def resources(self) -> list[dict[str, Any]]:
+        """Each thing that the events are about (host, process, device), once, in the order of its first event."""
+        return _distinct(dict(record.resource) for record in self.telemetry_records())
+
+    def correlations(self) -> list[dict[str, Any]]:
+        """Each set of ids that the events belong to (session, job, phase), once, in the order of its first event."""
+        return _distinct(dict(record.correlation) for record in self.telemetry_records())
+
+
+def _distinct(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return list({repr(sorted(each.items())): each for each in found}.values())
 
 
 def load_telemetry_sessions(
@@ -49,18 +76,24 @@ def load_telemetry_sessions(
     path = Path(path)
     manifest, segments = _sink(path)
     if segments:
-        found = list(_events_of_segments(path, segments, manifest, permissive_legacy))
+        default_id = legacy_session_id(path.resolve(), "sink")
+        files = [(each, manifest.segments.get(each.name) or default_id, _records_of_lines(each)) for each in segments]
     elif path.is_dir() or manifest.sessions or manifest.segments:
         raise RecordError(f"Telemetry sink {path} retained no segments (it should have segment-*.jsonl files)")
     else:
         manifest = Manifest()
-        fallback = legacy_session_id(path.resolve(), events_key or "json")
-        found = list(_convert(path, _records_of_document(path, events_key), permissive_legacy, fallback))
+        default_id = legacy_session_id(path.resolve(), events_key or "json")
+        files = [(path, default_id, _records_of_document(path, events_key))]
 
-    events: dict[str, list[Found]] = {session_id: [] for session_id in manifest.sessions}
-    for event, source in found:
-        events.setdefault(event.session_id, []).append((event, source))
-    return sorted((_session(path, manifest, *each) for each in events.items()), key=_preference)
+    found: dict[str, list[Found]] = {session_id: [] for session_id in manifest.sessions}
+    for file, default_id, records in files:
+        for where, record in records:
+            try:
+                event = telemetry_event_from_record(record, permissive_legacy, default_session_id=default_id)
+            except RecordError as error:
+                raise error.at(where) from None
+            found.setdefault(event.session_id, []).append((event, str(file)))
+    return sorted((_session(path, manifest, *each) for each in found.items()), key=_preference)
 
 
 def load_telemetry_events(
@@ -139,22 +172,6 @@ def _preference(session: LoadedTelemetrySession) -> tuple[int, int, int, str]:
     summary = session.summary
     end = summary.started_at_ns if summary.ended_at_ns is None else summary.ended_at_ns
     return STATUSES.index(summary.status), -end, -summary.started_at_ns, summary.session_id
-
-
-def _events_of_segments(path: Path, segments: list[Path], manifest: Manifest, permissive: bool) -> Iterator[Found]:
-    fallback = legacy_session_id(path.resolve(), "sink")
-    for segment in segments:
-        session_id = manifest.segments.get(segment.name) or fallback
-        yield from _convert(segment, _records_of_lines(segment), permissive, session_id)
-
-
-def _convert(path: Path, records: Positioned, permissive: bool, session_id: str) -> Iterator[Found]:
-    source = str(path)
-    for where, record in records:
-        try:
-            yield telemetry_event_from_record(record, permissive, default_session_id=session_id), source
-        except RecordError as error:
-            raise error.at(where) from None
 
 
 def _records_of_lines(path: Path) -> Positioned:

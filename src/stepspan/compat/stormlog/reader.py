@@ -12,9 +12,8 @@ from pathlib import Path
 
 from stepspan.compat.importing import BeginLine, ImportedSession, Line, SessionImport, event
 from stepspan.compat.stormlog.events import TelemetryEventLike
-from stepspan.compat.stormlog.load import load_telemetry_sessions
+from stepspan.compat.stormlog.load import LoadedTelemetrySession, load_telemetry_sessions
 from stepspan.compat.stormlog.projection import COUNTERS, SEVERITIES, phase_name
-from stepspan.compat.stormlog.sessions import LoadedTelemetrySession
 from stepspan.compat.stormlog.sink import MANIFEST, SEGMENTS
 from stepspan.values import json_value
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.compat.stormlog.schema import require_int, require_text
-from stepspan.compat.stormlog.sessions import STATUSES, SessionSummary
 from stepspan.errors import RecordError, short_repr
 
 MANIFEST = "manifest.json"
@@ -24,6 +23,29 @@ SEGMENTS = "segment-*.jsonl"
 FIRST_SCHEMA_WITH_SESSIONS = 2
 INTEGERS = {"pid": -1, "rank": 0, "local_rank": 0, "world_size": 1}
 """Fields that a session in a manifest may lack, and what they are then."""
+STATUSES = ("completed", "interrupted", "incomplete", "running")
+"""Of sessions, in the order in which they are preferred."""
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """What is known of a session: the fields of stormlog's class of that name.
+
+    Times are Unix nanoseconds; `status` is one of `STATUSES`. `source` is where the summary is from: a sink's manifest,
+    or `artifact:` and the name of the events' file.
+    """
+
+    session_id: str
+    status: str
+    started_at_ns: int
+    ended_at_ns: int | None
+    host: str
+    pid: int
+    job_id: str | None = None
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+    source: str = "stormlog.session"
 
 
 @dataclass
