@@ -6,7 +6,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.compat.row_writer import RowWriter, safe_json_value, to_scalar
@@ -178,7 +177,6 @@ class TelemetryLogger(_RowLogger):
         clock: Callable[[], float] = time.time,
         write: Callable[[int, bytes], int] = os.write,
     ) -> None:
-        self._path = Path(path)
         self._interval = max(1, int(flush_interval))
         self._rows = RowWriter(path, write=write)
         self._clock = clock

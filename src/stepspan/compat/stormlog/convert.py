@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from stepspan.compat.rows import NS_PER_S
@@ -81,7 +81,7 @@ def telemetry_event_from_record(
     if not permissive_legacy:
         raise RecordError("Legacy record conversion is disabled (permissive_legacy=False)", "schema_version")
     converted = record_of_legacy(record, default_session_id, default_collector, default_sampling_interval_ms)
-    return _checked(converted, check_legacy)
+    return _checked(converted, legacy=True)
 
 
 def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> TelemetryEventLike:
@@ -94,13 +94,12 @@ def _upgraded(record: Mapping[str, Any], default_session_id: str | None) -> Tele
     return _checked({**identity, **record, "schema_version": version, "session_id": session})
 
 
-def _checked(
-    record: dict[str, Any], check_first: Callable[[dict[str, Any]], None] = lambda _: None
-) -> TelemetryEventLike:
+def _checked(record: dict[str, Any], *, legacy: bool = False) -> TelemetryEventLike:
     known = accepted(record)
     if known is not None:
         return event_of(known[0].version, known[1])
-    check_first(record)
+    if legacy:
+        _check_first(record)
     layout = LAYOUTS[record["schema_version"]]
     return event_of(layout.version, layout.check(record))
 
@@ -141,42 +140,39 @@ def record_of_legacy(
     used_by_default = require_int("device_used_bytes", record.get("device_used_bytes", 0))
     measured = _scaled("memory_mb", record.get("memory_mb"), BYTES_PER_MIB)
     allocated_by_default = used_by_default if measured is None else measured
-    allocated = _counter(record, ("allocator_allocated_bytes", "memory_allocated"), allocated_by_default)
+    allocated = _counter(record, "allocator_allocated_bytes", "memory_allocated", allocated_by_default)
     used = record.get("device_used_bytes", allocated)
     total = _total(record, metadata)
     converted = {
         "schema_version": SCHEMA_VERSION_LATEST,
         "session_id": session_id,
         "timestamp_ns": time,
-        "event_type": _first(record, ("event_type", "type"), "sample"),
+        "event_type": record.get("event_type", record.get("type", "sample")),
         "collector": _collector(record, _backend(record, metadata), device_id, collector),
         "sampling_interval_ms": record.get("sampling_interval_ms", sampling_interval_ms),
         "pid": record.get("pid", metadata.get("pid", UNKNOWN_PID)),
         "host": record.get("host", metadata.get("host", UNKNOWN_HOST)),
         "device_id": device_id,
         "allocator_allocated_bytes": allocated,
-        "allocator_reserved_bytes": _counter(record, ("allocator_reserved_bytes", "memory_reserved"), allocated),
+        "allocator_reserved_bytes": _counter(record, "allocator_reserved_bytes", "memory_reserved", allocated),
         "allocator_active_bytes": record.get("allocator_active_bytes"),
         "allocator_inactive_bytes": record.get("allocator_inactive_bytes"),
-        "allocator_change_bytes": _counter(record, ("allocator_change_bytes", "memory_change"), 0),
+        "allocator_change_bytes": _counter(record, "allocator_change_bytes", "memory_change", 0),
         "device_used_bytes": used,
         "device_free_bytes": record.get("device_free_bytes", None if total is None else max(total - used, 0)),
         "device_total_bytes": total,
-        "context": _first(record, ("context", "message"), None),
+        "context": record.get("context", record.get("message")),
     }
     identity = IDENTITY
     if not (identity.keys().isdisjoint(record) and identity.keys().isdisjoint(metadata)):
-        try:
-            identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
-        except RecordError:
-            check_legacy(converted)
-            raise
+        _check_first(converted)
+        identity = resolve_distributed_identity(**{name: record.get(name) for name in IDENTITY}, metadata=metadata)
     for name in _FIELDS_IN_METADATA:
         metadata.pop(name, None)
     return {**converted, **identity, "metadata": metadata}
 
 
-def check_legacy(converted: Mapping[str, Any]) -> None:
+def _check_first(converted: Mapping[str, Any]) -> None:
     """Raise `RecordError` for what stormlog finds first in a legacy record: wrong types, before identities."""
     for field in _CHECKED_FIRST:
         field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
@@ -194,13 +190,10 @@ def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _first(record: Mapping[str, Any], names: tuple[str, ...], default: Any) -> Any:
-    return next((record[name] for name in names if name in record), default)
-
-
-def _counter(record: Mapping[str, Any], names: tuple[str, ...], default: int) -> int:
-    name = next((name for name in names if name in record), None)
-    return default if name is None else require_int(name, record[name])
+def _counter(record: Mapping[str, Any], name: str, old_name: str, default: int) -> int:
+    if name not in record:
+        name = old_name
+    return require_int(name, record[name]) if name in record else default
 
 
 def _scaled(name: str, value: object, scale: float) -> int | None:
