@@ -196,13 +196,10 @@ def _records(path: Path) -> Iterator[tuple[str, Record]]:
 def _connect(path: Path) -> sqlite3.Connection:
     """A connection that only reads. Raises sqlite3.Error."""
     uri = f"file:{quote(str(path.resolve()))}?mode=ro"
+    database = sqlite3.connect(uri, uri=True)
     try:
-        database = sqlite3.connect(uri, uri=True)
-        try:
-            database.execute("SELECT count(*) FROM sqlite_master")
-        except sqlite3.Error:
-            database.close()
-            raise
-    except sqlite3.OperationalError:  # a log in WAL mode, where we may not make the files that go with it
+        database.execute("SELECT count(*) FROM sqlite_master")
+    except sqlite3.Error:  # a log in WAL mode, where we may not make the files that go with it
+        database.close()
         database = sqlite3.connect(f"{uri}&immutable=1", uri=True)
     return database

@@ -19,7 +19,7 @@ from stepspan.compat.stormlog.events import (
     TelemetryEventV4,
     telemetry_event_to_dict,
 )
-from stepspan.compat.stormlog.schema import IDENTITY, NAMES
+from stepspan.compat.stormlog.schema import IDENTITY, MEASURED, NAMES
 from stepspan.errors import RecordError
 
 SOURCE_KINDS = ("cuda", "rocm", "mps", "cpu", "tensorflow")
@@ -36,7 +36,7 @@ SEVERITIES = {
     "sample": "info",
 }
 """Event type -> severity, where metadata names none."""
-COUNTERS = {f"memory.{name.replace('_', '.', 1)}": name for name in NAMES if name.endswith("_bytes")}
+COUNTERS = {f"memory.{name.replace('_', '.', 1)}": name for name in MEASURED}
 """Attribute, such as `memory.allocator.allocated_bytes` -> the record's field, in bytes."""
 _COUNTER_VALUES = itemgetter(*COUNTERS.values())
 PHASE_IDS = ("scope_id", "parent_scope_id", "sequence")

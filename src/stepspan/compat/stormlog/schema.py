@@ -112,15 +112,15 @@ NAMES = tuple(field.name for field in FIELDS)
 IDENTITY: dict[str, str | int | None] = {"job_id": None, "rank": 0, "local_rank": 0, "world_size": 1}
 """The optional fields, and what they are where a record lacks them."""
 
+MEASURED = {
+    name: "supports_" + ("allocator_allocated" if name == "allocator_change_bytes" else name.removesuffix("_bytes"))
+    for name in NAMES
+    if name.endswith("_bytes")
+}
+"""Counter -> the capability without which it is null in a V4 record."""
 CAPABILITY_TEXTS = ("backend", "telemetry_collector", "sampling_source")
 CAPABILITY_FLAGS = (
-    "supports_allocator_allocated",
-    "supports_allocator_reserved",
-    "supports_allocator_active",
-    "supports_allocator_inactive",
-    "supports_device_used",
-    "supports_device_free",
-    "supports_device_total",
+    *dict.fromkeys(MEASURED.values()),
     "supports_native_allocator_history",
     "supports_fragmentation_analysis",
     "supports_allocator_attribution",
@@ -282,17 +282,10 @@ def check_capabilities(record: Mapping[str, Any]) -> None:
         raise RecordError(f"Unknown memory capability fields: {', '.join(unknown)}", "metadata", *unknown)
     for name in CAPABILITY_TEXTS:
         require_text(f"{path}.{name}", found[name])
-    for name in CAPABILITIES[len(CAPABILITY_TEXTS) :]:
+    for name in CAPABILITY_FLAGS:
         if not isinstance(found[name], bool):
             raise RecordError(f"{path}.{name} must be a boolean, not {short_repr(found[name])}", f"{path}.{name}")
-    for name, flag in _MEASURED.items():
+    for name, flag in MEASURED.items():
         if not found[flag] and record[name] is not None:
             problem = f"{name} must be null when {path}.{flag} is false, not {short_repr(record[name])}"
             raise RecordError(problem, name, f"{path}.{flag}")
-
-
-_MEASURED = {
-    field.name: f"supports_{'allocator_allocated' if field.name == 'allocator_change_bytes' else field.name[:-6]}"
-    for field in LAYOUTS[SCHEMA_VERSION_V4].fields
-    if field.name.endswith("_bytes")
-}
