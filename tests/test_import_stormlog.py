@@ -164,6 +164,25 @@ def test_an_import_that_was_cut_short_is_made_anew_and_its_cursors_hold(tmp_path
     assert (path / "cursors" / "somewhere.metrics").read_bytes() == b"kept"
 
 
+@pytest.mark.parametrize("written_anew", [False, True])
+def test_an_import_that_was_cut_short_twice_keeps_its_cursors(tmp_path: Path, written_anew: bool) -> None:
+    sink = write_sink(tmp_path / "sink", RECORDS)
+    path, events = write_session(tmp_path / "runs", next(read_sessions(sink)))
+    content = (path / "000001.jsonl").read_bytes()
+    (path / "closed.json").unlink()
+    partial = path.with_name(f".{path.name}.partial")
+    path.rename(partial)
+    (partial / "cursors").mkdir()
+    (partial / "cursors" / "somewhere.metrics").write_bytes(b"kept")
+    if written_anew:
+        path.mkdir()
+        (path / "000001.jsonl").write_bytes(content[:700])
+    assert write_session(tmp_path / "runs", next(read_sessions(sink))) == (path, events)
+    assert (path / "000001.jsonl").read_bytes() == content
+    assert (path / "cursors" / "somewhere.metrics").read_bytes() == b"kept"
+    assert not partial.exists()
+
+
 def test_detecting_says_what_it_is(tmp_path: Path) -> None:
     assert detect(write_sink(tmp_path / "sink", RECORDS)) == "a stormlog sink of 1 segments"
     document = tmp_path / "events.json"

@@ -4,11 +4,13 @@ A reader turns a file into `ImportedSession`s, whose lines are events with their
 writer writes them, so the result is delivered, shown and repeated like any other journal. A session's id is a hash of
 where it comes from, so importing twice gives the same lines and ids, and what was imported to its end is skipped.
 
-An import that was cut short is written again from its beginning. The lines come out as before, so its cursors are kept.
+An import that was cut short is written again from its beginning. The lines come out as before, so its cursors are kept:
+what was written is `.<session>.partial` until its cursors have moved into the new journal, whenever that is cut short.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -17,8 +19,8 @@ from typing import Any, TypeAlias
 
 from stepspan.events import SCHEMA, Event
 from stepspan.journal.disk import Limits
-from stepspan.journal.layout import SessionPath, segment_name, session_name, slug
-from stepspan.journal.liveness import CLOSED, LOCK, read_closed
+from stepspan.journal.layout import session_name, slug
+from stepspan.journal.liveness import read_closed
 from stepspan.journal.writer import SessionWriter
 from stepspan.processors import Redact
 
@@ -126,13 +128,19 @@ class SessionImport:
             return
         self._now = imported.started
         self._redact = Redact()
-        cursors = self._remove_partial()
+        partial = parent / f".{self.path.name}.partial"
+        if (partial / "cursors").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif self.path.exists():
+            shutil.rmtree(partial, ignore_errors=True)
+            self.path.rename(partial)
         parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         limits = Limits(session_bytes=1 << 62, free_bytes=0, free_ratio=0.0)
         header = self._redact(imported.header())
         self._writer = SessionWriter(parent, header, limits=limits, clock=lambda: self._now)
-        if cursors is not None:
-            cursors.rename(self.path / "cursors")
+        if (partial / "cursors").exists():
+            (partial / "cursors").rename(self.path / "cursors")
+        shutil.rmtree(partial, ignore_errors=True)
         about = {"name": imported.name, "group": None, "tags": list(imported.tags), "attempt": [0, 0]}
         self.write([(imported.started, event("run_begin", parent=0, **about), self.run)])
 
@@ -151,19 +159,6 @@ class SessionImport:
         if ended is not None:
             self.write([(ended, event("run_end", begin=0, status=status), self.run)])
         self._writer.close(status)
-
-    def _remove_partial(self) -> Path | None:
-        """Make room for an import that was cut short; where its cursors were moved to, if it has any."""
-        session = SessionPath.of(self.path)
-        if session is None or not self.path.exists():
-            return None
-        kept = self.path.with_name(f".{self.path.name}.cursors")
-        if (self.path / "cursors").exists():
-            (self.path / "cursors").rename(kept)
-        for name in (*map(segment_name, session.segments()), LOCK, CLOSED, "rejected.jsonl"):
-            (self.path / name).unlink(missing_ok=True)
-        self.path.rmdir()
-        return kept if kept.exists() else None
 
 
 def write_session(directory: Path, imported: ImportedSession) -> tuple[Path, int]:

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 CPU_MODEL = re.compile(r"^(?:model name|Hardware)\s*:\s*(.+)$", re.MULTILINE)
@@ -25,19 +24,17 @@ def system() -> Mapping[str, Any]:
     powered down, the driver may take seconds to answer, the first time.
     """
     gpus = gpu_models()
-    return MappingProxyType(
-        {
-            "cpu": cpu_model(),
-            "cpu_count": os.cpu_count(),
-            "memory_total": memory_total(),
-            "gpu_present": bool(gpus),
-            "gpu_model": gpus[0] if gpus else None,
-            "gpu_count": len(gpus),
-            "host": socket.gethostname(),
-            "platform": sys.platform,
-            "python": platform.python_version(),
-        }
-    )
+    return {
+        "cpu": cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "memory_total": memory_total(),
+        "gpu_present": bool(gpus),
+        "gpu_model": gpus[0] if gpus else None,
+        "gpu_count": len(gpus),
+        "host": socket.gethostname(),
+        "platform": sys.platform,
+        "python": platform.python_version(),
+    }
 
 
 @lru_cache(maxsize=1)
@@ -47,7 +44,7 @@ def user() -> Mapping[str, Any]:
         name: str | None = getpass.getuser()
     except Exception:  # no variable and no entry in the password database: a container's bare uid
         name = str(os.geteuid()) if hasattr(os, "geteuid") else None
-    return MappingProxyType({"name": name, "script": os.path.basename(sys.argv[0]) if sys.argv else None})
+    return {"name": name, "script": os.path.basename(sys.argv[0]) if sys.argv else None}
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
