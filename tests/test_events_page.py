@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import get_args, get_type_hints
+
+from stepspan.events import BY_TAG
 
 TOOL = Path(__file__).parents[1] / "tools" / "event_table.py"
 
@@ -15,3 +18,9 @@ def test_the_page_of_events_is_made_from_their_classes() -> None:
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run `python tools/event_table.py`"
+
+
+def test_each_class_is_of_the_tag_that_it_is_listed_under() -> None:
+    assert {tag: get_args(get_type_hints(kind)["tag"]) for tag, kind in BY_TAG.items()} == {
+        tag: (tag,) for tag in BY_TAG
+    }

@@ -20,15 +20,16 @@ The journal's schema, version {SCHEMA}: each tag, its fields and what they mean.
 `src/stepspan/events.py` by `python tools/event_table.py`; a test holds it to them. How an event becomes a line is in
 `src/stepspan/journal/format.py`.
 
-A field with `?` is left out where there is nothing to say. Numbers that JSON has no word for are `"NaN"`, `"Infinity"`
-and `"-Infinity"`. A reader passes over tags and fields that it does not know: they come with minor versions.
+Each event also has its `tag`, which is the heading here. A field with `?` is left out where there is nothing to say.
+Numbers that JSON has no word for are `"NaN"`, `"Infinity"` and `"-Infinity"`. A reader passes over tags and fields that it
+does not know: they come with minor versions.
 """
 
 
 def page() -> str:
     """The page as Markdown."""
     parts = [HEAD, "## Every event\n", table(Line, ())]
-    common = tuple(get_type_hints(Line))
+    common = (*get_type_hints(Line), "tag")
     for tag, kind in BY_TAG.items():
         parts += [f"## {tag}\n", f"{kind.__doc__}\n", table(kind, common)]
     return "\n".join(parts)

@@ -33,13 +33,13 @@ class Line(TypedDict):
 
     ts: Annotated[int, "Unix ns; grows from line to line of a session"]
     seq: Annotated[int, "the line's number in its session, from 1 on without a gap"]
-    tag: Annotated[str, "which event it is: the headings below"]
     crc: NotRequired[Annotated[int, "CRC-32 of all bytes of the line before this field"]]
 
 
 class Header(Line):
     """The first line of every segment: whose session it is."""
 
+    tag: Literal["header"]
     schema: Annotated[str, "version of this schema, major.minor"]
     session: Annotated[str, "64 random bits in hex"]
     run_key: Annotated[str, "what all ranks of one run have in common, and no other run has; in every trace id"]
@@ -74,6 +74,7 @@ class End(Line):
 class RunBegin(Begin):
     """The run begins in this process."""
 
+    tag: Literal["run_begin"]
     name: Annotated[str, "for people; the job id unless one was given"]
     group: NotRequired[Annotated[str | None, "what the job belongs to"]]
     tags: NotRequired[Annotated[list[Any], "words to find it by"]]
@@ -83,6 +84,7 @@ class RunBegin(Begin):
 class RunEnd(Line):
     """The run ended."""
 
+    tag: Literal["run_end"]
     begin: BeginSeq
     status: Annotated[str, "completed, failed or interrupted"]
 
@@ -90,16 +92,20 @@ class RunEnd(Line):
 class EpochBegin(Begin):
     """An epoch begins."""
 
+    tag: Literal["epoch_begin"]
     epoch: Annotated[int, "its number, from 0"]
 
 
 class EpochEnd(End):
     """An epoch ended."""
 
+    tag: Literal["epoch_end"]
+
 
 class StepBegin(Begin):
     """A step begins."""
 
+    tag: Literal["step_begin"]
     step: Annotated[int, "its number, from 0"]
     split: Annotated[str, '"train", or what the step is of']
     epoch: NotRequired[Annotated[int, "that it lies in"]]
@@ -109,6 +115,7 @@ class StepBegin(Begin):
 class StepEnd(End):
     """A step ended."""
 
+    tag: Literal["step_end"]
     data_wait: NotRequired[Annotated[float, "seconds that the step waited for its data"]]
     samples: NotRequired[Annotated[float, "how many samples it processed"]]
     tokens: NotRequired[Annotated[float, "how many tokens it processed"]]
@@ -117,6 +124,7 @@ class StepEnd(End):
 class SpanBegin(Begin):
     """A phase begins."""
 
+    tag: Literal["span_begin"]
     name: Annotated[str, "of the span; the metric's attribute `phase`"]
     collective: NotRequired[Annotated[bool, "its time is a wait for other ranks"]]
     cuda: NotRequired[Annotated[bool, "its time on the device follows in a device_time event"]]
@@ -126,10 +134,13 @@ class SpanBegin(Begin):
 class SpanEnd(End):
     """A phase ended."""
 
+    tag: Literal["span_end"]
+
 
 class DeviceTime(Line):
     """How long a phase took on the device; written when the device has got there."""
 
+    tag: Literal["device_time"]
     begin: BeginSeq
     seconds: Annotated[float | None, "null: it could not be measured"]
 
@@ -137,6 +148,7 @@ class DeviceTime(Line):
 class Metrics(Line):
     """The values of one `log_metrics` call."""
 
+    tag: Literal["metrics"]
     step: NotRequired[Annotated[int, "that the values belong to"]]
     split: Annotated[str, "of the keys that name none"]
     attributes: NotRequired[Annotated[Json, "of every point"]]
@@ -147,12 +159,14 @@ class Metrics(Line):
 class Hyperparams(Line):
     """Hyperparameters, merged with those logged before."""
 
+    tag: Literal["hyperparams"]
     params: Annotated[Json, "name to value"]
 
 
 class Artifact(Line):
     """Where an artifact lies."""
 
+    tag: Literal["artifact"]
     name: Annotated[str, "what it is"]
     path: Annotated[str, "where it lies"]
     kind: Annotated[str, '"file", "checkpoint", or any word']
@@ -162,6 +176,7 @@ class Artifact(Line):
 class Milestone(Line):
     """A named event of the user's, or of a watch."""
 
+    tag: Literal["event"]
     parent: NotRequired[Parent]
     name: Annotated[str, "what happened"]
     status: NotRequired[Annotated[str, "how it went, in a word"]]
@@ -172,6 +187,7 @@ class Milestone(Line):
 class Error(Line):
     """An exception."""
 
+    tag: Literal["error"]
     parent: NotRequired[Parent]
     type: Annotated[str, "qualified name of the exception's class"]
     message: Annotated[Any, "its text"]
@@ -182,6 +198,7 @@ class Error(Line):
 class LogRecord(Line):
     """A record of Python's `logging`."""
 
+    tag: Literal["log"]
     parent: NotRequired[Parent]
     severity: Annotated[str, "trace, debug, info, warning, error or critical"]
     logger: Annotated[str, "name of the logger"]
@@ -193,12 +210,14 @@ class LogRecord(Line):
 class Progress(Line):
     """How many training steps there will be."""
 
+    tag: Literal["progress"]
     total_steps: Annotated[int, "counted from step 0"]
 
 
 class Sample(Line):
     """What a sampler measured at one instant."""
 
+    tag: Literal["sample"]
     source: Annotated[str, "name of the sampler"]
     values: Annotated[list[list[Any]], "[[name, value, {attribute: value}?], ...]"]
 
@@ -206,6 +225,7 @@ class Sample(Line):
 class Memory(Line):
     """The counters of a memory allocator."""
 
+    tag: Literal["memory"]
     device_id: Annotated[int, "of the allocator's device"]
     counters: Annotated[dict[str, Number | None], "name to bytes"]
 
@@ -213,6 +233,7 @@ class Memory(Line):
 class Otel(Line):
     """What an OpenTelemetry SDK handed over."""
 
+    tag: Literal["otel"]
     parent: NotRequired[Parent]
     signal: Annotated[Literal["metrics", "traces", "logs"], "what the record is of"]
     scope: Annotated[Json, "its InstrumentationScope"]
@@ -223,6 +244,7 @@ class Otel(Line):
 class Gap(Line):
     """So many events before this one could not be written."""
 
+    tag: Literal["gap"]
     dropped: Annotated[int, "how many"]
     why: Annotated[str, "what the disk said"]
 
