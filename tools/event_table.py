@@ -21,8 +21,8 @@ The journal's schema, version {SCHEMA}: each tag, its fields and what they mean.
 `src/stepspan/journal/format.py`.
 
 Each event also has its `tag`, which is the heading here. A field with `?` is left out where there is nothing to say.
-Numbers that JSON has no word for are `"NaN"`, `"Infinity"` and `"-Infinity"`. A reader passes over tags and fields that it
-does not know: they come with minor versions.
+Numbers that JSON has no word for are `"NaN"`, `"Infinity"` and `"-Infinity"`. A reader passes over tags and fields that
+it does not know: they come with minor versions.
 """
 
 
