@@ -18,7 +18,6 @@ from stepspan.compat.stormlog.schema import (
     FIELDS,
     IDENTITY,
     LAYOUTS,
-    SCHEMA_VERSION_LATEST,
     SCHEMA_VERSION_V2,
     SCHEMA_VERSION_V3,
     accepted,
@@ -144,7 +143,7 @@ def record_of_legacy(
     used = record.get("device_used_bytes", allocated)
     total = _total(record, metadata)
     converted = {
-        "schema_version": SCHEMA_VERSION_LATEST,
+        "schema_version": SCHEMA_VERSION_V3,
         "session_id": session_id,
         "timestamp_ns": time,
         "event_type": record.get("event_type", record.get("type", "sample")),
@@ -175,7 +174,7 @@ def record_of_legacy(
 def _check_first(converted: Mapping[str, Any]) -> None:
     """Raise `RecordError` for what stormlog finds first in a legacy record: wrong types, before identities."""
     for field in _CHECKED_FIRST:
-        field.check_type(converted[field.name], SCHEMA_VERSION_LATEST)
+        field.check_type(converted[field.name], SCHEMA_VERSION_V3)
 
 
 def _metadata(record: Mapping[str, Any]) -> dict[str, Any]:

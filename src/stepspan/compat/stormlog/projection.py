@@ -12,13 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from stepspan.compat.stormlog.convert import telemetry_event_from_record
-from stepspan.compat.stormlog.events import (
-    TelemetryEventLike,
-    TelemetryEventV2,
-    TelemetryEventV3,
-    TelemetryEventV4,
-    telemetry_event_to_dict,
-)
+from stepspan.compat.stormlog.events import TelemetryEventLike, TelemetryEventV2, telemetry_event_to_dict
 from stepspan.compat.stormlog.schema import IDENTITY, MEASURED, NAMES
 from stepspan.errors import RecordError
 
@@ -87,10 +81,9 @@ def project_telemetry_event(
         RecordError: A record is not as its schema says, or metadata nests too deeply.
 
     """
-    if isinstance(event, TelemetryEventV2):
-        event = telemetry_event_to_dict(event)
-    if not isinstance(event, (TelemetryEventV3, TelemetryEventV4)):
-        event = telemetry_event_from_record(event)
+    if not isinstance(event, TelemetryEventLike):
+        given = telemetry_event_to_dict(event) if isinstance(event, TelemetryEventV2) else event
+        event = telemetry_event_from_record(given)
     record = vars(event)
     try:
         metadata: Mapping[str, Any] = _frozen(event.metadata)
