@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from stepspan.errors import Damaged
 from stepspan.events import Event
 from stepspan.journal.format import decode, encode
-from stepspan.values import MAX_DEPTH, NONFINITE, json_number, json_value
+from stepspan.values import MAX_NESTING, NONFINITE, json_number, json_value
 
 text = st.text(st.characters(exclude_categories=["Cs"]))
 json_values = st.recursive(
@@ -160,14 +160,14 @@ def nest(levels: int) -> Any:
     return value
 
 
-@pytest.mark.parametrize("levels", [1, MAX_DEPTH - 1, MAX_DEPTH + 1, 250, 300, 900, 5000])
+@pytest.mark.parametrize("levels", [1, MAX_NESTING - 1, MAX_NESTING + 1, 250, 300, 900, 5000])
 def test_deep_nesting_ends_as_text(levels: int) -> None:
     found = decode(encode(event(params=json_value(nest(levels))))[:-1])["params"]
     depth = 0
     while not isinstance(found, str):
         found = found["in"] if isinstance(found, dict) else found[0]
         depth += 1
-    assert depth == min(levels, MAX_DEPTH)
+    assert depth == min(levels, MAX_NESTING)
 
 
 def test_nesting_too_deep_for_the_encoder_is_no_error() -> None:

@@ -23,7 +23,7 @@ import stepspan
 from stepspan.errors import ConfigError
 from stepspan.mapping.samples import METRICS
 from stepspan.samplers import Absent, Gone, Sampler, Sampling, sampled_by
-from stepspan.samplers.cgroup import Cgroup, Cpu, Memory
+from stepspan.samplers.cgroup import Cgroup, Cpu, MemoryUse
 from stepspan.samplers.host import host, process
 from stepspan.samplers.sampling import CumulativeSum, Utilization
 from stepspan.samplers.torch import torch
@@ -305,7 +305,7 @@ CONTAINER_V1 = {name.replace("/docker/ab/", "/"): text for name, text in reverse
 def test_the_limits_of_a_cgroup_stand_for_the_host(tmp_path: Path, files: dict[str, str]) -> None:
     root = tree(tmp_path, files)
     cgroup = Cgroup(root)
-    assert cgroup.memory() == Memory(100 * MiB, 50 * MiB, 10 * MiB)
+    assert cgroup.memory() == MemoryUse(100 * MiB, 50 * MiB, 10 * MiB)
     assert (found := cgroup.cpu()) == Cpu(0.5, 2.5, found.level if found else root)
     assert cgroup.cpus() == {0, 1, 2, 7}  # type: ignore[comparison-overlap]
     source = host(0, nothing, root=root)

@@ -159,7 +159,7 @@ def test_several_jobs_are_named(tmp_path: Path) -> None:
 def test_in_a_terminal_several_jobs_have_headings(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None, highlight=False)
     long = "a-job-whose-name-takes-all-the-room-that-there-is-for-the-rest-of-a-line-in-a-terminal"
-    lines = [tails.Line(n, job, "0", str(n), "metrics", f"loss={n}") for n, job in enumerate((long, long, "two"))]
+    lines = [tails.TailLine(n, job, "0", str(n), "metrics", f"loss={n}") for n, job in enumerate((long, long, "two"))]
     job = tails.show(console, lines, several_jobs=True)
     tails.show(console, lines[2:], several_jobs=True, job=job)
     told = [" ".join(line.split()[2:]) or line for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]

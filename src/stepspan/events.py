@@ -15,6 +15,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from typing_extensions import NotRequired, TypedDict
 
+SECOND_NS = 1_000_000_000
+MILLISECOND_NS = 1_000_000
+"""Event time is in Unix nanoseconds."""
+
 SCHEMA_MAJOR = 1
 SCHEMA = "1.0"
 """Of the journals that this version writes. A minor version adds tags and fields, which older readers pass over."""

@@ -18,7 +18,7 @@ from stepspan.errors import short_repr
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """The numbers that JSON has no word for, by how they are written."""
-MAX_DEPTH = 32
+MAX_NESTING = 32
 """Levels of nesting that `json_value` keeps; what lies deeper becomes text."""
 MAX_STACK_CHARS = 64 << 10
 MAX_ERROR_CHARS = 1000
@@ -32,7 +32,7 @@ def json_value(value: Any, parents: tuple[int, ...] = ()) -> Any:
         value: None, booleans, numbers, text, mappings, lists, tuples and sets keep their form; an integer beyond 64
             bits and every other object become their `str`.
         parents: The ids of the containers that `value` lies in, for the recursion: a container inside itself, and one
-            nested deeper than `MAX_DEPTH`, becomes text.
+            nested deeper than `MAX_NESTING`, becomes text.
 
     Returns:
         What `orjson` can write.
@@ -44,7 +44,7 @@ def json_value(value: Any, parents: tuple[int, ...] = ()) -> Any:
         return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
     if isinstance(value, float):
         return json_number(float(value))
-    if len(parents) < MAX_DEPTH and id(value) not in parents:
+    if len(parents) < MAX_NESTING and id(value) not in parents:
         if isinstance(value, Mapping):
             return {_str(key): json_value(item, (*parents, id(value))) for key, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):

@@ -36,7 +36,7 @@ DIM_TAGS = SHOWN_WHILE_OPEN | {"sample", "memory"}
 STYLES = {"error": "bold red", "gap": "yellow", "metrics": "cyan", "run_begin": "bold", "run_end": "bold"}
 
 
-class Line(NamedTuple):
+class TailLine(NamedTuple):
     """One event as it is shown."""
 
     ts: int
@@ -59,7 +59,7 @@ class Tail:
         self._begun: dict[int, Event] = {}
         self._position = Position()
 
-    def newest(self, count: int, tags: Collection[str]) -> list[Line]:
+    def newest(self, count: int, tags: Collection[str]) -> list[TailLine]:
         """The last `count` lines; with `tags` only those of these kinds."""
         window = WINDOW_BYTES
         while True:
@@ -70,12 +70,12 @@ class Tail:
                 return lines[max(0, len(lines) - count) :]
             window *= 4
 
-    def read_on(self, tags: Collection[str], closed: Closed | None = None) -> list[Line]:
+    def read_on(self, tags: Collection[str], closed: Closed | None = None) -> list[TailLine]:
         """The lines that have come since: of these kinds, or without `tags` all but the begin lines of what has ended.
 
         The end line of a step or span says all that its begin line said.
         """
-        lines: list[tuple[int, Line]] = []
+        lines: list[tuple[int, TailLine]] = []
         for batch in read_batches(self._reader, self._position, closed=closed or read_closed(self.session.path)):
             self._position = batch.position
             for event in batch.events:
@@ -99,7 +99,7 @@ class Tail:
             window -= size
         return Position(), True
 
-    def _line(self, event: Event) -> Line:
+    def _line(self, event: Event) -> TailLine:
         begin = self._begun.get(event.get("begin", 0))
         if event["tag"].endswith("_end"):
             self._begun.pop(event["begin"], None)
@@ -109,7 +109,7 @@ class Tail:
             if len(self._begun) > MAX_OPEN_SCOPES:
                 del self._begun[next(iter(self._begun))]
         text = printable(event_text(event, begin))
-        return Line(event["ts"], self.job, self._rank, "" if step is None else str(step), event["tag"], text)
+        return TailLine(event["ts"], self.job, self._rank, "" if step is None else str(step), event["tag"], text)
 
     def _step_of(self, event: Event | None) -> Any:
         """The number of the step that an event belongs to; None for none."""
@@ -134,12 +134,12 @@ class Follow:
         """Whether the sessions belong to more than one job."""
         return len({tail.job for tail in self._tails.values()}) > 1
 
-    def newest(self, count: int) -> list[Line]:
+    def newest(self, count: int) -> list[TailLine]:
         """The last lines of all sessions together."""
         lines = sorted(line for tail in self._open() for line in tail.newest(count, self._tags))
         return lines[max(0, len(lines) - count) :]
 
-    def read_on(self, *, rescan: bool) -> list[Line]:
+    def read_on(self, *, rescan: bool) -> list[TailLine]:
         """What has come since; with `rescan` also of sessions that have appeared."""
         lines = [line for tail in (self._open() if rescan else ()) for line in tail.newest(MAX_OPEN_SCOPES, self._tags)]
         for path, tail in list(self._tails.items()):
@@ -194,7 +194,7 @@ def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: C
             job = show(console, sessions.read_on(rescan=rescan), several_jobs=sessions.several_jobs, job=job)
 
 
-def show(console: Console, lines: Sequence[Line], *, several_jobs: bool, job: str = "") -> str:
+def show(console: Console, lines: Sequence[TailLine], *, several_jobs: bool, job: str = "") -> str:
     """Print lines: time, rank, step, what happened.
 
     Of several jobs each has a heading in a terminal, where lines are short; elsewhere each line names its own.

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 from stepspan.deliver.ledgers import first_pending_time
 from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
+from stepspan.events import SECOND_NS
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.layout import SessionPath, segment_name
@@ -40,7 +41,6 @@ RETRY_INTERVAL_S = 60.0
 """After a request that failed."""
 MAX_JOBS = 500
 """In one request."""
-SECOND_NS = 1_000_000_000
 
 
 class Metric(NamedTuple):

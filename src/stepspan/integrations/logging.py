@@ -14,7 +14,7 @@ import logging
 import threading
 from typing import Any
 
-from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
+from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
 from stepspan.values import error_fields, json_value, to_text
@@ -57,7 +57,7 @@ class StepspanHandler(logging.Handler):
         if run is DISABLED or run.closed:
             return
         with recording_depth as depth:
-            if depth < MAX_DEPTH:
+            if depth < MAX_RECORDING_DEPTH:
                 scopes = run.recorder.scopes
                 run.recorder.record("log", lambda: {"parent": scopes.parent_without_closing(), **_fields(record)})
 

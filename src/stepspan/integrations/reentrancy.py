@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 
-MAX_DEPTH = 2
+MAX_RECORDING_DEPTH = 2
 
 
 class RecordingDepth(threading.local):

@@ -27,13 +27,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.layout import slug
 from stepspan.journal.location import choose_location, directory_mode
 from stepspan.journal.writer import Begun, SessionWriter
-
-SECOND_NS = 1_000_000_000
 
 
 class Clock:

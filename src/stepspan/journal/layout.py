@@ -19,7 +19,7 @@ from pathlib import Path
 
 SEGMENT = re.compile(r"(\d{6,})\.jsonl")
 SESSION = re.compile(r"rank-(\d{5,})(\.[\w-]+)?-([0-9a-f]{16})")
-MAX_DEPTH = 3  # <directory>/<job>/<host>/<session>
+DIRECTORY_LEVELS = 3  # <directory>/<job>/<host>/<session>
 
 
 def slug(name: str) -> str:
@@ -224,7 +224,7 @@ def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPat
     if start:
         yield start
         return
-    yield from _descend(root, MAX_DEPTH, slug(host) if host else None)
+    yield from _descend(root, DIRECTORY_LEVELS, slug(host) if host else None)
 
 
 def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]:

@@ -18,14 +18,13 @@ from itertools import accumulate, islice, repeat
 from pathlib import Path
 
 from stepspan.errors import Damaged, NewerSchema
-from stepspan.events import SCHEMA_MAJOR, Event
+from stepspan.events import MILLISECOND_NS, SCHEMA_MAJOR, Event
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.format import decode, decode_sequence
 from stepspan.journal.layout import SessionPath, open_directory, open_file, segment_name
 from stepspan.journal.liveness import Closed
 
 SETTLE_S = 0.2
-MILLISECOND_NS = 1_000_000
 USUAL_HEADER_BYTES = 1 << 16
 
 

@@ -15,8 +15,9 @@ that was known at once (`reserve`). No point is of a time before its session beg
 
 from __future__ import annotations
 
+from stepspan.events import MILLISECOND_NS
 from stepspan.mapping.point_buffer import PointBuffer
-from stepspan.mapping.records import MILLISECOND_NS, Series
+from stepspan.mapping.records import Series
 
 
 class DeferredPoints:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from typing import Any
 
-from stepspan.events import Event
+from stepspan.events import MILLISECOND_NS, SECOND_NS, Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
 from stepspan.mapping.deferred import DeferredPoints
@@ -22,7 +22,7 @@ from stepspan.mapping.names import metric_name
 from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.progress import RunProgress
-from stepspan.mapping.records import MILLISECOND_NS, SECOND_NS, Attributes, Kind, Record, Series, Sum
+from stepspan.mapping.records import Attributes, Kind, Record, Series, Sum
 from stepspan.mapping.samples import sampled_values
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold, is_failed_sdk_span

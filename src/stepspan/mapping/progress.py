@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.mapping.open_scopes import StepState
-from stepspan.mapping.records import SECOND_NS
 from stepspan.values import to_float
 
 SMOOTHING = 0.7

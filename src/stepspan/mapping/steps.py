@@ -24,10 +24,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
 from stepspan.mapping.open_scopes import OpenScopes, ScopeState, StepState, seq_of
-from stepspan.mapping.records import SECOND_NS
 from stepspan.values import shorten, to_float
 
 MAX_DEVICE_SPANS = 10_000

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.mapping.open_scopes import StepState, step_trace_id
-from stepspan.mapping.records import SECOND_NS
 
 WINDOW_NS = 10 * SECOND_NS
 TRACES_PER_WINDOW = 100

@@ -208,7 +208,7 @@ def any_value(value: Any, depth: int = 0) -> _Json:
 
     Args:
         value: Text, a boolean, a number, bytes, a mapping, a sequence, or None within a sequence. An integer beyond
-            64 bits and what is nested deeper than `rules.MAX_DEPTH` become text.
+            64 bits and what is nested deeper than `rules.MAX_ATTRIBUTE_NESTING` become text.
         depth: How many values it lies in, for the recursion.
 
     """
@@ -224,7 +224,7 @@ def any_value(value: Any, depth: int = 0) -> _Json:
         return {}
     if isinstance(value, bytes):  # of other instrumentation: our own records hold none
         return {"bytesValue": b64encode(value).decode()}
-    if depth == rules.MAX_DEPTH:
+    if depth == rules.MAX_ATTRIBUTE_NESTING:
         return {"stringValue": str(value)}
     if isinstance(value, Mapping):
         return {"kvlistValue": {"values": key_values(value, depth + 1)}}

@@ -236,7 +236,7 @@ def _any_value(value: AttributeValue | None, depth: int = 0) -> bytes:
         return _double_field(0x21, value)
     if value is None:  # within a list, where leaving it out would move the others
         return b""
-    if depth == rules.MAX_DEPTH:
+    if depth == rules.MAX_ATTRIBUTE_NESTING:
         return _string_field(b"\x0a", str(value))
     if isinstance(value, Mapping):
         return _bytes_field(b"\x32", _key_values(b"\x0a", value, depth + 1))

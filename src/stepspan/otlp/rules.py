@@ -61,7 +61,7 @@ SAMPLED = 1
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 """What an attribute's intValue can hold; integers beyond are written as strings."""
 
-MAX_DEPTH = 16
+MAX_ATTRIBUTE_NESTING = 16
 """Attribute values nested deeper than this are written as text. Each level is three protobuf messages, and a parser
 that meets 100 within each other refuses the whole request."""
 

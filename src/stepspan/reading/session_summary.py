@@ -14,13 +14,12 @@ from statistics import fmean, median
 from typing import Any
 
 from stepspan.errors import JournalError
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.journal.cursor import Ledger
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.dispatch import dispatch
 from stepspan.mapping.names import SPLITS
 from stepspan.mapping.open_scopes import StepState
-from stepspan.mapping.records import SECOND_NS
 from stepspan.mapping.steps import StepFold
 from stepspan.reading.sessions import SessionReader, job_folder
 from stepspan.values import to_float

@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.mapping import ids
 from stepspan.values import error_text, to_text
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from stepspan.journal.journal import Journal
     from stepspan.journal.writer import Begun
 
-SECOND_NS = 1_000_000_000
 
 current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
 

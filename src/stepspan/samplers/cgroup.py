@@ -16,7 +16,7 @@ from typing import NamedTuple
 MOUNT = "sys/fs/cgroup"
 
 
-class Memory(NamedTuple):
+class MemoryUse(NamedTuple):
     """Bytes. `cached` are file pages not used recently, which the kernel reclaims before it kills a process."""
 
     limit: int
@@ -39,7 +39,7 @@ class Cgroup:
         self._root = root
         self._unified = (root / MOUNT / "cgroup.controllers").exists()
 
-    def memory(self) -> Memory | None:
+    def memory(self) -> MemoryUse | None:
         """The tightest memory limit and its usage; None where there is no limit."""
         limit_file, used_file, cached_key = (
             ("memory.max", "memory.current", "inactive_file")
@@ -54,7 +54,7 @@ class Cgroup:
         if used is None:
             return None
         cached = min(used, _read_table(level / "memory.stat").get(cached_key, 0))
-        return Memory(limit, used - cached, cached)
+        return MemoryUse(limit, used - cached, cached)
 
     def cpu(self) -> Cpu | None:
         """The tightest CPU quota and its usage; None where there is no quota."""

@@ -13,7 +13,7 @@ from typing import Any
 from opentelemetry.sdk.resources import Resource
 
 from stepspan.events import Event
-from stepspan.integrations.reentrancy import MAX_DEPTH, recording_depth
+from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
 from stepspan.values import error_text
@@ -40,7 +40,7 @@ class JournalSink:
     def _record(self, fields: Callable[[], Event]) -> None:
         """Write one record that was emitted in this thread just now."""
         with recording_depth as depth:
-            run = None if self._shut_down or depth >= MAX_DEPTH else self._run()
+            run = None if self._shut_down or depth >= MAX_RECORDING_DEPTH else self._run()
             if run is not None:
                 scopes = run.recorder.scopes
                 run.recorder.record("otel", lambda: {"parent": scopes.parent_without_closing(), **fields()})
@@ -59,7 +59,7 @@ class JournalSink:
         """
         with recording_depth as depth:
             try:
-                refused = self._shut_down or depth >= MAX_DEPTH
+                refused = self._shut_down or depth >= MAX_RECORDING_DEPTH
                 run = None if refused else self._run(resource, nested=depth > 0)
                 if run is None:
                     return result.FAILURE
