@@ -7,7 +7,6 @@ import random
 import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,7 +49,7 @@ class Rank:
         local, host = number % LOCAL, f"host-{number * options.hosts // options.ranks}"
         who = {"job_id": JOB, "rank": number, "local_rank": local, "world_size": options.ranks, "attempt": attempt}
         who["group"] = None
-        facts = replace(options.facts, host=host)
+        facts = options.facts._replace(host=host)
         me = identity.resolve(who, {}, facts, earlier_sessions=lambda *_: 0)
         resource_of, _ = identity.resource_attributes(me, {})
         exporter, warnings = JsonlExporter(directory, clock=clock), WarningSink(audible=False)
