@@ -97,7 +97,7 @@ class Settings(_Strict):
     resource: Table = {}
     """Further attributes of the OpenTelemetry Resource."""
     directory: Annotated[Path, AfterValidator(Path.expanduser)] = Path("stepspan-runs")
-    """Where journals go."""
+    """The directory below which each run keeps its journal; made where it is missing."""
     endpoint: str | None = None
     """OTLP base URL; None: the OTEL_EXPORTER_OTLP_* variables, and without those nothing is sent."""
     protocol: Protocol | None = None

@@ -86,7 +86,7 @@ class RunBegin(Begin):
 
 
 class RunEnd(Line):
-    """The run ended."""
+    """The run ended in this process."""
 
     tag: Literal["run_end"]
     begin: BeginSeq
@@ -94,20 +94,20 @@ class RunEnd(Line):
 
 
 class EpochBegin(Begin):
-    """An epoch begins."""
+    """An epoch begins in a rank."""
 
     tag: Literal["epoch_begin"]
     epoch: Annotated[int, "its number, from 0"]
 
 
 class EpochEnd(End):
-    """An epoch ended."""
+    """An epoch ended in a rank."""
 
     tag: Literal["epoch_end"]
 
 
 class StepBegin(Begin):
-    """A step begins."""
+    """A step begins in a rank."""
 
     tag: Literal["step_begin"]
     step: Annotated[int, "its number, from 0"]
@@ -117,7 +117,7 @@ class StepBegin(Begin):
 
 
 class StepEnd(End):
-    """A step ended."""
+    """A step ended in a rank."""
 
     tag: Literal["step_end"]
     data_wait: NotRequired[Annotated[float, "seconds that the step waited for its data"]]
@@ -126,7 +126,7 @@ class StepEnd(End):
 
 
 class SpanBegin(Begin):
-    """A phase begins."""
+    """A phase begins: `run.span`."""
 
     tag: Literal["span_begin"]
     name: Annotated[str, "of the span; the metric's attribute `phase`"]
@@ -136,7 +136,7 @@ class SpanBegin(Begin):
 
 
 class SpanEnd(End):
-    """A phase ended."""
+    """A phase ended: `run.span`."""
 
     tag: Literal["span_end"]
 
@@ -189,7 +189,7 @@ class Milestone(Line):
 
 
 class Error(Line):
-    """An exception."""
+    """An exception was recorded."""
 
     tag: Literal["error"]
     parent: NotRequired[Parent]

@@ -63,7 +63,7 @@ class FixedClock:
         self.step = step_ns
 
     def __call__(self) -> int:
-        """The time in Unix ns."""
+        """The time now, Unix ns; each call moves the clock on by one step."""
         now = self.now
         self.now += self.step
         return now

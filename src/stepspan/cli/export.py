@@ -43,7 +43,7 @@ class JsonLinesExporter:
     def __init__(self, files: Mapping[Signal, BinaryIO]) -> None:
         self.signals: tuple[Signal, ...] = tuple(files)
         self.written: Counter[Signal] = Counter()
-        """Records by signal."""
+        """How many records were written, by signal."""
         self.too_long = 0
         """Records that fill more than a line by themselves."""
         self.error: OSError | None = None

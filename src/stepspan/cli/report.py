@@ -44,7 +44,7 @@ class Page:
         self._console = console
 
     def run(self, run: Mapping[str, Any]) -> None:
-        """Print one run."""
+        """Print one run: ranks, step times, the straggler, metrics, errors and checkpoints."""
         self._head(run)
         self._sessions(run["sessions"])
         self._straggler(run)

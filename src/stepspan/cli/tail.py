@@ -85,7 +85,7 @@ class Tail:
         return [line for seq, line in lines if tags or line.tag not in SHOWN_WHILE_OPEN or seq in self._begun]
 
     def close(self) -> None:
-        """Release the files."""
+        """Close the session's files."""
         self._reader.close()
 
     def _seek_back(self, window: int) -> tuple[Position, bool]:

@@ -286,7 +286,7 @@ class ThreadDelivery(Delivery):
         self._deliverer = Deliverer(exporters, self._sessions, options, pace=self._pace)
 
     def start(self) -> None:
-        """Start the threads."""
+        """Start a thread for each destination and signal."""
         try:
             self._deliverer.start()
         except RuntimeError as error:  # no more threads: the run still has its journal

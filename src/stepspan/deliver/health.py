@@ -40,7 +40,7 @@ REQUEST_TIMEOUT_S = 3.0
 RETRY_INTERVAL_S = 60.0
 """After a request that failed."""
 MAX_JOBS = 500
-"""In one request."""
+"""How many jobs one request reports on."""
 
 
 class Metric(NamedTuple):

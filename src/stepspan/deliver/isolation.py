@@ -45,7 +45,7 @@ class Isolation:
     accepted: bool = False
     """Whether the receiver took any of the batch."""
     _refusals: int = 0
-    """In a row."""
+    """Records that were refused one by one since the last one was taken."""
     _partial_message: str = ""
 
     def run(self, records: Sequence[Record]) -> Outcome:

@@ -44,7 +44,7 @@ class SessionProgress(NamedTuple):
 
     job: str
     started: int
-    """Unix ns."""
+    """When the session began, Unix ns."""
     ledger: Ledger
     moved: bool
     """Whether the cursor has moved since this deliverer began."""
@@ -110,7 +110,7 @@ class Scheduler:
         return self._options.clock() - since if since is not None else 0.0
 
     def close(self) -> None:
-        """Release all files."""
+        """Close the files of all tasks."""
         for task in self.tasks.values():
             task.close()
         self.tasks.clear()

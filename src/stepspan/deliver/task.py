@@ -89,7 +89,7 @@ class DeliveryTask:
 
     @property
     def state(self) -> CursorState:
-        """The cursor's state."""
+        """What the cursor keeps: position, ledger, and how the last request went."""
         return self._cursor.state
 
     @property
@@ -160,7 +160,7 @@ class DeliveryTask:
         return False
 
     def close(self) -> None:
-        """Release the files."""
+        """Close the journal's and the cursor's files; the next task goes on from the cursor."""
         self._files.close()
 
     def _send(self, records: Sequence[Record]) -> Outcome:

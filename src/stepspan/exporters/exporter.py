@@ -43,4 +43,4 @@ class Exporter(Protocol):
         """
 
     def close(self) -> None:
-        """Release connections."""
+        """Close connections, and whatever else is held; called once, after the last `export`."""

@@ -99,7 +99,7 @@ class Wait:
         recorder.scopes.begin(self._span)
 
     def end(self) -> None:
-        """End the wait now."""
+        """End the span of the wait now; its time on the device follows, if it is timed there."""
         if self.timer is not None:
             self.timer.end(self._span)
         else:

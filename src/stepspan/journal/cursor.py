@@ -77,7 +77,7 @@ class CursorState:
     needs: int = 0
     """The oldest segment that a restart would read."""
     session: str = ""
-    """Whose cursor it is."""
+    """The id of the session that the cursor is of; "" before its first move."""
 
     @classmethod
     def load(cls, content: dict[str, Any]) -> CursorState:
@@ -154,7 +154,7 @@ class Cursor:
         self._generation = generation  # a move that failed is repeated on the same slot, never on the good one
 
     def close(self) -> None:
-        """Release the file."""
+        """Close the file; the cursor stays as it was last written."""
         os.close(self._fd)
 
 

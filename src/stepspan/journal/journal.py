@@ -43,7 +43,7 @@ class Clock:
         self._offset = time.time_ns() - self._since()
 
     def __call__(self) -> int:
-        """Unix nanoseconds."""
+        """The time now, in Unix nanoseconds."""
         return self._offset + self._since()
 
 

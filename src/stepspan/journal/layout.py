@@ -107,7 +107,7 @@ class Descriptors:
                 os.close(fd)
 
     def close_all(self) -> None:
-        """Close all of them."""
+        """Close every descriptor that is still the one that was opened."""
         for fd in list(self._opened):
             self.close(fd)
 
@@ -192,7 +192,7 @@ def writable_by_us(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SessionPath:
-    """One session on disk."""
+    """A session's directory on disk, with the rank and the session id that its name says."""
 
     path: Path
     rank: int

@@ -136,7 +136,7 @@ class JournalReader:
             number, seq = here, event["seq"]
 
     def close(self) -> None:
-        """Release the files."""
+        """Close the files; reading on needs a new reader."""
         for fd in (self._fd, self._directory):
             if fd >= 0:
                 os.close(fd)

@@ -78,7 +78,7 @@ class SessionWriter:
         self.id: str = header["session"]
         self.path = parent_directory / session_name(header["rank"], header["role"], self.id)
         self.seq = self.ts = 0
-        """Of the last line."""
+        """Number and time (Unix ns) of the last line."""
         self.lost = 0
         """Events that no line holds."""
         self.error: OSError | None = None

@@ -63,7 +63,7 @@ class Durations:
         return {"thinning": asdict(self._thinning), "histograms": histograms, "slowest": self._slowest}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what `state` returned, of an equal journal."""
         self._thinning, self._slowest = Thinning(**state["thinning"]), state["slowest"]
         self._histograms = {split: HistogramState(**counted) for split, counted in state["histograms"].items()}
 

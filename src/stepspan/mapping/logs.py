@@ -66,7 +66,7 @@ class LogMapper:
         return {"scopes": self._scopes.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what `state` returned, of an equal journal."""
         self._scopes.restore(state["scopes"])
 
     def _add(self, event: Event, severity: int, name: str, body: str, attributes: dict[str, Any]) -> None:

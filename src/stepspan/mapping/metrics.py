@@ -162,7 +162,7 @@ class MetricMapper:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what `state` returned, of an equal journal."""
         self._points.filtered = state["filtered"]
         for series in state["series"]:
             self._of(*series)
@@ -181,7 +181,7 @@ class MetricMapper:
         return series
 
     def _own(self, name: str, label: str) -> Series:
-        """One of `OWN_SERIES`."""
+        """The series of one of stepspan's own metrics (`OWN_SERIES`) with this label."""
         series = self._own_series.get((name, label))
         if series is None:
             attribute, unit, kind = OWN_SERIES[name]

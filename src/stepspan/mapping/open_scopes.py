@@ -195,12 +195,12 @@ class OpenScopes:
             scope.parent_id = parent.span_id
 
     def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """Everything that is open, and the run, as JSON for a checkpoint."""
         scopes = [self._to_json(scope) for scope in self.open.values()]
         return {"open": scopes, "run": self.run, "run_ids": self.run_ids}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what `state` returned, of an equal journal."""
         self.open = {}
         for content in state["open"]:
             self.open[content["begin"]["seq"]] = self._from_json(content)

@@ -167,13 +167,13 @@ class StepFold(OpenScopes):
         self._device_spans.clear()
 
     def state(self) -> dict[str, Any]:
-        """All of it, as JSON."""
+        """What is open, pending and expected, as JSON for a checkpoint."""
         pending = [self._to_json(step) for step in self._pending.values()]
         spans = [[seq, list(span)] for seq, span in self._device_spans.items()]
         return {**super().state(), "pending": pending, "device_spans": spans}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what `state` returned, of an equal journal."""
         super().restore(state)
         steps = map(self._from_json, state["pending"])
         self._pending = {seq_of(step): step for step in steps if isinstance(step, StepState)}

@@ -84,7 +84,7 @@ class TraceMapper:
         return {"filtered": self.filtered, "steps": self._steps.state(), "thinning": asdict(self._thinning)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Go on from what `state` returned, of an equal journal."""
         self.filtered = state["filtered"]
         self._steps.restore(state["steps"])
         self._thinning = Thinning(**state["thinning"])

@@ -41,7 +41,7 @@ Compression: TypeAlias = Literal["none", "gzip"]
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
 
 DEFAULT_TIMEOUT_S = 10.0
-"""The specification's."""
+"""Of a request, where nothing says otherwise: the OTLP exporter specification's default."""
 _GRPC_PORT = 4317
 _MIN_MILLISECONDS = 1000.0
 

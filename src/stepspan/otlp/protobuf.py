@@ -221,7 +221,7 @@ def _key(key: str) -> bytes:
 
 
 def _any_value(value: AttributeValue | None, depth: int = 0) -> bytes:
-    """An AnyValue."""
+    """A value as the body of OTLP's AnyValue; what is nested too deep becomes text."""
     if isinstance(value, str):
         return _string_field(b"\x0a", value)
     if isinstance(value, bool):  # before int, which it is a kind of

@@ -73,7 +73,7 @@ SEVERITY_TEXT = {
 """Severity number -> the short name of the log data model: 9 INFO, 10 INFO2 … 24 FATAL4."""
 
 MetricKey: TypeAlias = tuple[str, str, Literal["gauge", "sum", "histogram"]]
-"""Name, unit and kind."""
+"""What makes points one metric of a request: name, unit and kind."""
 Metric: TypeAlias = tuple[MetricKey, list[Column]]
 """The points of one metric, a column for each series."""
 

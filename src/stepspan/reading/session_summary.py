@@ -47,7 +47,7 @@ class MetricValues:
     last: float = math.nan
     last_step: int | None = None
     last_ts: int = 0
-    """Unix ns."""
+    """The time of the last value, Unix ns."""
     min_step: int | None = None
 
     def add(self, value: float, step: int | None, ts: int) -> None:
@@ -105,7 +105,7 @@ class SessionSummary:
         self.last_step: int | None = None
         """The number of the last training step that has ended."""
         self.failed_steps = 0
-        """Of any split."""
+        """Steps of any split that have failed."""
         self.step_times, self.data_waits, self.collective_waits = array("d"), array("d"), array("d")
         """Of each training step: how long it took, waited for its data, and waited in collectives if it had any."""
         self.stalls = 0

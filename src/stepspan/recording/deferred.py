@@ -188,7 +188,7 @@ class DeferredCall:
     copies: Sequence[tuple[list[str], AsyncCopy]]
     """The values that are on their way from devices."""
     series: Collection[Hashable]
-    """Of all these."""
+    """The series of all these values, which nothing else may be written to before."""
     warn: Warn
     """Takes a kind and a message of what went wrong."""
 

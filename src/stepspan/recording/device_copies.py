@@ -115,9 +115,9 @@ class PinnedCopy:
     snapshot: Any
     row: Any
     arrived: Any
-    """A device's event."""
+    """The event of the stream that has passed when the copy has arrived."""
     free: Callable[[], None]
-    """Gives the row back."""
+    """Called when the row may be used for another copy."""
 
     def ready(self) -> bool:
         """Whether the copy has arrived."""

@@ -276,35 +276,35 @@ class NullRecorder:
         return DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.scopes.clock)
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
-        """Drop an event."""
+        """Drop an event of training, and say so."""
         return False
 
     def emit_background(self, event: Event) -> None:
-        """Drop an event."""
+        """Drop an event of a background task."""
 
     def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
-        """Make no event."""
+        """Make no event: `fields` is not called."""
 
     def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
-        """Make no event."""
+        """Leave the exception to the program."""
 
     def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
-        """Say nothing."""
+        """Count and log nothing."""
 
     def add_background_task(self, task: BackgroundTask) -> None:
         """Leave the task alone: it has nothing to write at the end."""
 
     def stop_background_tasks(self) -> None:
-        """There are none."""
+        """Do nothing: there are no background tasks."""
 
     def report_journal_errors(self) -> None:
-        """There is no journal."""
+        """Do nothing: there is no journal."""
 
     def after_fork(self, number: int) -> None:
         """A child has nothing to record either."""
 
     def training_events(self) -> tuple[object | None, int]:
-        """None at all."""
+        """No session, and no events."""
         return None, 0
 
     def lost_events(self) -> int:

@@ -34,7 +34,7 @@ class Emit(Protocol):
     """Takes an event to the journal; False where a processor dropped it."""
 
     def __call__(self, event: Event, begun: Begun | None = None) -> bool:
-        """Write one event."""
+        """Write one event, begun or ended by `begun`; False where a processor dropped it."""
 
 
 class Scope:
@@ -62,7 +62,7 @@ class Scope:
         self.owner = owner
         self.tag = tag
         self.begin = begin
-        """Its begin event."""
+        """The event that is written as it begins; its `parent` is filled in then."""
         self.step = step
         self.split = split
         self.epoch: int | None = None

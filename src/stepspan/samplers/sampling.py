@@ -42,9 +42,9 @@ Quantity: TypeAlias = Callable[[float], Iterable[Observation]]
 Emit: TypeAlias = Callable[[Event], None]
 
 FIRST_SAMPLE_S = 0.02
-"""After the start."""
+"""From the start of sampling to the first sample."""
 SECOND_SAMPLE_S = 0.5
-"""After the first sample."""
+"""From the first sample to the second."""
 FRESH_S = 1.0
 """At the end of a run no sample is taken if one is no older than this."""
 STOP_TIMEOUT_S = 1.0
