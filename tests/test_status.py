@@ -62,6 +62,6 @@ def test_the_columns_that_tell_rows_apart_are_in_each_part() -> None:
     ]
 
 
-def test_ids_are_short_id_length_where_that_tells_them_apart() -> None:
+def test_ids_are_shortened_where_that_tells_them_apart() -> None:
     assert short_id_length(["0123456789abcdef", "1123456789abcdef"]) == 8
     assert short_id_length(["0123456789abcdef", "0123456789abcdee"]) == 16
