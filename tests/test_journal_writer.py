@@ -40,7 +40,7 @@ from stepspan.journal.disk import Disk
 from stepspan.journal.format import decode
 from stepspan.journal.journal import Clock
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
-from stepspan.journal.liveness import Closed, read_closed
+from stepspan.journal.liveness import Closed, is_alive_here, read_closed
 from stepspan.journal.writer import mostly_idle
 
 # ---------------------------------------------------------------- a line
@@ -310,6 +310,21 @@ def test_a_handler_that_closes_in_the_middle_of_a_write_ends_the_session_once(tm
     closed = read_closed(writer.path)
     assert closed is not None
     assert closed.status == "interrupted"
+
+
+def test_an_event_that_cannot_be_encoded_as_the_session_ends_leaves_it_free_to_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Interrupting(set())
+    writer = OpenJournal(tmp_path, header(), limits=ROOMY, clock=clock)
+    writer.append(metrics(0))
+    writer._interrupting.append((metrics(1), None, writer.session))
+    monkeypatch.setattr(writer_module, "encode", lambda event: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.close("completed")
+    assert writer.writer.closed
+    assert not is_alive_here(writer.path)
+    assert logged(lines(writer.path)) == [0]
 
 
 # ---------------------------------------------------------------- segments

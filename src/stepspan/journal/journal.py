@@ -155,10 +155,12 @@ class Journal:
             if self.session is None or self.session.closed:
                 return
             busy, self._busy, self.state, self._next_check = self._busy, True, State.CLOSED, 0
-            self.session.close(status, self._drain())
-            self.session.lost += len(self._interrupting)
-            self._interrupting.clear()
-            self._busy = busy
+            try:
+                self.session.close(status, self._drain())
+            finally:  # an event of a signal handler may be one that cannot be encoded
+                self.session.lost += len(self._interrupting)
+                self._interrupting.clear()
+                self._busy = busy
 
     def after_fork(self) -> None:
         """In a forked child: release the parent's session; the first event opens another one."""

@@ -210,15 +210,17 @@ class SessionWriter:
 
         """
         self._low = False
-        if not self.is_gone():
-            self._write_backlog()
-            for event, begun in interrupting:
-                self.write(event, self._clock(), begun)
-            self._sync(self._fd)
-            with contextlib.suppress(OSError):
-                write_closed(self.path, Closed(self.seq, self.ts, status), by="writer", mode=self._mode)
-        self.lost += len(self._backlog)
-        self.forget()
+        try:
+            if not self.is_gone():
+                self._write_backlog()
+                for event, begun in interrupting:
+                    self.write(event, self._clock(), begun)
+                self._sync(self._fd)
+                with contextlib.suppress(OSError):
+                    write_closed(self.path, Closed(self.seq, self.ts, status), by="writer", mode=self._mode)
+        finally:  # whatever an event raises that cannot be encoded: a free lock says that the session has ended
+            self.lost += len(self._backlog)
+            self.forget()
 
     def forget(self) -> None:
         """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""
