@@ -57,7 +57,7 @@ def cost(opener: Any, directory: Path, samples: int) -> list[str]:
     from stepspan.samplers import Sampling
 
     with stepspan.start_run(job_id="sampled", exporters=[JsonlExporter(directory)]) as run:
-        sampling = Sampling(run.recorder, {"source": opener}, INTERVAL)
+        sampling = Sampling(run._recorder, {"source": opener}, INTERVAL)
         sampling.sample()
         file = Path(run.stats()["journal"]) / "000001.jsonl"
         before = file.stat().st_size

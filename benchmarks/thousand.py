@@ -79,7 +79,7 @@ class Rank:
             self._next_sample = now + PERIOD * 1_000_000_000
             for event in self._samples:
                 if event["source"] != "host" or self._local == 0:
-                    self.run.recorder.emit_background({**event})
+                    self.run._recorder.emit_background({**event})
 
 
 def samples() -> list[dict[str, Any]]:

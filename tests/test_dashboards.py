@@ -267,7 +267,7 @@ def ours() -> dict[str, set[str]]:
                     run.log_metrics(LOGGED)
         run.log_error(ValueError("v"))
         counters = {"allocated": 1, "reserved": 2, "active": 1, "inactive": 1}
-        run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})
+        run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})
     assert {"memory", "progress", "sample"} <= TAGS
     found: dict[str, set[str]] = {}
     for series, _, _ in recording.points():

@@ -298,7 +298,7 @@ def test_an_endpoint_that_variables_argument_and_file_name_is_one_exporter(
     monkeypatch.setenv("STEPSPAN_DELIVERY", "off")
     monkeypatch.setenv("STEPSPAN_EXPORTERS", json.dumps([{"endpoint": ENDPOINT}]))
     run = start(endpoint=ENDPOINT)
-    assert len(run.pipeline.followers) == 1  # type: ignore[union-attr]
+    assert len(run._pipeline.followers) == 1  # type: ignore[union-attr]
     run.close()
     monkeypatch.setenv("STEPSPAN_EXPORTERS", json.dumps([{"processors": [{"drop": {"metrics": ["loss"]}}]}]))
     with pytest.raises(ConfigError, match="two exporters go to this destination"):
@@ -316,7 +316,7 @@ def test_a_forked_child_says_nothing_of_its_parent_s_deliverer(tmp_path: Path) -
             import os, sys, stepspan
             with stepspan.start_run(job_id="job") as run:
                 run.log_metrics({"loss": 0.5})
-                run.delivery.watch()
+                run._delivery.watch()
                 child = os.fork()
                 if child == 0:
                     run.log_metrics({"loss": 0.25})

@@ -98,7 +98,7 @@ def test_the_memory_exporter_keeps_what_it_is_given(tmp_path: Path) -> None:
 def test_a_run_with_a_memory_exporter_delivers_on_a_thread(start: Callable[..., Run]) -> None:
     memory: Any = MemoryExporter()
     run = start(exporters=[journal(), memory])
-    assert isinstance(run.delivery, ThreadDelivery)
+    assert isinstance(run._delivery, ThreadDelivery)
     for step in range(5):
         with run.step(step):
             run.log_metrics({"loss": step})

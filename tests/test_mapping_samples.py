@@ -93,7 +93,7 @@ def test_a_run_with_a_sampler_gives_exactly_these_points() -> None:
     nvml.lacks = {"nvmlDeviceGetClockInfo", "nvmlDeviceGetCurrentClocksEventReasons", "nvmlEventSetCreate"}
     nvml.lacks |= {"nvmlDeviceGetCurrentClocksThrottleReasons"}
     with recorded_run(clock=FixedClock()) as recording:
-        sampling = Sampling(recording.run.recorder, {"gpu": lambda emit: gpu(0, emit, nvml=nvml, env={})}, 10.0)
+        sampling = Sampling(recording.run._recorder, {"gpu": lambda emit: gpu(0, emit, nvml=nvml, env={})}, 10.0)
         sampling.sample()
         device.energy += 5000
         device.power = 100_000
@@ -160,14 +160,14 @@ def test_prometheus_has_them_by_these_names(
             "process": lambda emit: process(0, emit),
             "gpu": lambda emit: gpu(0, emit, nvml=nvml, env={}),
         }
-        sampling = Sampling(run.recorder, openers, 10.0, clock=iter(float(n) for n in range(1000)).__next__)
+        sampling = Sampling(run._recorder, openers, 10.0, clock=iter(float(n) for n in range(1000)).__next__)
         sampling.sample()
         while "system.cpu.utilization" not in {name for name, *_ in runs.events(run, "sample")[-3]["values"]}:
             sampling.sample()  # until the kernel's clock of 10 ms has ticked
         device = {"device_id": 0}
         retries = [["training.memory.alloc_retries", 1.0, device], ["training.memory.ooms", 0.0, device]]
-        run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "torch", "values": retries})
-        run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", **device, "counters": {"allocated": 5}})
+        run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "torch", "values": retries})
+        run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", **device, "counters": {"allocated": 5}})
         assert run.flush(20)
         expected = {
             re.sub(r"\W", "_", name)

@@ -301,9 +301,9 @@ def test_metrics_of_a_reader_show_no_progress_of_training(start: Start) -> None:
         reader = PeriodicExportingMetricReader(JournalMetricExporter(run), export_interval_millis=1e9)
         meters = MeterProvider([reader], shutdown_on_exit=False)
         meters.get_meter("user").create_counter("c").add(1)
-        before = run.recorder.background_events  # type: ignore[union-attr]
+        before = run._recorder.background_events  # type: ignore[union-attr]
         meters.force_flush()
-        assert run.recorder.background_events > before  # type: ignore[union-attr]
+        assert run._recorder.background_events > before  # type: ignore[union-attr]
         (event,) = events(run, "otel")
         assert event["record"]["sum"]["aggregationTemporality"] == 2
         meters.shutdown()
@@ -684,7 +684,7 @@ def test_exporters_write_to_the_run_that_is_open(start: Start, collected: Collec
         assert JsonlMetricExporter().export(collected.metrics) is MetricExportResult.SUCCESS
         found = events(run, "otel")
     assert [event["signal"] for event in found] == ["traces"] * 2 + ["logs"] * 2 + ["metrics"] * 5
-    assert list(sessions(run.pipeline.journal.directory)) == ["0"]  # type: ignore[union-attr]
+    assert list(sessions(run._pipeline.journal.directory)) == ["0"]  # type: ignore[union-attr]
 
 
 def test_exporters_without_a_run_share_one_of_their_own_with_the_sdk_s_resource(start: Start, tmp_path: Path) -> None:

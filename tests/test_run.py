@@ -237,7 +237,7 @@ def test_a_journal_that_fails_under_a_run_is_told(
 ) -> None:
     now = [0]
     with start(exporters=[JsonlExporter(tmp_path / "runs", clock=lambda: now[0])]) as run:
-        writer = run.pipeline.journal.session  # type: ignore[union-attr]
+        writer = run._pipeline.journal.session  # type: ignore[union-attr]
         assert writer is not None
         writer.error = OSError(28, "No space left on device")
         now[0] += 2_000_000_000
@@ -328,4 +328,4 @@ def test_the_sdk_switch_stops_delivery_alone(start: Start, monkeypatch: pytest.M
     with start(endpoint="http://127.0.0.1:9") as run:
         run.log_metrics({"x": 1.0})
     assert outline(run) == ["run", "train -: x=1.0", "end run completed"]
-    assert run.delivery.targets == frozenset()
+    assert run._delivery.targets == frozenset()

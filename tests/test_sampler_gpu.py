@@ -43,7 +43,7 @@ class Sampled:
     def __init__(self, recording: Recording, nvml: ScriptedNvml, env: dict[str, str], local_rank: int) -> None:
         self.recording = recording
         openers = {"gpu": lambda emit: gpu(local_rank, emit, nvml=nvml, env=env)}
-        self.sampling = Sampling(recording.run.recorder, openers, 10.0)
+        self.sampling = Sampling(recording.run._recorder, openers, 10.0)
         self.sample = self.sampling.sample
 
     def values(self) -> list[list[Any]]:

@@ -68,18 +68,18 @@ def test_the_schedule_is_now_soon_every_interval_and_at_the_end() -> None:
 
     with recorded_run() as recording:
         opener = sampler_of(*map(float, range(9)))
-        sampling = Sampling(recording.run.recorder, {"host": opener}, 10.0, clock=lambda: now[0], wait=wait)
+        sampling = Sampling(recording.run._recorder, {"host": opener}, 10.0, clock=lambda: now[0], wait=wait)
         sampling.start()
         sampling.stop()
         assert delays == [0.02, 0.5, 10.0, 10.0, 10.0]
         assert [event["values"] for event in recording.events("sample")] == [[["some.value", n]] for n in range(5)]
-        assert recording.run.recorder.background_events == 5, "no sign that training goes on"  # type: ignore[union-attr]
+        assert recording.run._recorder.background_events == 5, "no sign that training goes on"  # type: ignore[union-attr]
 
 
 def test_a_run_that_ends_just_after_a_sample_takes_no_other() -> None:
     with recorded_run() as recording:
         sampling = Sampling(
-            recording.run.recorder,
+            recording.run._recorder,
             {"host": sampler_of(1.0, 2.0)},
             10.0,
             clock=lambda: 5.0,
@@ -92,7 +92,7 @@ def test_a_run_that_ends_just_after_a_sample_takes_no_other() -> None:
 
 def test_a_run_that_ends_at_once_takes_one_sample() -> None:
     with recorded_run() as recording:
-        sampling = Sampling(recording.run.recorder, {"host": sampler_of(1.0, 2.0)}, 10.0, wait=lambda _: True)
+        sampling = Sampling(recording.run._recorder, {"host": sampler_of(1.0, 2.0)}, 10.0, wait=lambda _: True)
         sampling.start()
         sampling.stop()
         assert len(recording.events("sample")) == 1
@@ -101,7 +101,7 @@ def test_a_run_that_ends_at_once_takes_one_sample() -> None:
 def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixture) -> None:
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
         script = (1.0, RuntimeError("first"), RuntimeError("second"), float("nan"), float("inf"))
-        sampling = Sampling(recording.run.recorder, {"host": sampler_of(*script)}, 10.0)
+        sampling = Sampling(recording.run._recorder, {"host": sampler_of(*script)}, 10.0)
         for _ in script:
             sampling.sample()
         assert [event["values"][0][1] for event in recording.events("sample")] == [1.0, "NaN", "Infinity"]
@@ -122,7 +122,7 @@ def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixtur
 )
 def test_what_is_not_there_is_asked_for_no_more(caplog: pytest.LogCaptureFixture, error: Any, level: Any) -> None:
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
-        sampling = Sampling(recording.run.recorder, {"host": sampler_of(error, 1.0)}, 10.0)
+        sampling = Sampling(recording.run._recorder, {"host": sampler_of(error, 1.0)}, 10.0)
         sampling.sample()
         sampling.sample()
         assert recording.events("sample") == []
@@ -134,7 +134,7 @@ def test_a_sampler_that_cannot_be_opened_costs_itself_alone(caplog: pytest.LogCa
         raise OSError(19, "No such device")
 
     with recorded_run() as recording, caplog.at_level(logging.DEBUG, "stepspan"):
-        sampling = Sampling(recording.run.recorder, {"gpu": broken, "host": sampler_of(1.0, 2.0)}, 10.0)
+        sampling = Sampling(recording.run._recorder, {"gpu": broken, "host": sampler_of(1.0, 2.0)}, 10.0)
         sampling.sample()
         sampling.sample()
         assert len(recording.events("sample")) == 2
@@ -153,8 +153,8 @@ def test_a_driver_that_hangs_delays_the_end_by_a_second_and_records_no_more() ->
         return Sampler("gpu", {"quantity": hang}, close=left.set)
 
     with recorded_run() as recording:
-        sampling = Sampling(recording.run.recorder, {"gpu": opener}, 10.0)
-        recording.run.recorder.background_tasks.append(sampling)  # type: ignore[union-attr]
+        sampling = Sampling(recording.run._recorder, {"gpu": opener}, 10.0)
+        recording.run._recorder.background_tasks.append(sampling)  # type: ignore[union-attr]
         sampling.start()
         assert entered.wait(10)
         began = time.monotonic()
@@ -517,13 +517,13 @@ def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path) -> None:
         run = stepspan.start_run(job_id="job")
         openers = {"host": lambda emit: host(0, emit), "process": lambda emit: process(0, emit)}
         for _ in range(2):
-            sampling = Sampling(run.recorder, openers, 0.001)
-            run.recorder.background_tasks.append(sampling)
+            sampling = Sampling(run._recorder, openers, 0.001)
+            run._recorder.background_tasks.append(sampling)
             sampling.start()
         for _ in range(30):
             child = os.fork()
             if child == 0:
-                assert run.recorder.background_tasks == []
+                assert run._recorder.background_tasks == []
                 run.log_metrics({"child": 1.0})
                 import psutil
                 psutil.disk_io_counters(), psutil.net_io_counters()

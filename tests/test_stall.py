@@ -33,7 +33,7 @@ class Watched:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.now = 1000.0
-        self.watch = StallWatch(run.recorder, AFTER, clock=lambda: self.now, start=False)
+        self.watch = StallWatch(run._recorder, AFTER, clock=lambda: self.now, start=False)
         self.watch.check()
 
     def passes(self, seconds: float) -> None:
@@ -82,7 +82,7 @@ def test_a_run_that_logs_never_stalls(watched: Watched) -> None:
 
 def test_what_samplers_write_is_no_sign_of_training(watched: Watched) -> None:
     for _ in range(70):
-        watched.run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
+        watched.run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
         watched.passes(10)
     assert watched.told == [("stalled", 600.0)]
 
@@ -99,7 +99,7 @@ def test_samples_that_a_processor_drops_hide_no_training(start: Start, monkeypat
     watched = Watched(start(processors=[DropSamples()]))
     for _ in range(70):
         for _ in range(5):
-            watched.run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
+            watched.run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "sample", "source": "host", "values": []})
         watched.run.log_metrics({"loss": 1.0})
         watched.passes(10)
     assert watched.told == []
@@ -306,7 +306,7 @@ def test_a_stall_arrives_as_an_error_and_its_end_as_information(watched: Watched
 
 
 def test_a_stall_that_ends_with_the_run_is_said_to_be_over(watched: Watched) -> None:
-    watched.run.recorder.background_tasks.append(watched.watch)  # type: ignore[union-attr]
+    watched.run._recorder.background_tasks.append(watched.watch)  # type: ignore[union-attr]
     watched.passes(AFTER + 20)
     watched.run.log_metrics({"loss": 1.0})
     watched.run.close()
@@ -315,7 +315,7 @@ def test_a_stall_that_ends_with_the_run_is_said_to_be_over(watched: Watched) -> 
 
 
 def test_a_run_that_ends_while_it_stalls_has_not_recovered(watched: Watched) -> None:
-    watched.run.recorder.background_tasks.append(watched.watch)  # type: ignore[union-attr]
+    watched.run._recorder.background_tasks.append(watched.watch)  # type: ignore[union-attr]
     watched.passes(AFTER + 20)
     watched.run.close("interrupted")
     assert [status for status, _ in watched.told] == ["stalled"]
@@ -341,9 +341,9 @@ def test_zero_is_no_watch(start: Start, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("STEPSPAN_STALL_AFTER", "0")
     with start() as run:
         assert watches() == []
-        assert run.recorder.background_tasks == [] or all(  # type: ignore[union-attr]
+        assert run._recorder.background_tasks == [] or all(  # type: ignore[union-attr]
             "Stall" not in type(each).__name__
-            for each in run.recorder.background_tasks  # type: ignore[union-attr]
+            for each in run._recorder.background_tasks  # type: ignore[union-attr]
         )
 
 
@@ -356,7 +356,7 @@ def test_a_forked_child_has_no_watch_and_its_parent_keeps_its_own(tmp_path: Path
         with run.span("before"):
             child = os.fork()
             if child == 0:
-                assert names() == ["MainThread"] and run.recorder.background_tasks == []
+                assert names() == ["MainThread"] and run._recorder.background_tasks == []
                 run.log_metrics({"x": 1.0})
                 run.close()
                 os._exit(0)

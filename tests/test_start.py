@@ -249,7 +249,7 @@ def test_a_run_changes_nothing_in_its_process(start: Start, tmp_path: Path) -> N
         run.log_metrics({"x": batch, "bad": "x"})
         with run.span("s"):
             run.log_event("e")
-    assert run.flush(20) or not run.delivery.targets
+    assert run.flush(20) or not run._delivery.targets
     run.close()
     after = state()
     assert after == before, {name: (before[name], after[name]) for name in after if after[name] != before[name]}

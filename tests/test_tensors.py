@@ -49,7 +49,7 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 def arrived(run: Run) -> list[dict[str, Any]]:
     """The values in the lines that came later, once nothing is on its way."""
-    until(lambda: not run.recorder.defers)
+    until(lambda: not run._recorder.defers)
     return [event["metrics"] for event in events(run, "metrics") if "at" in event]
 
 
@@ -76,9 +76,9 @@ def test_an_array_of_one_element_is_its_number(run: Run, value: Any, number: Any
     run.log_metrics({"x": value})
     assert lines(run) == [{"x": number}]
     assert run.stats()["warnings"] == {}
-    assert run.recorder.background_tasks == [] or not any(  # type: ignore[union-attr]
+    assert run._recorder.background_tasks == [] or not any(  # type: ignore[union-attr]
         isinstance(one, tensors.DeferredMetrics)
-        for one in run.recorder.background_tasks  # type: ignore[union-attr]
+        for one in run._recorder.background_tasks  # type: ignore[union-attr]
     )
 
 
@@ -252,10 +252,10 @@ def test_a_device_without_streams_is_read_by_the_thread_that_resolves(run: Run, 
 
 def test_values_that_arrive_are_no_sign_that_training_goes_on(run: Run, gpu: Gpu) -> None:
     run.log_metrics({"loss": gpu.tensor(1.0)})
-    before = run.pipeline.journal.session.seq - run.recorder.background_events  # type: ignore[union-attr]
+    before = run._pipeline.journal.session.seq - run._recorder.background_events  # type: ignore[union-attr]
     gpu.catch_up()
     arrived(run)
-    assert run.pipeline.journal.session.seq - run.recorder.background_events == before  # type: ignore[union-attr]
+    assert run._pipeline.journal.session.seq - run._recorder.background_events == before  # type: ignore[union-attr]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -269,7 +269,7 @@ def test_a_forked_child_waits_for_nothing_of_its_parent(run: Run, gpu: Gpu) -> N
     assert os.waitpid(child, 0)[1] == 0
     gpu.catch_up()
     assert arrived(run) == [{"loss": 1.0}]
-    (theirs,) = (path for name, path in runs.sessions(run.pipeline.journal.directory).items() if name != "0")  # type: ignore[union-attr]
+    (theirs,) = (path for name, path in runs.sessions(run._pipeline.journal.directory).items() if name != "0")  # type: ignore[union-attr]
     assert [event["metrics"] for event in events(theirs, "metrics")] == [{"loss": 2.0}]
 
 
@@ -282,7 +282,7 @@ def test_points_have_the_time_of_the_call_and_the_steps_number_once(gpu: Gpu) ->
             with recording.run.step(number):
                 recording.run.log_metrics({"loss": gpu.tensor(float(number)), "lr": 0.1})
         gpu.catch_up()
-        until(lambda: not recording.run.recorder.defers)
+        until(lambda: not recording.run._recorder.defers)
     points = {
         name: [ts for _, ts, value in recording.points(name) if value is not None]
         for name in ("training.loss", "training.lr", "training.step.number")
@@ -403,7 +403,7 @@ def test_a_span_is_timed_on_the_device(gpu: Gpu) -> None:
             gpu.catch_up()
             gpu.now += 0.25
         gpu.catch_up()
-        until(lambda: not recording.run.recorder.defers)
+        until(lambda: not recording.run._recorder.defers)
     assert recording.values("training.phase.device_time", phase="forward") == [pytest.approx(0.25)]
     (point,) = (ts for _, ts, value in recording.points("training.phase.device_time") if value is not None)
     (end,) = (ts for _, ts, value in recording.points("training.phase.time") if value is not None)
@@ -424,7 +424,7 @@ def test_the_wait_of_a_collective_is_the_devices_and_stands_at_the_end_of_its_st
         with run.step(2), run.span("barrier", collective=True):
             pass
         gpu.catch_up()
-        until(lambda: not run.recorder.defers)
+        until(lambda: not run._recorder.defers)
     waits = recording.values("training.step.wait")
     assert waits[:2] == [pytest.approx(0.5), pytest.approx(1.0)]
     assert 0 < waits[2] < 0.1
@@ -470,7 +470,7 @@ def test_a_failing_gpu_does_not_reach_the_training(gpu: Gpu) -> None:
     with recorded_run() as recording:
         with recording.run.step(0), recording.run.span("all_reduce", collective=True, cuda=True):
             pass
-        until(lambda: not recording.run.recorder.defers)
+        until(lambda: not recording.run._recorder.defers)
         assert recording.run.stats()["warnings"] == {"cuda": 2}
     assert len(recording.values("training.phase.time", phase="all_reduce")) == 1
     assert recording.values("training.step.wait") == []
@@ -492,7 +492,7 @@ def test_the_wait_in_ddp_is_from_the_last_launch_to_the_last_arrival_on_the_devi
                     bucket.complete()
                 gpu.now += 0.25
             gpu.catch_up()
-        until(lambda: not run.recorder.defers)
+        until(lambda: not run._recorder.defers)
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="all_reduce") == [pytest.approx(0.75)] * 2
     assert gpu.waits == []
@@ -517,7 +517,7 @@ def test_the_wait_in_fsdp_is_what_all_collectives_of_a_step_take_on_the_device(g
                     scatter(x, x, 0.5, "avg")
         assert recording.values("training.step.wait") == [], "the device has not got there"
         gpu.catch_up()
-        until(lambda: not run.recorder.defers)
+        until(lambda: not run._recorder.defers)
         assert run.stats()["warnings"] == {}
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="collectives") == [pytest.approx(0.75)] * 2

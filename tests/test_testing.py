@@ -109,13 +109,13 @@ def test_the_environment_neither_switches_it_off_nor_sends_it_anywhere(monkeypat
     with recorded_run() as recording:
         train(recording.run)
     assert recording.events()[0]["rank"] == 0
-    assert recording.run.delivery.targets == frozenset()
+    assert recording.run._delivery.targets == frozenset()
     assert len(recording.values("training.loss")) == 3
 
 
 def test_the_journal_is_gone_afterwards_unless_a_directory_was_named(tmp_path: Path) -> None:
     with recorded_run() as recording:
-        place = recording.run.pipeline.journal.directory  # type: ignore[union-attr]
+        place = recording.run._pipeline.journal.directory  # type: ignore[union-attr]
         assert place.exists()
     assert not place.exists()
     with recorded_run(directory=tmp_path / "runs"):

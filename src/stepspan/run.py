@@ -46,10 +46,9 @@ class Run:
 
     Attributes:
         identity: Which job and rank this process is.
-        pipeline: The processors, the journal and its followers; None of a run that records nothing.
-        delivery: What sends the journal on its way.
-        recorder: What samplers and integrations record through.
         closed: Whether the run has ended.
+
+    What begins with an underscore is stepspan's own; its samplers and integrations record through `_recorder`.
 
     """
 
@@ -62,9 +61,10 @@ class Run:
         name: str | None = None,
         tags: Sequence[str] = (),
     ) -> None:
-        self.recorder = recorder
-        self.pipeline = pipeline
-        self.delivery = delivery or Delivery()
+        self._recorder = recorder
+        self._pipeline = pipeline
+        """The processors, the journal and its followers; None of a run that records nothing."""
+        self._delivery = delivery or Delivery()
         self.closed = False
         self._active = recorder.active
         self._scopes = recorder.scopes
@@ -81,7 +81,7 @@ class Run:
     @property
     def identity(self) -> Identity:
         """Which job and rank this process is."""
-        return self.recorder.identity
+        return self._recorder.identity
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
         """Record one point per key at this instant, each in a series `training.<key>` of its own.
@@ -103,7 +103,7 @@ class Run:
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
                 else:
-                    number = metric_value(key, value, self.warn_once)
+                    number = metric_value(key, value, self._warn_once)
                     name = key if type(key) is str else to_text(key)
                     if number is PENDING:
                         values[name], pending[name] = None, value
@@ -121,12 +121,12 @@ class Run:
             if number is not None:
                 event["step"] = number
             event["metrics"] = values
-            if pending or self.recorder.defers:
-                self.recorder.deferred.write_metrics(event, pending)
+            if pending or self._recorder.defers:
+                self._recorder.deferred.write_metrics(event, pending)
             else:
                 self._emit(event)
         except Exception as error:
-            self.warn_once("metrics", f"metrics were lost: {error_text(error)}")
+            self._warn_once("metrics", f"metrics were lost: {error_text(error)}")
 
     def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
         """Record one point at this instant.
@@ -147,7 +147,7 @@ class Run:
                 `training.run.info` and attributes of the run's span; what JSON can't hold is written as text.
 
         """
-        self.recorder.record("hyperparams", lambda: {"params": json_value(fields_of(params))})
+        self._recorder.record("hyperparams", lambda: {"params": json_value(fields_of(params))})
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
         """Record where an artifact lies; the file itself is not read.
@@ -161,7 +161,7 @@ class Run:
         """
         scope = self._scopes.innermost()
         step = {} if scope is None or scope.step is None else {"step": scope.step}
-        self.recorder.record(
+        self._recorder.record(
             "artifact", lambda: {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
         )
 
@@ -175,7 +175,7 @@ class Run:
 
         """
         state = {} if status is None else {"status": to_text(status)}
-        self.recorder.record(
+        self._recorder.record(
             "event", lambda: {"name": to_text(name), **state, "attributes": json_value(attributes)}, inside=True
         )
 
@@ -189,7 +189,7 @@ class Run:
             attributes: Anything that belongs to it.
 
         """
-        self.recorder.record_error(error, attributes)
+        self._recorder.record_error(error, attributes)
 
     def epoch(self, n: int) -> Scope:
         """An epoch, to be entered by `with`: a span, and `training.run.epoch` from then on.
@@ -236,9 +236,9 @@ class Run:
             if cuda and self._active:
                 from stepspan.recording.cuda_spans import device_span
 
-                return device_span(self.recorder, begin)
+                return device_span(self._recorder, begin)
         except Exception as error:  # a user's mapping may raise anything
-            self.warn_once("span", f"the attributes of a span were lost: {error_text(error)}")
+            self._warn_once("span", f"the attributes of a span were lost: {error_text(error)}")
         return self._scopes.span(begin)
 
     def steps(
@@ -280,7 +280,7 @@ class Run:
         """
         total = self._integer("total_steps", n)
         if total is not None:
-            self.recorder.record("progress", lambda: {"total_steps": total})
+            self._recorder.record("progress", lambda: {"total_steps": total})
 
     def as_log_store(self) -> RunLogStore:
         """The run behind the LogStore contract of evsys (`stepspan.stores`); closing the store leaves the run open."""
@@ -300,14 +300,14 @@ class Run:
         try:
             seconds = to_float(timeout)
             if seconds is None:
-                self.warn_once("flush", f"timeout={to_text(timeout):.80}: not a number of seconds")
+                self._warn_once("flush", f"timeout={to_text(timeout):.80}: not a number of seconds")
             seconds = max(0.0, seconds or 0.0)
             deadline = time.monotonic() + seconds
-            arrived = not self.recorder.defers or self.recorder.deferred.drain(seconds)
+            arrived = not self._recorder.defers or self._recorder.deferred.drain(seconds)
             left = max(0.0, deadline - time.monotonic())
-            return (session is None or self.delivery.wait(session.path, session.seq, left)) and arrived
+            return (session is None or self._delivery.wait(session.path, session.seq, left)) and arrived
         except Exception as error:
-            self.warn_once("flush", f"delivery could not be waited for: {error_text(error)}")
+            self._warn_once("flush", f"delivery could not be waited for: {error_text(error)}")
             return False
 
     def close(self, status: str = "completed") -> None:
@@ -323,18 +323,18 @@ class Run:
             if self.closed:
                 return
             self.closed = True
-        self.recorder.stop_background_tasks()
+        self._recorder.stop_background_tasks()
         try:
             status = to_text(status)
             self._scopes.end(self._scope, None, status)
             self._scopes.closed = True
             session = self._session
-            assert self.pipeline is not None
-            self.pipeline.close(status)
-            self.recorder.report_journal_errors()
-            self.delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
+            assert self._pipeline is not None
+            self._pipeline.close(status)
+            self._recorder.report_journal_errors()
+            self._delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
         except Exception as error:
-            self.warn_once("close", f"the run was not closed well: {error_text(error)}")
+            self._warn_once("close", f"the run was not closed well: {error_text(error)}")
 
     def stats(self) -> dict[str, Any]:
         """The ledgers of the run.
@@ -346,19 +346,19 @@ class Run:
         """
         session, delivery = self._session, {}
         try:
-            delivery = self.delivery.ledgers(session.path) if session else {}
+            delivery = self._delivery.ledgers(session.path) if session else {}
         except Exception as error:
-            self.warn_once("stats", f"the ledgers of delivery cannot be read: {error_text(error)}")
+            self._warn_once("stats", f"the ledgers of delivery cannot be read: {error_text(error)}")
         return {
             "journaled": session.seq if session else 0,
-            "lost": self.recorder.lost_events(),
-            "durable": self.pipeline.journal.durable if self.pipeline else True,
+            "lost": self._recorder.lost_events(),
+            "durable": self._pipeline.journal.durable if self._pipeline else True,
             "journal": str(session.path) if session else None,
-            "warnings": dict(self.recorder.warning_counts),
+            "warnings": dict(self._recorder.warning_counts),
             "delivery": delivery,
         }
 
-    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
+    def _warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
         """Count something that went wrong, and log it the first time for its kind.
 
         Args:
@@ -367,7 +367,7 @@ class Run:
             level: Of the log record.
 
         """
-        self.recorder.warn_once(to_text(kind), to_text(message), level if type(level) is int else logging.WARNING)
+        self._recorder.warn_once(to_text(kind), to_text(message), level if type(level) is int else logging.WARNING)
 
     def __enter__(self) -> Self:
         return self
@@ -375,11 +375,11 @@ class Run:
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         failed = error is not None and is_failure(error)
         if failed and self._active:
-            self.recorder.stop_background_tasks()
+            self._recorder.stop_background_tasks()
             self._scopes.end(self._scope, error)
         self.close("failed" if failed else "completed")
 
-    def after_fork(self, number: int) -> None:
+    def _after_fork(self, number: int) -> None:
         """Go on in a forked child, whose first event opens a session of its own.
 
         Args:
@@ -388,22 +388,22 @@ class Run:
         """
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         try:
-            self.delivery.after_fork()
-            self.recorder.after_fork(number)
-            self.delivery = Delivery(self.delivery.targets)  # the parent's deliverer finds this session too
+            self._delivery.after_fork()
+            self._recorder.after_fork(number)
+            self._delivery = Delivery(self._delivery.targets)  # the parent's deliverer finds this session too
         except Exception as error:
-            self.warn_once("fork", f"a forked child records nothing: {error_text(error)}")
+            self._warn_once("fork", f"a forked child records nothing: {error_text(error)}")
 
     @property
     def _session(self) -> SessionWriter | None:
-        return self.pipeline.journal.session if self.pipeline else None
+        return self._pipeline.journal.session if self._pipeline else None
 
     def _upkeep(self) -> None:
         if not self._in_upkeep.acquire(blocking=False):
             return  # another thread is at it, or this one, interrupted by a signal handler that logs
         try:
-            self.recorder.report_journal_errors()
-            self.delivery.watch()
+            self._recorder.report_journal_errors()
+            self._delivery.watch()
         finally:
             self._in_upkeep.release()
 
@@ -422,7 +422,7 @@ class Run:
             why = "below 0 or beyond 64 bits"
         except Exception as error:  # a user's __index__ may raise anything
             why = f"not a whole number: {to_text(error)}"
-        self.warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
+        self._warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
         return None
 
 

@@ -112,7 +112,7 @@ def start_run(
         return DISABLED
     given_processors, given_exporters = _listed("processors", processors) or [], _listed("exporters", exporters)
     if _open is not None and not _open.closed:
-        _open.warn_once("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
+        _open._warn_once("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
         _open.close()
     who = {
         "job_id": job_id,
@@ -192,7 +192,7 @@ def open_run(
     run = Run(recorder, pipeline, delivery, name=settings.name, tags=settings.tags)
     _start_background_tasks(run, settings)
     for warning in (*identity_warnings, *resource_warnings):
-        run.warn_once(warning, warning)
+        run._warn_once(warning, warning)
     _announce(run, settings.directory, journal)
     return run
 
@@ -259,17 +259,17 @@ def _start_background_tasks(run: Run, settings: Settings) -> None:
     if settings.stall_after:
         from stepspan.recording.stall import StallWatch
 
-        run.recorder.add_background_task(StallWatch(run.recorder, settings.stall_after))
+        run._recorder.add_background_task(StallWatch(run._recorder, settings.stall_after))
     if settings.samplers:
         from stepspan.samplers import start_sampling
 
-        start_sampling(run.recorder, settings.samplers, settings.sample_interval)
+        start_sampling(run._recorder, settings.samplers, settings.sample_interval)
 
 
 def _announce(run: Run, wanted: Path, journal: Journal) -> None:
     """Say where the journal is."""
     if not journal.durable:
-        run.warn_once("memory", f"{wanted} cannot be written: the journal is kept in memory, at {journal.directory}")
+        run._warn_once("memory", f"{wanted} cannot be written: the journal is kept in memory, at {journal.directory}")
     elif run.identity.rank == 0 and not _runs_opened and sys.stderr is not None:
         with suppress(Exception):  # somebody else's stream
             sys.stderr.write(f"stepspan: the journal is in {journal.directory}\n")
@@ -295,7 +295,7 @@ def _count_fork() -> None:
 
 def _after_fork_in_child() -> None:
     if _open is not None and not _open.closed:
-        _open.after_fork(_forks)
+        _open._after_fork(_forks)
 
 
 atexit.register(_close_at_exit)

@@ -34,7 +34,7 @@ try:
                 run.log_metrics({"loss": step})
             step += 1
             time.sleep(0.002)
-            run.delivery.watch()
+            run._delivery.watch()
         closing = time.monotonic()
 finally:
     print(f"{step} {time.monotonic() - closing}", flush=True)

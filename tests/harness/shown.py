@@ -95,7 +95,7 @@ def earlier_attempt(directory: Path, rank: int, started: float) -> float:
             "gpu": lambda emit: gpu(rank, emit, nvml=gpus(), env={}),
             "torch": lambda emit: torch(rank, emit),
         }
-        sampling = Sampling(run.recorder, openers, 10.0, clock=lambda: clock.now / 1e9)
+        sampling = Sampling(run._recorder, openers, 10.0, clock=lambda: clock.now / 1e9)
 
         def goes_on(step: int) -> bool:
             if step % 10 == 0:

@@ -58,8 +58,8 @@ class StepspanHandler(logging.Handler):
             return
         with recording_depth as depth:
             if depth < MAX_RECORDING_DEPTH:
-                scopes = run.recorder.scopes
-                run.recorder.record("log", lambda: {"parent": scopes.parent_without_closing(), **_fields(record)})
+                scopes = run._recorder.scopes
+                run._recorder.record("log", lambda: {"parent": scopes.parent_without_closing(), **_fields(record)})
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:

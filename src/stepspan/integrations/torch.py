@@ -108,7 +108,7 @@ class Wait:
 
 def active_recorder(run: Run | None) -> Recorder | None:
     """The recorder of a run, by default of the open one; None where nothing is recorded."""
-    recorder = (run or current_run()).recorder
+    recorder = (run or current_run())._recorder
     return recorder if recorder.active else None
 
 

@@ -80,7 +80,7 @@ class OtelBackend:
             _call_in(context, scope.owner.end, scope, error, "failed" if has_failed(record) else None)
             return
         scope = run.span(span_name(record), **attributes)
-        if not run.recorder.active:
+        if not run._recorder.active:
             return
         context = None if inside else contextvars.copy_context()
         self._spans[span] = scope, context
@@ -98,7 +98,7 @@ class OtelBackend:
 
     def _run(self, record: Mapping[str, Any]) -> Run:
         run = current_run()
-        if run.recorder.active:
+        if run._recorder.active:
             if run is not self._own and run is not self._shared:
                 self._shared = run
                 run.log_event("telemetry.context", system=record.get("system"), user=record.get("user"))

@@ -405,7 +405,7 @@ class Telemetry:
         """The job and rank that a record belongs to: the open run's, or else the launcher's."""
         start = sys.modules.get("stepspan.start")  # where it was never imported, no run is open
         run = start.current_run() if start else None
-        return run.identity if run is not None and run.recorder.active else self._identity
+        return run.identity if run is not None and run._recorder.active else self._identity
 
     def _guard(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:

@@ -82,7 +82,7 @@ class Configured(AbstractContextManager["Configured"]):
 
     def _warn_not_extensible(self, provider: Any) -> None:
         name = f"{type(provider).__module__}.{type(provider).__qualname__}"
-        self.run.warn_once(name, f"{name} takes no further processor or reader: what it gets is not recorded")
+        self.run._warn_once(name, f"{name} takes no further processor or reader: what it gets is not recorded")
 
     def serves(self, run: Run | None) -> bool:
         """Whether what `configure(run)` would add is there already; if so, `self.run` becomes the run it asks for."""

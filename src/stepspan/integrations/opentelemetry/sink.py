@@ -42,8 +42,8 @@ class JournalSink:
         with recording_depth as depth:
             run = None if self._shut_down or depth >= MAX_RECORDING_DEPTH else self._run()
             if run is not None:
-                scopes = run.recorder.scopes
-                run.recorder.record("otel", lambda: {"parent": scopes.parent_without_closing(), **fields()})
+                scopes = run._recorder.scopes
+                run._recorder.record("otel", lambda: {"parent": scopes.parent_without_closing(), **fields()})
 
     def _export(self, resource: Resource | None, events: Iterable[Event], result: Any) -> Any:
         """Write a batch.
@@ -63,17 +63,17 @@ class JournalSink:
                 run = None if refused else self._run(resource, nested=depth > 0)
                 if run is None:
                     return result.FAILURE
-                lost = run.recorder.lost_events()
+                lost = run._recorder.lost_events()
                 for fields in events:
-                    run.recorder.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
-                return result.SUCCESS if run.recorder.lost_events() == lost else result.FAILURE
+                    run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "otel", **fields})
+                return result.SUCCESS if run._recorder.lost_events() == lost else result.FAILURE
             except Exception as error:  # wrong settings, no place for a journal, or a record that is none
                 self._warn(error)
                 return result.FAILURE
 
     def _warn(self, error: Exception) -> None:
         message = f"OpenTelemetry's records were lost: {error_text(error)}"
-        (self._given or current_run()).warn_once("otel", message)
+        (self._given or current_run())._warn_once("otel", message)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The arguments, which differ between SDK versions, are not needed."""
