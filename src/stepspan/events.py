@@ -20,7 +20,7 @@ MILLISECOND_NS = 1_000_000
 """Event time is in Unix nanoseconds."""
 
 SCHEMA_MAJOR = 1
-SCHEMA = "1.0"
+SCHEMA = "1.1"
 """Of the journals that this version writes. A minor version adds tags and fields, which older readers pass over."""
 
 Event: TypeAlias = dict[str, Any]
@@ -58,6 +58,7 @@ class Header(Line):
     boot_id: Annotated[str, "of the host's kernel: a lock of another boot says nothing"]
     pid: Annotated[int, "of the process that writes"]
     host: Annotated[str, "name of the machine"]
+    destinations: NotRequired[Annotated[list[str], "names of those that it is delivered to while the job runs"]]
     resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
 
 

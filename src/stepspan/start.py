@@ -184,6 +184,7 @@ def open_run(
         pipeline.process,
         warnings=warnings,
         boot_id=facts.boot_id,
+        destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
         propagate=settings.propagate,
     )
     recorder.open()

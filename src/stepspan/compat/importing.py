@@ -98,6 +98,7 @@ class ImportedSession:
             pid=self.pid,
             host=self.host,
             boot_id=self.boot_id,
+            destinations=[],
             resource={
                 "service.name": "training",
                 **self.resource,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -97,6 +97,7 @@ class JournalRecorder:
         process: Takes a header through the processors; None where one dropped it.
         warnings: Counts what goes wrong.
         boot_id: Of the host's kernel.
+        destinations: The names of those that the run is delivered to.
         propagate: Whether steps become parents of the user's own OpenTelemetry spans; None: unless a global
             TracerProvider is installed.
 
@@ -114,6 +115,7 @@ class JournalRecorder:
         *,
         warnings: WarningSink,
         boot_id: str,
+        destinations: Iterable[str] = (),
         propagate: bool | None = None,
     ) -> None:
         self.identity = identity
@@ -136,6 +138,7 @@ class JournalRecorder:
         """How often each kind of warning came up."""
         self._warnings = warnings
         self._boot_id = boot_id
+        self._destinations = sorted(set(destinations))
         self._deferred: DeferredMetrics | None = None
 
     def open(self) -> None:
@@ -248,6 +251,7 @@ class JournalRecorder:
             "pid": os.getpid(),
             "host": me.host,
             "boot_id": self._boot_id,
+            "destinations": self._destinations,
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
         return self._process(header) or header
