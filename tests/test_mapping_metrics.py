@@ -100,10 +100,14 @@ WHOLE_RUN = """
           "attributes": [{"key": "split", "value": {"stringValue": "train"}}]},
          {"timeUnixNano": "1760000000755000000",
           "asDouble": "NaN",
-          "attributes": [{"key": "split", "value": {"stringValue": "val"}}]},
+          "attributes": [
+           {"key": "split", "value": {"stringValue": "val"}},
+           {"key": "key", "value": {"stringValue": "val/loss"}}]},
          {"timeUnixNano": "1760000001010000000",
           "flags": 1,
-          "attributes": [{"key": "split", "value": {"stringValue": "val"}}]}]}},
+          "attributes": [
+           {"key": "split", "value": {"stringValue": "val"}},
+           {"key": "key", "value": {"stringValue": "val/loss"}}]}]}},
       {"name": "training.step.number",
        "gauge": {"dataPoints": [
          {"timeUnixNano": "1760000000755000000",
@@ -179,7 +183,7 @@ def test_each_key_is_a_gauge_of_its_split_and_the_step_number_comes_with_it() ->
     s.metrics({"loss": 0.5, "val/loss": 0.75, "a.b": 2}, step=7)
     assert by_series(s.records("metrics")) == {
         ("training.loss", TRAIN): [(0.001, 0.5)],
-        ("training.loss", ("split", "val")): [(0.001, 0.75)],
+        ("training.loss", ("key", "val/loss"), ("split", "val")): [(0.001, 0.75)],
         ("training.a.b", ("key", "a.b"), TRAIN): [(0.001, 2.0)],
         ("training.step.number", TRAIN): [(0.001, 7.0)],
         ("training.step.number", ("split", "val")): [(0.001, 7.0)],
@@ -218,12 +222,21 @@ def test_of_several_points_of_a_series_in_one_millisecond_the_last_goes_out() ->
     assert fold.filtered == 4
 
 
-def test_two_keys_of_one_series_in_one_call_are_one_point() -> None:
+def test_keys_that_differ_by_their_prefix_only_are_series_of_their_own() -> None:
     s = SessionEvents()
-    s.metrics({"train/loss": 1.0, "loss": 2.0}, step=1)
+    for number in range(2):
+        s.metrics({"train/loss": 1.0 + number, "loss": 2.0 + number, "train_loss": 3.0 + number, "val/loss": 9.0})
+        s.metrics({"loss": 7.0, "val/loss": 8.0}, split="val")
     fold = mapper("metrics", s.header)
-    assert values(fold.map(s.events), "training.loss") == [2.0]
-    assert fold.filtered == 1
+    found = by_series(fold.map(s.events))
+    assert {series: [value for _, value in points] for series, points in found.items()} == {
+        ("training.loss", TRAIN): [2.0, 3.0],
+        ("training.loss", ("key", "train/loss"), TRAIN): [1.0, 2.0],
+        ("training.loss", ("key", "train_loss"), TRAIN): [3.0, 4.0],
+        ("training.loss", ("split", "val")): [7.0, 7.0],
+        ("training.loss", ("key", "val/loss"), ("split", "val")): [9.0, 8.0, 9.0, 8.0],
+    }
+    assert fold.filtered == 0
 
 
 @pytest.mark.parametrize(

@@ -120,23 +120,28 @@ def test_a_run_that_took_all_its_steps_is_told_so_and_named_once(tmp_path: Path)
     assert "took all 2 steps" in page
 
 
-def test_a_key_that_names_its_split_does_so_once(tmp_path: Path) -> None:
+def test_each_series_has_a_row_of_its_own_in_the_report_by_the_name_of_its_key(tmp_path: Path) -> None:
     training = Training(tmp_path)
-    training.emit("metrics", step=1, split="val", metrics={"val/loss": 1.0, "loss": 2.0, "val/": 3.0})
+    training.emit("metrics", step=1, split="val", metrics={"val/loss": 9.0, "loss": 7.0, "val/": 3.0, "acc": 0.5})
     training.emit(
-        "metrics", step=1, split="train", metrics={"loss": 0.5, "train/loss": 0.5, "test/acc": 0.5, "a/b": 0.5}
+        "metrics", step=1, split="train", metrics={"loss": 2.0, "train/loss": 1.0, "train_loss": 3.0, "a/b": 0.5}
     )
+    training.emit("metrics", step=1, split="test", metrics={"val/loss": 8.0, "train_loss": 4.0, "loss": 6.0})
     training.emit("metrics", step=1, split="probe", metrics={"loss": 0.5, "probe/x": 0.5})
     training.end()
     (job,) = summarise(find_sessions(tmp_path), boot_id=host_facts().boot_id)
-    assert {name: values["points"] for name, values in job["metrics"].items()} == {
-        "val/loss": 2,
-        "val/val/": 1,
-        "loss": 2,
-        "test/acc": 1,
-        "a/b": 1,
-        "probe/loss": 1,
-        "probe/probe/x": 1,
+    assert {name: (values["points"], values["last"]) for name, values in job["metrics"].items()} == {
+        "val/loss": (2, 8.0),
+        "loss (split val)": (1, 7.0),
+        "test/loss": (1, 6.0),
+        "val/val/": (1, 3.0),
+        "val/acc": (1, 0.5),
+        "loss": (1, 2.0),
+        "train/loss": (1, 1.0),
+        "train_loss": (2, 4.0),
+        "a/b": (1, 0.5),
+        "probe/loss": (1, 0.5),
+        "probe/probe/x": (1, 0.5),
     }
 
 

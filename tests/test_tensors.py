@@ -177,11 +177,18 @@ def test_a_late_value_that_is_no_number_costs_itself_and_nothing_else(
 def test_later_values_of_a_key_wait_behind_the_one_on_its_way_and_others_do_not(run: Run, gpu: Gpu) -> None:
     run.log_metrics({"loss": gpu.tensor(1.0)}, split="train")
     run.log_metrics({"loss": 2.0, "lr": 0.1}, split="train")
-    run.log_metrics({"train/loss": 3.0}, split="val")
+    run.log_metrics({"train/loss": 3.0, "train_loss": gpu.tensor(3.5)}, split="val")
+    run.log_metrics({"train_loss": 3.75}, split="test")
     run.log_metrics({"loss": 4.0}, split="val")
-    assert lines(run) == [{"loss": None}, {"loss": None, "lr": 0.1}, {"train/loss": None}, {"loss": 4.0}]
+    assert lines(run) == [
+        {"loss": None},
+        {"loss": None, "lr": 0.1},
+        {"train/loss": 3.0, "train_loss": None},
+        {"train_loss": None},
+        {"loss": 4.0},
+    ]
     gpu.catch_up()
-    assert arrived(run) == [{"loss": 1.0}, {"loss": 2.0}, {"train/loss": 3.0}]
+    assert arrived(run) == [{"loss": 1.0}, {"loss": 2.0}, {"train_loss": 3.5}, {"train_loss": 3.75}]
     run.log_metrics({"loss": 5.0}, split="train")
     assert lines(run)[-1] == {"loss": 5.0}
 

@@ -89,7 +89,9 @@ class Run:
         Args:
             metrics: Key -> number (int, float, bool, or anything with `__float__`), or an array or tensor of one
                 element of numpy, torch or JAX. One that a GPU still computes is not waited for. NaN and Infinity are
-                numbers. A leading `train/`, `val/`, `eval/` or `test/` of a key names the split of that key.
+                numbers. A prefix of a key names the split of that key: `val/loss`, `val.loss` and `val_loss` are the
+                loss of split "val", each a series with the whole key as its attribute `key`. Prefixes are train, val,
+                valid and validation (both are "val"), eval and test; `valid_` in `valid_loss` only.
             step: The step's number; by default that of the step that is open.
             split: The split of all keys; by default that of the step that is open, else "train".
 

@@ -146,7 +146,7 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     assert [line.partition("=")[0] for line in told] == [
         *("run", "hyperparams", "progress", "  epoch 0"),
         *steps,
-        *("    span validation", "eval 3: eval/loss", "train 3: epoch", "    end span"),
+        *("    span validation", "eval 3: eval_loss", "train 3: epoch", "    end span"),
         *("    span checkpoint", "    end span", "artifact"),
         *("train 3: train_runtime", "  end epoch", "end run completed"),
     ]
@@ -156,6 +156,9 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     assert [params["params"][name] for name in chosen] == ["BertForSequenceClassification", 2, 5e-05, 4, 0]
     assert "hub_model_id" not in params["params"], "what is not set"
     assert events(journal, "progress")[0]["total_steps"] == 4
+    last = events(journal, "metrics")[-1]["metrics"]
+    assert 0 < last["mean_train_loss"] < 1
+    assert "train_loss" not in last, "which would be another `training_loss` of split train"
     (artifact,) = events(journal, "artifact")
     assert (artifact["name"], artifact["kind"]) == ("checkpoint-4", "checkpoint")
     assert Path(artifact["path"]).is_dir()
@@ -176,8 +179,8 @@ def test_a_run_of_the_users_stays_open_and_takes_what_follows(start: Start) -> N
     assert [event["name"] for event in events(run, "span_begin")] == ["validation", "validation"]
     found = [event for event in events(run, "metrics") if event["split"] != "train"]
     assert [(event["split"], next(iter(event["metrics"]))) for event in found] == [
-        ("eval", "eval/loss"),
-        ("test", "test/loss"),
+        ("eval", "eval_loss"),
+        ("test", "test_loss"),
     ]
     assert status_of(runs.path_of(run)) == "completed"
 

@@ -153,7 +153,7 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     assert shape == [
         *("run", "hyperparams", "progress", "  epoch 0"),
         *("    step 0", "train 0: loss", "    end step", "    step 1", "train 1: loss", "    end step"),
-        *("    span validation", "      step 0 val", "      end step", "    end span", "val 1: val/loss"),
+        *("    span validation", "      step 0 val", "      end step", "    end span", "val 1: val_loss"),
         *("train 1: both_epoch", "  end epoch", "end run completed"),
     ]
     assert told[5].endswith(" both=0.0")

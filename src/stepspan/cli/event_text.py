@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepspan.events import Event
+from stepspan.mapping.names import split_in_key
 from stepspan.values import format_seconds
 
 EventText = Callable[[Event, "Event | None"], str]
@@ -86,9 +87,9 @@ def _device_time(event: Event, begin: Event | None) -> str:
 def _metrics(event: Event, _: Event | None) -> str:
     split = event.get("split", "train")
     values = {key: "…" if value is None else value for key, value in event["metrics"].items()}  # computed later
-    named_by_keys = all(key.startswith(f"{split}/") for key in values)
+    named_by_keys = all(split_in_key(key)[0] for key in values)
     prefix = "" if split == "train" or named_by_keys else f"{split}  "
-    return f"{prefix}{format_fields({**values, **event.get('attributes', {})})}"
+    return f"{prefix}{format_fields(values)} {format_fields(event.get('attributes', {}))}".rstrip()
 
 
 def _event(event: Event, _: Event | None) -> str:

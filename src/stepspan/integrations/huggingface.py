@@ -21,8 +21,9 @@ class StepspanCallback(FrameworkCallback):
       batches, and with them other callbacks.
     - `validation` and `checkpoint` as spans, which begin where the step before ends; a checkpoint as an artifact of
       kind "checkpoint", too.
-    - All metrics that the Trainer logs, at its step: `loss` is its mean since the last one. `eval_loss` is `loss` of
-      split `eval`. What is evaluated outside of `train()` is recorded if a run is open.
+    - All metrics that the Trainer logs, at its step: `loss` is its mean since the last one, and `mean_train_loss` what
+      it logs as `train_loss` at the end: the mean of the whole training. `eval_loss` is `loss` of split `eval`. What is
+      evaluated outside of `train()` is recorded if a run is open.
     - Hyperparameters, total steps; samples (batch size times batches: too many in an epoch's last step), and tokens
       where `include_num_input_tokens_seen` is on.
 
@@ -139,10 +140,12 @@ class StepspanCallback(FrameworkCallback):
         if not self.loop.follow():
             return
         by_split: dict[str, dict[str, Any]] = {}
+        last = "train_runtime" in logs  # of the training; its loss is no value of the curve that the others make
         for name, value in logs.items():
             head = name.partition("_")[0]
             if not isinstance(value, (str, bytes)):
-                by_split.setdefault(head if head in SPLITS else "train", {})[name] = value
+                key = "mean_train_loss" if last and name == "train_loss" else name
+                by_split.setdefault(head if head in SPLITS else "train", {})[key] = value
         for split, metrics in by_split.items():
             self.loop.log(metrics, max(state.global_step - 1, 0), split)  # the step that was done last
 

@@ -151,13 +151,12 @@ class Loop:
         """Log metrics.
 
         Args:
-            metrics: Key -> value, as of `Run.log_metrics`. An evaluation's `val_loss` becomes `val/loss`, unless it has
-                a `loss` too.
+            metrics: Key -> value, as of `Run.log_metrics`.
             step: The step's number; None: that of the open step.
             split: The split of all keys that name no other; None: that of the open step.
 
         """
-        self.run.log_metrics({_key(key, metrics, split): value for key, value in metrics.items()}, step, split=split)
+        self.run.log_metrics(metrics, step, split=split)
 
     def set_total_steps(self, steps: Any) -> None:
         """Set the run's total steps, where the framework knows them.
@@ -187,11 +186,6 @@ _STARTED: dict[int, Loop] = {}
 
 def _exit(scope: Scope | Run, error: BaseException | None) -> None:
     scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
-
-
-def _key(key: str, metrics: Mapping[str, Any], split: str | None) -> str:
-    head, _, rest = key.partition("_")
-    return f"{head}/{rest}" if rest and head == split != "train" and rest not in metrics else key
 
 
 class FrameworkCallback:

@@ -21,7 +21,7 @@ from stepspan.mapping.metrics import MetricMapper
 from stepspan.mapping.records import Record, Signal
 from stepspan.mapping.traces import TraceMapper
 
-VERSION = 2
+VERSION = 3
 """Of the mappers' state. A checkpoint of another version is not used: the state is rebuilt from the journal."""
 
 

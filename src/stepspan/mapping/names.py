@@ -1,22 +1,29 @@
 """From a user's metric key to a metric's name, such that no two keys share a series.
 
-=================================  ======================  ==========================  ==============================
-the key                            its metric              its attributes              why
-=================================  ======================  ==========================  ==============================
-`loss`                             `training.loss`         `split` of the call
-`val/loss`                         `training.loss`         `split="val"`               a leading `train/`, `val/`,
-                                                                                       `eval/`, `test/` is its split
-`grad.norm`, `a__b`, `_x`, `🔥`    `training.grad.norm` …  `split`, `key="grad.norm"`  Prometheus would make it the
-                                                                                       name of another key
-`step/time`, `run.x`, `phase/x`,   `training.user.` + key  `split`, `key`              stepspan's own names begin
-`memory.x`                                                                             like that
-`step_time`, `run_eta_seconds` …   `training.user.` + key  `split`, `key`              Prometheus calls one of
-                                                                                       stepspan's own metrics that
-longer than `MAX_NAME_CHARS`       cut there               `split`, `key`
-=================================  ======================  ==========================  ==============================
+=====================================  ======================  ===========================  ============================
+the key                                its metric              its attributes               why
+=====================================  ======================  ===========================  ============================
+`loss`                                 `training.loss`         `split` of the call
+`val/loss`, `val.loss`, `val_loss`     `training.loss`         `split="val"`,               a prefix names the split of
+                                                               `key="val/loss"` …           that key
+`grad.norm`, `a__b`, `_x`, `🔥`        `training.grad.norm` …  `split`, `key="grad.norm"`   Prometheus would make it the
+                                                                                            name of another key
+`step/time`, `run.x`, `phase/x`,       `training.user.` + key  `split`, `key`               stepspan's own names begin
+`memory.x`                                                                                  like that
+`step_time`, `run_eta_seconds`,        `training.user.` + key  `split`, `key`               Prometheus calls one of
+`train/step time` …                                                                         stepspan's own metrics that
+longer than `MAX_NAME_CHARS`           cut there               `split`, `key`
+=====================================  ======================  ===========================  ============================
 
-Prometheus turns every character but letters, digits and `_` into `_`, folds `__` and trims the ends: a key that is not
-itself after that carries attribute `key` as well.
+Prefixes are `train`, `val`, `valid`, `validation`, `eval` and `test`, followed by `/`, `.` or `_`; `valid` and
+`validation` are split `val`, too. After `valid_` only the loss is one of that split (`valid_loss`, `valid_loss_step`,
+`valid_loss_epoch`), since `valid_tokens` counts tokens that are valid. One prefix is taken off, once, and wins over
+the split of the call; a key that is nothing else is left whole. The split of a *call* is kept as it is written: were
+"valid" made "val" there, too, no attribute would tell two calls apart.
+
+Attribute `key` is the key as it was logged, prefix included, wherever the metric's name alone does not say it:
+Prometheus turns every character but letters, digits, `:` and `_` into `_`, folds `__` and trims the ends. A series
+without it is that of a key of which nothing was changed. So no two keys share one, whatever they become.
 """
 
 from __future__ import annotations
@@ -24,18 +31,23 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-SPLITS = ("train", "val", "eval", "test")
+PREFIX = re.compile(r"(train|val|validation|eval|test)[/._](?=.)|valid(?:[/.](?=.)|_(?=loss(?:_step|_epoch)?\Z))", re.S)
+SYNONYMS = {None: "val", "validation": "val"}
+"""What `PREFIX` matched (None: `valid`) -> the split that it is, where that is not the same word."""
 RESERVED = re.compile(r"(?:step|run|phase|memory)[./]")
 PROMETHEUS_SUFFIXES = {
-    "step_number": "", "step_time": "_seconds", "step_wait": "_seconds", "step_duration": "_seconds",
-    "phase_time": "_seconds", "phase_device_time": "_seconds",
+    "step_number": "", "step_logged": "", "step_time": "_seconds", "step_wait": "_seconds",
+    "step_duration": "_seconds", "phase_time": "_seconds", "phase_device_time": "_seconds",
     "run_epoch": "", "run_info": "", "run_errors": "_total", "run_total_steps": "", "run_eta": "_seconds",
     "run_start_time": "_seconds", "run_checkpoint_time": "_seconds", "throughput_per_second": "",
+    "nonfinite": "_total", "memory_allocated": "_bytes", "memory_reserved": "_bytes", "memory_active": "_bytes",
+    "memory_inactive": "_bytes", "memory_alloc_retries": "_total", "memory_ooms": "_total",
 }  # fmt: skip
 """What Prometheus makes of the names of stepspan's own metrics, and what it adds."""
 OWN_NAMES = frozenset(name + end for name, suffix in PROMETHEUS_SUFFIXES.items() for end in ("", suffix))
 UNCHANGED = re.compile(r"[A-Za-z0-9]+(?:_[A-Za-z0-9]+)*")
 """Keys that Prometheus leaves as they are."""
+SEPARATORS = re.compile(r"[^A-Za-z0-9:]+")
 MAX_NAME_CHARS = 255
 
 
@@ -45,6 +57,23 @@ class MetricName(NamedTuple):
     name: str
     split: str
     key: str | None
+
+
+def split_in_key(key: str) -> tuple[str | None, str]:
+    """The split that a key's prefix names, and what follows it.
+
+    Args:
+        key: As it was logged.
+
+    Returns:
+        (split, rest), such as ("val", "loss"); (None, `key`) where it has no prefix.
+
+    """
+    found = PREFIX.match(key)
+    if found is None:
+        return None, key
+    word = found[1]
+    return SYNONYMS.get(word, word), key[found.end() :]
 
 
 def metric_name(key: str, split: str) -> MetricName:
@@ -58,10 +87,8 @@ def metric_name(key: str, split: str) -> MetricName:
         Name, split and key by the table above; `key` is None where no attribute says it.
 
     """
-    head, slash, rest = key.partition("/")
-    if slash and rest and head in SPLITS:
-        key, split = rest, head
-    reserved = RESERVED.match(key) or key in OWN_NAMES
-    name = f"training.user.{key}" if reserved else f"training.{key}"
-    plain = not reserved and UNCHANGED.fullmatch(key) is not None and len(name) <= MAX_NAME_CHARS
-    return MetricName(name[:MAX_NAME_CHARS], split, None if plain else key)
+    named, rest = split_in_key(key)
+    reserved = RESERVED.match(rest) or SEPARATORS.sub("_", rest).strip("_") in OWN_NAMES
+    name = f"training.user.{rest}" if reserved else f"training.{rest}"
+    has_key = named is not None or reserved or UNCHANGED.fullmatch(rest) is None or len(name) > MAX_NAME_CHARS
+    return MetricName(name[:MAX_NAME_CHARS], split if named is None else named, key if has_key else None)

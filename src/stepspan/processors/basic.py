@@ -55,10 +55,10 @@ class Rename:
         ConfigError: `metrics` is not a mapping to strings.
 
     Example:
-        In Python, `Rename({"train_loss": "train/loss"})`; in a settings file::
+        In Python, `Rename({"acc": "accuracy"})`; in a settings file::
 
             processors:
-              - rename: {metrics: {train_loss: train/loss}}
+              - rename: {metrics: {acc: accuracy}}
 
     """
 

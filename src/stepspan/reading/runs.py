@@ -14,7 +14,7 @@ from typing import Any
 
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.journal.layout import SessionPath
-from stepspan.reading.session_summary import MAX_LISTED, MetricValues, SessionSummary
+from stepspan.reading.session_summary import MAX_LISTED, MetricValues, SessionSummary, metric_labels
 from stepspan.reading.sessions import state_path
 
 RECORD_COUNTS = ("delivered", "rejected", "filtered", "pending")
@@ -84,14 +84,15 @@ def _straggler(sessions: Sequence[SessionSummary]) -> dict[str, Any] | None:
 
 def _metrics(sessions: Sequence[SessionSummary]) -> dict[str, dict[str, Any]]:
     """Each metric: the last value of the lowest rank that has it, the extremes of all ranks."""
-    merged: dict[str, MetricValues] = {}
+    merged: dict[tuple[str, str], MetricValues] = {}
     for session in sessions:
-        for name, values in session.metrics.items():
-            if name in merged:
-                merged[name].merge(values)
+        for metric, values in session.metrics.items():
+            if metric in merged:
+                merged[metric].merge(values)
             else:
-                merged[name] = values
-    return {name: asdict(values) for name, values in merged.items()}
+                merged[metric] = values
+    labels = metric_labels(merged)
+    return {labels[metric]: asdict(values) for metric, values in merged.items()}
 
 
 def delivery_totals(ledgers: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

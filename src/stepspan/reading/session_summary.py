@@ -18,7 +18,7 @@ from stepspan.events import SECOND_NS, Event
 from stepspan.journal.cursor import Ledger
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.dispatch import dispatch
-from stepspan.mapping.names import SPLITS
+from stepspan.mapping.names import split_in_key
 from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.steps import StepFold
 from stepspan.reading.sessions import SessionReader, job_folder
@@ -109,7 +109,8 @@ class SessionSummary:
         self.step_times, self.data_waits, self.collective_waits = array("d"), array("d"), array("d")
         """Of each training step: how long it took, waited for its data, and waited in collectives if it had any."""
         self.stalls = 0
-        self.metrics: dict[str, MetricValues] = {}
+        self.metrics: dict[tuple[str, str], MetricValues] = {}
+        """By split and key, as `logged_values` gives them."""
         self.hyperparams: dict[str, Any] = {}
         self.error_count = 0
         self.errors: list[dict[str, Any]] = []
@@ -213,8 +214,8 @@ class SessionSummary:
         self.collective_waits.extend(wait for wait in waits if wait is not None)
 
     def _metrics(self, event: Event) -> None:
-        for name, value in logged_values(event):
-            self.metrics.setdefault(name, MetricValues(self.rank)).add(value, event.get("step"), event["ts"])
+        for metric, value in logged_values(event):
+            self.metrics.setdefault(metric, MetricValues(self.rank)).add(value, event.get("step"), event["ts"])
 
     def _progress(self, event: Event) -> None:
         self.total_steps = event["total_steps"]
@@ -240,19 +241,37 @@ class SessionSummary:
         self.gaps[reason] = self.gaps.get(reason, 0) + int(event["dropped"])
 
 
-def logged_values(event: Event) -> Iterator[tuple[str, float]]:
-    """The name and value of each number in a `metrics` event.
+def logged_values(event: Event) -> Iterator[tuple[tuple[str, str], float]]:
+    """Each number in a `metrics` event, with the split and the key of its series.
 
-    A name carries its split, but for training: "loss", "val/loss". As in a receiver, a key that begins with the name of
-    a split says it itself. What a device still computes is left out: a later event has it.
+    The split is "" where the key says it, whatever the call's is. What a device still computes is left out: a later
+    event has it.
     """
     split = event.get("split", "train")
     for key, given in event["metrics"].items():
         value = to_float(given)
         if value is not None:
-            head, _, rest = key.partition("/")
-            name = key if rest and head in SPLITS else f"{split}/{key}"
-            yield name.removeprefix("train/"), value
+            yield (split if split_in_key(key)[0] is None else "", key), value
+
+
+def metric_labels(metrics: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """What a report calls each metric: its key, after its split where that is not training's and not in the key.
+
+    Args:
+        metrics: Pairs as `logged_values` gives them.
+
+    Returns:
+        Pair -> "loss", "val_loss", or "val/loss" for `loss` of split "val"; "loss (split val)" where another metric of
+        these has that name: there is a key `val/loss`, too.
+
+    """
+    labels: dict[tuple[str, str], str] = {}
+    taken: set[str] = set()
+    for split, key in sorted(metrics, key=lambda metric: metric[0] not in {"", "train"}):
+        name = key if split in {"", "train"} else f"{split}/{key}"
+        labels[split, key] = label = name if name not in taken else f"{key} (split {split})"
+        taken.add(label)
+    return labels
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float] | None:
