@@ -254,6 +254,16 @@ class Gap(Line):
     why: Annotated[str, "what the disk said"]
 
 
+class ClockSet(Line):
+    """The wall clock turned out to be another one than the journal's, which was set right by one of the two."""
+
+    tag: Literal["clock"]
+    forward: NotRequired[Annotated[int, "ns that event time skipped just before this line: the clock was behind"]]
+    ahead: NotRequired[
+        Annotated[int, "ns that the clock is ahead: event time takes twice as long for the next so many"]
+    ]
+
+
 BY_TAG: Mapping[str, type] = {
     "header": Header,
     "run_begin": RunBegin,
@@ -276,6 +286,7 @@ BY_TAG: Mapping[str, type] = {
     "memory": Memory,
     "otel": Otel,
     "gap": Gap,
+    "clock": ClockSet,
 }
 """Each tag and its class."""
 TAGS = BY_TAG.keys()

@@ -22,6 +22,7 @@ from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed, read_closed
 from stepspan.journal.reader import JournalReader
+from stepspan.mapping.clock import EventTime
 from stepspan.reading.sessions import ALL_LINES, read_batches
 
 WINDOW_BYTES = 64 << 10
@@ -33,7 +34,14 @@ RESCAN_INTERVAL_S = 2.0
 """Between looks for sessions that have appeared."""
 SHOWN_WHILE_OPEN = frozenset({"step_begin", "span_begin"})
 DIM_TAGS = SHOWN_WHILE_OPEN | {"sample", "memory"}
-STYLES = {"error": "bold red", "gap": "yellow", "metrics": "cyan", "run_begin": "bold", "run_end": "bold"}
+STYLES = {
+    "error": "bold red",
+    "gap": "yellow",
+    "clock": "yellow",
+    "metrics": "cyan",
+    "run_begin": "bold",
+    "run_end": "bold",
+}
 
 
 class TailLine(NamedTuple):
@@ -57,6 +65,7 @@ class Tail:
         self.job = str(header.get("job_id", ""))
         self._rank = rank_label(session.rank, str(header.get("role", "")))
         self._begun: dict[int, Event] = {}
+        self._time = EventTime()
         self._position = Position()
 
     def newest(self, count: int, tags: Collection[str]) -> list[TailLine]:
@@ -64,6 +73,7 @@ class Tail:
         window = WINDOW_BYTES
         while True:
             self._begun.clear()
+            self._time = EventTime()
             self._position, at_beginning = self._seek_back(window)
             lines = self.read_on(tags, closed=ALL_LINES)
             if at_beginning or len(lines) >= count:
@@ -108,6 +118,11 @@ class Tail:
             self._begun[event["seq"]] = event
             if len(self._begun) > MAX_OPEN_SCOPES:
                 del self._begun[next(iter(self._begun))]
+        if event["tag"] == "clock":
+            self._time.set(event)
+        elif begin is not None and self._time.corrections:
+            ended: int = event["ended"] if "ended" in event else event["ts"]
+            begin = {**begin, "ts": ended - self._time.elapsed(begin["ts"], ended)}
         text = printable(event_text(event, begin))
         return TailLine(event["ts"], self.job, self._rank, "" if step is None else str(step), event["tag"], text)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import (
     MAX_TEXT_CHARS,
@@ -16,6 +16,7 @@ from stepspan.mapping.attributes import (
     exception_attributes,
     flatten,
 )
+from stepspan.mapping.clock import clock_text
 from stepspan.mapping.dispatch import dispatch
 from stepspan.mapping.open_scopes import OpenScopes
 from stepspan.mapping.records import Log, Record, SdkRecord
@@ -44,6 +45,7 @@ class LogMapper:
             "error": self._error,
             "log": self._log,
             "gap": self._gap,
+            "clock": self._clock,
             "otel": lambda event: self._logs.extend(self._sdk_records.of(event)),
             "run_begin": self._scopes.begin_run,
             **dict.fromkeys(("epoch_begin", "span_begin"), self._scopes.begin),
@@ -106,3 +108,7 @@ class LogMapper:
     def _gap(self, event: Event) -> None:
         body = f"{event['dropped']} events could not be written: {event['why']}"
         self._add(event, WARN, "stepspan.gap", body, {"dropped": event["dropped"]})
+
+    def _clock(self, event: Event) -> None:
+        offset = (event.get("ahead") or -event["forward"]) / SECOND_NS
+        self._add(event, WARN, "stepspan.clock", clock_text(event), {"ahead": offset})

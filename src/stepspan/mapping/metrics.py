@@ -109,6 +109,7 @@ class MetricMapper:
             "memory": self._memory,
             "sample": self._sample,
             "otel": self._otel,
+            "clock": lambda event: self._progress.shift(self._steps.time.set(event)),
         }
 
     @property
@@ -359,7 +360,7 @@ class MetricMapper:
 
     def _add_progress(self, ts: int) -> None:
         self._count_steps()
-        for name, unit, value in self._progress.values(ts):
+        for name, unit, value in self._progress.values(ts, self._steps.time):
             self._add(self._of(name, {}, unit), ts, value)
 
     def _add_cumulative(self, ts: int) -> None:

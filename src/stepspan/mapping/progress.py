@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stepspan.events import SECOND_NS, Event
+from stepspan.mapping.clock import EventTime
 from stepspan.mapping.open_scopes import StepState
 from stepspan.values import to_float
 
@@ -69,11 +70,19 @@ class RunProgress:
         if event["kind"] == "checkpoint":
             self.checkpoint = event["ts"] / SECOND_NS
 
-    def values(self, ts: int) -> Iterator[tuple[str, str, float]]:
+    def shift(self, early: int) -> None:
+        """Correct the times so far, which are too early by so many nanoseconds, or too late: the clock was set."""
+        if self.started is not None:
+            self.started += early / SECOND_NS
+        if self.checkpoint is not None:
+            self.checkpoint += early / SECOND_NS
+
+    def values(self, ts: int, time: EventTime) -> Iterator[tuple[str, str, float]]:
         """The metrics of a run's progress that are known. Measures the pace.
 
         Args:
             ts: The time that they are for, Unix ns.
+            time: What is known of the session's clock.
 
         Yields:
             Name, unit and value of each.
@@ -85,17 +94,18 @@ class RunProgress:
             yield "training.run.checkpoint_time", "s", self.checkpoint
         if self.total is not None:
             yield "training.run.total_steps", "", self.total
-            remaining = self._remaining(self.total, ts)
+            remaining = self._remaining(self.total, ts, time)
             if remaining is not None:
                 yield "training.run.eta", "s", remaining
 
-    def _remaining(self, total: float, ts: int) -> float | None:
+    def _remaining(self, total: float, ts: int, time: EventTime) -> float | None:
         """Seconds until the last step will have ended."""
         step = to_float(self.last_step)
         if step is None or self.measured_step is None:
             return None
         if step > self.measured_step:
-            pace = (self.last_ended - self.measured_at) / SECOND_NS / (step - self.measured_step)
+            seconds = time.elapsed(self.measured_at, self.last_ended) / SECOND_NS
+            pace = seconds / (step - self.measured_step)
             self.pace = pace if self.pace is None else SMOOTHING * self.pace + (1 - SMOOTHING) * pace
         self.measured_step, self.measured_at = step, self.last_ended
-        return max(0.0, (self.pace or 0.0) * (total - step - 1) - (ts - self.last_ended) / SECOND_NS)
+        return max(0.0, (self.pace or 0.0) * (total - step - 1) - time.elapsed(self.last_ended, ts) / SECOND_NS)

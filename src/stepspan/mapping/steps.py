@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 from stepspan.events import SECOND_NS, Event
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
+from stepspan.mapping.clock import EventTime
 from stepspan.mapping.open_scopes import OpenScopes, ScopeState, StepState, seq_of
 from stepspan.values import shorten, to_float
 
@@ -53,10 +54,16 @@ class PendingDeviceTime(NamedTuple):
 
 
 class StepFold(OpenScopes):
-    """Open scopes, and what becomes of them when they end."""
+    """Open scopes, and what becomes of them when they end.
+
+    Attributes:
+        time: What is known of the session's clock: `clock` events go to its `set`.
+
+    """
 
     def __init__(self, header: Event) -> None:
         super().__init__(header)
+        self.time = EventTime()
         self._pending: dict[int, StepState] = {}
         """The `seq` of a step's begin -> the step, in the order in which they ended."""
         self._device_spans: dict[int, PendingDeviceTime] = {}
@@ -79,7 +86,8 @@ class StepFold(OpenScopes):
             return None
         begin = scope.begin
         scope.end = event
-        duration = (event["ended" if "ended" in event else "ts"] - begin["ts"]) / SECOND_NS
+        ended, began = event["ended" if "ended" in event else "ts"], begin["ts"]
+        duration = (self.time.elapsed(began, ended) if self.time.corrections else ended - began) / SECOND_NS
         scope.duration = duration if duration > 0.0 else 0.0
         if isinstance(scope, StepState):
             if "status" in event and scope.failed:
@@ -151,7 +159,9 @@ class StepFold(OpenScopes):
         """
         while self._pending:
             seq, step = next(iter(self._pending.items()))
-            overdue = len(self._pending) > MAX_PENDING_STEPS or self._now - step.end["ts"] > MAX_PENDING_NS
+            overdue = (
+                len(self._pending) > MAX_PENDING_STEPS or self.time.elapsed(step.end["ts"], self._now) > MAX_PENDING_NS
+            )
             if step.missing and not overdue:
                 return
             del self._pending[seq]
@@ -170,11 +180,13 @@ class StepFold(OpenScopes):
         """What is open, pending and expected, as JSON for a checkpoint."""
         pending = [self._to_json(step) for step in self._pending.values()]
         spans = [[seq, list(span)] for seq, span in self._device_spans.items()]
-        return {**super().state(), "pending": pending, "device_spans": spans}
+        clock = self.time.corrections
+        return {**super().state(), "pending": pending, "device_spans": spans, "clock": clock}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, of an equal journal."""
         super().restore(state)
+        self.time.corrections = state["clock"]
         steps = map(self._from_json, state["pending"])
         self._pending = {seq_of(step): step for step in steps if isinstance(step, StepState)}
         self._device_spans = {seq: PendingDeviceTime(*span) for seq, span in state["device_spans"]}

@@ -7,7 +7,7 @@ waits for device times (`steps`) goes out when its wait is known, or will never 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from stepspan.events import Event
@@ -47,7 +47,7 @@ class TraceMapper:
         self._sdk_records = SdkRecords("traces")
         self._spans: list[Span | SdkRecord] = []
         self._run_links: list[Link] = []
-        self._handlers: dict[str, Callable[[Event], None]] = {
+        self._handlers: dict[str, Callable[[Event], object]] = {
             "run_begin": self._steps.begin_run,
             "epoch_begin": self._steps.begin,
             "step_begin": self._steps.begin_step,
@@ -60,6 +60,7 @@ class TraceMapper:
             "event": self._event,
             "error": self._error,
             "otel": self._otel,
+            "clock": self._steps.time.set,
         }
 
     def map(self, events: Sequence[Event]) -> list[Record]:
@@ -99,7 +100,7 @@ class TraceMapper:
         elif scope.thinned:  # it has outlived its step
             self.filtered += 1
         else:
-            self._emit(scope)
+            self._emit(scope, scope.ended)
 
     def _hold(self, step: StepState, child: ScopeState | Event) -> None:
         """Keep a span until its step has ended."""
@@ -136,16 +137,17 @@ class TraceMapper:
     def _emit_step(self, step: StepState) -> None:
         """Send a step's span and those in it."""
         children, step.children = step.children, None
-        self._emit(step)
+        self._emit(step, step.ended)
         for child in children or ():
             if isinstance(child, ScopeState):
-                self._emit(child)
+                self._emit(child, step.ended)
             else:
                 self._spans += self._sdk_records.of(child)
 
-    def _emit(self, scope: ScopeState) -> None:
+    def _emit(self, scope: ScopeState, known_at: int) -> None:
+        """Send a span as it is known at a time (Unix ns): clocks that were set before it are taken into account."""
         try:
-            self._spans.append(self._span(scope))
+            self._spans.append(self._span(scope, known_at))
         except MALFORMED as error:  # costs this span, not those beside it
             warn_unmappable(scope.begin["tag"], repr(error))
 
@@ -158,8 +160,14 @@ class TraceMapper:
         else:
             self._hold(step, event)
 
-    def _span(self, scope: ScopeState) -> Span:
+    def _span(self, scope: ScopeState, known_at: int) -> Span:
         begin, status = scope.begin, scope.end.get("status", "")
+        start, end, events = begin["ts"], scope.ended, [SpanEvent(*event) for event in scope.events or ()]
+        if self._steps.time.corrections:
+            start, end, *times = (
+                known_at - self._steps.time.elapsed(ts, known_at) for ts in (start, end, *(e.time for e in events))
+            )
+            events = [replace(event, time=time) for event, time in zip(events, times, strict=True)]
         kind = begin["tag"].removesuffix("_begin")
         self._steps.name(scope)
         return Span(
@@ -167,11 +175,11 @@ class TraceMapper:
             span_id=bytes.fromhex(scope.span_id),
             parent_id=bytes.fromhex(scope.parent_id) if scope.parent_id else None,
             name=shorten(begin["name"], MAX_TEXT_CHARS) if kind == "span" else f"training.{kind}",
-            start=begin["ts"],
-            end=scope.ended,
+            start=start,
+            end=end,
             attributes=self._attributes(kind, scope),
             error=None if not scope.failed else status if scope.error is None else scope.error,
-            events=[SpanEvent(*event) for event in scope.events or ()],
+            events=events,
             links=[] if kind == "run" or (kind == "span" and scope.parent_id) else self._links(),
         )
 

@@ -134,6 +134,7 @@ class SessionSummary:
             "error": self._error,
             "event": self._event,
             "gap": self._gap,
+            "clock": self._steps.time.set,
         }
 
     @classmethod
@@ -164,6 +165,8 @@ class SessionSummary:
             self.last_event, last_seq = batch.position.ts, batch.position.seq
         if reader.closed is not None:  # lines before the end that no later line shows to be missing
             self.lines.damaged += max(0, reader.closed.seq - last_seq)
+        if self._steps.time.corrections:  # the clock was set: it had begun earlier, or later, than it thought
+            self.started = self.last_event - self._steps.time.elapsed(self.started, self.last_event)
         self._steps.give_up_device_times()
         self._add_waits(self._steps.settle())
 
