@@ -199,6 +199,44 @@ def test_metrics_without_a_step_have_no_step_number_not_even_at_the_end() -> Non
     }
 
 
+@pytest.mark.parametrize("calls", [1, 3], ids=["first call", "further calls"])
+def test_a_step_of_its_own_stands_beside_each_value_and_not_in_the_step_number(calls: int) -> None:
+    s = SessionEvents()
+    for call in range(calls):
+        s.metrics({"gsm8k": 0.25, "val/loss": 0.5}, step=120 + call, own_step=100)
+    times = [0.001 * (1 + call) for call in range(calls)]
+    assert by_series(s.records("metrics")) == {
+        ("training.gsm8k", TRAIN): [(at, 0.25) for at in times],
+        ("training.loss", ("key", "val/loss"), ("split", "val")): [(at, 0.5) for at in times],
+        ("training.step.number", TRAIN): [(at, 120.0 + call) for call, at in enumerate(times)],
+        ("training.step.number", ("split", "val")): [(at, 120.0 + call) for call, at in enumerate(times)],
+        ("training.step.logged", ("key", "gsm8k"), TRAIN): [(at, 100.0) for at in times],
+        ("training.step.logged", ("key", "val/loss"), ("split", "val")): [(at, 100.0) for at in times],
+    }
+
+
+def test_splits_that_are_at_other_steps_have_theirs_in_the_line() -> None:
+    s = SessionEvents()
+    s.metrics({"loss": 0.5, "train/loss": 0.25, "val/loss": 1.0}, step=7, split="labeled", steps={"train": [90, 88]})
+    assert by_series(s.records("metrics")) == {
+        ("training.loss", ("split", "labeled")): [(0.001, 0.5)],
+        ("training.loss", ("key", "train/loss"), TRAIN): [(0.001, 0.25)],
+        ("training.loss", ("key", "val/loss"), ("split", "val")): [(0.001, 1.0)],
+        ("training.step.number", ("split", "labeled")): [(0.001, 7.0)],
+        ("training.step.number", TRAIN): [(0.001, 90.0)],
+        ("training.step.number", ("split", "val")): [(0.001, 7.0)],
+        ("training.step.logged", ("key", "train/loss"), TRAIN): [(0.001, 88.0)],
+    }
+
+
+def test_a_step_of_its_own_without_one_in_force_is_still_the_values() -> None:
+    s = SessionEvents()
+    for _ in range(2):  # a processor has taken `step` away
+        s.metrics({"loss": 0.5}, own_step=3)
+    assert values(s.records("metrics"), "training.step.logged") == [3, 3]
+    assert values(s.records("metrics"), "training.step.number") == []
+
+
 def test_the_splits_of_calls_stay_apart() -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0}, step=1, split="train")

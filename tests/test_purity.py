@@ -24,7 +24,12 @@ MOVES = st.one_of(
         st.just("metrics"),
         st.fixed_dictionaries(
             {"metrics": st.dictionaries(KEYS, VALUES, min_size=1, max_size=3), "split": SPLITS},
-            optional={"step": st.integers(0, 5), "attributes": st.just({"tier": "a"})},
+            optional={
+                "step": st.integers(0, 5),
+                "own_step": st.integers(0, 5),
+                "steps": st.just({"val": [7, 2]}),
+                "attributes": st.just({"tier": "a"}),
+            },
         ),
     ),
     st.tuples(st.just("step_begin"), st.fixed_dictionaries({"step": st.integers(0, 9), "split": SPLITS})),

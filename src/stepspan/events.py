@@ -154,8 +154,12 @@ class Metrics(Line):
     """The values of one `log_metrics` call."""
 
     tag: Literal["metrics"]
-    step: NotRequired[Annotated[int, "that the values belong to"]]
+    step: NotRequired[Annotated[int, "the step in force in the split; without `own_step` the values belong to it"]]
+    own_step: NotRequired[Annotated[int, "that the values belong to, where it is not the step in force"]]
     split: Annotated[str, "of the keys that name none"]
+    steps: NotRequired[
+        Annotated[dict[str, list[int]], "split to [`step`, `own_step`] of its keys, where they are not the call's"]
+    ]
     attributes: NotRequired[Annotated[Json, "of every point"]]
     metrics: Annotated[dict[str, Number | None], "key to number; null: a later line has it"]
     at: NotRequired[Annotated[int, "`ts` of the line whose values follow here"]]

@@ -7,9 +7,8 @@ not wait.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
 from typing import Any
 
 from stepspan.events import MILLISECOND_NS, SECOND_NS, Event
@@ -18,7 +17,7 @@ from stepspan.mapping.attributes import MAX_TEXT_CHARS
 from stepspan.mapping.deferred import DeferredPoints
 from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
-from stepspan.mapping.names import metric_name
+from stepspan.mapping.names import MetricName, metric_name
 from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.progress import RunProgress
@@ -82,7 +81,7 @@ class MetricMapper:
         self._points = PointBuffer()
         self._add = self._points.add
         self._tables: dict[tuple[Any, ...], Table] = {}
-        """A call's split, whether it has a step, and keys; or a step's split and which times it has -> their points."""
+        """A call's split, whether it has a step and one of its own, and keys; or a step's split and times -> points."""
         self._millisecond = 0
         self._state = MetricState()
         self._steps = StepFold(header)
@@ -191,23 +190,24 @@ class MetricMapper:
         return series
 
     def _metrics(self, event: Event) -> None:
-        metrics, step = event["metrics"], event.get("step")
-        call = (event["split"], step is not None, *metrics)
+        metrics, step, own_step = event["metrics"], event.get("step"), event.get("own_step")
+        call = (event["split"], step is not None, own_step is not None, *metrics)
         table = self._tables.get(call)
-        if table is None or "attributes" in event or "at" in event or None in metrics.values():
+        if table is None or "attributes" in event or "at" in event or "steps" in event or None in metrics.values():
             self._unusual_metrics(event, call)
             return
         row = [*metrics.values(), step]
-        if len(row) != len(table.series):
-            row[-1:] = repeat(step, len(table.series) - len(metrics))
+        if own_step is not None or len(row) != len(table.series):
+            own = [] if own_step is None else [own_step] * len(metrics)
+            row[-1:] = [step] * (len(table.series) - len(metrics) - len(own)) + own
         self._points.add_row("metrics", table, event["ts"], row)
 
     def _unusual_metrics(self, event: Event, call: tuple[Any, ...]) -> None:
-        """A call of keys that were not seen together before, with attributes, or with deferred values."""
+        """A call of keys that were not seen together before, with attributes, several steps, or deferred values."""
         ts, attributes, metrics = event["ts"], event.get("attributes"), event["metrics"]
-        follows = "at" in event
-        series = self._series_of((call[0], call[1] and not follows, *metrics), attributes)
-        if follows:
+        names = [metric_name(key, call[0]) for key in metrics]
+        series = self._value_series(names, attributes)
+        if "at" in event:
             for one, value in zip(series, map(to_float, metrics.values()), strict=True):
                 if value is not None:
                     self._deferred.add(one, event["at"], value, ts)
@@ -215,24 +215,35 @@ class MetricMapper:
         for one, value in zip(series, metrics.values(), strict=False):
             if value is None:
                 self._deferred.reserve(one, ts)
-        self._points.add_each(series, ts, [*metrics.values(), *repeat(event.get("step"), len(series) - len(metrics))])
-        if not attributes and len(set(series)) == len(series):
+        steps = self._steps_of(event, names, attributes)
+        series += steps
+        self._points.add_each(series, ts, [*metrics.values(), *steps.values()])
+        complete = len(metrics) * (1 + call[2]) + len({name.split for name in names}) * call[1]
+        if not attributes and "steps" not in event and len(set(series)) == complete:
             if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
             self._tables[call] = Table(series)
 
-    def _series_of(self, call: tuple[Any, ...], attributes: Attributes | None) -> list[Series]:
-        """The series of a call's keys; where it has a step, also those of the step's number in each split."""
-        split, has_step, *keys = call
-        names = [metric_name(key, split) for key in keys]
-        series = [
+    def _value_series(self, names: Iterable[MetricName], attributes: Attributes | None) -> list[Series]:
+        """The series of a call's values."""
+        return [
             self._of(name, {**(attributes or {}), "split": of, **({} if key is None else {"key": key})})
             for name, of, key in names
         ]
-        if has_step:
-            splits = dict.fromkeys(name.split for name in names)
-            series += [self._of("training.step.number", {**(attributes or {}), "split": of}) for of in splits]
-        return series
+
+    def _steps_of(self, event: Event, names: Iterable[MetricName], attributes: Attributes | None) -> dict[Series, Any]:
+        """The points of a call's steps: the one in force in each split, and each value's own where that is another."""
+        about, other_splits = attributes or {}, event.get("steps", {})
+        in_force: dict[Series, Any] = {}
+        own: dict[Series, Any] = {}
+        for name, key in zip(names, event["metrics"], strict=True):
+            step, own_step = other_splits.get(name.split) or (event.get("step"), event.get("own_step"))
+            if step is not None:
+                in_force[self._of("training.step.number", {**about, "split": name.split})] = step
+            if own_step is not None and own_step != step:
+                labels = {**about, "split": name.split, "key": key}
+                own[self._of("training.step.logged", labels)] = own_step
+        return in_force | own
 
     def _step_end(self, event: Event) -> None:
         step = self._steps.end(event)

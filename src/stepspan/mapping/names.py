@@ -34,6 +34,8 @@ from typing import NamedTuple
 PREFIX = re.compile(r"(train|val|validation|eval|test)[/._](?=.)|valid(?:[/.](?=.)|_(?=loss(?:_step|_epoch)?\Z))", re.S)
 SYNONYMS = {None: "val", "validation": "val"}
 """What `PREFIX` matched (None: `valid`) -> the split that it is, where that is not the same word."""
+EVALUATION_SPLITS = frozenset({"val", "valid", "validation", "eval", "test", "predict"})
+"""Splits whose values belong to the training step that came before: in all others a model is trained."""
 RESERVED = re.compile(r"(?:step|run|phase|memory)[./]")
 PROMETHEUS_SUFFIXES = {
     "step_number": "", "step_logged": "", "step_time": "_seconds", "step_wait": "_seconds",
