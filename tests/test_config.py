@@ -41,6 +41,7 @@ VARIABLES: dict[str, tuple[str, Any]] = {
     "redact_names": ("codeword", ["codeword"]),
     "health": ("0", False),
     "propagate": ("0", False),
+    "interruptions": ("StopTraining, keras.Stop", ["StopTraining", "keras.Stop"]),
     "stall_after": ("30", 30.0),
     "samplers": ("host, gpu", ["host", "gpu"]),
     "sample_interval": ("0.5", 0.5),

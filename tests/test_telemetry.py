@@ -275,7 +275,7 @@ def test_track_tells_start_completion_and_duration() -> None:
     ("error", "status", "message"),
     [
         pytest.param(ValueError("bad batch"), "failed", "bad batch", id="exception"),
-        pytest.param(KeyboardInterrupt(), "failed", "KeyboardInterrupt", id="Ctrl-C"),
+        pytest.param(KeyboardInterrupt(), "interrupted", "KeyboardInterrupt", id="Ctrl-C"),
         pytest.param(SystemExit(0), "completed", "Command completed successfully", id="a good exit"),
         pytest.param(SystemExit(3), "failed", "3", id="a bad exit"),
     ],

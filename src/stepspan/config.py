@@ -49,7 +49,16 @@ def _parse_json(value: Any) -> Any:
         raise ValueError(f"give JSON: {error}") from None
 
 
+def _name_classes(value: Any) -> Any:
+    """A class stands for its name."""
+    words = _split_words([value] if isinstance(value, type) else value)
+    if not isinstance(words, (list, tuple, set, frozenset)):
+        return words
+    return [f"{word.__module__}.{word.__qualname__}" if isinstance(word, type) else word for word in words]
+
+
 Words = Annotated[list[str], BeforeValidator(_split_words)]
+ClassNames = Annotated[list[str], BeforeValidator(_name_classes)]
 Table = Annotated[dict[str, Any], BeforeValidator(_split_pairs)]
 Samplers = Annotated[list[Literal["host", "process", "gpu", "torch"]], BeforeValidator(_split_names)]
 Entries = Annotated[list[dict[str, Any]], BeforeValidator(_parse_json)]
@@ -126,6 +135,8 @@ class Settings(_Strict):
     """Whether deliverers send metrics about the delivery to their destinations (`stepspan.deliver.health`)."""
     propagate: bool | None = None
     """Make steps the parents of the user's own spans; None: unless a global TracerProvider is installed."""
+    interruptions: ClassNames = []
+    """Names of further exceptions that end a run as "interrupted" and are no failure: "Class" or "module.Class"."""
     stall_after: float = Field(default=600.0, ge=0)
     """Seconds without an event of training after which it counts as stalled; 0: no watch."""
     samplers: Samplers = ["host", "process", "gpu", "torch"]

@@ -72,7 +72,7 @@ class End(Line):
     """The end of an epoch, a step or a phase."""
 
     begin: BeginSeq
-    status: NotRequired[Annotated[str, '"error" where an exception left it']]
+    status: NotRequired[Annotated[str, '"error" where an exception that is a failure left it']]
     ended: NotRequired[Annotated[int, "Unix ns, where the line was written later"]]
 
 

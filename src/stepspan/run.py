@@ -20,8 +20,9 @@ from stepspan.events import Event
 from stepspan.journal.writer import SessionWriter
 from stepspan.recording.deferred import PENDING, metric_value
 from stepspan.recording.log_store import RunLogStore
+from stepspan.recording.outcomes import STATUSES, to_status
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
-from stepspan.recording.scopes import Scope, is_failure
+from stepspan.recording.scopes import Scope
 from stepspan.recording.steps import Amount, Steps
 from stepspan.values import error_text, fields_of, json_value, to_float, to_text
 
@@ -77,6 +78,7 @@ class Run:
             about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
             self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
             self._scopes.begin(self._scope)
+            self._close_with_worker()
 
     @property
     def identity(self) -> Identity:
@@ -282,6 +284,7 @@ class Run:
         """
         total = self._integer("total_steps", n)
         if total is not None:
+            self._scopes.total_steps = total
             self._recorder.record("progress", lambda: {"total_steps": total})
 
     def as_log_store(self) -> RunLogStore:
@@ -319,6 +322,10 @@ class Run:
             status: "completed", "failed" or "interrupted".
 
         """
+        self._close(status, None)
+
+    def _close(self, given: str, error: BaseException | None) -> None:
+        """End the run with a status. `error`: what has left it."""
         if not self._active:
             return
         with self._lock:
@@ -327,8 +334,11 @@ class Run:
             self.closed = True
         self._recorder.stop_background_tasks()
         try:
-            status = to_text(status)
-            self._scopes.end(self._scope, None, status)
+            status, is_known = to_status(given)
+            if not is_known:
+                known = ", ".join(STATUSES)
+                self._warn_once("status", f"close(status={given!r:.40}): not one of {known}; taken as {status}")
+            self._scopes.end(self._scope, error, status)
             self._scopes.closed = True
             session = self._session
             assert self._pipeline is not None
@@ -375,11 +385,14 @@ class Run:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        failed = error is not None and is_failure(error)
-        if failed and self._active:
-            self._recorder.stop_background_tasks()
-            self._scopes.end(self._scope, error)
-        self.close("failed" if failed else "completed")
+        self._close(self._scopes.leave(self._scope, error) if self._active else "", error)
+
+    def _close_at_exit(self, error: BaseException | None) -> None:
+        """End the run with its process. `error`: the exception that ends the process, where it is known."""
+        if error is not None:
+            self.__exit__(type(error), error, None)
+        else:
+            self._close(*self._scopes.exit_here())
 
     def _after_fork(self, number: int) -> None:
         """Go on in a forked child, whose first event opens a session of its own.
@@ -411,8 +424,10 @@ class Run:
 
     def _close_with_worker(self) -> None:
         """A worker of multiprocessing leaves past atexit: close the run by its own way of ending."""
-        if util := sys.modules.get("multiprocessing.util"):
-            util.Finalize(None, self.close, exitpriority=0)
+        process = sys.modules.get("multiprocessing.process")
+        util = sys.modules.get("multiprocessing.util")
+        if process and util and process.parent_process():  # an exception that ends the worker is still on its way
+            util.Finalize(None, lambda: self._close_at_exit(sys.exc_info()[1]), exitpriority=0)
 
     def _integer(self, field: str, value: Any) -> int | None:
         if type(value) is int and 0 <= value < MAX_INTEGER:

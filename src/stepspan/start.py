@@ -25,6 +25,8 @@ from stepspan.journal.layout import sessions_of_rank
 from stepspan.journal.liveness import is_alive_here
 from stepspan.pipeline import Pipeline
 from stepspan.processors import Processor, Redact, build
+from stepspan.recording.exits import note_exits
+from stepspan.recording.outcomes import Outcomes
 from stepspan.recording.recorder import JournalRecorder
 from stepspan.recording.warnings import WarningSink
 from stepspan.run import DISABLED, Run
@@ -127,6 +129,8 @@ def start_run(
     except OSError as error:
         log.warning("no journal can be kept, so nothing is recorded: %s", error)
         return DISABLED
+    if not _runs_opened:
+        note_exits(_note_exit)
     _runs_opened += 1
     return _open
 
@@ -186,6 +190,7 @@ def open_run(
         boot_id=facts.boot_id,
         destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
         propagate=settings.propagate,
+        outcomes=Outcomes(settings.interruptions),
     )
     recorder.open()
     delivery = _delivery(settings, recorder, pipeline, facts.boot_id)
@@ -276,12 +281,17 @@ def _announce(run: Run, wanted: Path, journal: Journal) -> None:
             sys.stderr.write(f"stepspan: the journal is in {journal.directory}\n")
 
 
+def _note_exit(exit_: SystemExit) -> None:
+    if _open is not None and not _open.closed:
+        _open._recorder.scopes.note_exit(exit_)
+
+
 def _close_at_exit() -> None:
     if _open is not None and not _open.closed:
         error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
         if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
             error = None
-        _open.__exit__(type(error) if error else None, error, None)
+        _open._close_at_exit(error)
 
 
 def fork_count() -> int:

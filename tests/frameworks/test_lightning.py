@@ -304,10 +304,27 @@ def test_an_interrupt_is_told_and_lightning_leaves_as_it_would(start: Start, tmp
             trainer(Interrupt(), StepspanCallback()).fit(Line(), loader())
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores it from then on
-    assert events(only_session(tmp_path / "stepspan-runs"), "error")[0]["type"] == "KeyboardInterrupt"
+    journal = only_session(tmp_path / "stepspan-runs")
+    assert status_of(journal) == "interrupted"
+    assert not events(journal, "error")
 
 
-def test_a_training_that_is_terminated_has_failed(start: Start, tmp_path: Path) -> None:
+def test_an_interrupt_within_a_run_ends_it_as_interrupted(start: Start) -> None:
+    class Interrupt(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit), start() as run:
+            trainer(Interrupt(), StepspanCallback()).fit(Line(), loader())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert status_of(runs.path_of(run)) == "interrupted", "Lightning makes an exit with code 1 of it"
+    assert not events(run, "error")
+
+
+def test_a_training_that_is_terminated_was_interrupted(start: Start, tmp_path: Path) -> None:
     class Terminate(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             raise SIGTERMException
@@ -315,8 +332,8 @@ def test_a_training_that_is_terminated_has_failed(start: Start, tmp_path: Path) 
     with pytest.raises(SIGTERMException):
         trainer(Terminate(), StepspanCallback()).fit(Line(), loader())
     journal = only_session(tmp_path / "stepspan-runs")
-    assert events(journal, "error")[0]["type"].endswith("SIGTERMException")
-    assert status_of(journal) == "failed"
+    assert not events(journal, "error")
+    assert status_of(journal) == "interrupted"
 
 
 def test_learning_rates_of_lightnings_own_monitor_are_recorded(start: Start, tmp_path: Path) -> None:

@@ -60,8 +60,13 @@ class ScopeState:
 
     @property
     def failed(self) -> bool:
-        """Whether it has ended, and failed: with an error in it, or with a status that says so."""
-        return self.error is not None or self.end.get("status") in FAILED_STATUSES
+        """Whether it has ended, and failed: with an error in it, or with a status that says so.
+
+        A run whose own last line says that it was interrupted has not failed; one that a crash left open has.
+        """
+        status = self.end.get("status")
+        orderly = status == "interrupted" and self.begin["tag"] == "run_begin" and "seq" in self.end
+        return self.error is not None or (status in FAILED_STATUSES and not orderly)
 
     @property
     def ended(self) -> int:

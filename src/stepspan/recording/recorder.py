@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepspan.events import SCHEMA, Event
 from stepspan.journal.writer import Begun, SessionGone
 from stepspan.recording.deferred import DeferredMetrics
+from stepspan.recording.outcomes import Outcomes
 from stepspan.recording.scopes import Emit, NullScopes, Scopes
 from stepspan.recording.warnings import WarningSink
 from stepspan.values import error_fields, error_text, json_value
@@ -100,6 +101,7 @@ class JournalRecorder:
         destinations: The names of those that the run is delivered to.
         propagate: Whether steps become parents of the user's own OpenTelemetry spans; None: unless a global
             TracerProvider is installed.
+        outcomes: Tells which exceptions are failures.
 
     """
 
@@ -117,6 +119,7 @@ class JournalRecorder:
         boot_id: str,
         destinations: Iterable[str] = (),
         propagate: bool | None = None,
+        outcomes: Outcomes | None = None,
     ) -> None:
         self.identity = identity
         self.emit = emit
@@ -129,7 +132,13 @@ class JournalRecorder:
         self.on_worker_session: Callable[[], None] = lambda: None
         """Called as a forked worker opens a session of its own."""
         self.scopes = Scopes(
-            identity, journal, emit, warn=self.warn_once, record_error=self.record_error, propagate=propagate
+            identity,
+            journal,
+            emit,
+            warn=self.warn_once,
+            record_error=self.record_error,
+            outcomes=outcomes or Outcomes(),
+            propagate=propagate,
         )
         self._journal = journal
         self._process = process

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import SECOND_NS, Event
 from stepspan.mapping import ids
+from stepspan.recording.outcomes import Outcomes, Status
 from stepspan.values import error_text, to_text
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from stepspan.journal.journal import Journal
     from stepspan.journal.writer import Begun
 
+
+EVALUATION_SPLITS = frozenset({"eval", "predict", "test", "val"})
+"""Splits whose steps train nothing."""
 
 current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
 
@@ -101,6 +105,7 @@ class Scopes:
         emit: Writes an event.
         warn: Takes a kind and a message of what went wrong.
         record_error: Writes the exception that a scope failed with.
+        outcomes: Tells which exceptions are failures.
         propagate: Whether a scope becomes the current OpenTelemetry span; None: unless a global TracerProvider is
             installed.
 
@@ -114,6 +119,7 @@ class Scopes:
         *,
         warn: Callable[[str, str], None],
         record_error: Callable[[BaseException], None],
+        outcomes: Outcomes,
         propagate: bool | None,
     ) -> None:
         self.clock: Callable[[], int] = journal.clock
@@ -123,6 +129,7 @@ class Scopes:
         self._emit = emit
         self._warn = warn
         self._record_error = record_error
+        self._outcomes = outcomes
         self._propagate = propagate
         self._propagation: Any = None
         """The module `propagation`, once it is needed."""
@@ -138,6 +145,10 @@ class Scopes:
         """Split -> epoch, step and lap of its last step."""
         self._next_epoch = 0
         self._next_step: dict[str, int] = {}
+        self.total_steps: int | None = None
+        """How many training steps there will be, where that is known."""
+        self._exits: dict[int, tuple[Status, BaseException | None]] = {}
+        """Thread -> how the exit that is leaving it ends the run, and the exit where it is still to be recorded."""
 
     def run(self, fields: Event) -> Scope:
         """The run, not open yet."""
@@ -184,6 +195,8 @@ class Scopes:
             self._emit(event, scope)
             if self.closed:
                 return
+            if self._exits:
+                self._exits.pop(get_ident(), None)
             scope.session = self._journal.session
             if scope.session is not session:  # the event opened a session of its own: nothing there to lie in
                 event["parent"] = 0
@@ -224,10 +237,15 @@ class Scopes:
                 event["tokens"] = tokens
             if scope.abandoned_at:
                 event["ended"], scope.abandoned_at = scope.abandoned_at, 0
-            if error is not None and is_failure(error):
-                self._fail(error)
-                event["status"] = "failed" if scope.tag == "run" else "error"
-            elif status is not None:
+            outcome = "completed" if error is None else self._outcomes.of(error)
+            if outcome == "failed":
+                self._fail(error)  # type: ignore[arg-type] # it has failed by it
+                status = "failed" if scope.tag == "run" else "error"
+            if error is not None:
+                self.note_exit(error)
+            elif self._exits:
+                self._exits.pop(get_ident(), None)  # one that was caught
+            if status is not None:
                 event["status"] = status
             if scope.session is self._journal.session:
                 self._emit(event, scope)
@@ -266,6 +284,52 @@ class Scopes:
         session = self._journal.session
         chain += [span for span in list(self._spans) if span not in chain]
         return [scope for scope in chain if scope.session is session and not scope.abandoned_at]
+
+    def leave(self, scope: Scope, error: BaseException | None) -> Status:
+        """Close what is still open inside the run.
+
+        Args:
+            scope: Of the run.
+            error: The exception that leaves it, if any.
+
+        Returns:
+            How the run has ended by that.
+
+        """
+        if scope.session is not None and current.get() is not scope:
+            self._end_inside(scope, error)
+        status = self._outcomes.of(error)
+        if error is not None and status == "completed":
+            self.note_exit(error)
+            return self.exit_here()[0]
+        return status
+
+    def note_exit(self, error: BaseException) -> None:
+        """Remember an exit that is asked for, or passes a scope: as the program ends nobody sees it any more."""
+        thread = get_ident()
+        if not self._outcomes.is_exit(error):
+            self._exits.pop(thread, None)
+            return
+        if thread in self._exits:
+            status, _ = self._exits[thread]
+        else:
+            status = self._outcomes.of(error)
+            if status == "completed" and self.is_unfinished():
+                status = "interrupted"
+        self._exits[thread] = status, None if error.__traceback__ else error
+
+    def exit_here(self) -> tuple[Status, BaseException | None]:
+        """How the run ends where this thread ends the program, and the exit where it is still to be recorded."""
+        if get_ident() in self._exits:
+            return self._exits[get_ident()]
+        return "interrupted" if self.is_unfinished() else "completed", None
+
+    def is_unfinished(self) -> bool:
+        """Whether a step or epoch is open, or training steps are missing."""
+        if any(scope.tag in {"epoch", "step"} for scope in self.open()):
+            return True
+        done = [number + 1 for split, (_, number, _) in self._laps.items() if split not in EVALUATION_SPLITS]
+        return self.total_steps is not None and self.total_steps > max(done, default=0)
 
     def parent_seq(self) -> int:
         """The `seq` of the innermost scope's begin line; 0 for none in this session."""
@@ -328,8 +392,9 @@ class Scopes:
         if self._journal.session is not None:
             self._parent_identities[self._journal.session] = self._identity
         self._identity = identity
-        self._main = None
+        self._main = self.total_steps = None
         self._spans.clear()
+        self._exits.clear()
         current.set(None)
 
     @property
@@ -396,12 +461,3 @@ class NullScopes(Scopes):
 
 _IN_TRACE = frozenset({"span", "step"})
 """A span that lies in one of these is in its trace."""
-
-
-def is_failure(error: BaseException) -> bool:
-    """Whether an exception that leaves a scope means that it failed.
-
-    A `SystemExit` of a kind of its own is no good end, even without a code: Lightning raises one on SIGTERM.
-    """
-    kind = type(error)
-    return not (issubclass(kind, GeneratorExit) or (kind is SystemExit and not getattr(error, "code", None)))

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 STARTED = frozenset({"started"})
 FAILED = frozenset({"failed", "failure", "error"})
-ENDED = FAILED | {"completed"}
+ENDED = FAILED | {"completed", "interrupted"}
 EDGE = re.compile(r"[_\-. :](?:start(?:ed)?|begin|end(?:ed)?|stop(?:ped)?|completed?|finish(?:ed)?|done|fail(?:ed)?)\Z")
 """The end of an event's name that says which end of a span it is."""
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)

@@ -10,7 +10,7 @@ from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 from stepspan.compat.cloudmesh.writing import Emitted
-from stepspan.recording.scopes import is_failure
+from stepspan.recording.outcomes import Outcomes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,6 +68,7 @@ class Tracked:
 
     def _end(self, error: BaseException | None) -> Emitted:
         metrics = {"duration_sec": time.perf_counter() - self._began_s}
-        if error is None or not is_failure(error):
-            return self._emit("completed", "Command completed successfully", metrics, self._span, None)
-        return self._emit("failed", error, metrics, self._span, error)
+        status = Outcomes().of(error)
+        if status == "completed":
+            return self._emit(status, "Command completed successfully", metrics, self._span, None)
+        return self._emit(status, error, metrics, self._span, error if status == "failed" else None)
