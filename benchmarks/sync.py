@@ -120,7 +120,7 @@ def stepspan_delivery(session: SessionPath, task: dict[str, Any]) -> Callable[[]
     compression = "gzip" if task.get("gzip") else None
     exporter = OtlpExporter(task["endpoint"], protocol=task["protocol"], compression=compression)
     options = Options(boot_id="", state_directory=Path(task["state"]))
-    deliverer = Deliverer([exporter], lambda: [session], options)
+    deliverer = Deliverer([exporter], lambda _: [session], options)
 
     def deliver() -> int:
         prepare_process()

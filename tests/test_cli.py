@@ -140,7 +140,8 @@ def test_status_as_json_balances(journal: Path) -> None:
 def test_status_shows_every_session(journal: Path) -> None:
     told = run("status", journal)
     assert told.returncode == 0
-    parts = [part.splitlines() for part in told.stdout.split("\n\n")]
+    *parts, (note,) = [part.splitlines() for part in told.stdout.split("\n\n")]
+    assert note == "begun for no destination: 2; `stepspan sync PATH` sends what no run does"
     assert [(job, len(rows)) for job, _, *rows in parts] == [("first", 1), ("second", 1)]
     assert told.stdout.count("not sent") == 2
 

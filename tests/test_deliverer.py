@@ -35,7 +35,7 @@ ranks = processes.ranks
 
 def sync(directory: Path, exporter: Any, **fields: Any) -> None:
     """`stepspan sync` without its command line."""
-    deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", **fields))
+    deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="boot", **fields))
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()
@@ -60,7 +60,7 @@ def assert_ledgers(directory: Path) -> None:
 def test_all_signals_of_all_sessions_reach_all_destinations(tmp_path: Path) -> None:
     sessions = [trained(tmp_path, 20, rank=rank, session=f"00000000000000a{rank}") for rank in range(3)]
     exporters = [Scripted(signals=SIGNALS), Scripted(signals=["traces"], destination="elsewhere")]
-    deliverer = Deliverer(exporters, lambda: find_sessions(tmp_path), Options(boot_id="boot"))
+    deliverer = Deliverer(exporters, lambda _: find_sessions(tmp_path), Options(boot_id="boot"))
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()
@@ -78,7 +78,7 @@ def test_a_signal_that_hangs_stops_no_other(tmp_path: Path) -> None:
     hanging, released = Scripted(signals=["traces"]), threading.Event()
     hanging.answer = lambda _: released.wait(20) and OK  # type: ignore[assignment, return-value]
     other = Scripted(destination="other")
-    deliverer = Deliverer([hanging, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
+    deliverer = Deliverer([hanging, other], lambda _: find_sessions(tmp_path), Options(boot_id="boot"))
     deliverer.start()
     until(lambda: other.taken)
     before = time.monotonic()
@@ -91,7 +91,7 @@ def test_a_signal_that_hangs_stops_no_other(tmp_path: Path) -> None:
 def test_a_defect_in_one_signal_stops_no_other_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trained(tmp_path, 5)
     broken, other = Scripted(signals=["traces"]), Scripted(destination="other")
-    deliverer = Deliverer([broken, other], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
+    deliverer = Deliverer([broken, other], lambda _: find_sessions(tmp_path), Options(boot_id="boot"))
     deliverer.schedulers[0].run_once = lambda: 1 / 0  # type: ignore[assignment, method-assign, return-value]
     deliverer.start()
     deliverer.wait(caught_up)
@@ -108,7 +108,7 @@ def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(
     living = Training(tmp_path)
     living.steps(3)
     exporter = Scripted(lambda _: Outcome(Verdict.RETRY, "no connection"))
-    deliverer = Deliverer([exporter], lambda: find_sessions(tmp_path), Options(boot_id="boot"))
+    deliverer = Deliverer([exporter], lambda _: find_sessions(tmp_path), Options(boot_id="boot"))
     deliverer.start()
     deadline = time.monotonic() + 1.5
     deliverer.wait(lambda d: run_is_over(d) or time.monotonic() > deadline)
@@ -121,7 +121,7 @@ def test_it_ends_when_the_receiver_stays_silent_and_nobody_lives(
 def test_pace_is_told_the_cpu_time_of_each_round(tmp_path: Path) -> None:
     trained(tmp_path, 50)
     told: list[Any] = []
-    deliverer = Deliverer([Scripted()], lambda: find_sessions(tmp_path), Options(boot_id="boot"), pace=told.append)
+    deliverer = Deliverer([Scripted()], lambda _: find_sessions(tmp_path), Options(boot_id="boot"), pace=told.append)
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()
@@ -281,7 +281,7 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
     """A journal that was delivered while it was written, and what arrived."""
     directory = tmp_path_factory.mktemp("live")
     with ScriptedReceiver() as receiver, closing(exporter_to(receiver)) as exporter:
-        deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", batch_bytes=5000))
+        deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="boot", batch_bytes=5000))
         deliverer.start()
 
         def a_request_later() -> None:
@@ -289,8 +289,7 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
             until(lambda: len(receiver.seen) > sent)
 
         rich(directory, a_request_later)
-        sessions = [*find_sessions(directory)]
-        deliverer.wait(lambda d: all(d.has_seen(session.path) for session in sessions) and run_is_over(d))
+        deliverer.wait(lambda d: d.has_seen_all() and run_is_over(d))
         deliverer.stop()
         assert_ledgers(directory)
         assert len(receiver.seen) > 40
@@ -334,7 +333,7 @@ def test_sync_in_many_interrupted_pieces_gives_the_same_set(
             sent = len(receiver.seen)
             with closing(exporter_to(receiver)) as exporter:
                 deliverer = Deliverer(
-                    [exporter], lambda: find_sessions(tmp_path), Options(boot_id="boot", batch_bytes=batch)
+                    [exporter], lambda _: find_sessions(tmp_path), Options(boot_id="boot", batch_bytes=batch)
                 )
                 deliverer.start()
                 deliverer.wait(lambda d: caught_up(d) or len(receiver.seen) > sent + 7)  # noqa: B023
@@ -367,13 +366,13 @@ def test_this_machine_is_the_boot_that_the_deliverer_goes_by() -> None:
 def test_a_run_that_comes_and_goes_while_it_ends_is_delivered_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained(tmp_path, 3)
+    trained(tmp_path, 3, destinations=["there"])
     stop, stops = Deliverer.stop, []
 
     def just_then(self: Any, *arguments: Any) -> None:
         stops.append(self)
         if len(stops) == 1:
-            trained(tmp_path, 3, rank=1, session="00000000000000b1")
+            trained(tmp_path, 3, rank=1, session="00000000000000b1", destinations=["there"])
         stop(self, *arguments)
 
     monkeypatch.setattr(Deliverer, "stop", just_then)

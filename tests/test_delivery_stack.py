@@ -40,7 +40,7 @@ def sync(directory: Path, where: Any, protocol: Any = None, **fields: Any) -> di
     """Deliver the metrics; session's rank -> the cursor's state."""
     env = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
     with closing(OtlpExporter(where, protocol=protocol, env=env, destination="there")) as exporter:
-        deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot", **fields))
+        deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="boot", **fields))
         deliverer.start()
         deliverer.wait(caught_up)
         deliverer.stop()

@@ -169,6 +169,7 @@ def test_sums_are_over_the_sessions_of_a_job_and_go_on_when_they_finish_and_afte
     assert len(set(delivered)) > 5
     assert len(reporting.schedulers[0].tasks) == 1, "the other one is finished"
     assert delivered[-1] == len(reporting.there.taken)
+    reporting.schedulers[0].close()
     assert says == Reporting(tmp_path).after_a_look()
 
 
@@ -375,7 +376,7 @@ def points_of(receiver: ScriptedReceiver, signal: Signal) -> Any:
 
 
 def live(directory: Path, exporter: Any) -> Any:
-    deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="boot"), health="node-1")
+    deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="boot"), health="node-1")
     deliverer.start()
     return deliverer
 

@@ -90,7 +90,7 @@ def write_sink(directory: Path, records: list[dict[str, Any]], status: str = "co
 def delivered(directory: Path, state: Path) -> Any:
     """What the journals below a directory map to."""
     exporter = MemoryExporter()
-    deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id="", state_directory=state))
+    deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="", state_directory=state))
     deliverer.start()
     deliverer.wait(caught_up)
     deliverer.stop()

@@ -55,7 +55,7 @@ def refusing(session: SessionPath, count: int, signals: Any = SIGNALS) -> None:
 
 
 def test_a_session_nobody_has_sent(tmp_path: Path) -> None:
-    session = trained(tmp_path, 3)
+    session = trained(tmp_path, 3, destinations=["there"])
     closed = closed_of(session.path)
     assert session_ledger(session) == {
         "session": "00000000000000a0",
@@ -64,6 +64,7 @@ def test_a_session_nobody_has_sent(tmp_path: Path) -> None:
         "status": "completed",
         "journaled": closed.seq,
         "last_event": closed.ts,
+        "begun_for": ["there"],
         "destinations": {},
     }
 

@@ -24,7 +24,7 @@ ranks = processes.ranks
 
 def sync(directory: Path, receiver: ScriptedReceiver) -> Any:
     with closing(OtlpExporter(receiver.url, env={})) as exporter:
-        deliverer = Deliverer([exporter], lambda: find_sessions(directory), Options(boot_id=host_facts().boot_id))
+        deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id=host_facts().boot_id))
         deliverer.start()
         deliverer.wait(caught_up)
         deliverer.stop()

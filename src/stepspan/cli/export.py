@@ -101,7 +101,7 @@ def _export(paths: Sequence[Path], exporter: JsonLinesExporter, state_directory:
     """
     sessions = require_sessions(*(path.absolute() for path in paths))
     options = Options(boot_id=host_facts().boot_id, dead_after=dead_after, state_directory=state_directory)
-    deliverer = Deliverer([exporter], lambda: sessions, options)
+    deliverer = Deliverer([exporter], lambda _: sessions, options)
     lines = sum(session_ledger(session)["journaled"] for session in sessions)
     done = lambda deliverer: caught_up(deliverer) or exporter.error is not None  # noqa: E731
     complete = deliver_until(done, deliverer, lines=lines, verb="exporting", stream=sys.stderr)

@@ -28,7 +28,7 @@ def show_status(path: Path, *, as_json: bool, state_directory: Path | None) -> N
 
 
 def print_ledgers(ledgers: Sequence[dict[str, Any]], console: Console | None = None) -> None:
-    """Print for each job a table with a row for each session, destination and signal; below, what receivers said.
+    """Print for each job a table with a row for each session, destination and signal; below it, what receivers said.
 
     Args:
         ledgers: Sessions' ledgers as `session_ledger` gives them.
@@ -44,15 +44,19 @@ def print_ledgers(ledgers: Sequence[dict[str, Any]], console: Console | None = N
             console.print()
         print_line(console, job, "bold")
         _print_job(console, of_job)
-    messages = {
-        f"{destination} {signal} {state['state']}: {state['message']}": None
-        for ledger in ledgers
-        for destination, signals in ledger["destinations"].items()
-        for signal, state in signals.items()
-        if state["message"]
-    }
-    for message in messages:
-        print_line(console, message)
+        messages = {
+            f"{destination} {signal} {state['state']}: {state['message']}": None
+            for ledger in of_job
+            for destination, signals in ledger["destinations"].items()
+            for signal, state in signals.items()
+            if state["message"]
+        }
+        for message in messages:
+            print_line(console, message)
+    offline = sum(not ledger["destinations"] and not ledger["begun_for"] for ledger in ledgers)
+    if offline:
+        console.print()
+        print_line(console, f"begun for no destination: {offline}; `stepspan sync PATH` sends what no run does")
 
 
 def _print_job(console: Console, ledgers: Sequence[dict[str, Any]]) -> None:
@@ -63,8 +67,10 @@ def _print_job(console: Console, ledgers: Sequence[dict[str, Any]]) -> None:
     rows: list[list[object]] = []
     for ledger in ledgers:
         session = [ledger["rank"], ledger["session"][:id_length], ledger["status"], ledger["journaled"]]
-        if not ledger["destinations"]:
-            rows.append([*session, "", "", *[""] * len(counts), "", "not sent"])
+        begun_for = ledger["begun_for"] or ([] if ledger["destinations"] else [""])
+        for destination in (name for name in begun_for if name not in ledger["destinations"]):
+            rows.append([*session, destination, "", *[""] * len(counts), "", "not sent"])
+            session = [""] * len(session)
         for destination, signals in ledger["destinations"].items():
             for signal, state in signals.items():
                 numbers = [state[name] for name in counts]

@@ -80,7 +80,7 @@ class Sync:
             self._poll_sinks()  # before an import that was cut short is taken for dead
             before = self._totals()
             health = self._host if follow and self._health else None
-            deliverer = Deliverer([self._exporter], self._sessions, self._options, health=health)
+            deliverer = Deliverer([self._exporter], lambda _: self._sessions(), self._options, health=health)
             lines = None if follow else sum(self._ledger(session)["journaled"] for session in self._sessions())
             complete = deliver_until(
                 self._poll_sinks if follow else caught_up, deliverer, lines=lines, verb="delivering"

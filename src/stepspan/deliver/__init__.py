@@ -9,6 +9,7 @@ spawn         starting a deliverer process
 In the deliverer:
 
 process       what runs inside that process
+sessions      which sessions it sends while jobs run
 deliverer     all destinations and signals, a thread each
 scheduler     one signal of one destination: which session may go on, in one merge by event time
 task          one session's signal: read a batch, send it, move the cursor

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from functools import partial
 
 from stepspan.deliver.health import REQUEST_TIMEOUT_S, Health
 from stepspan.deliver.options import Options
@@ -32,7 +32,7 @@ class Deliverer:
 
     Args:
         exporters: Where to deliver to.
-        find: Lists the sessions; called about once a second by each signal's thread.
+        find: Lists the sessions that go to a destination; called about once a second by each signal's thread.
         options: What all deliveries have in common.
         pace: Called with the CPU seconds of each run of a scheduler; may wait, where training shares the process.
         health: The host in whose name metrics about the delivery go to every OTLP destination that takes metrics; None:
@@ -43,13 +43,15 @@ class Deliverer:
     def __init__(
         self,
         exporters: Sequence[Exporter],
-        find: Callable[[], Iterable[SessionPath]],
+        find: Callable[[str], Iterable[SessionPath]],
         options: Options,
         *,
         pace: Callable[[float], None] | None = None,
         health: str | None = None,
     ) -> None:
-        self.schedulers = [Scheduler(signal, e, find, options) for e in exporters for signal in e.signals]
+        self.schedulers = [
+            Scheduler(signal, e, partial(find, e.destination), options) for e in exporters for signal in e.signals
+        ]
         self._exporters = exporters
         self._health = [
             Health(e, [s for s in self.schedulers if s.exporter is e], health, options)
@@ -93,13 +95,19 @@ class Deliverer:
             tick()
         return False
 
-    def has_seen(self, session: Path) -> bool:
-        """Whether every signal has found this session."""
-        return all(session in scheduler.seen for scheduler in self.schedulers)
+    def has_seen_all(self) -> bool:
+        """Whether every signal has found all sessions that there are now."""
+        return all(scheduler.has_seen_all() for scheduler in self.schedulers)
 
     def interrupt(self) -> None:
         """End `wait` at once; may be called from a signal handler."""
         self._stop.set()
+
+    def after_fork(self) -> None:
+        """In a forked child, which has none of the threads: close its copies of their files, which would keep locks."""
+        for scheduler in self.schedulers:
+            with contextlib.suppress(OSError):  # one that was being closed just then
+                scheduler.close()
 
     def _run(self, scheduler: Scheduler) -> None:
         try:

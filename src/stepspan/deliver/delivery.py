@@ -20,7 +20,7 @@ from stepspan.deliver import ledgers
 from stepspan.deliver.lock import DeliveryLock
 from stepspan.deliver.spawn import log_path, spawn, with_absolute_paths
 from stepspan.journal.cursor import CursorState
-from stepspan.journal.layout import SessionPath
+from stepspan.journal.layout import SessionPath, find_sessions
 
 if TYPE_CHECKING:
     from stepspan.exporters import Exporter
@@ -298,10 +298,17 @@ class ThreadDelivery(Delivery):
         super().close(session, timeout)
         self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
 
-    def _sessions(self) -> list[SessionPath]:
+    def after_fork(self) -> None:
+        """As the base: the threads are the parent's, and so are their cursors."""
+        self._deliverer.after_fork()
+
+    def _sessions(self, _destination: str) -> list[SessionPath]:
+        """Those of this rank of the job that were written on this host: of this run, its workers, earlier attempts."""
         path = self._session()
-        found = SessionPath.of(path) if path else None
-        return [found] if found else []
+        own = SessionPath.of(path) if path else None
+        if path is None or own is None:
+            return []
+        return [session for session in find_sessions(path.parent) if session.rank == own.rank]
 
     def _pace(self, busy: float) -> None:
         self._closing.wait(busy * (1 / self.CPU_SHARE - 1))

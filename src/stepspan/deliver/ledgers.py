@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stepspan.errors import JournalError
 from stepspan.journal.cursor import CursorState, Position, read_cursor
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import read_closed
-from stepspan.journal.reader import last_event
+from stepspan.journal.reader import JournalReader, last_event
 from stepspan.mapping.records import SIGNALS
 
 SEARCH_BYTES = 4096
@@ -46,8 +47,9 @@ def session_ledger(session: SessionPath, state_directory: Path | None = None) ->
         state_directory: Where its cursors lie, if that is not in the session's own directory.
 
     Returns:
-        JSON: `session`, `rank`, `path`, `status`, `journaled` (lines), `last_event` (Unix ns), `destinations`
-        (destination -> signal -> `signal_ledger`).
+        JSON: `session`, `rank`, `path`, `status`, `journaled` (lines), `last_event` (Unix ns), `begun_for` (the
+        destinations that it goes to by itself; null: its header does not say), `destinations` (destination -> signal ->
+        `signal_ledger`).
 
     Raises:
         OSError: The session cannot be read.
@@ -62,6 +64,7 @@ def session_ledger(session: SessionPath, state_directory: Path | None = None) ->
         "status": closed.status if closed else "open",
         "journaled": seq,
         "last_event": ts,
+        "begun_for": _begun_for(session),
         "destinations": {
             destination: {
                 signal: signal_ledger(
@@ -72,6 +75,13 @@ def session_ledger(session: SessionPath, state_directory: Path | None = None) ->
             for destination, states in cursors(state_directory or session.path).items()
         },
     }
+
+
+def _begun_for(session: SessionPath) -> list[str] | None:
+    with suppress(OSError, JournalError), closing(JournalReader(session)) as reader:
+        listed = reader.header.get("destinations")
+        return listed if isinstance(listed, list) else None
+    return None
 
 
 def signal_ledger(state: CursorState, seq: int, ts: int, pending_since: int = 0) -> dict[str, Any]:

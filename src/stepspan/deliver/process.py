@@ -14,17 +14,16 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from stepspan.deliver.deliverer import Deliverer, interrupt_on_signal, prepare_process, run_is_over
 from stepspan.deliver.lock import DeliveryLock
 from stepspan.deliver.options import Options
+from stepspan.deliver.sessions import LiveSessions
 from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
-from stepspan.journal.layout import find_sessions
 from stepspan.processors import build
 
 log = logging.getLogger("stepspan.deliver")
@@ -49,10 +48,11 @@ def serve(
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in settings]
     locks = {e.destination: DeliveryLock(directory, host, e.destination) for e in exporters}
     exporters = [e for e in exporters if locks[e.destination].acquire(LOCK_TIMEOUT_S)]
-    sessions = partial(find_sessions, directory, host=host)
+    options = Options(boot_id=boot_id)
+    sessions = LiveSessions(directory, host, options)
     while exporters:
         log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in exporters))
-        deliverer = Deliverer(exporters, sessions, Options(boot_id=boot_id), health=host if health else None)
+        deliverer = Deliverer(exporters, sessions, options, health=host if health else None)
         interrupt_on_signal(deliverer)
         deliverer.start()
         over = deliverer.wait(run_is_over)
@@ -61,7 +61,7 @@ def serve(
             lock.release()
         log.info("done")
         # A run that came and went just now found the locks held, and relied on this process.
-        if not over or (all(deliverer.has_seen(session.path) for session in sessions()) and run_is_over(deliverer)):
+        if not over or (deliverer.has_seen_all() and run_is_over(deliverer)):
             return
         exporters = [e for e in exporters if locks[e.destination].acquire()]
 

@@ -4,6 +4,7 @@
   takes only so much history (Prometheus' out-of-order window) must see five-day journals side by side, not one by one.
 - Sessions of one series identity (a job's rank, restarted) go strictly in the order in which they started; one that is
   held lets its successor pass, or an old journal would hide the run that is on.
+- A session whose cursor another deliverer has open is passed over, and tried again at each scan.
 - When the receiver is away, one session asks, and all others wait for it.
 - A session that cannot be read, or that meets a defect, stops no other one. It is tried again every minute.
 
@@ -23,7 +24,7 @@ from stepspan.deliver.options import Options
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
-from stepspan.journal.cursor import Ledger
+from stepspan.journal.cursor import CursorInUse, Ledger
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.records import Signal
 
@@ -72,7 +73,7 @@ class Scheduler:
         self.progress: dict[Path, SessionProgress] = {}
         """All sessions that could be read, the finished ones included."""
         self.unreadable: dict[Path, str] = {}
-        """The sessions that could not be read, and why."""
+        """The sessions that could not be read, or that another deliverer sends, and why."""
         self.seen: set[Path] = set()
         """All sessions that were found."""
         self.listed = False
@@ -108,6 +109,10 @@ class Scheduler:
         """Seconds since the receiver last took anything although there was something to send; 0 while it does."""
         since = self._failing_since
         return self._options.clock() - since if since is not None else 0.0
+
+    def has_seen_all(self) -> bool:
+        """Whether all sessions that there are now have been found."""
+        return all(session.path in self.seen for session in self._find())
 
     def close(self) -> None:
         """Close the files of all tasks."""
@@ -160,6 +165,11 @@ class Scheduler:
                 continue
             try:
                 task = DeliveryTask(session, self.signal, self.exporter, self._options)
+            except CursorInUse as error:  # may be left to us at any time
+                if self.unreadable.get(path) != str(error):
+                    log.info("%s %s: left alone: %s", path, self.signal, error)
+                self.unreadable[path] = str(error)
+                continue
             except Exception as error:
                 self._give_up(path, error)
                 continue

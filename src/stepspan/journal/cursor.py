@@ -4,13 +4,15 @@ A file of two slots of 2 KiB, allocated when it is made, so that it can be moved
 
     slot   4 bytes CRC-32 of the rest · 4 bytes length of the JSON · JSON, with its generation · zeros
 
-Only the deliverer that holds the destination's lock writes. A move writes the older slot with the next generation, in
-one `pwrite`; a slot that is torn fails its checksum, and the other one holds. Losing a move costs sending again what
-was answered, which is harmless: the mapping gives the same points.
+Only the deliverer that holds the destination's lock writes. That is one for each host; where two hosts could come to
+the same session the file itself is flock'ed while it is open (`CursorInUse`). A move writes the older slot with the
+next generation, in one `pwrite`; a slot that is torn fails its checksum, and the other one holds. Losing a move costs
+sending again what was answered, which is harmless: the mapping gives the same points.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import struct
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -117,16 +119,28 @@ def _latest(slots: bytes) -> tuple[int, CursorState] | None:
     return max(found, key=lambda slot: slot[0], default=None)
 
 
+class CursorInUse(OSError):
+    """Another deliverer has this cursor open."""
+
+
 class Cursor:
     """The cursor file at `path`, made where there is none; one whose slots are both damaged starts from zero.
 
     Raises:
+        CursorInUse: Another deliverer has it open.
         OSError: It can't be made or opened.
 
     """
 
     def __init__(self, path: Path) -> None:
         self._fd = open_path(path, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._fd)
+            raise CursorInUse(f"{path}: another deliverer is at work on it") from None
+        except OSError:  # a file system without locks
+            pass
         size = os.fstat(self._fd).st_size
         if size < 2 * SLOT_BYTES:
             os.pwrite(self._fd, bytes(2 * SLOT_BYTES - size), size)
