@@ -245,19 +245,32 @@ def test_the_splits_of_calls_stay_apart() -> None:
     assert values(s.records("metrics"), "training.loss", split="val") == [2.0]
 
 
-def test_of_several_points_of_a_series_in_one_millisecond_the_last_goes_out() -> None:
+def test_calls_less_than_a_millisecond_apart_take_one_millisecond_after_the_other() -> None:
     s = SessionEvents()
     s.metrics({"loss": 1.0, "lr": 9.0}, step=1)
     s.metrics({"loss": 2.0}, after=0.0004, step=2)
     s.metrics({"loss": 3.0}, after=0.0005, step=3)
     s.metrics({"loss": 4.0}, after=0.0001, step=4)
+    s.metrics({"lr": 8.0}, after=0.0001, step=4)
     fold = mapper("metrics", s.header)
-    assert by_series(fold.map(s.events)) == {
-        ("training.loss", TRAIN): [(0.0019, 3.0), (0.002, 4.0)],
-        ("training.lr", TRAIN): [(0.001, 9.0)],
-        ("training.step.number", TRAIN): [(0.0019, 3.0), (0.002, 4.0)],
+    assert by_series([*fold.map(s.events), *fold.release()]) == {
+        ("training.loss", TRAIN): [(0.001, 1.0), (0.002, 2.0), (0.003, 3.0), (0.004, 4.0)],
+        ("training.lr", TRAIN): [(0.001, 9.0), (0.004, 8.0)],
+        ("training.step.number", TRAIN): [(0.001, 1.0), (0.002, 2.0), (0.003, 3.0), (0.004, 4.0)],
     }
-    assert fold.filtered == 4
+    assert (fold.filtered, fold.thinned) == (0, 0)
+
+
+def test_a_row_keeps_the_time_of_its_line_where_nothing_is_in_its_way() -> None:
+    s = SessionEvents()
+    s.metrics({"loss": 1.0}, after=0.0013)
+    s.metrics({"lr": 9.0}, after=0.0002)
+    s.metrics({"loss": 2.0}, after=0.0001)
+    s.metrics({"loss": 3.0}, after=0.0017)
+    assert by_series(s.records("metrics")) == {
+        ("training.loss", TRAIN): [(0.0013, 1.0), (0.002, 2.0), (0.0033, 3.0)],
+        ("training.lr", TRAIN): [(0.0015, 9.0)],
+    }
 
 
 def test_keys_that_differ_by_their_prefix_only_are_series_of_their_own() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from harness import runs
-from harness.events_of import MS, START, SessionEvents, by_series, key_of, mapper, restored
+from harness.events_of import MS, START, SessionEvents, by_series, key_of, mapper, restored, values
 from harness.processes import until
 from harness.runs import events
 from harness.scripted_torch import Bucket, Gpu, JaxArray
@@ -303,29 +303,38 @@ def late(s: SessionEvents, values: dict[str, Any], at: int, after: float = 0.001
     return s.metrics(values, after, at=at, **fields)
 
 
-def test_a_late_point_lies_within_its_session_and_not_after_its_line() -> None:
+def test_a_late_value_whose_call_is_in_no_line_of_its_session_comes_with_its_own_line() -> None:
     s = SessionEvents()
     late(s, {"early": 1.0}, at=START - 10**9)
     late(s, {"ahead": 1.0}, at=START + 10**12)
     points = by_series(s.records("metrics"))
-    assert points["training.early", ("split", "train")] == [(0.0, 1.0)]
+    assert points["training.early", ("split", "train")] == [(0.001, 1.0)]
     assert points["training.ahead", ("split", "train")] == [(0.002, 1.0)]
 
 
-def test_of_late_points_in_one_millisecond_the_first_remains() -> None:
+def test_late_values_have_the_milliseconds_of_their_calls() -> None:
     s = SessionEvents()
-    s.metrics({"loss": 1.0}, 0.001)
-    s.metrics({"loss": None}, 1e-4)
-    first = s.ts
+    s.metrics({"loss": 1.0, "n": 1.0}, 0.001)
+    for number in (2.0, 3.0, 4.0):
+        s.metrics({"loss": None, "n": number}, 1e-4)
+    first = s.events[-3:]
+    s.metrics({"n": 5.0}, 0.01)
+    for number, call in zip((2.0, 3.0, 4.0), first, strict=True):
+        late(s, {"loss": number}, at=call["ts"], **({"call": call["seq"]} if number > 2 else {}))
+    points = by_series(s.records("metrics"))
+    assert points["training.loss", ("split", "train")] == [(0.001, 1.0), (0.002, 2.0), (0.003, 3.0), (0.004, 4.0)]
+    assert points["training.n", ("split", "train")] == [
+        *((0.001, 1.0), (0.002, 2.0), (0.003, 3.0), (0.004, 4.0), (0.0113, 5.0))
+    ]
+
+
+def test_a_value_from_the_session_before_takes_no_other_call_for_its_own() -> None:
+    s = SessionEvents()
     s.metrics({"loss": None}, 0.001)
-    second = s.ts
-    s.metrics({"loss": None}, 1e-4)
-    late(s, {"loss": 2.0}, at=first)
-    late(s, {"loss": 3.0}, at=second)
-    late(s, {"loss": 4.0}, at=second + MS // 10)
-    fold = mapper("metrics", s.header)
-    assert [value for _, _, value in fold.map(s.events)] == [1.0, 3.0]
-    assert fold.filtered == 2
+    own = s.events[-1]
+    late(s, {"loss": 1.0}, at=START - 10**9, call=own["seq"])
+    late(s, {"loss": 2.0}, at=own["ts"], call=own["seq"])
+    assert values(s.records("metrics"), "training.loss") == [1.0, 2.0]
 
 
 KEYS = st.sampled_from(["loss", "lr", "val/loss", "a.b"])
@@ -393,7 +402,7 @@ def test_late_points_keep_each_series_in_order_whatever_the_batches(s: SessionEv
         found += [(key_of(series), ts, value) for series, ts, value in fold.map(s.events[begin:end])]
         begin = end
     assert sorted(found, key=str) == sorted(expected, key=str)
-    assert fold.filtered == whole.filtered
+    assert fold.filtered == whole.filtered == 0
     for points in (expected, found):
         last: dict[Any, int] = {}
         for series, ts, _ in points:

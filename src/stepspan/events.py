@@ -55,6 +55,9 @@ class Header(Line):
     attempt: NotRequired[Annotated[list[int], "how often the scheduler, and the launcher, restarted the job"]]
     launcher: NotRequired[Annotated[str, "the launcher that the identity came from"]]
     started: Annotated[int, "Unix ns"]
+    not_before: NotRequired[
+        Annotated[int, "Unix ns: where points of this session begin, behind those of the instance's session before"]
+    ]
     boot_id: Annotated[str, "of the host's kernel: a lock of another boot says nothing"]
     pid: Annotated[int, "of the process that writes"]
     host: Annotated[str, "name of the machine"]
@@ -162,7 +165,9 @@ class Metrics(Line):
     ]
     attributes: NotRequired[Annotated[Json, "of every point"]]
     metrics: Annotated[dict[str, Number | None], "key to number; null: a later line has it"]
-    at: NotRequired[Annotated[int, "`ts` of the line whose values follow here"]]
+    time: NotRequired[Annotated[int, "Unix ns of the values, where the user gave it: they are of the past"]]
+    call: NotRequired[Annotated[int, "`seq` of the line whose values follow here"]]
+    at: NotRequired[Annotated[int, "`ts` of that line"]]
 
 
 class Hyperparams(Line):

@@ -69,7 +69,7 @@ class SessionEvents:
     def records(self, signal: Signal, *, status: str | None = None) -> list[Any]:
         """What the session maps to; `status`: with its end."""
         fold = mapper(signal, self.header)
-        return [*fold.map(self.events), *(fold.finish(self.closed(status)) if status else ())]
+        return [*fold.map(self.events), *(fold.finish(self.closed(status)) if status else fold.release())]
 
 
 def by_series(points: Sequence[Any]) -> dict[tuple[Any, ...], list[tuple[float, Any]]]:

@@ -18,7 +18,7 @@ import orjson
 
 from stepspan.deliver.options import BATCH_BYTES, Options
 from stepspan.deliver.session_end import SessionEnd
-from stepspan.events import Event
+from stepspan.events import SECOND_NS, Event
 from stepspan.exporters import Exporter
 from stepspan.journal.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from stepspan.journal.cursor import Ledger, Position
@@ -67,6 +67,7 @@ class BatchReader:
         self._processors = exporter.processors
         self._checkpoint = checkpoint
         self._batch_bytes = options.batch_bytes
+        self._wall_clock = options.wall_clock
         self._mapper: Mapper | None = None
         self._since_checkpoint = 0
         self._failed_processors: set[str] = set()
@@ -91,17 +92,26 @@ class BatchReader:
         self.at_end, self.next_ts = batch.at_end, batch.beyond
         finishing = batch.at_end and closed is not None and not position.finished
         if not batch.events and not finishing:
-            return None
-        filtered = fold.filtered
+            return self._release(fold, position)
+        filtered, thinned = fold.filtered, fold.thinned
         records = fold.map(self._process(batch.events))
-        counts, position = batch.counts, batch.position
+        counts, position = batch.counts, replace(batch.position, held_until=fold.held[1])
         if finishing and closed is not None:
             records = [*records, *fold.finish(closed)]
             counts.damaged += max(0, closed.seq - position.seq)  # the end was damaged: no later line shows the hole
-            position = replace(position, seq=max(closed.seq, position.seq), finished=True)
-        counts.filtered = fold.filtered - filtered
-        counts.mapped = len(records) + counts.filtered
+            position = replace(position, seq=max(closed.seq, position.seq), finished=True, held_until=0)
+        counts.filtered, counts.thinned = fold.filtered - filtered, fold.thinned - thinned
+        counts.mapped = len(records) + counts.filtered + counts.thinned
         return Batch(records, position, counts)
+
+    def _release(self, fold: Mapper, position: Position) -> Batch | None:
+        """The points after the last event whose time has come."""
+        now = int(self._wall_clock() * SECOND_NS)
+        records = fold.release(now) if position.held_until else ()
+        if not records:
+            return None
+        position = replace(position, held_until=fold.held[1], released=now)
+        return Batch(records, position, Ledger(mapped=len(records)))
 
     def forget(self) -> None:
         """Give up the last batch: it will be read again, from the position where it began."""
@@ -135,6 +145,8 @@ class BatchReader:
                 break
             fold.map(self._process(batch.events))
             position = batch.position
+        if target.released:
+            fold.release(target.released)
         return fold
 
     def _key(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from stepspan.journal.layout import open_path, read_file
 
 SLOT_BYTES = 2048
 MAX_MESSAGE_CHARS = 600
+ADDED_FIELDS = frozenset({"thinned", "held_until", "released"})
+"""What cursors of stepspan 0.1 do not have."""
 
 T = TypeVar("T", bound="Position | Ledger")
 
@@ -35,7 +37,7 @@ class Ledger:
     """What became of lines and records.
 
     Lines: journaled = read + damaged + pruned + dropped + pending.
-    Records: mapped = delivered + rejected + filtered + in flight.
+    Records: mapped = delivered + rejected + filtered + thinned + in flight.
     """
 
     read: int = 0
@@ -46,6 +48,9 @@ class Ledger:
     delivered: int = 0
     rejected: int = 0
     filtered: int = 0
+    """Left out: a later point of its series in its millisecond went out, or the step's trace is one of too many."""
+    thinned: int = 0
+    """Values that gave way to later ones of their call: there were more of them than milliseconds."""
 
     def plus(self, other: Ledger) -> Ledger:
         """The sum of two ledgers."""
@@ -62,6 +67,10 @@ class Position:
     ts: int = 0
     finished: bool = False
     """The session has ended and its end has been delivered."""
+    held_until: int = 0
+    """The time of the last point that the events so far have, and whose time has not come, Unix ns; 0: none waits."""
+    released: int = 0
+    """The time of the last point after these events that has been answered for, Unix ns; 0: none has."""
 
 
 @dataclass(slots=True)
@@ -96,7 +105,7 @@ class CursorState:
 
 
 def _known(kind: type[T], content: dict[str, Any]) -> T:
-    return kind(**{f.name: content[f.name] for f in fields(kind)})
+    return kind(**{f.name: content[f.name] for f in fields(kind) if f.name in content or f.name not in ADDED_FIELDS})
 
 
 def _unpack(slot: bytes) -> tuple[int, CursorState] | None:

@@ -53,17 +53,18 @@ class Points(Sequence["Point | SdkRecord"]):
         return listed
 
 
-def merge_columns(first: Column, second: Column) -> Column:
-    """Two columns of one series as one.
+def merge_columns(columns: Sequence[Column]) -> Column:
+    """Columns of one series as one.
 
     Args:
-        first: A column.
-        second: Another one of the same series.
+        columns: At least one.
 
     Returns:
-        The points of both in time order; of equal times those of `first` come first.
+        The points of all of them in time order; of equal times those of an earlier column come first.
 
     """
-    points = sorted([*zip(*first[1:], strict=True), *zip(*second[1:], strict=True)], key=itemgetter(0))
-    times, values = zip(*points, strict=True)
-    return first[0], times, values
+    if len(columns) == 1:
+        return columns[0]
+    points = [point for _, times, values in columns for point in zip(times, values, strict=True)]
+    times, values = zip(*sorted(points, key=itemgetter(0)), strict=True)
+    return columns[0][0], times, values

@@ -1,12 +1,16 @@
-"""Events to handlers: an event that a processor has bent out of shape costs that event, not the session."""
+"""Events to handlers: an event that a processor has bent out of shape costs that event, not the session.
+
+And what the mappers of spans and logs have in common: records without a place in time that they could run ahead of.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from stepspan.events import Event
+from stepspan.mapping.records import Record
 
 log = logging.getLogger("stepspan.mapping")
 
@@ -23,6 +27,17 @@ def dispatch(handlers: Mapping[str, Callable[[Event], object]], events: Iterable
                 handler(event)
             except MALFORMED as error:
                 warn_unmappable(event["tag"], repr(error))
+
+
+class NothingAhead:
+    """Of a mapper whose records are all of the past: none is thinned or held back."""
+
+    thinned = 0
+    held = 0, 0
+
+    def release(self, until: int | None = None) -> Sequence[Record]:
+        """Nothing: no record lies after the last event."""
+        return ()
 
 
 @lru_cache(maxsize=256)

@@ -17,7 +17,7 @@ from stepspan.mapping.attributes import (
     flatten,
 )
 from stepspan.mapping.clock import clock_text
-from stepspan.mapping.dispatch import dispatch
+from stepspan.mapping.dispatch import NothingAhead, dispatch
 from stepspan.mapping.open_scopes import OpenScopes
 from stepspan.mapping.records import Log, Record, SdkRecord
 from stepspan.mapping.sdk_records import SdkRecords
@@ -30,7 +30,7 @@ FAILED_STATUSES = frozenset({"failed", "error", "failure"})
 """Of a milestone, in lower case: what makes its severity ERROR."""
 
 
-class LogMapper:
+class LogMapper(NothingAhead):
     """One session's events as log records, each with the ids of the span it was logged in."""
 
     def __init__(self, header: Event) -> None:

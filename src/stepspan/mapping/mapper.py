@@ -6,7 +6,8 @@ a file and a restart reads on from it. Cumulative points come out when event tim
 end of a session, never because a batch ended.
 
 The order of calls: `restore`, if there is a state; `map` with all events of the session in order, in batches that end
-between two milliseconds; `finish` once, after the last one.
+between two milliseconds, and between them `release` where the time of points has come without another event; `finish`
+once, after the last one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,14 @@ class Mapper(Protocol):
     def filtered(self) -> int:
         """Records that were made and left out, since the beginning of the session or the state."""
 
+    @property
+    def thinned(self) -> int:
+        """Points that gave way to later ones, for want of milliseconds; likewise."""
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many rows of points lie after the last event, and the time of the last one, Unix ns."""
+
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """Map a batch.
 
@@ -39,7 +48,18 @@ class Mapper(Protocol):
             events: The next events. The last one of a millisecond is in the same batch as the first.
 
         Returns:
-            Their records, and those that were waiting for them.
+            Their records, and those that were waiting for them; points up to the time of the last event.
+
+        """
+
+    def release(self, until: int | None = None) -> Sequence[Record]:
+        """Take points that lie after the last event.
+
+        Args:
+            until: The time of the last one, Unix ns; None: all that have a place.
+
+        Returns:
+            Points that no other call returns.
 
         """
 

@@ -14,20 +14,22 @@ from typing import Any
 from stepspan.events import MILLISECOND_NS, SECOND_NS, Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
-from stepspan.mapping.deferred import DeferredPoints
 from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import MetricName, metric_name
 from stepspan.mapping.open_scopes import StepState
-from stepspan.mapping.point_buffer import PointBuffer, Table
+from stepspan.mapping.point_buffer import STEP_NUMBER, PointBuffer, Table, Timeline
 from stepspan.mapping.progress import RunProgress
-from stepspan.mapping.records import Attributes, Kind, Record, Series, Sum
+from stepspan.mapping.records import Attributes, Kind, PastPoint, Record, Series, Sum
 from stepspan.mapping.samples import sampled_values
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold, is_failed_sdk_span
 from stepspan.values import shorten, to_float
 
 PERIOD_NS = 10 * SECOND_NS
+END_OF_TIME_NS = 1 << 62
+ITEMS = ("samples", "tokens")
+"""What `training.throughput` counts."""
 INFO_HYPERPARAMS = (
     "model", "model_name", "model_name_or_path", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "seed",
     "epochs", "max_steps",
@@ -76,19 +78,19 @@ class MetricMapper:
         """By name and attributes."""
         self._own_series: dict[tuple[str, str], Series] = {}
         """Those of `OWN_SERIES`, by name and label."""
-        self._phases: dict[str, Series] = {}
-        """Those of `training.phase.time`, by a span's name: what is asked for most."""
-        self._points = PointBuffer()
+        self._points = PointBuffer(header.get("not_before", 0))
         self._add = self._points.add
+        self._add_metrics, self._add_step = self._points.metrics.add_row, self._points.steps.add_row
         self._tables: dict[tuple[Any, ...], Table] = {}
         """A call's split, whether it has a step and one of its own, and keys; or a step's split and times -> points."""
+        self._phases: dict[tuple[str, bool], tuple[Timeline, Table]] = {}
+        """A span's name, and whether it is timed on the device -> where its times go."""
         self._millisecond = 0
         self._state = MetricState()
         self._steps = StepFold(header)
         self._durations = Durations(header)
         self._progress = RunProgress()
         self._uncounted: list[StepState] = []
-        self._deferred = DeferredPoints(self._start, self._points)
         self._sdk_records = SdkRecords("metrics")
         self._handlers: dict[str, Callable[[Event], Any]] = {
             "metrics": self._metrics,
@@ -116,15 +118,25 @@ class MetricMapper:
         """Points that were made and left out, so far."""
         return self._points.filtered
 
+    @property
+    def thinned(self) -> int:
+        """Points of rows that gave way to later ones, as there were more rows than milliseconds for them, so far."""
+        return self._points.thinned
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """How many rows wait for their time to come, and the time of the last of them, Unix ns."""
+        return self._points.held()
+
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
-        """The points of the next events. Of several of a series in one millisecond, the last."""
+        """The points of the next events, up to the time of the last of them."""
         handler_of, next_millisecond = self._handlers.get, self._points.next_millisecond
         since, boundary = self._millisecond, self._state.boundary
         for event in events:
             ts = event["ts"]
             if not 0 <= ts - since < MILLISECOND_NS:
                 since = self._millisecond = ts - ts % MILLISECOND_NS
-                next_millisecond()
+                next_millisecond(since)
                 if ts >= boundary:
                     boundary = self._cross_boundary(ts)
             handler = handler_of(event["tag"])
@@ -135,42 +147,44 @@ class MetricMapper:
                     warn_unmappable(event["tag"], repr(error))
         if len(self._uncounted) > MAX_UNCOUNTED:
             self._count_steps()
-        return self._points.flush()
+        return self._points.flush(self._millisecond + MILLISECOND_NS)
+
+    def release(self, until: int | None = None) -> Sequence[Record]:
+        """The points that lie after the last event, up to a time."""
+        return self._points.flush(END_OF_TIME_NS if until is None else until + 1)
 
     def finish(self, closed: Closed) -> Sequence[Record]:
-        """The cumulative points after the last event, and then the end of every series."""
+        """What waits, the cumulative points after the last event, and then the end of every series."""
         self._steps.give_up_device_times()
         self._settle(closed.ts)
-        self._points.next_millisecond()
-        after = (closed.ts // MILLISECOND_NS + 1) * MILLISECOND_NS
+        after = max(closed.ts // MILLISECOND_NS * MILLISECOND_NS + MILLISECOND_NS, self._points.place_all())
+        self._points.next_millisecond(after)
         self._add_cumulative(after)
         info = self._of("training.run.info", self._state.info) if self._state.info else None
         live = (s for s in self._series.values() if s is info or s.name != "training.run.info")
-        return [*self._points.flush(), *((series, after + MILLISECOND_NS, None) for series in live)]
+        return [*self._points.flush(END_OF_TIME_NS), *((series, after + MILLISECOND_NS, None) for series in live)]
 
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
         self._count_steps()
+        index = {series: number for number, series in enumerate(self._series.values())}
         return {
-            "filtered": self._points.filtered,
             "series": [[s.name, s.attributes, s.unit, s.kind] for s in self._series.values()],
             "metrics": asdict(self._state),
             "steps": self._steps.state(),
             "durations": self._durations.state(),
             "progress": asdict(self._progress),
-            "deferred": self._deferred.last,
+            "points": self._points.state(index, self._millisecond),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from what `state` returned, of an equal journal."""
-        self._points.filtered = state["filtered"]
-        for series in state["series"]:
-            self._of(*series)
+        series = [self._of(*each) for each in state["series"]]
+        self._points.restore(state["points"], series)
         self._state = MetricState(**state["metrics"])
         self._steps.restore(state["steps"])
         self._durations.restore(state["durations"])
         self._progress = RunProgress(**state["progress"])
-        self._deferred.last = state["deferred"]
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Kind = "gauge") -> Series:
         """The series of that name and those attributes."""
@@ -193,14 +207,18 @@ class MetricMapper:
         metrics, step, own_step = event["metrics"], event.get("step"), event.get("own_step")
         call = (event["split"], step is not None, own_step is not None, *metrics)
         table = self._tables.get(call)
-        if table is None or "attributes" in event or "at" in event or "steps" in event or None in metrics.values():
+        if (
+            (table is None or None in metrics.values())
+            or ("attributes" in event or "steps" in event)
+            or ("at" in event or "time" in event)
+        ):
             self._unusual_metrics(event, call)
             return
         row = [*metrics.values(), step]
         if own_step is not None or len(row) != len(table.series):
             own = [] if own_step is None else [own_step] * len(metrics)
-            row[-1:] = [step] * (len(table.series) - len(metrics) - len(own)) + own
-        self._points.add_row("metrics", table, event["ts"], row)
+            row[-1:] = own + [step] * (len(table.series) - len(metrics) - len(own))
+        self._add_metrics(table, event["ts"], row)
 
     def _unusual_metrics(self, event: Event, call: tuple[Any, ...]) -> None:
         """A call of keys that were not seen together before, with attributes, several steps, or deferred values."""
@@ -208,21 +226,38 @@ class MetricMapper:
         names = [metric_name(key, call[0]) for key in metrics]
         series = self._value_series(names, attributes)
         if "at" in event:
-            for one, value in zip(series, map(to_float, metrics.values()), strict=True):
-                if value is not None:
-                    self._deferred.add(one, event["at"], value, ts)
+            self._late_metrics(event, series)
             return
-        for one, value in zip(series, metrics.values(), strict=False):
-            if value is None:
-                self._deferred.reserve(one, ts)
         steps = self._steps_of(event, names, attributes)
-        series += steps
-        self._points.add_each(series, ts, [*metrics.values(), *steps.values()])
+        if "time" in event and event["time"] < ts:
+            self._add_past(event["time"], zip([*series, *steps], [*metrics.values(), *steps.values()], strict=True))
+            return
+        row = dict(zip(series, metrics.values(), strict=True)) | steps
+        self._points.filtered += len(series) + len(steps) - len(row)  # of keys of one series the last counts
+        table = self._points.table(list(row))
+        self._add_metrics(table, ts, list(row.values()), event["seq"] if None in row.values() else 0)
         complete = len(metrics) * (1 + call[2]) + len({name.split for name in names}) * call[1]
-        if not attributes and "steps" not in event and len(set(series)) == complete:
+        if not attributes and "steps" not in event and len(row) == complete:
             if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
-            self._tables[call] = Table(series)
+            self._tables[call] = table
+
+    def _add_past(self, time: int, points: Iterable[tuple[Series, Any]]) -> None:
+        """Add the values of a call that has a time of its own. The step in force is one of the present."""
+        numbers = ((series, to_float(value)) for series, value in points if series.name != STEP_NUMBER)
+        self._points.points += [PastPoint(series, time, number) for series, number in numbers if number is not None]
+
+    def _late_metrics(self, event: Event, series: list[Series]) -> None:
+        """Values that were missing in their call's line."""
+        ts, points, values = event["ts"], self._points, event["metrics"].values()
+        key = points.reserved_row(event.get("call"), event["at"])
+        if not key:
+            points.add_stray(series, ts, list(values))
+            return
+        for one, number in zip(series, map(to_float, values), strict=True):
+            if number is not None:
+                points.add_late(key, one, number, ts)
+        del points.reserved[key]
 
     def _value_series(self, names: Iterable[MetricName], attributes: Attributes | None) -> list[Series]:
         """The series of a call's values."""
@@ -243,66 +278,76 @@ class MetricMapper:
             if own_step is not None and own_step != step:
                 labels = {**about, "split": name.split, "key": key}
                 own[self._of("training.step.logged", labels)] = own_step
-        return in_force | own
+        return own | in_force  # what rows may share comes last
 
     def _step_end(self, event: Event) -> None:
         step = self._steps.end(event)
         if not isinstance(step, StepState):
             return
-        ts, split, wait = event["ts"], step.begin["split"], step.wait
-        row = [step.duration]
-        if wait is not None and step.pending:
-            wait = None
-            self._deferred.reserve(self._own("training.step.wait", split), ts)
-            self._settle(ts)
-        if wait is not None:
-            row.append(wait)
-        if "data_wait" in event:
-            row.append(event["data_wait"])
-        call = ("step", split, wait is not None, "data_wait" in event)
+        row: list[Any] = [step.duration]
+        key = 0
+        if step.wait is not None:
+            row.append(None if step.pending else step.wait)
+            key = step.begin["seq"] if step.pending else 0
+        data_wait = event.get("data_wait")
+        if data_wait is not None:
+            row.append(data_wait)
+        items = [item for item in ITEMS if item in event]
+        for item in items:
+            amount, seconds = to_float(event[item]), step.duration + (data_wait or 0.0)
+            row.append(amount / seconds if amount is not None and seconds > 0 else None)
+        times = step.begin["split"], step.wait is not None, data_wait is not None
+        call = ("step", *times, *items)
         table = self._tables.get(call)
         if table is None:
-            table = self._tables[call] = self._step_table(*call[1:])
-        self._points.add_row("step", table, ts, row)
-        if "samples" in event:
-            self._add_throughput("samples", split, event, step.duration)
-        if "tokens" in event:
-            self._add_throughput("tokens", split, event, step.duration)
+            table = self._tables[call] = self._step_table(*times, items)
+        self._add_step(table, event["ts"], row, key)
+        if key:
+            self._settle(event["ts"])
         self._uncounted.append(step)
 
-    def _step_table(self, split: str, has_wait: bool, has_data_wait: bool) -> Table:
+    def _step_table(self, split: str, has_wait: bool, has_data_wait: bool, items: list[str]) -> Table:
         series = [self._own("training.step.time", split)]
         if has_wait:
             series.append(self._own("training.step.wait", split))
         if has_data_wait:
             series.append(self._own("training.phase.time", "data_wait"))
-        return Table(series)
+        series += [self._of("training.throughput", {"item": item, "split": split}, "{item}/s") for item in items]
+        return self._points.table(series)
 
     def _settle(self, now: int) -> None:
+        """Add the waits of steps that are known now."""
         for step in self._steps.settle():
-            if step.wait is not None:
-                series = self._own("training.step.wait", step.begin["split"])
-                self._deferred.add(series, step.end["ts"], step.wait, now)
-
-    def _add_throughput(self, item: str, split: str, event: Event, duration: float) -> None:
-        amount, seconds = to_float(event[item]), duration + event.get("data_wait", 0.0)
-        if amount is not None and seconds > 0:
-            series = self._of("training.throughput", {"item": item, "split": split}, "{item}/s")
-            self._add(series, event["ts"], amount / seconds)
+            key, wait = step.begin["seq"], step.wait
+            if wait is not None and key in self._points.reserved:
+                self._points.add_late(key, self._own("training.step.wait", step.begin["split"]), wait, now)
+            self._points.reserved.pop(key, None)
 
     def _span_end(self, event: Event) -> None:
         span = self._steps.end(event)
-        if span is not None:
-            name = span.begin["name"]
-            series = self._phases.get(name)
-            if series is None:
-                series = self._phases[name] = self._own("training.phase.time", name)
-            self._add(series, event["ts"], span.duration)
+        if span is None:
+            return
+        on_device = bool(span.begin.get("cuda"))
+        phase = span.begin["name"], on_device
+        if phase not in self._phases:
+            self._phases[phase] = self._phase(*phase)
+        timeline, table = self._phases[phase]
+        if on_device:
+            timeline.add_row(table, event["ts"], [span.duration, None], span.begin["seq"])
+        else:
+            timeline.add_row(table, event["ts"], [span.duration])
+
+    def _phase(self, name: str, on_device: bool) -> tuple[Timeline, Table]:
+        """Where the times of a phase go."""
+        names = ["training.phase.time", "training.phase.device_time"][: 1 + on_device]
+        timeline = self._points.steps if name == "data_wait" else self._points.spans  # steps have that phase, too
+        return timeline, self._points.table([self._own(metric, name) for metric in names])
 
     def _device_time(self, event: Event) -> None:
-        span, seconds = self._steps.device_time(event), to_float(event.get("seconds"))
-        if span is not None and seconds is not None:
-            self._deferred.add(self._own("training.phase.device_time", span.phase), span.ended, seconds, event["ts"])
+        span, seconds, key = self._steps.device_time(event), to_float(event.get("seconds")), event["begin"]
+        if span is not None and seconds is not None and key in self._points.reserved:
+            self._points.add_late(key, self._own("training.phase.device_time", span.phase), seconds, event["ts"])
+        self._points.reserved.pop(key, None)
         self._settle(event["ts"])
 
     def _memory(self, event: Event) -> None:
@@ -359,7 +404,7 @@ class MetricMapper:
         if self._state.boundary:
             self._add_cumulative(boundary)
             if boundary != self._millisecond:
-                self._points.next_millisecond()
+                self._points.next_millisecond(self._millisecond)
         self._state.boundary = boundary + PERIOD_NS
         return self._state.boundary
 

@@ -1,28 +1,54 @@
-"""Where a mapper buffers the points of a batch, such that each series has at most one in a millisecond.
+"""Where a mapper buffers points until they go out, such that each series has at most one in a millisecond.
 
-Why at most one: Prometheus keeps times in milliseconds, and refuses a second value of a series for a time it has. So of
-several points of a series in one millisecond the **last** goes out; those before it count as `filtered`. A batch never
-ends within a millisecond, so which one is the last does not depend on the batches.
+Why at most one: Prometheus keeps times in milliseconds, and refuses a second value of a series for a time it has.
 
-Why rows: what always comes together (the keys of one `log_metrics` call, the times of a step) is added to a `Table`, a
-row each time. A row costs a tenth of what as many single points do, and a table's columns are what encoders want. Only
-where a row of the current millisecond gives way to a later point of one of its series is it demoted to single points.
+**Rows.** What comes together (the values of one call, the times of one step) is a row of a `Table`, and keeps one time.
+Calls that lie less than a millisecond apart are other data, and nothing replaces anything: a row takes the first
+millisecond, not before its line's own, in which none of its series has a point, or a later one. Rows of one step may
+share a point of the step's number. That is a function of the lines alone, so it does not depend on batches. A row is a
+tenth of the work of as many single points, and a table's columns are what encoders want.
 
-The order of calls: `next_millisecond` before the first point of each millisecond, `add` and `add_row` as the events
-come, `flush` at the end of a batch.
+**Thinning.** A row runs at most `MAX_LEAD_MS` ahead of its line. Beyond that the newest row of each table waits, and
+what it replaces counts as `thinned`. A row that waits goes out, before anything later of its series, once there is
+room, or at the end: a curve never loses its last value.
+
+**Holding back.** Rows that were placed later than the last event wait in their tables for their time to come, so that
+requests follow one another in time: Prometheus stamps its own `target_info` with the times of each request, and without
+an out-of-order window it refuses one that goes back behind the request before.
+
+**Single points** repeat what stepspan knows (an epoch, an ETA, a count of errors, a sample): of several of a series in
+one millisecond the last goes out, and the others count as `filtered`.
+
+Nothing lies before `not_before`, the end of what the instance's session before this one may have sent: rows begin
+there, and the last single point of each series before it goes out then.
+
+The order of calls: `next_millisecond` before the first point of each millisecond, `add` and the timelines' `add_row` as
+the events come, `flush` at the end of a batch, which is between two milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from stepspan.events import MILLISECOND_NS
 from stepspan.mapping.columns import Column, Points
 from stepspan.mapping.records import Point, Record, SdkRecord, Series
 from stepspan.values import to_float
 
 ALL_FLOATS, ALL_INTEGERS = {float}, {int}
+STEP_NUMBER = "training.step.number"
+MAX_LEAD_MS = 10_000
+"""How far ahead of its line a row may be placed."""
+MAX_WAITING = 1000
+"""Rows that wait in a timeline: one of each table."""
+MAX_TABLES = 1000
+MAX_RESERVED = 16_384
+"""Rows whose missing values may still come."""
+WAITS, THINNED = 0, -1
+"""In place of a row's time: it has none yet, and it will have none."""
 
 
 @dataclass(slots=True, eq=False)
@@ -30,78 +56,115 @@ class Table:
     """Gauges whose points come together, no two of one series.
 
     Attributes:
-        series: n series.
-        times: Of each row, Unix ns.
+        series: n series; those of step numbers come last.
+        values: How many of them are no step numbers.
+        times: Of each row, Unix ns, ascending by the millisecond.
         rows: n values each, as the journal holds them; what is no number is left out when the table is flushed.
 
     """
 
-    series: Sequence[Series]
+    series: tuple[Series, ...]
+    values: int = 0
     times: list[int] = field(default_factory=list)
-    rows: list[Sequence[Any]] = field(default_factory=list)
+    rows: list[list[Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.values = sum(series.name != STEP_NUMBER for series in self.series)
 
 
-class PointBuffer:
-    """The points of one batch. Tables of one kind may share series, those of different kinds never do.
+@dataclass(slots=True)
+class Reserved:
+    """A row some of whose values are missing, and may come later.
 
     Attributes:
-        filtered: Points that gave way to a later one, since the beginning of the session.
-        points: Single points of this batch. What needs no look at the current millisecond may be appended to it.
+        line: The time of its line, Unix ns.
+        time: The row's time, Unix ns; `WAITS` or `THINNED`.
 
     """
 
-    def __init__(self) -> None:
-        self.filtered = 0
+    line: int
+    time: int
+
+
+@dataclass(slots=True)
+class WaitingRow:
+    """A row that has no place yet.
+
+    Attributes:
+        table: Whose row it is.
+        line: The millisecond of its line.
+        row: Its values.
+        key: By which its missing values come; 0: none is missing.
+
+    """
+
+    table: Table
+    line: int
+    row: list[Any]
+    key: int
+
+
+class PointBuffer:
+    """The points of one session that have not gone out.
+
+    Args:
+        not_before: The first time that a point may have, Unix ns.
+
+    Attributes:
+        metrics: Timeline of what users log.
+        steps: Timeline of the times of steps.
+        spans: Timeline of the times of phases.
+        filtered: Single points that gave way to a later one, since the beginning of the session.
+        thinned: Points of rows that gave way to a later row, since the beginning of the session.
+        points: Single points of this batch. What needs no look at the current millisecond may be appended to it.
+        reserved: The key of a row -> what is known of it, for the values that are missing in it.
+
+    """
+
+    def __init__(self, not_before: int = 0) -> None:
+        self.not_before = -(-not_before // MILLISECOND_NS) * MILLISECOND_NS
+        self.filtered = self.thinned = 0
         self.points: list[Point | SdkRecord] = []
-        self._tables: list[Table] = []
-        """Those that have rows."""
+        self.reserved: dict[int, Reserved] = {}
+        self.metrics, self.steps, self.spans = self.timelines = tuple(Timeline(self) for _ in range(3))
+        self._tables: dict[tuple[Series, ...], Table] = {}
+        self._used: list[Table] = []
+        """Tables that have rows."""
         self._current_points: dict[Series, int] = {}
         """Series -> the index of its single point of the current millisecond."""
-        self._current_rows: dict[str, Table | None] = {}
-        """Kind -> the table whose last row is of the current millisecond; None once that row was demoted."""
+        self._late: dict[Series, Table] = {}
+        """Of each series the values that were missing in their rows."""
+        self._displaced: dict[Series, int] = {}
+        """Series -> the time up to which no missing value may have its row's time any more, Unix ns."""
+        self._early: dict[Series, Any] = {}
+        """Series -> the value of its last single point before `not_before`."""
 
-    def next_millisecond(self) -> None:
-        """Begin a millisecond: what comes now shares none with what came before."""
+    def table(self, series: Sequence[Series]) -> Table:
+        """The table of these series, which are all different; those of step numbers come last."""
+        key = tuple(series)
+        table = self._tables.get(key)
+        if table is None:
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            table = self._tables[key] = Table(key)
+        return table
+
+    def next_millisecond(self, ts: int) -> None:
+        """Begin the millisecond of `ts` (Unix ns): what comes now shares none with what came before."""
         if self._current_points:
             self._current_points.clear()
-        if self._current_rows:
-            self._current_rows.clear()
-
-    def add_row(self, kind: str, table: Table, ts: int, row: Sequence[Any]) -> None:
-        """Add a point of each of a table's series.
-
-        Args:
-            kind: What the table is of; of each kind one row is kept as a row in a millisecond.
-            table: The table, which is emptied by `flush`.
-            ts: Their time, Unix ns.
-            row: A value for each series; what is no number is no point.
-
-        """
-        if kind in self._current_rows or (
-            self._current_points and not self._current_points.keys().isdisjoint(table.series)
-        ):
-            self._demote_row(kind)
-            self.add_each(table.series, ts, row)
-            return
-        self._current_rows[kind] = table
-        if not table.rows:
-            self._tables.append(table)
-        table.times.append(ts)
-        table.rows.append(row)
-
-    def add_each(self, series: Sequence[Series], ts: int, row: Sequence[Any]) -> None:
-        """Add single points that come together this time; `row` as for `add_row`."""
-        for one, value in zip(series, row, strict=True):
-            number = to_float(value)
-            if number is not None:
-                self.add(one, ts, number)
+        for timeline in self.timelines:
+            if timeline.waiting:
+                timeline.place_waiting(ts // MILLISECOND_NS + MAX_LEAD_MS)
 
     def add(self, series: Series, ts: int, value: Any) -> None:
-        """Add a point of the current millisecond, at `ts` (Unix ns); it replaces the one that the series has there."""
-        for kind, table in self._current_rows.items() if self._current_rows else ():
-            if table is not None and series in table.series:
-                self._demote_row(kind)
-                break
+        """Add a single point of the current millisecond, at `ts` (Unix ns); it replaces the series' one there."""
+        if ts < self.not_before:
+            self.filtered += series in self._early
+            self._early[series] = value
+            return
+        if self._early:
+            self._add_early(ts)
         index = self._current_points.get(series)
         if index is None:
             self._current_points[series] = len(self.points)
@@ -110,44 +173,305 @@ class PointBuffer:
             self.points[index] = (series, ts, value)
             self.filtered += 1
 
-    def has_current(self, series: Series) -> bool:
-        """Whether a series has a point of the current millisecond."""
-        return series in self._current_points or any(
-            table is not None and series in table.series and table.rows[-1][table.series.index(series)] is not None
-            for table in self._current_rows.values()
-        )
+    def reserved_row(self, call: int | None, line: int) -> int:
+        """The key of a row of `metrics`, in which values are missing.
 
-    def flush(self) -> Sequence[Record]:
-        """Return all points since the last flush, and begin a millisecond."""
-        self.next_millisecond()
+        Args:
+            call: The `seq` of its line; None in journals of schema 1.0, which have no more than its time.
+            line: The time of its line, Unix ns.
+
+        Returns:
+            The key; 0 where that row is not known: its line lies in another session, say.
+
+        """
+        if call is None:
+            return next((key for key, row in self.reserved.items() if row.line == line), 0)
+        return call if call in self.reserved and self.reserved[call].line == line else 0
+
+    def add_late(self, key: int, series: Series, value: float, ts: int) -> None:
+        """Add a value that was missing in a row, at the row's time; a row that waits or was thinned keeps its fate.
+
+        Args:
+            key: Of the row.
+            series: Which of its values.
+            value: What it is.
+            ts: The time of the line that has it, Unix ns.
+
+        """
+        time = self.reserved[key].time
+        if time == WAITS:
+            for timeline in self.timelines:
+                timeline.fill_waiting(key, series, value)
+        elif time == THINNED:
+            self.thinned += 1
+        elif time <= self._displaced.get(series, 0):
+            self.metrics.add_row(self.table([series]), ts, [value])
+        else:
+            if len(self._late) >= MAX_TABLES:
+                self._late.clear()
+            self._append(self._late.setdefault(series, Table((series,))), time, [value])
+
+    def add_stray(self, series: Sequence[Series], ts: int, row: list[Any]) -> None:
+        """Add values that were missing in a row which is not known, as a row of their own; as `Timeline.add_row`."""
+        self.metrics.add_row(self.table(series), ts, row)
+        self._displaced.update(dict.fromkeys(series, self.metrics.free_from))
+
+    def place_all(self) -> int:
+        """Place all that waits, at the end of a session. The end of the last row's millisecond, Unix ns."""
+        for timeline in self.timelines:
+            timeline.place_waiting(None)
+        return max(timeline.free_from for timeline in self.timelines)
+
+    def flush(self, until: int) -> Sequence[Record]:
+        """Take the points that lie before `until` (Unix ns), and begin a millisecond."""
+        if self._early and until > self.not_before:
+            self._add_early(until)
+        self._current_points.clear()
         points, self.points = self.points, []
-        columns = [column for table in self._tables for column in _flush_columns(table)]
-        self._tables = []
+        columns: list[Column] = []
+        used, self._used = self._used, []
+        for table in used:
+            times, rows = table.times, table.rows
+            if times[-1] < until:
+                table.times, table.rows = [], []
+            else:
+                cut = bisect_left(times, until)
+                table.times, table.rows = times[cut:], rows[cut:]
+                times, rows = times[:cut], rows[:cut]
+                self._used.append(table)
+            columns += _columns(table.series, times, rows)
         return Points(points, columns) if columns else points
 
-    def _demote_row(self, kind: str) -> None:
-        """Make the current row single points, which others may replace."""
-        table, self._current_rows[kind] = self._current_rows.get(kind), None
-        if table is not None:
-            self.add_each(table.series, table.times.pop(), table.rows.pop())
+    def held(self) -> tuple[int, int]:
+        """How many rows are held back for their time to come, and the time of the last one, Unix ns."""
+        return sum(len(table.times) for table in self._used), max((t.times[-1] for t in self._used), default=0)
+
+    def state(self, index: Mapping[Series, int], now: int) -> dict[str, Any]:
+        """What is carried on, as JSON: only of series that are ahead of the last event.
+
+        Args:
+            index: A series -> the number that stands for it.
+            now: The millisecond of the last event, Unix ns.
+
+        """
+        return {
+            "filtered": self.filtered,
+            "thinned": self.thinned,
+            "reserved": [[key, row.line, row.time] for key, row in self.reserved.items()],
+            "timelines": [timeline.state(index, now // MILLISECOND_NS) for timeline in self.timelines],
+            "held": [[[index[s] for s in table.series], table.times, table.rows] for table in self._used],
+            "displaced": [[index[series], ts] for series, ts in self._displaced.items()],
+            "early": [[index[series], value] for series, value in self._early.items()],
+        }
+
+    def restore(self, state: dict[str, Any], series: Sequence[Series]) -> None:
+        """Go on from what `state` returned; `series`: by the numbers that stand for them."""
+        self.filtered, self.thinned = state["filtered"], state["thinned"]
+        self.reserved = {key: Reserved(line, time) for key, line, time in state["reserved"]}
+        for timeline, content in zip(self.timelines, state["timelines"], strict=True):
+            timeline.restore(content, series)
+        for indices, times, rows in state["held"]:
+            self._used.append(Table(tuple(series[index] for index in indices), 0, times, rows))
+        self._displaced = {series[index]: ts for index, ts in state["displaced"]}
+        self._early = {series[index]: value for index, value in state["early"]}
+
+    def _append(self, table: Table, ts: int, row: list[Any]) -> None:
+        if not table.times:
+            self._used.append(table)
+        table.times.append(ts)
+        table.rows.append(row)
+
+    def _add_early(self, ts: int) -> None:
+        """Add the points that came before `not_before`; `ts`: of what comes next."""
+        early, self._early = self._early, {}
+        for series, value in early.items():
+            self._current_points[series] = len(self.points)
+            self.points.append((series, self.not_before, value))
+        if ts - self.not_before >= MILLISECOND_NS:
+            self._current_points.clear()
 
 
-def _flush_columns(table: Table) -> list[Column]:
-    """Empty a table into its columns."""
+class Timeline:
+    """Places the rows of tables that may share series; no two timelines have a series in common.
+
+    Usually lines lie apart, and a row is where its line is: that costs one comparison. Which series has a point where
+    is looked up from the second row of a millisecond on, and while rows run ahead.
+
+    Args:
+        buffer: Whose timeline it is.
+
+    Attributes:
+        free_from: The end of the last millisecond that has a row, Unix ns: from here on nothing can meet a row.
+        waiting: The rows that have no place yet, by their series, in the order of their lines.
+
+    """
+
+    def __init__(self, buffer: PointBuffer) -> None:
+        self._buffer = buffer
+        self.free_from = self._not_before = buffer.not_before
+        self.waiting: dict[tuple[Series, ...], WaitingRow] = {}
+        self._last: dict[Series, int] = {}
+        """Series -> the last millisecond in which it has a point; all that have one in or after the current one."""
+        self._step_numbers: dict[Series, Any] = {}
+        """The number of the step that a series of those has there."""
+        self._newest: tuple[Table, list[Any]] | None = None
+        """The row that was placed without a look at `_last`, which does not have it yet."""
+
+    def add_row(self, table: Table, ts: int, row: list[Any], key: int = 0) -> None:
+        """Add a point of each of a table's series.
+
+        Args:
+            table: Of the buffer.
+            ts: The time of their line, Unix ns.
+            row: A value for each series; what is no number is no point, but keeps its place.
+            key: By which `PointBuffer.add_late` knows the row, if a value of it is missing.
+
+        """
+        if ts < self.free_from or self.waiting:
+            self._add_colliding(table, ts, row, key)
+        else:
+            self.free_from = ts - ts % MILLISECOND_NS + MILLISECOND_NS
+            self._newest = table, row
+            if self._last:
+                self._last.clear()
+            times = table.times
+            if not times:
+                self._buffer._used.append(table)
+            times.append(ts)
+            table.rows.append(row)
+        if key:
+            self._reserve(key, table, ts)
+
+    def place_waiting(self, limit: int | None) -> None:
+        """Place the rows that wait, in the order of their lines, as far as there is room.
+
+        Args:
+            limit: The last millisecond that a row may have; None: any.
+
+        """
+        if limit is not None:
+            limit = max(limit, self._not_before // MILLISECOND_NS + MAX_LEAD_MS)
+        blocked: set[Series] = set()
+        for series, waiting in list(self.waiting.items()):
+            millisecond = self._first_free(waiting.table, waiting.row, waiting.line)
+            if limit is not None and (millisecond > limit or not blocked.isdisjoint(series)):
+                blocked.update(series)
+                continue
+            del self.waiting[series]
+            self._insert(waiting.table, millisecond, millisecond * MILLISECOND_NS, waiting.row)
+            if waiting.key in self._buffer.reserved:
+                self._buffer.reserved[waiting.key].time = millisecond * MILLISECOND_NS
+
+    def fill_waiting(self, key: int, series: Series, value: float) -> None:
+        """Give a row that waits a value that was missing in it."""
+        for waiting in self.waiting.values():
+            if waiting.key == key:
+                waiting.row[waiting.table.series.index(series)] = value
+
+    def state(self, index: Mapping[Series, int], now: int) -> dict[str, Any]:
+        """What is carried on, as JSON; `now`: the millisecond of the last event."""
+        ahead = {series: last for series, last in self._last.items() if last > now}
+        return {
+            "last": [[index[series], last, self._step_numbers.get(series)] for series, last in ahead.items()],
+            "free_from": self.free_from,
+            "waiting": [[[index[s] for s in r.table.series], r.line, r.row, r.key] for r in self.waiting.values()],
+        }
+
+    def restore(self, state: dict[str, Any], series: Sequence[Series]) -> None:
+        """Go on from what `state` returned; `series`: by the numbers that stand for them."""
+        self._last = {series[index]: last for index, last, _ in state["last"]}
+        self._step_numbers = {series[index]: value for index, _, value in state["last"] if value is not None}
+        self.free_from = state["free_from"]
+        for indices, *rest in state["waiting"]:
+            table = self._buffer.table([series[index] for index in indices])
+            self.waiting[table.series] = WaitingRow(table, *rest)
+
+    def _add_colliding(self, table: Table, ts: int, row: list[Any], key: int) -> None:
+        """Add a row whose series may have points in the millisecond of its line or later."""
+        if self._newest is not None:
+            self._note(*self._newest, self.free_from // MILLISECOND_NS - 1)
+            self._newest = None
+        line = max(ts, self._not_before) // MILLISECOND_NS
+        if not self._must_wait(table):
+            millisecond = self._first_free(table, row, line)
+            if millisecond <= line + MAX_LEAD_MS:
+                unmoved = millisecond == ts // MILLISECOND_NS
+                self._insert(table, millisecond, ts if unmoved else millisecond * MILLISECOND_NS, row)
+                return
+        before = self.waiting.pop(table.series, None)
+        if before is None and len(self.waiting) >= MAX_WAITING:
+            before = self.waiting.pop(next(iter(self.waiting)))
+        if before is not None:
+            self._thin(before)
+        self.waiting[table.series] = WaitingRow(table, line, row, key)
+
+    def _must_wait(self, table: Table) -> bool:
+        """Whether a row of a table would overtake one that waits."""
+        if not self.waiting or table.series in self.waiting:
+            return bool(self.waiting)
+        series = set(table.series)
+        return not all(series.isdisjoint(waiting) for waiting in self.waiting)
+
+    def _first_free(self, table: Table, row: list[Any], millisecond: int) -> int:
+        """The first millisecond, not before this one, that a row may have."""
+        last_of = self._last.get
+        for series in table.series[: table.values]:
+            last = last_of(series, 0)
+            if last >= millisecond:
+                millisecond = last + 1
+        for series, value in zip(table.series[table.values :], row[table.values :], strict=True):
+            last = last_of(series, 0)
+            if last >= millisecond:
+                millisecond = last if self._step_numbers[series] == value else last + 1
+        return millisecond
+
+    def _insert(self, table: Table, millisecond: int, ts: int, row: list[Any]) -> None:
+        """Put a row where `_first_free` said."""
+        values = row
+        for index in range(table.values, len(row)):
+            if self._last.get(table.series[index]) == millisecond:  # it has a point with this value there
+                values = row.copy() if values is row else values
+                values[index] = None
+        self._note(table, row, millisecond)
+        self.free_from = max(self.free_from, (millisecond + 1) * MILLISECOND_NS)
+        self._buffer._append(table, ts, values)
+
+    def _note(self, table: Table, row: list[Any], millisecond: int) -> None:
+        """Keep in mind where a row's series have their last points."""
+        for series in table.series:
+            self._last[series] = millisecond
+        for index in range(table.values, len(row)):
+            self._step_numbers[table.series[index]] = row[index]
+
+    def _thin(self, waiting: WaitingRow) -> None:
+        """Give up a row that waits, for a later one."""
+        buffer = self._buffer
+        buffer.thinned += sum(to_float(value) is not None for value in waiting.row)
+        if waiting.key in buffer.reserved:
+            buffer.reserved[waiting.key].time = THINNED
+
+    def _reserve(self, key: int, table: Table, line: int) -> None:
+        """Keep a row in mind whose missing values may still come."""
+        waiting, reserved = self.waiting.get(table.series), self._buffer.reserved
+        waits = waiting is not None and waiting.key == key
+        if len(reserved) >= MAX_RESERVED:
+            del reserved[next(iter(reserved))]
+        reserved[key] = Reserved(line, WAITS if waits else table.times[-1])
+
+
+def _columns(series: Iterable[Series], times: list[int], rows: list[list[Any]]) -> list[Column]:
+    """Rows as columns."""
     columns: list[Column] = []
-    for series, values in zip(table.series, zip(*table.rows, strict=True), strict=False):  # no rows, no columns
+    for one, values in zip(series, zip(*rows, strict=True), strict=False):  # no rows, no columns
         types = set(map(type, values))
         if types == ALL_FLOATS:
-            columns.append((series, table.times, values))
+            columns.append((one, times, values))
         elif types == ALL_INTEGERS:
-            columns.append((series, table.times, [float(value) for value in values]))
+            columns.append((one, times, [float(value) for value in values]))
         else:
             numbers = [
-                (ts, number)
-                for ts, value in zip(table.times, values, strict=True)
-                if (number := to_float(value)) is not None
+                (ts, number) for ts, value in zip(times, values, strict=True) if (number := to_float(value)) is not None
             ]
             if numbers:
-                columns.append((series, [ts for ts, _ in numbers], [number for _, number in numbers]))
-    table.times, table.rows = [], []
+                columns.append((one, [ts for ts, _ in numbers], [number for _, number in numbers]))
     return columns

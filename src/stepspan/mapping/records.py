@@ -99,6 +99,21 @@ Point: TypeAlias = "tuple[Series, int, float | Sum | Histogram | None]"
 """Series, time (Unix ns), value. None is "no recorded value": the series ends here."""
 
 
+class PastPoint(NamedTuple):
+    """A point whose time the user gave: it may be older than a receiver takes, and then is a receiver's to refuse.
+
+    Attributes:
+        series: A gauge.
+        time: Unix ns.
+        value: A float.
+
+    """
+
+    series: Series
+    time: int
+    value: float
+
+
 @dataclass(frozen=True, slots=True)
 class SpanEvent:
     """Something that happened at one time (Unix ns) within a span."""

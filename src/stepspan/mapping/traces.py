@@ -20,7 +20,7 @@ from stepspan.mapping.attributes import (
     exception_attributes,
     flatten,
 )
-from stepspan.mapping.dispatch import MALFORMED, dispatch, warn_unmappable
+from stepspan.mapping.dispatch import MALFORMED, NothingAhead, dispatch, warn_unmappable
 from stepspan.mapping.open_scopes import ScopeState, StepState
 from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, SpanEvent
 from stepspan.mapping.sdk_records import SdkRecords
@@ -36,7 +36,7 @@ STEP_FIELDS = ("step", "split", "epoch", "lap")
 """Of a step's begin event: the attributes of its span."""
 
 
-class TraceMapper:
+class TraceMapper(NothingAhead):
     """One session's events as finished spans."""
 
     def __init__(self, header: Event) -> None:

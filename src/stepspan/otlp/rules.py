@@ -102,18 +102,17 @@ def by_metric(points: Sequence[Point | SdkRecord]) -> tuple[dict[MetricKey, list
     by_series: defaultdict[Series | SdkScope, list[Any]] = defaultdict(list)
     for point in single_points:
         by_series[point[0]].append(point)
-    found: dict[Series, Column] = {}
+    found: dict[Series, list[Column]] = {}
     sdk_records: list[SdkRecord] = []
     for series, its_points in by_series.items():
         if isinstance(series, SdkScope):
             sdk_records += its_points
         else:
             _, times, values = zip(*its_points, strict=True)
-            found[series] = series, times, values
+            found[series] = [(series, times, values)]
     for column in columns:
-        series = column[0]
-        found[series] = merge_columns(found[series], column) if series in found else column
+        found.setdefault(column[0], []).append(column)
     metrics: dict[MetricKey, list[Column]] = {}
-    for series, column in found.items():
-        metrics.setdefault((series.name, series.unit, series.kind), []).append(column)
+    for series, its_columns in found.items():
+        metrics.setdefault((series.name, series.unit, series.kind), []).append(merge_columns(its_columns))
     return metrics, sdk_records

@@ -39,7 +39,7 @@ class Session:
     def records(self, signal: Signal) -> list[Record]:
         """The events as the records of one signal, with those of the session's end if it has ended."""
         fold = mapper(signal, self.header)
-        return [*fold.map(self.events), *(fold.finish(self.closed) if self.closed else ())]
+        return [*fold.map(self.events), *(fold.finish(self.closed) if self.closed else fold.release())]
 
 
 class SessionReader(AbstractContextManager["SessionReader"]):
