@@ -25,7 +25,7 @@ FILES = {
 }
 
 LAYERS = (
-    ("errors", "environment", "_version"),
+    ("errors", "environment", "copying", "_version"),
     ("values", "identity"),
     ("events",),
     ("journal",),

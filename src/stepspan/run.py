@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stepspan.deliver.delivery import Delivery
@@ -45,8 +46,14 @@ class Run:
     `stepspan.start_run` makes one; `stepspan.current_run` finds it. Where stepspan is switched off, and where no run is
     open, the run is one that records nothing: each method may be called all the same.
 
+    What holds a run can be copied and pickled: a copy has the same run, and what was pickled has the `current_run()` of
+    the process that unpickles it.
+
     Attributes:
         identity: Which job and rank this process is.
+        job_id: What all ranks of the job have in common.
+        directory: Where the journals are.
+        trace_id: Of the run's span.
         closed: Whether the run has ended.
 
     What begins with an underscore is stepspan's own; its samplers and integrations record through `_recorder`.
@@ -71,6 +78,7 @@ class Run:
         self._scopes = recorder.scopes
         self._emit = recorder.emit
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
+        self._trace_id = ""
         if pipeline is not None and isinstance(recorder, JournalRecorder):
             recorder.on_worker_session = self._close_with_worker
             pipeline.journal.upkeep = self._upkeep
@@ -78,12 +86,43 @@ class Run:
             about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
             self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
             self._scopes.begin(self._scope)
+            self._trace_id = self._scopes.ids(self._scope)[0].hex()
             self._close_with_worker()
 
     @property
     def identity(self) -> Identity:
         """Which job and rank this process is."""
         return self._recorder.identity
+
+    @property
+    def job_id(self) -> str:
+        """What all ranks of the job have in common."""
+        return self.identity.job_id
+
+    @property
+    def directory(self) -> Path:
+        """Where the journals are, for `stepspan report`; of a run that records nothing, where they would be."""
+        return self._pipeline.journal.directory if self._pipeline else _default_directory()
+
+    @property
+    def trace_id(self) -> str:
+        """The id of the trace of the run's span in this process, 32 hex digits; "" of a run that records nothing."""
+        return self._trace_id
+
+    def __repr__(self) -> str:
+        if not self._active:
+            return "<Run: records nothing>"
+        me = self.identity
+        rank = f"rank {me.rank} of {me.world_size}{me.role and f' ({me.role})'}"
+        session = self._session
+        where = session.path if session else self.directory
+        return f"<Run {me.job_id!r}: {rank}, {'closed' if self.closed else 'open'}, {where}>"
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
         """Record one point per key at this instant, each in a series `training.<key>` of its own.
@@ -221,7 +260,7 @@ class Run:
         return scope
 
     def span(self, name: str, /, *, collective: bool = False, cuda: bool = False, **attributes: Any) -> Scope:
-        """A phase of training, to be entered by `with`: a span, and `training.phase.time` (s).
+        """A phase of training: a span, and `training.phase.time` (s). To be entered by `with`, or as a decorator.
 
         Args:
             name: Of the span, and the metric's attribute `phase`.
@@ -441,6 +480,12 @@ class Run:
             why = f"not a whole number: {to_text(error)}"
         self._warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
         return None
+
+
+def _default_directory() -> Path:
+    from stepspan.config import Settings
+
+    return Path(os.environ.get("STEPSPAN_DIRECTORY", "").strip() or Settings().directory).expanduser()
 
 
 DISABLED = Run(NullRecorder())

@@ -7,6 +7,7 @@ start_run ─► open_run: settings ─► journal ─► identity ─► resour
 from __future__ import annotations
 
 import atexit
+import copyreg
 import logging
 import os
 import sys
@@ -138,6 +139,9 @@ def start_run(
 def current_run() -> Run:
     """The open run, or one that records nothing."""
     return _open if _open is not None and not _open.closed else DISABLED
+
+
+copyreg.pickle(Run, lambda run: (current_run, ()))  # of whoever unpickles it
 
 
 def open_run(

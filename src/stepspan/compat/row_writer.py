@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepspan.copying import SharedByCopies
 from stepspan.values import json_value, to_float
 
 log = logging.getLogger("stepspan")
@@ -31,7 +32,7 @@ MAX_WAITING_BYTES = 64 << 20
 APPEND = os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
 
 
-class RowWriter:
+class RowWriter(SharedByCopies):
     """Appends rows to the file at `path`, which is created with its directories at the first flush.
 
     Any number of threads may use one writer, and a signal handler may add a row.

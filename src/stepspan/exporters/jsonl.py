@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from stepspan.copying import SharedByCopies
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.journal import Journal
 
 
-class JsonlExporter:
+class JsonlExporter(SharedByCopies):
     """Keeps the journal: JSON lines below `directory`, each on its way to the disk before the logging call returns.
 
     Args:

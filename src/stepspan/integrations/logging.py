@@ -14,6 +14,7 @@ import logging
 import threading
 from typing import Any
 
+from stepspan.copying import SharedByCopies
 from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
@@ -27,7 +28,7 @@ STANDARD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asct
 """A record's own fields; what else it has came by `extra=`."""
 
 
-class StepspanHandler(logging.Handler):
+class StepspanHandler(SharedByCopies, logging.Handler):
     """Records log lines as `log` events: they arrive as log records with the trace and span id of their step.
 
     Recorded are the message (not formatted further), severity, logger, place in the code, exception and `extra=`

@@ -215,6 +215,10 @@ class FrameworkCallback:
     def __init__(self, **arguments: Any) -> None:
         self.loop = Loop(arguments)
 
+    def __deepcopy__(self, memo: object) -> Self:
+        copied: Self = self._remake()  # with the same arguments, which may hold what cannot be copied
+        return copied
+
     def __reduce__(self) -> tuple[Any, ...]:
         return self._remake, ()
 

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from stepspan.recording.cuda_spans import SPAN_BEGIN, DeviceTimer, Timer
 from stepspan.recording.recorder import Recorder
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scopes import DetachedSpan, Scope
 from stepspan.run import Run
 from stepspan.start import current_run
 from stepspan.values import error_text
@@ -71,13 +71,6 @@ def watch_collectives(model: Any, run: Run | None = None) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- a wait
-
-
-class DetachedSpan(Scope):
-    """A span that begins in one thread and ends in another."""
-
-    __slots__ = ()
-    detached = True
 
 
 class Wait:
@@ -203,6 +196,9 @@ class StepWaits:
         self._run = run
         self._step: Scope | None = None
         self._wait: Wait | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StepWaits, (self._run,)
 
     def timed(self, tensor: Any, call: Callable[[], T]) -> T:
         """Communicate, timed.

@@ -30,33 +30,47 @@ def device_span(recorder: Recorder, begin: Event) -> Scope:
         begin: The fields of the begin event.
 
     Returns:
-        The span, not open yet; one that is timed on the host alone, with a warning, where CUDA is not initialised.
+        The span, not open yet; it is timed on the host alone, with a warning, if CUDA is not initialised by then.
 
     """
-    cuda = getattr(modules.get("torch"), "cuda", None)
-    if cuda is None or not cuda.is_initialized():
-        message = f"span {begin['name']:.80}: cuda=True, but torch has not initialised CUDA: timed on the host"
-        recorder.warn_once("cuda", message)
-        return recorder.scopes.span(begin)
-    span = DeviceSpan(recorder.scopes, "span", {**SPAN_BEGIN, **begin, "cuda": True})
-    span.timer = DeviceTimer(recorder, cuda)
+    span = DeviceSpan(recorder.scopes, "span", {**SPAN_BEGIN, **begin})
+    span.recorder = recorder
     return span
 
 
 class DeviceSpan(Scope):
     """A span between two CUDA events of the stream that is current where it is entered and left."""
 
-    __slots__ = ("timer",)
-    timer: Timer
+    __slots__ = ("recorder", "timer")
+    recorder: Recorder
+    timer: Timer | None
 
     def __enter__(self) -> Self:
+        cuda = getattr(modules.get("torch"), "cuda", None)
+        if cuda is not None and cuda.is_initialized():
+            self.timer, self.begin["cuda"] = DeviceTimer(self.recorder, cuda), True
+        else:
+            self.timer = None
+            message = f"span {self.begin['name']:.80}: cuda=True, but torch has not initialised CUDA: timed on the host"
+            self.recorder.warn_once("cuda", message)
         self.owner.begin(self)
-        self.timer.mark()
+        if self.timer is not None:
+            self.timer.mark()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.timer.mark()
-        self.timer.end(self, error)
+        if self.timer is None:
+            self.owner.end(self, error)
+        else:
+            self.timer.mark()
+            self.timer.end(self, error)
+
+    def renewed(self) -> Scope:
+        """A scope like this one, not open yet."""
+        span = self._like(DeviceSpan)
+        assert isinstance(span, DeviceSpan)
+        span.recorder = self.recorder
+        return span
 
 
 class Timer:

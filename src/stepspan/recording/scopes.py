@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import SECOND_NS, Event
 from stepspan.mapping import ids
+from stepspan.recording.decorators import F, decorate
 from stepspan.recording.outcomes import Outcomes, Status
 from stepspan.values import error_text, to_text
 
@@ -42,7 +43,9 @@ class Emit(Protocol):
 
 
 class Scope:
-    """An open run, epoch, step or span; a context manager.
+    """An open run, epoch, step or span; a context manager, and a decorator: each call is then one of its own.
+
+    A copy, also one that was pickled, is a scope of a run that records nothing.
 
     Attributes:
         samples: How many samples a step processed: `training.throughput`. May be set while the step is open.
@@ -94,6 +97,43 @@ class Scope:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.owner.end(self, error)
+
+    def __call__(self, function: F) -> F:
+        """A function each of whose calls is a scope like this one.
+
+        Args:
+            function: Also a coroutine function, a generator function or a method.
+
+        """
+        return decorate(function, self.renewed, self._renewed_detached)
+
+    def renewed(self) -> Scope:
+        """A scope like this one, not open yet."""
+        return self._like(type(self))
+
+    def _renewed_detached(self) -> Scope:
+        if self.tag != "span":
+            return self.renewed()
+        span = self._like(DetachedSpan)
+        span.parent = self.owner.innermost()
+        return span
+
+    def _like(self, kind: type[Scope]) -> Scope:
+        fields = {name: value for name, value in self.begin.items() if self.tag == "epoch" or name not in _FOUND}
+        scope = kind(self.owner, self.tag, {**fields, "ts": 0, "seq": 0, "parent": 0}, self.step, self.split)
+        scope.samples, scope.tokens = self.samples, self.tokens
+        scope.epoch = self.epoch if self.tag == "epoch" else None
+        return scope
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _closed_scope, (self.tag, dict(self.begin), self.step, self.split, self.samples, self.tokens)
+
+
+class DetachedSpan(Scope):
+    """A span that goes on beside the code that began it, and may end in another thread."""
+
+    __slots__ = ()
+    detached = True
 
 
 class Scopes:
@@ -459,5 +499,19 @@ class NullScopes(Scopes):
         return None
 
 
+_NO_SCOPES = NullScopes()
+
+
+def _closed_scope(
+    tag: str, begin: Event, step: int | None, split: str | None, samples: float | None, tokens: float | None
+) -> Scope:
+    """A copy of a scope, of a run that records nothing."""
+    scope = Scope(_NO_SCOPES, tag, begin, step, split)
+    scope.samples, scope.tokens = samples, tokens
+    return scope
+
+
+_FOUND = frozenset({"cuda", "epoch", "lap"})
+"""Fields of a begin event that are found as a step or span begins."""
 _IN_TRACE = frozenset({"span", "step"})
 """A span that lies in one of these is in its trace."""

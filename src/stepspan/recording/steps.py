@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from stepspan.recording.scopes import Scope, Scopes
+from stepspan.recording.scopes import NullScopes, Scope, Scopes
 
 T = TypeVar("T")
 
@@ -17,7 +18,7 @@ class Steps(Generic[T]):
     """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
 
     An object and not a generator: it has a length, and its loop can be left in any way. A loop over one that was
-    exhausted begins again, as a loop over the iterable would.
+    exhausted begins again, as a loop over the iterable would. A copy iterates over the batches and makes no steps.
 
     Args:
         scopes: Of the run.
@@ -93,6 +94,10 @@ class Steps(Generic[T]):
             scope.tokens = self._scopes.amount("tokens", self._tokens, batch, scope.tokens)
         return batch
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also one that was pickled, iterates over the batches and makes no steps."""
+        return partial(_unrecorded, self._iterable, accumulate=self._accumulate, split=self._split), ()
+
     def _finish(self, error: BaseException | None) -> None:
         scope, self._scope = self._scope, None
         self._batches = 0
@@ -103,3 +108,8 @@ class Steps(Generic[T]):
         scope = self._scope
         if scope is not None:
             scope.abandoned_at = self._clock()  # the loop was left; how, the scope around it will find out
+
+
+def _unrecorded(iterable: Iterable[T], accumulate: int, split: str) -> Steps[T]:
+    """Steps of a run that records nothing."""
+    return Steps(NullScopes(), iterable, start=None, accumulate=accumulate, split=split)

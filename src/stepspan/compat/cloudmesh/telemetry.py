@@ -29,6 +29,7 @@ from stepspan.compat.cloudmesh.files import JsonlBackend, TextBackend
 from stepspan.compat.cloudmesh.records import Record, edge, measured, span_name, timestamp, unfolded
 from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
+from stepspan.copying import SharedByCopies
 from stepspan.environment import switched_off
 from stepspan.errors import ConfigError, short_repr
 from stepspan.identity import Identity, host_facts, resolve
@@ -56,7 +57,7 @@ class Backend(Protocol):
 FILE_BACKENDS: Mapping[str, Callable[[Any], Backend]] = {"jsonl": JsonlBackend, "text": TextBackend}
 
 
-class Telemetry:
+class Telemetry(SharedByCopies):
     """Emits metrics, events and statuses of a command, with the machine, the user, the job and the rank.
 
     The calls are those of cloudmesh-ai's Telemetry, as its manual prints them and as its releases take them. Unlike

@@ -71,4 +71,6 @@ class Tracked:
         status = Outcomes().of(error)
         if status == "completed":
             return self._emit(status, "Command completed successfully", metrics, self._span, None)
-        return self._emit(status, error, metrics, self._span, error if status == "failed" else None)
+        if status == "interrupted":
+            return self._emit(status, type(error).__name__, metrics, self._span, None)
+        return self._emit(status, error, metrics, self._span, error)

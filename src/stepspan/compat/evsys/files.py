@@ -23,13 +23,14 @@ from typing import Any, ClassVar
 from stepspan.compat.evsys.registry import StoreConfig, register_log_store
 from stepspan.compat.row_writer import RowWriter, to_json
 from stepspan.compat.rows import read_json
+from stepspan.copying import SharedByCopies
 from stepspan.journal.layout import replace_file
 
 log = logging.getLogger("stepspan")
 
 
 @register_log_store("jsonl")
-class JSONLLogStore:
+class JSONLLogStore(SharedByCopies):
     """Metrics, hyperparameters and artifacts as JSON files, which `stepspan import` makes a journal of.
 
     The files are those of evsys's own `jsonl` store. Unlike that one, this one does not raise where a file cannot be

@@ -10,10 +10,11 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from stepspan.compat.evsys.registry import StoreConfig, register_log_store
+from stepspan.copying import SharedByCopies
 
 
 @register_log_store("tensorboard")
-class TensorBoardLogStore:
+class TensorBoardLogStore(SharedByCopies):
     """An event file for TensorBoard: metrics as scalars, hyperparameters and artifacts as texts.
 
     As in evsys, the split is not written: it is in the key, as in `val/loss`. What was logged is in the file after
