@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from harness import runs
-from harness.runs import events, is_ours, outline, python, sessions, spans, status_of
+from harness.processes import until
+from harness.runs import all_spans, events, is_ours, outline, python, sessions, spans, status_of
 
+from stepspan.journal.layout import find_sessions
 from stepspan.journal.liveness import is_alive_here
+from stepspan.reading.sessions import read_session
 from stepspan.run import Run
 
 start = runs.start
@@ -118,8 +123,128 @@ def test_children_of_children_and_later_children_have_names_of_their_own(
         run.log_metrics({"x": 1.0})
         """,
     )
-    assert set(found) == {"0", "0-worker1", "0-worker1worker2", "0-worker2"}
+    assert set(found) == {"0", "0-worker1", "0-worker2", "0-worker3"}
     assert all(len(events(path, "metrics")) == 1 for path in found.values())
+
+
+EPOCHS = """
+import os, signal, stepspan
+from stepspan.journal import numbers
+numbers.REUSE_AFTER_S = after
+run = stepspan.start_run(job_id="job")
+def epoch():
+    ready, go = os.pipe(), os.pipe()
+    children = []
+    for _ in range(4):
+        children.append(os.fork())
+        if not children[-1]:
+            os.close(go[1])
+            with run.step(0):
+                run.log_metrics({"decoded": 1.0})
+            os.write(ready[1], b".")
+            os.read(go[0], 1)  # all four live at once
+            if how == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if how == "closed":
+                run.close()
+            os._exit(0)
+    for _ in children:
+        assert os.read(ready[0], 1)
+    os.close(go[1])
+    for child in children:
+        os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("how", ["closed", "left", "killed"])
+def test_the_workers_of_each_epoch_go_by_the_same_numbers(start: Callable[..., Run], tmp_path: Path, how: str) -> None:
+    script = f"after, how = 0.0, {how!r}\n{EPOCHS}\nfor _ in range(3):\n    epoch()\nrun.close()"
+    assert python(script, tmp_path).returncode == 0
+    headers = [read_session(found).header for found in find_sessions(tmp_path / "stepspan-runs")]
+    roles = Counter(header["role"] for header in headers)
+    assert roles == {"": 1, **dict.fromkeys(["worker1", "worker2", "worker3", "worker4"], 3)}
+    assert {header["resource"]["service.instance.id"] for header in headers if header["role"]} == {
+        f"job-0-worker{number}" for number in range(1, 5)
+    }
+
+
+@pytest.mark.parametrize("how", ["closed", "left", "killed"])
+def test_a_number_rests_after_its_last_owner_has_written(start: Callable[..., Run], tmp_path: Path, how: str) -> None:
+    script = f"""
+after, how = 10.0, {how!r}
+{EPOCHS}
+import time
+from pathlib import Path
+epoch()
+epoch()
+for path in [*Path("stepspan-runs").rglob("*worker[1-4]-*/*"), *Path("stepspan-runs").rglob(".rank-*")]:
+    os.utime(path, (time.time() - 11,) * 2)
+epoch()
+run.close()
+"""
+    assert python(script, tmp_path).returncode == 0
+    roles = Counter(read_session(found).header["role"] for found in find_sessions(tmp_path / "stepspan-runs"))
+    again, once = [f"worker{number}" for number in range(1, 5)], [f"worker{number}" for number in range(5, 9)]
+    assert roles == {"": 1, **dict.fromkeys(again, 2), **dict.fromkeys(once, 1)}
+
+
+def test_spans_of_those_who_share_a_number_share_no_id(start: Callable[..., Run], tmp_path: Path) -> None:
+    assert python(f"after, how = 0.0, 'closed'\n{EPOCHS}\nepoch()\nepoch()\nrun.close()", tmp_path).returncode == 0
+    found = [span for session in find_sessions(tmp_path / "stepspan-runs") for span in all_spans(session.path)]
+    steps = [span for span in found if span.name == "training.step"]
+    assert len(steps) == 8
+    assert len({span.trace_id for span in steps}) == 1, "step 0 of the run"
+    assert len({span.span_id for span in found}) == len(found)
+
+
+def test_a_number_is_not_kept_by_the_children_of_its_owner(start: Callable[..., Run], tmp_path: Path) -> None:
+    found = python(
+        """
+        import os, stepspan
+        from stepspan.journal import numbers
+        numbers.REUSE_AFTER_S = 0.0
+        run = stepspan.start_run(job_id="job")
+        r, w = os.pipe()
+        lives, alive = os.pipe()
+        if os.fork() == 0:
+            run.log_metrics({"x": 1.0})
+            if os.fork() == 0:  # lives on, and logs only once its parent has ended
+                os.write(alive, b".")
+                os.close(w)
+                os.read(r, 1)
+                run.log_metrics({"x": 3.0})
+            os._exit(0)
+        os.wait()
+        os.read(lives, 1)
+        if (child := os.fork()) == 0:
+            run.log_metrics({"x": 2.0})
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(w)
+        """,
+        tmp_path,
+    )
+    assert found.returncode == 0, found.stderr
+    where = tmp_path / "stepspan-runs"
+    until(lambda: len([*find_sessions(where)]) == 4)
+    sessions = [read_session(session) for session in find_sessions(where)]
+    values = [(s.header["role"], e["metrics"]["x"]) for s in sessions for e in s.events if e["tag"] == "metrics"]
+    assert sorted(values) == [("worker1", 1.0), ("worker1", 2.0), ("worker1", 3.0)]
+
+
+def test_where_files_cannot_be_locked_a_worker_goes_by_its_process(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with start(job_id="job") as run:
+        if (child := os.fork()) == 0:
+            run.log_metrics({"x": 1.0})
+            os._exit(0)
+        os.waitpid(child, 0)
+    assert set(sessions(tmp_path / "stepspan-runs")) == {"0", f"0-worker{child}"}
 
 
 def test_a_pool_of_data_workers(start: Callable[..., Run], tmp_path: Path) -> None:

@@ -433,17 +433,12 @@ class Run:
         else:
             self._close(*self._scopes.exit_here())
 
-    def _after_fork(self, number: int) -> None:
-        """Go on in a forked child, whose first event opens a session of its own.
-
-        Args:
-            number: Which child of its parent this is, from 1 on.
-
-        """
+    def _after_fork(self) -> None:
+        """Go on in a forked child, whose first event opens a session of its own."""
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         try:
             self._delivery.after_fork()
-            self._recorder.after_fork(number)
+            self._recorder.after_fork()
             self._delivery = Delivery(self._delivery.targets)  # the parent's deliverer finds this session too
         except Exception as error:
             self._warn_once("fork", f"a forked child records nothing: {error_text(error)}")

@@ -41,7 +41,6 @@ log = logging.getLogger("stepspan")
 
 _open: Run | None = None
 _runs_opened = 0
-_forks = 0
 
 
 def start_run(
@@ -298,21 +297,11 @@ def _close_at_exit() -> None:
         _open._close_at_exit(error)
 
 
-def fork_count() -> int:
-    """How often this process has forked: in a forked child its number among its parent's children."""
-    return _forks
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
 def _after_fork_in_child() -> None:
     if _open is not None and not _open.closed:
-        _open._after_fork(_forks)
+        _open._after_fork()
 
 
 atexit.register(_close_at_exit)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_count_fork, after_in_child=_after_fork_in_child)
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -24,6 +24,7 @@ spans. A full disk leaves a torn line, then a newline, then a `gap` line that co
     reader       whole lines from a position on, in batches that end between two milliseconds
     cursor       how far one destination has taken one signal of one session, and the ledger of it
     checkpoint   the state of a mapper at a cursor, so that a restart need not read from the beginning
+    numbers      which number a forked worker goes by
     liveness     alive, dead or unknown: how everyone agrees on a session's end
     layout       names and places of files, and how they are opened
     location     where journals go: the directory, or shared memory

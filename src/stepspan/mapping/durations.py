@@ -70,5 +70,6 @@ class Durations:
     def _exemplar(self, duration: float, ended: int, begin: Event) -> Exemplar:
         header = self._thinning.header
         trace_id = step_trace_id(header, begin)
-        span_id = ids.step_span_id(trace_id, header["rank"], header["role"])
+        role = ids.unique_role(header["role"], header["session"], header["schema"])
+        span_id = ids.step_span_id(trace_id, header["rank"], role)
         return Exemplar(ended, duration, trace_id, span_id)

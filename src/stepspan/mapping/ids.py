@@ -8,7 +8,7 @@ numbers: a user's `random.seed(42)` in every rank changes nothing, and sending t
 id                     hashes                                                 shared by
 =====================  =====================================================  ===================
 trace of a step        run key, split, epoch, lap, step                       all ranks
-span of a step         its trace, rank, role                                  no other span
+span of a step         its trace, rank, role and the role's session           no other span
 trace outside steps    run key, rank, role, epoch, hour                       one rank's sessions
 any other span         session, `seq`                                         no other span
 =====================  =====================================================  ===================
@@ -43,8 +43,19 @@ def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: i
     return blake2b(utf8(named), digest_size=16).digest()
 
 
+def unique_role(role: str, session: str, schema: str = "") -> str:
+    """What stands for a role in the ids of steps: roles are taken again, so the session belongs to it.
+
+    In journals of `schema` 1.0 they were not.
+    """
+    return f"{role}-{session}" if role and schema != "1.0" else role
+
+
 def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
-    """One rank's span of the step whose trace it is, 8 bytes; rank 0's without a role is the root."""
+    """One rank's span of the step whose trace it is, 8 bytes; rank 0's without a role is the root.
+
+    `role` is as `unique_role` has it.
+    """
     return blake2b(trace_id + b"%d\0%b" % (rank, utf8(role)), digest_size=8).digest()
 
 

@@ -185,7 +185,8 @@ class OpenScopes:
             trace_id = step_trace_id(header, begin)
             if rank or role:
                 scope.parent_id = ids.step_span_id(trace_id, 0).hex()
-            scope.trace_id, scope.span_id = trace_id.hex(), ids.step_span_id(trace_id, rank, role).hex()
+            unique = ids.unique_role(role, header["session"], header["schema"])
+            scope.trace_id, scope.span_id = trace_id.hex(), ids.step_span_id(trace_id, rank, unique).hex()
             return
         scope.span_id = ids.span_id(header["session"], begin["seq"]).hex()
         if parent is not None and begin["tag"] == "span_begin" and parent.begin["tag"] in {"span_begin", "step_begin"}:

@@ -16,6 +16,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import SCHEMA, Event
+from stepspan.journal.layout import slug
+from stepspan.journal.numbers import WorkerNumber, take_worker_number
 from stepspan.journal.writer import Begun, SessionGone
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.outcomes import Outcomes
@@ -122,6 +124,11 @@ class JournalRecorder:
         outcomes: Outcomes | None = None,
     ) -> None:
         self.identity = identity
+        """Of this process. A forked worker has its own from its first event on."""
+        self._origin = identity
+        """Of the process that began the run."""
+        self._is_worker = False
+        self._worker_number: WorkerNumber | None = None
         self.emit = emit
         self.clock = journal.clock
         self.warn_once = warnings.warn_once
@@ -228,17 +235,22 @@ class JournalRecorder:
             message = f"the journal at {session.path} cannot be written: {error}; lines wait in memory"
             self.warn_once("journal", message)
 
-    def after_fork(self, number: int) -> None:
-        """In a forked child, the parent's `number`-th, whose first event opens a session of its own."""
+    def after_fork(self) -> None:
+        """In a forked child, whose first event opens a session of its own, and takes a worker's number."""
         self._warnings.audible = False
         self.background_tasks, self.background_events = [], 0
         self._deferred = None
-        self.identity = self.identity.for_worker(number)
-        self.scopes.after_fork(self.identity)
+        if self._worker_number is not None:
+            self._worker_number.forget()
+        self._worker_number, self._is_worker = None, True
+        self.scopes.after_fork()
         self._journal.after_fork()
 
     def _header(self) -> Event:
         """The header of a session that begins now, in this process."""
+        session = os.urandom(8).hex()
+        if self._is_worker:
+            self._become_worker(session)
         me = self.identity
         if me.role:
             self.on_worker_session()
@@ -247,7 +259,7 @@ class JournalRecorder:
             "seq": 0,
             "tag": "header",
             "schema": SCHEMA,
-            "session": os.urandom(8).hex(),
+            "session": session,
             "run_key": me.run_key,
             "job_id": me.job_id,
             "rank": me.rank,
@@ -264,6 +276,16 @@ class JournalRecorder:
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
         return self._process(header) or header
+
+    def _become_worker(self, session: str) -> None:
+        """Go by a worker's number, which is kept while this process lives."""
+        if self._worker_number is not None and self._worker_number.is_held:
+            return
+        origin = self._origin
+        directory = self._journal.directory / slug(origin.job_id) / slug(origin.host)
+        self._worker_number = take_worker_number(directory, origin.rank, origin.role, session)
+        number = self._worker_number.number if self._worker_number else os.getpid()
+        self.identity = self.scopes.identity = origin.for_worker(number)
 
 
 class NullRecorder:
@@ -313,7 +335,7 @@ class NullRecorder:
     def report_journal_errors(self) -> None:
         """Do nothing: there is no journal."""
 
-    def after_fork(self, number: int) -> None:
+    def after_fork(self) -> None:
         """A child has nothing to record either."""
 
     def training_events(self) -> tuple[object | None, int]:

@@ -164,7 +164,8 @@ class Scopes:
     ) -> None:
         self.clock: Callable[[], int] = journal.clock
         self.closed = False
-        self._identity = identity
+        self.identity = identity
+        """Of this process; a forked worker has its own from its first event on."""
         self._journal = journal
         self._emit = emit
         self._warn = warn
@@ -392,7 +393,7 @@ class Scopes:
 
     def ids(self, scope: Scope) -> tuple[bytes, bytes]:
         """The trace id (16 bytes) and span id (8 bytes) that the mapping will give a scope."""
-        me = self._parent_identities.get(scope.session, self._identity)
+        me = self._parent_identities.get(scope.session, self.identity)
         top = scope
         while top.tag == "span" and top.begin["parent"] and top.parent is not None and top.parent.tag in _IN_TRACE:
             top = top.parent
@@ -400,9 +401,9 @@ class Scopes:
             trace_id = ids.step_trace_id(me.run_key, top.split or "", top.epoch, top.lap, top.step or 0)
         else:
             trace_id = ids.outside_trace_id(me.run_key, me.rank, me.role, top.epoch, top.ts)
-        if scope.tag == "step":
-            return trace_id, ids.step_span_id(trace_id, me.rank, me.role)
         session = getattr(scope.session or self._journal.session, "id", "")
+        if scope.tag == "step":
+            return trace_id, ids.step_span_id(trace_id, me.rank, ids.unique_role(me.role, session))
         return trace_id, ids.span_id(session, scope.seq)
 
     def amount(self, field: str, given: Any, batch: Any = None, before: float | None = None) -> float | None:
@@ -427,11 +428,10 @@ class Scopes:
             self._warn(field, f"{field}={to_text(given):.80}: {to_text(error)}; throughput is left out")
             return before
 
-    def after_fork(self, identity: Identity) -> None:
+    def after_fork(self) -> None:
         """In a forked child, while the journal is still the parent's: what the parent has open is not ours to end."""
         if self._journal.session is not None:
-            self._parent_identities[self._journal.session] = self._identity
-        self._identity = identity
+            self._parent_identities[self._journal.session] = self.identity
         self._main = self.total_steps = None
         self._spans.clear()
         self._exits.clear()
@@ -439,7 +439,7 @@ class Scopes:
 
     @property
     def _recorded_token(self) -> str:
-        return self._identity.run_key + self._identity.role
+        return self.identity.run_key + self.identity.role
 
     def _fail(self, error: BaseException) -> None:
         with suppress(Exception):

@@ -80,7 +80,7 @@ class _SharedRun:
         """In a forked child: the run goes on in a session of its own when something is written."""
         self.lock = threading.Lock()
         if self.run is not None and not self.run.closed:
-            self.run._after_fork(start.fork_count())
+            self.run._after_fork()
 
 
 _shared_runs: dict[Path | None, _SharedRun] = {}

@@ -1,0 +1,97 @@
+"""The numbers that forked workers go by: small ones, taken again, so that their series don't become more for ever.
+
+    <directory>/<job>/<host>/.rank-00003.worker2    flock'ed by the process that is worker 2 of rank 3 while it lives;
+                                                    holds the name of its session
+
+A worker takes the smallest number whose last owner has ended, and has written nothing for `REUSE_AFTER_S`: the points
+that end its series, and rows that ran ahead of their lines, are over by then. The kernel lets go of the lock however
+its owner ends. The file is never removed: two processes could otherwise lock two files of one name.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import time
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+
+from stepspan.journal.layout import Descriptors, SessionPath, open_path, segment_name, session_name
+from stepspan.journal.liveness import CLOSED
+
+REUSE_AFTER_S = 10.0
+MAX_NAME_BYTES = 255
+
+
+class WorkerNumber:
+    """A number that is this process's while it lives.
+
+    Attributes:
+        number: From 1 on.
+
+    """
+
+    def __init__(self, number: int, descriptors: Descriptors) -> None:
+        self.number = number
+        self._descriptors = descriptors
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it still is: its file may be deleted with the journal, or somebody close our descriptor."""
+        return not self._descriptors.gone()
+
+    def forget(self) -> None:
+        """Close our copy of the descriptor: in a forked child, which must not keep its parent's number."""
+        self._descriptors.close_all()
+
+
+def take_worker_number(directory: Path, rank: int, role: str, session: str) -> WorkerNumber | None:
+    """Take the smallest number that is free.
+
+    Args:
+        directory: Of the host, in the job's: where the session will lie.
+        rank: Of this process.
+        role: Of the process that began the run; the worker's own goes on with "worker" and the number.
+        session: The id of the session that is about to be opened.
+
+    Returns:
+        The number; None where files can't be locked.
+
+    """
+    for number in count(1):
+        name = session_name(rank, f"{role}worker{number}", session)
+        try:
+            fd = open_path(directory / f".{name.removesuffix('-' + session)}", os.O_RDWR | os.O_CREAT)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _quiet_for(directory, fd) >= REUSE_AFTER_S:
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, name.encode(), 0)
+                descriptors = Descriptors()
+                descriptors.hold(fd)
+                return WorkerNumber(number, descriptors)
+        except BlockingIOError:
+            pass
+        except OSError:
+            os.close(fd)
+            return None
+        os.close(fd)
+    return None
+
+
+def _quiet_for(directory: Path, fd: int) -> float:
+    """Seconds since the last owner of a number took it, or wrote anything; infinite where there was none."""
+    name = os.pread(fd, MAX_NAME_BYTES, 0).decode("utf-8", "replace")
+    if not name:
+        return math.inf
+    written = [os.fstat(fd).st_mtime]
+    session = SessionPath.of(directory / name)
+    if session is not None:
+        for file in (*map(segment_name, session.segments()[-1:]), CLOSED):
+            with suppress(OSError):
+                written.append((session.path / file).stat().st_mtime)
+    return time.time() - max(written)
