@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
@@ -47,6 +48,11 @@ def test_promtool_takes_the_rules(file: str) -> None:
 @pytest.mark.stack
 def test_alerts_fire_when_they_should_and_not_otherwise() -> None:
     promtool("test", "rules", "alerts_test.yml")
+
+
+@pytest.mark.stack
+def test_rules_keep_apart_what_differs_by_its_key() -> None:
+    promtool("test", "rules", "recording_test.yml")
 
 
 def promtool(*arguments: str) -> None:
@@ -218,7 +224,10 @@ SUFFIXES = {
     "": "", "1": "_ratio", "s": "_seconds", "By": "_bytes", "W": "_watts", "J": "_joules", "Hz": "_hertz",
     "Cel": "_celsius", "{item}/s": "_per_second",
 }  # fmt: skip
-LOGGED = {"loss": 0.5, "lr": 0.1, "learning_rate": 0.1, "grad_norm": 1.0, "accuracy": 0.9, "reward": 1.0}
+LOGGED = {
+    "loss": 0.5, "lr": 0.1, "learning_rate": 0.1, "grad_norm": 1.0, "accuracy": 0.9, "reward": 1.0, "train_loss": 0.5,
+    "loss_step": 0.5, "loss_epoch": 0.5,
+}  # fmt: skip
 """What users log, as far as a panel has it by name."""
 THEIRS = {
     name: set[str]()
@@ -265,6 +274,7 @@ def ours() -> dict[str, set[str]]:
                     with run.span("all_reduce", collective=True):
                         pass
                     run.log_metrics(LOGGED)
+        run.log_metrics({"loss": math.nan})
         run.log_error(ValueError("v"))
         counters = {"allocated": 1, "reserved": 2, "active": 1, "inactive": 1}
         run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})

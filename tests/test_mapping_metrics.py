@@ -90,6 +90,26 @@ WHOLE_RUN = """
           "flags": 1,
           "attributes": [{"key": "phase", "value": {"stringValue": "data_wait"}}]}]},
        "unit": "s"},
+      {"name": "training.nonfinite",
+       "unit": "{value}",
+       "sum": {"aggregationTemporality": 2, "isMonotonic": true, "dataPoints": [
+         {"timeUnixNano": "1760000000755000000",
+          "startTimeUnixNano": "1760000000000000000",
+          "asDouble": 1.0,
+          "attributes": [
+           {"key": "split", "value": {"stringValue": "val"}},
+           {"key": "key", "value": {"stringValue": "val/loss"}}]},
+         {"timeUnixNano": "1760000001009000000",
+          "startTimeUnixNano": "1760000000000000000",
+          "asDouble": 1.0,
+          "attributes": [
+           {"key": "split", "value": {"stringValue": "val"}},
+           {"key": "key", "value": {"stringValue": "val/loss"}}]},
+         {"timeUnixNano": "1760000001010000000",
+          "flags": 1,
+          "attributes": [
+           {"key": "split", "value": {"stringValue": "val"}},
+           {"key": "key", "value": {"stringValue": "val/loss"}}]}]}},
       {"name": "training.loss",
        "gauge": {"dataPoints": [
          {"timeUnixNano": "1760000000755000000",
@@ -347,6 +367,15 @@ def test_attributes_that_a_processor_added_make_series_of_their_own() -> None:
     }
 
 
+def test_an_attribute_does_not_pass_for_a_key() -> None:
+    s = SessionEvents()
+    s.metrics({"loss": 1.0, "train/loss": 2.0}, attributes={"key": "train/loss"})
+    assert by_series(s.records("metrics")) == {
+        ("training.loss", TRAIN): [(0.001, 1.0)],
+        ("training.loss", ("key", "train/loss"), TRAIN): [(0.001, 2.0)],
+    }
+
+
 def test_many_sets_of_keys_are_not_all_remembered_and_still_are_the_same_series(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -499,6 +528,31 @@ def test_errors_are_told_at_once_at_multiples_of_ten_seconds_and_at_the_end() ->
         ],
     }  # fmt: skip
     assert {(p[0].unit, p[0].kind) for p in points} == {("{error}", "sum")}
+
+
+def test_values_that_are_no_finite_number_are_counted_by_key_at_once_and_cumulatively() -> None:
+    s = SessionEvents(started=START + 3 * SECOND)
+    s.metrics({"loss": 0.5, "lr": 0.1, "val/loss": 1, "flag": True})
+    s.metrics({"loss": "NaN", "lr": 0.1, "val/loss": "Infinity"})
+    s.metrics({"loss": "-Infinity", "lr": None, "val/loss": 1.0}, 8.0)
+    s.metrics({"lr": "NaN"}, at=s.ts)
+    s.metrics({"loss": "NaN"}, split="val")
+    s.emit("event", 5.0, parent=0, name="later")
+    points = [p for p in s.records("metrics", status="completed") if p[0].name == "training.nonfinite"]
+    begin = START + 3 * SECOND
+
+    def counted(*seconds_and_counts: tuple[float, float]) -> list[tuple[float, Any]]:
+        counts = [(seconds, Sum(begin, count)) for seconds, count in seconds_and_counts]
+        return [*counts, (16.006, None)]
+
+    of = "training.nonfinite"
+    assert by_series(points) == {
+        (of, ("key", "loss"), TRAIN): counted((3.002, 1.0), (10.0, 1.0), (11.002, 2.0), (16.005, 2.0)),
+        (of, ("key", "val/loss"), ("split", "val")): counted((3.002, 1.0), (10.0, 1.0), (16.005, 1.0)),
+        (of, ("key", "lr"), TRAIN): counted((11.003, 1.0), (16.005, 1.0)),
+        (of, ("key", "loss"), ("split", "val")): counted((11.004, 1.0), (16.005, 1.0)),
+    }
+    assert {(p[0].unit, p[0].kind) for p in points} == {("{value}", "sum")}
 
 
 def test_the_histogram_grows_and_keeps_its_start() -> None:

@@ -26,7 +26,8 @@ OF_A_SESSION = {
     "training.step.number", "training.step.time", "training.step.wait", "training.step.duration", "training.phase.time",
     "training.phase.device_time", "training.run.epoch", "training.run.info", "training.run.errors",
     "training.run.total_steps", "training.run.eta", "training.run.start_time", "training.run.checkpoint_time",
-    "training.throughput", "training.memory.allocated", "training.memory.reserved", "training.memory.active",
+    "training.throughput", "training.nonfinite",
+    "training.memory.allocated", "training.memory.reserved", "training.memory.active",
     "training.memory.inactive", "training.memory.alloc_retries", "training.memory.ooms",
 }  # fmt: skip
 UNITS = {"s": "seconds", "By": "bytes", "1": "ratio", "{item}/s": "per_second"}
@@ -214,7 +215,7 @@ def our_series() -> dict[str, Series]:
     s.emit("memory", device_id=0, counters=dict.fromkeys(COUNTERS, 1))
     s.emit("sample", source="torch", values=[[name, 1, {"device_id": 0}] for name in SUMS])
     s.emit("step_end", begin=step, samples=1)
-    s.metrics({"loss": 1.0}, 100.0, step=0)
+    s.metrics({"loss": "NaN"}, 100.0, step=0)
     return {series.name: series for series, *_ in s.records("metrics") if series.name != "training.loss"}
 
 

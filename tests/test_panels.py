@@ -107,6 +107,35 @@ def one(shown: Shown, name: str, title: str) -> grafana.Query:
     return query
 
 
+@pytest.mark.parametrize(
+    ("title", "drawn"),
+    [
+        (
+            "Loss",
+            {"loss train": None, "train/loss train": 100.0, "train_loss_step train": 200.0, "loss_epoch train": 300.0,
+             "loss val": 1.0, "val/loss val": 400.0},
+        ),
+        ("Validation", {"loss val": 1.0, "val/loss val": 400.0, "accuracy val": 0.5}),
+        ("Learning rate", {"lr train": 0.1, "lr-SGD/pg1 train": 0.2}),
+        ("Other metrics of rank 0", {"reward train": 0.5, "train/reward train": 2.5, "accuracy val": 0.5}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_each_key_is_a_line_of_its_own(shown: Shown, title: str, drawn: dict[str, float | None]) -> None:
+    (query,) = (q for q in grafana.queries("run") if q.of == f"run: {title} (A)" and "{{split}}" in q.legend)
+    for at, raw in ((shown.now, "none"), (shown.now, ".*"), (shown.earlier, ".*")):
+        if raw == "none" and "$raw" not in query.text:
+            continue
+        found = {
+            query.named(series["metric"]): float(series["values"][-1][1])
+            for series in shown.ask(query.filled(**shown.values(raw=raw)), instant=False, at=at)
+        }
+        assert found.keys() == drawn.keys()
+        assert {name: value for name, value in found.items() if drawn[name] is not None} == {
+            name: value for name, value in drawn.items() if value is not None
+        }
+
+
 def test_the_straggler_panel_names_the_slow_rank_although_step_times_are_equal(shown: Shown) -> None:
     times = shown.prometheus.query(
         f'avg by (rank) (avg_over_time(training_step_time_seconds{{job_id="{JOB}",split="train"}}[1m]))', shown.now

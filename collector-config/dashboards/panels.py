@@ -333,7 +333,7 @@ def _rank() -> board.QueryVariable:
 
 
 def _split() -> board.QueryVariable:
-    query = f"label_values(training_step_number{{{JOB}}}, split)"
+    query = f'label_values({{__name__=~"training_.+",{JOB},rank="0"}}, split)'
     return _all(_variable("split", "split", "train, val, eval, test", query))
 
 

@@ -50,6 +50,31 @@ def smooth(record: str, of: str, by: str) -> Rule:
     return Rule(record, f"avg by ({by}) (avg_over_time({of}[1m]) or {of})", instead=f"avg by ({by}) ({of})")
 
 
+LOSS_NAMES = '__name__=~"training_loss(_step|_epoch)?"'
+"""A loss: of a call, or as frameworks call a step's and an epoch's."""
+LOSS_KEYS = 'key=~"((train|val|valid|validation|eval|test)[/._])?[^a-zA-Z0-9]*loss([^a-zA-Z0-9]+(step|epoch))?"'
+"""The same by attribute `key`, as `training_nonfinite_total` has it."""
+LOGGED = (
+    '__name__=~"training_.+",'
+    '__name__!~"training_(step_(number|logged|time_seconds|wait_seconds|duration_seconds)|throughput_per_second|'
+    'nonfinite_total)",split!=""'
+)
+"""What users log: stepspan's other metrics have no split."""
+LEARNING_RATE = '__name__=~"training_(.+_)?(?i:lr|learning_rate)(_.+)?",__name__!~".+_(momentum|weight_decay)"'
+"""`lr`, `learning_rate`, `charts/learning_rate`, Lightning's `lr-Adam` and `lr-SGD/pg1`; not its `lr-SGD-momentum`."""
+
+
+def keyed(operation: str, of: str, by: str) -> str:
+    """Users' metrics, by the labels of `by` and by what they were logged as, in label `key`.
+
+    Their own label `key` is there only where the metric's name does not say it (`stepspan/mapping/names.py`): here the
+    name fills it in. It does so after the aggregation, for there are fewer series then.
+    """
+    found = OPERATIONS[operation].format(by=f"{by}, key, __name__", of=of)
+    named = f'label_join({found}, "logged", " ", "__name__", "key")'
+    return f'max by ({by}, key) (label_replace({named}, "key", "$1", "logged", "training_(.+) "))'
+
+
 TIME, WAIT, COMPUTE, DATA_WAIT, LAST_STEP = (
     "rank:training_step_time_seconds:avg1m",
     "rank:training_step_wait_seconds:avg1m",
@@ -79,10 +104,6 @@ SPREADS: tuple[tuple[str, str, str, str], ...] = (
     ("training_step_compute_seconds", COMPUTE + "{}", "job_id, split", "avg p50 p99 max"),
     ("training_data_wait_seconds", DATA_WAIT + "{}", "job_id", "avg p50 p99 max"),
     ("training_last_step_time_seconds", LAST_STEP + "{}", "job_id", "max"),
-    ("training_loss", "training_loss{}", "job_id, split", "min avg p50 p99 max"),
-    ("training_loss_nan", "training_loss{} * 0 != bool 0", "job_id, split", "sum"),
-    ("training_grad_norm", "training_grad_norm{}", "job_id", "p50 max"),
-    ("training_learning_rate", '{__name__=~"training_lr|training_learning_rate"}', "job_id", "max"),
     ("training_step_number", "training_step_number{}", "job_id, split", "min max"),
     ("training_throughput_per_second", "training_throughput_per_second{}", "job_id, item, split", "sum"),
     ("training_run_epoch", "training_run_epoch{}", "job_id", "max"),
@@ -115,9 +136,14 @@ SPREADS: tuple[tuple[str, str, str, str], ...] = (
     ("stepspan_journal_lines", "stepspan_journal_lines_total{}", "job_id, state", "sum"),
 )  # fmt: skip
 
-VALIDATION = (
-    '{__name__=~"training_.+",__name__!~"training_(step|run|phase|memory|throughput)_.*",split=~"val|eval|test"}'
+KEYED = (
+    ("training_loss", f"{{{LOSS_NAMES}}}", "min avg p50 p99 max"),
+    ("training_grad_norm", "training_grad_norm{}", "p50 max"),
+    ("training_learning_rate", f"{{{LEARNING_RATE}}}", "max"),
+    ("training_validation", f'{{{LOGGED},split=~"val|valid|validation|eval|test"}}', "avg"),
 )
+"""Metrics of users, by split and key: metric, of what, operations."""
+NAN_LOSS = f"training_nonfinite_total{{{LOSS_KEYS}}}"
 
 JOBS = (
     Rule("job:training_ranks:count", "count by (job_id) (max by (job_id, rank) (training_run_start_time_seconds{}))"),
@@ -126,9 +152,16 @@ JOBS = (
         for metric, of, by, operations in SPREADS
         for operation in operations.split()
     ),
+    *(
+        Rule(f"job:{metric}:{operation}", keyed(operation, of, "job_id, split"))
+        for metric, of, operations in KEYED
+        for operation in operations.split()
+    ),
+    # The count ends with its session: two minutes of it show the NaN that ended a rank.
     Rule(
-        "job:training_validation:avg",
-        f'avg by (job_id, split, metric) (label_replace({VALIDATION}, "metric", "$1", "__name__", "training_(.+)"))',
+        "job:training_nan_ranks:count",
+        f"count by (job_id) (max by (job_id, rank) (max_over_time({NAN_LOSS}[2m]) or {NAN_LOSS}) > 0)"
+        " or 0 * count by (job_id) (training_run_start_time_seconds{})",
     ),
 )
 

@@ -26,7 +26,7 @@ from dashboards.panels import (
     rows,
 )
 from dashboards.panels import dashboard as _dashboard
-from dashboards.rules import raw, recorded, recorded_alone
+from dashboards.rules import LOGGED, LOSS_NAMES, keyed, raw, recorded, recorded_alone
 
 START = f'training_run_start_time_seconds{{{JOB},rank="0"}}'
 """When this attempt began. Rank 0 speaks for all: its value changes once for each restart, at any number of ranks."""
@@ -47,10 +47,8 @@ HOUR = 3600
 EXCEPTION = 'event_name="exception"'
 ARTIFACT = 'event_name="training.artifact" | kind="checkpoint"'
 HYPERPARAMETERS = 'event_name="training.hyperparams"'
-OTHERS = (
-    '__name__=~"training_.+",'
-    '__name__!~"training_((step|run|phase|memory|throughput)_.*|loss|lr|learning_rate|grad_norm)"'
-)
+OTHERS = f'{LOGGED},__name__!~"training_(loss(_step|_epoch)?|grad_norm|(.+_)?(?i:lr|learning_rate)(_.+)?)"'
+"""What is logged and has no panel of its own."""
 EARLIER_NAMES = "/earlier attempt/"
 
 
@@ -111,18 +109,19 @@ def now() -> list[Panel]:
         ),
         number(
             "Ranks with NaN loss",
-            "Ranks whose last loss is not a number, or infinite. One is enough to spoil all weights at the next "
-            "all-reduce: stop, go back to the last checkpoint before it, and look at the gradient norm of the steps "
-            "before.",
+            "Ranks whose loss has been infinite or no number, since they began. One is enough to spoil all weights at "
+            "the next all-reduce: stop, go back to the last checkpoint before it, and look at the gradient norm of the "
+            "steps before.",
             "none",
-            lines(f"max by (job_id) ({recorded('job:training_loss_nan:sum', SPLIT)})", "ranks"),
+            lines(recorded("job:training_nan_ranks:count"), "ranks"),
             limits=[(1, "red")],
         ),
         number(
             "Loss",
             "The last training loss, mean over ranks. How it got there stands below.",
             "none",
-            lines(recorded("job:training_loss:avg", TRAIN), "loss"),
+            lines(recorded("job:training_loss:avg", TRAIN), "{{key}}"),
+            named=True,
             decimals=4,
         ),
         number(
@@ -169,43 +168,44 @@ def learning() -> list[Panel]:
         "seed). Joined by time, one point for each of the time range's intervals: zoom in for more.",
         "none",
         lines(STEP, "step"),
-        lines(latest(LOSS), "{{split}}"),
-        lines(earlier(LOSS), "{{split}}, earlier attempt"),
+        lines(latest(LOSS), "{{key}} {{split}}"),
+        lines(earlier(LOSS), "{{key}} {{split}}, earlier attempt"),
     )
     return [
         faint(
             graph(
                 "Loss",
-                "Mean over ranks. A gap while steps go on: a rank's loss is NaN. Faint: attempts before the last "
-                "restart.",
+                "Each loss by its key, mean over ranks. A gap while steps go on: a rank's loss is NaN. Faint: attempts "
+                "before the last restart.",
                 "none",
-                lines(latest(LOSS), "{{split}}"),
-                lines(earlier(LOSS), "{{split}}, earlier attempt"),
+                lines(latest(LOSS), "{{key}} {{split}}"),
+                lines(earlier(LOSS), "{{key}} {{split}}, earlier attempt"),
             ),
             EARLIER_NAMES,
         ),
         faint(against_step, EARLIER_NAMES),
         graph(
             "Validation",
-            "Every metric logged with split val, eval or test (or a key such as val/accuracy), mean over ranks. Rising "
+            "Every metric of split val, eval or test (or with a key such as val/accuracy), mean over ranks. Rising "
             "validation loss under falling training loss: it overfits.",
             "none",
-            lines(recorded("job:training_validation:avg"), "{{metric}} {{split}}"),
+            lines(recorded("job:training_validation:avg"), "{{key}} {{split}}"),
             width=12,
         ),
         graph(
             "Other metrics of rank 0",
-            "Everything else that rank 0 logs, all on one axis: click a name to see it alone. A metric that matters "
-            "deserves a panel of its own, by the name it has here.",
+            "Everything else that rank 0 logs, by its key, all on one axis: click one to see it alone. A metric that "
+            "matters deserves a panel of its own.",
             "none",
-            lines(f'avg by (__name__, split) ({{{OTHERS},{JOB},rank="0",{SPLIT}}})', "{{__name__}} {{split}}"),
+            lines(keyed("avg", f'{{{OTHERS},{JOB},rank="0",{SPLIT}}}', "split"), "{{key}} {{split}}"),
             width=12,
         ),
         graph(
             "Learning rate",
-            "The logged lr or learning_rate. A schedule that jumps at a restart was not restored.",
+            "What is logged as lr or learning_rate, or as a framework calls it: lr-Adam, lr-SGD/pg1. A schedule that "
+            "jumps at a restart was not restored.",
             "none",
-            lines(recorded("job:training_learning_rate:max"), "learning rate"),
+            lines(recorded("job:training_learning_rate:max"), "{{key}} {{split}}"),
             width=12,
         ),
         graph(
@@ -213,8 +213,8 @@ def learning() -> list[Panel]:
             "The logged grad_norm: the median rank and the largest. A spike comes before a diverging loss: clip, or "
             "lower the learning rate.",
             "none",
-            lines(recorded("job:training_grad_norm:p50"), "median rank"),
-            lines(recorded("job:training_grad_norm:max"), "largest"),
+            lines(recorded("job:training_grad_norm:p50"), "{{key}} {{split}}, median rank"),
+            lines(recorded("job:training_grad_norm:max"), "{{key}} {{split}}, largest"),
             width=12,
             log=True,
         ),
@@ -326,8 +326,8 @@ def what() -> list[Panel]:
 
 def by_rank() -> list[Panel]:
     """Drill down."""
-    loss = f"training_loss{{{JOB},{RANK},{SPLIT}}}"
-    chosen = f"max by (rank) (last_over_time({loss}[$__range] @ end()))"
+    loss = keyed("avg", f"{{{LOSS_NAMES},{JOB},{RANK},{SPLIT}}}", "rank, split")
+    chosen = f"max by (rank) (last_over_time({{{LOSS_NAMES},{JOB},{RANK},{SPLIT}}}[$__range] @ end()))"
     return [
         graph(
             "Loss over ranks",
@@ -335,7 +335,7 @@ def by_rank() -> list[Panel]:
             "differ: seeds, data shards, or a rank that computes wrongly.",
             "none",
             *(
-                lines(recorded(f"job:training_loss:{operation}", SPLIT), name + ", {{split}}")
+                lines(recorded(f"job:training_loss:{operation}", SPLIT), name + ", {{key}} {{split}}")
                 for operation, name in (("min", "lowest"), ("p50", "median"), ("p99", "99th"), ("max", "highest"))
             ),
         ),
@@ -343,7 +343,7 @@ def by_rank() -> list[Panel]:
             "Loss by rank",
             "The chosen ranks; of more than 20, those whose loss is highest at the end.",
             "none",
-            lines(most(loss, chosen), "rank {{rank}} {{split}}"),
+            lines(most(loss, chosen), "rank {{rank}} {{key}} {{split}}"),
             most=COARSE,
         ),
     ]

@@ -1,8 +1,8 @@
 """Metrics: a gauge point for each logged value, and stepspan's own series of steps, phases and runs.
 
-Cumulative points (errors, durations), and those that a join must find (`training.run.*`), go out when event time
-crosses a multiple of `PERIOD_NS`, and after the last event; errors also at once, because the one that ends a run must
-not wait.
+Cumulative points (errors, values that are no finite number, durations), and those that a join must find
+(`training.run.*`), go out when event time crosses a multiple of `PERIOD_NS`, and after the last event; the first two
+also at once, because the one that ends a run must not wait.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
 from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
-from stepspan.mapping.names import MetricName, metric_name
+from stepspan.mapping.names import MetricName, metric_name, split_in_key
 from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.point_buffer import STEP_NUMBER, PointBuffer, Table, Timeline
 from stepspan.mapping.progress import RunProgress
@@ -60,6 +60,7 @@ class MetricState:
         epoch: The number of the last epoch that began.
         info: The labels of `training.run.info`.
         errors: An error's type -> how many.
+        nonfinite: Split -> key -> how many of its values are NaN or infinite.
 
     """
 
@@ -67,6 +68,7 @@ class MetricState:
     epoch: float | None = None
     info: dict[str, str] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
+    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class MetricMapper:
@@ -207,8 +209,14 @@ class MetricMapper:
         metrics, step, own_step = event["metrics"], event.get("step"), event.get("own_step")
         call = (event["split"], step is not None, own_step is not None, *metrics)
         table = self._tables.get(call)
+        try:
+            sum(metrics.values())
+            finite = True
+        except TypeError:  # there is a text, as NaN and infinity are in a line, or None: no faster way to see it
+            finite = False
+            self._count_nonfinite(event)
         if (
-            (table is None or None in metrics.values())
+            (table is None or (not finite and None in metrics.values()))
             or ("attributes" in event or "steps" in event)
             or ("at" in event or "time" in event)
         ):
@@ -261,6 +269,8 @@ class MetricMapper:
 
     def _value_series(self, names: Iterable[MetricName], attributes: Attributes | None) -> list[Series]:
         """The series of a call's values."""
+        if attributes and "key" in attributes:  # would pass for the key of another series
+            attributes = {name: value for name, value in attributes.items() if name != "key"}
         return [
             self._of(name, {**(attributes or {}), "split": of, **({} if key is None else {"key": key})})
             for name, of, key in names
@@ -279,6 +289,20 @@ class MetricMapper:
                 labels = {**about, "split": name.split, "key": key}
                 own[self._of("training.step.logged", labels)] = own_step
         return own | in_force  # what rows may share comes last
+
+    def _count_nonfinite(self, event: Event) -> None:
+        """Count the NaN and infinities of a call, for stores that do not keep them, and say so at once."""
+        for key, value in event["metrics"].items():
+            number = to_float(value)
+            if number is not None and number - number != 0.0:
+                split = split_in_key(key)[0] or str(event["split"])
+                counts = self._state.nonfinite.setdefault(split, {})
+                counts[key] = counts.get(key, 0) + 1
+                self._add_nonfinite(split, key, event["ts"])
+
+    def _add_nonfinite(self, split: str, key: str, ts: int) -> None:
+        series = self._of("training.nonfinite", {"split": split, "key": key}, "{value}", "sum")
+        self._add(series, ts, Sum(self._start, float(self._state.nonfinite[split][key])))
 
     def _step_end(self, event: Event) -> None:
         step = self._steps.end(event)
@@ -428,5 +452,8 @@ class MetricMapper:
         self._add_progress(ts)
         for kind, count in state.errors.items():
             self._add(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
+        for split, counts in state.nonfinite.items():
+            for key in counts:
+                self._add_nonfinite(split, key, ts)
         for split, durations in self._durations.values(self._start):
             self._add(self._own("training.step.duration", split), ts, durations)
