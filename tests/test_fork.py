@@ -58,7 +58,7 @@ def test_a_child_has_a_session_of_its_own_and_the_parent_goes_on(start: Callable
         *("  step 1", "train 1: parent=1.0", "train 1: parent=3.0", "  end step"),
         "end run completed",
     ]
-    assert outline(found["1-worker1"]) == ["train -: child=2.0", "span augment", "  event rotated", "end span"]
+    assert outline(found["1-worker1"]) == ["train 0: child=2.0", "span augment", "  event rotated", "end span"]
     parent, child = (events(found[name])[0] for name in ("1", "1-worker1"))
     assert child["resource"]["service.instance.id"] == "job-1-worker1"
     assert {name: child[name] for name in ("run_key", "job_id", "rank", "world_size", "attempt")} == {

@@ -61,8 +61,10 @@ def test_step_and_split_are_the_current_ones_unless_given(start: Start) -> None:
         run.log_metrics({"c": 1.0}, step=11, split="test")
         run.log_scalar("d", 1.0, 12)
         run.log_scalar("e", 1.0)
-    found = [(*e["metrics"], e["split"], e["step"]) for e in events(run, "metrics")]
-    assert found == [("a", "val", 3), ("b", "val", 10), ("c", "test", 11), ("d", "val", 12), ("e", "val", 3)]
+    found = [(*e["metrics"], e["split"], e["step"], e.get("own_step")) for e in events(run, "metrics")]
+    assert found == [
+        *(("a", "val", 3, None), ("b", "val", 3, 10), ("c", "test", 3, 11), ("d", "val", 3, 12), ("e", "val", 3, None))
+    ]
 
 
 def test_hyperparams_artifacts_and_milestones(start: Start) -> None:

@@ -116,7 +116,7 @@ def test_after_a_break_nothing_is_in_the_step(start: Start) -> None:
         "run",
         "  step 0",
         "  end step",
-        "train -: accuracy=0.5",
+        "train 0: accuracy=0.5",
         "  span validation",
         "  end span",
         "end run completed",
@@ -447,7 +447,7 @@ def test_an_iterator_collected_by_another_thread(start: Start) -> None:
     thread.join()
     run.log_metrics({"after": 1})
     run.close()
-    assert outline(run) == ["run", "  step 0", "  end step", "train -: after=1.0", "end run completed"]
+    assert outline(run) == ["run", "  step 0", "  end step", "train 0: after=1.0", "end run completed"]
 
 
 # threads, tasks, generators
@@ -516,7 +516,7 @@ def test_each_task_has_its_own_current_step(start: Start) -> None:
         run.log_metrics({"after": 1})
     found = [(e["split"], e.get("step"), *e["metrics"].values()) for e in events(run, "metrics")]
     assert sorted(found[:-1]) == [(f"task{n}", step, float(n)) for n in range(3) for step in range(3)]
-    assert found[-1] == ("train", None, 1.0)
+    assert found[-1] == ("train", 2, 1.0)  # the step of the split that stepped last
     (whole,) = events(run, "run_begin")
     assert {event["parent"] for event in events(run, "step_begin")} == {whole["seq"]}
 
@@ -533,7 +533,7 @@ def test_a_step_that_another_task_ends(start: Start) -> None:
 
     with start() as run:
         asyncio.run(main())
-    assert outline(run) == ["run", "  step 0", "  end step", "train -: after=1.0", "end run completed"]
+    assert outline(run) == ["run", "  step 0", "  end step", "train 0: after=1.0", "end run completed"]
 
 
 def test_a_span_around_a_generator_ends_with_it(start: Start) -> None:
@@ -563,7 +563,7 @@ def test_a_scope_that_is_never_left_ends_with_what_is_around_it(start: Start) ->
         "      end span",
         "    end step",
         "  end epoch",
-        "train -: after=1.0",
+        "train 0: after=1.0",
         "end run completed",
     ]
 

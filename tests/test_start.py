@@ -169,7 +169,7 @@ def test_a_notebook(start: Start) -> None:
         "  epoch 0",
         *("    step 0", "train 0: code=97.0", "    end step"),
         *("    step 1", "train 1: code=98.0", "    end step"),
-        "train -: after=1.0",
+        "train 1: after=1.0",
         "  end epoch",
         "end run completed",
     ]

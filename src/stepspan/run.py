@@ -154,20 +154,15 @@ class Run:
                         values[name] = number
             if not values:
                 return
-            scope = self._scopes.innermost()
-            if scope is not None:
-                split = split or scope.split
-                number = scope.step if step is None else self._integer("step", step)
-            else:
-                number = None if step is None else self._integer("step", step)
-            event: Event = {"ts": 0, "seq": 0, "tag": "metrics", "split": to_text(split) if split else "train"}
-            if number is not None:
-                event["step"] = number
+            number = None if step is None else self._integer("step", step)
+            named = split if split is None or type(split) is str else to_text(split)
+            event: Event = {"ts": 0, "seq": 0, "tag": "metrics"}
+            written = self._scopes.attribute(event, values, number, named)
             event["metrics"] = values
             if pending or self._recorder.defers:
                 self._recorder.deferred.write_metrics(event, pending)
             else:
-                self._emit(event)
+                self._emit(event, written)
         except Exception as error:
             self._warn_once("metrics", f"metrics were lost: {error_text(error)}")
 
@@ -202,11 +197,14 @@ class Run:
                 age of the last checkpoint and its alert.
 
         """
-        scope = self._scopes.innermost()
-        step = {} if scope is None or scope.step is None else {"step": scope.step}
-        self._recorder.record(
-            "artifact", lambda: {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
-        )
+
+        def fields() -> Event:
+            self._scopes.follow()
+            number = self._scopes.training_step()
+            step = {} if number is None else {"step": number}
+            return {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
+
+        self._recorder.record("artifact", fields)
 
     def log_event(self, name: str, /, *, status: str | None = None, **attributes: Any) -> None:
         """Record a named milestone: a log record, and an event of the run's span.

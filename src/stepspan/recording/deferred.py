@@ -40,6 +40,8 @@ TOO_MANY = f"more than {MAX_DEFERRED} are pending"
 LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 """The first name of a class's module, and the library that it belongs to."""
 MAX_KNOWN_TYPES = 1000
+VALUES_OF = ("split", "step", "own_step", "steps")
+"""What a line says of its values; the one that follows says it again."""
 
 PENDING: Any = object()
 """In place of a number that a device still computes."""
@@ -265,7 +267,7 @@ class DeferredMetrics:
             observed_at = written.ts or self._clock()  # 0: it is a signal handler's, and not written yet
             follows = [*behind, *(key for keys, _ in copies for key in keys)]
             if follows:
-                fields: Event = {name: event[name] for name in ("split", "step") if name in event}
+                fields: Event = {name: event[name] for name in VALUES_OF if name in event}
                 event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": observed_at}
                 self.add(DeferredCall(event, behind, copies, {names[key] for key in follows}, self._warn))
 

@@ -191,8 +191,11 @@ class JournalRecorder:
     def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
         """Write an event of training, whose `fields()` may raise anything."""
         try:
-            parent = {"parent": self.scopes.parent_seq()} if inside else {}
-            self.emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()})
+            if inside:
+                parent = {"parent": self.scopes.parent_seq()}
+                self.emit({"ts": 0, "seq": 0, "tag": tag, **parent, **fields()}, self.scopes.open_loop())
+            else:
+                self.emit({"ts": 0, "seq": 0, "tag": tag, **fields()})
         except Exception as error:
             self.warn_once(tag, f"{tag} was lost: {error_text(error)}")
 

@@ -1,15 +1,17 @@
 """What begins and ends: the run, its epochs, steps and spans.
 
-The innermost open scope of a thread or asyncio task stands in a context variable; a thread that has none takes the
-run's main one. A scope that exits ends what is still open inside it, with its own outcome: that is how a step learns
-whether its loop was left by `break` or by an exception, which the loop's iterator never hears of.
+The innermost open scope of a thread or asyncio task stands in a context variable of the run. A thread that has none
+takes that of the main thread: the one that began the run or, where that one trains nothing, the first that does. A
+scope that exits ends what is still open inside it, with its own outcome: that is how a step learns whether its loop was
+left by `break` or by an exception, which the loop's iterator never hears of. `step_loop` has the loops that somebody
+holds, `steps_in_force` the step that a value belongs to.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar
 from threading import get_ident
@@ -17,8 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.events import SECOND_NS, Event
 from stepspan.mapping import ids
+from stepspan.mapping.names import EVALUATION_SPLITS
 from stepspan.recording.decorators import F, decorate
 from stepspan.recording.outcomes import Outcomes, Status
+from stepspan.recording.step_loop import EVALUATION, EVALUATION_SPANS, NESTED, StepLoop
+from stepspan.recording.steps_in_force import TRAIN, StepOf, StepsInForce
 from stepspan.values import error_text, to_text
 
 if TYPE_CHECKING:
@@ -27,12 +32,6 @@ if TYPE_CHECKING:
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
     from stepspan.journal.writer import Begun
-
-
-EVALUATION_SPLITS = frozenset({"eval", "predict", "test", "val"})
-"""Splits whose steps train nothing."""
-
-current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
 
 
 class Emit(Protocol):
@@ -56,11 +55,11 @@ class Scope:
     """
 
     __slots__ = (
-        "abandoned_at", "begin", "epoch", "lap", "on_exit", "owner", "parent", "samples", "seq", "session", "split",
-        "step", "tag", "thread", "token", "tokens", "ts", "waited",
+        "abandoned_at", "begin", "epoch", "lap", "loop", "on_exit", "order", "owner", "parent", "samples", "seq",
+        "session", "split", "started_in", "step", "tag", "task", "thread", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
-    detached = False
+    detached: bool = False
     """Whether what it times goes on beside the code here, so that nothing comes to lie in it."""
 
     def __init__(
@@ -76,6 +75,12 @@ class Scope:
         self.seq = self.ts = self.lap = 0
         self.abandoned_at = 0
         """When its loop was left without its knowing how, Unix ns; 0 while the loop goes on."""
+        self.loop: StepLoop | None = None
+        """The loop whose step it is or lies in."""
+        self.started_in: StepOf | None = None
+        """The training step that it is or lies in, open or not; where there is none, an evaluation's."""
+        self.order = 0
+        """How many scopes of the run had begun when it did, itself included."""
         self.session: object | None = None
         """The journal session that it was begun in; None while it is not open."""
         self.parent: Scope | None = None
@@ -88,8 +93,8 @@ class Scope:
         self.tokens: float | None = None
         self.token: Any = None
         """Of the OpenTelemetry context, while it is the current span there."""
-        self.thread = 0
-        """The ident of the thread that began it."""
+        self.thread = self.task = 0
+        """The ident of the thread, and the id of the asyncio task, that began it."""
 
     def __enter__(self) -> Self:
         self.owner.begin(self)
@@ -136,6 +141,19 @@ class DetachedSpan(Scope):
     detached = True
 
 
+class LoopStep(Scope):
+    """A step of a loop. It is detached where it goes on side by side with the step of another loop, as in `zip`."""
+
+    __slots__ = ("adjacent_to", "detached")
+
+    def __init__(self, owner: Scopes, begin: Event, loop: StepLoop) -> None:
+        super().__init__(owner, "step", begin, begin["step"], loop.split)
+        self.loop = loop
+        self.detached = False
+        self.adjacent_to: LoopStep | None = None
+        """The step that it goes on side by side with."""
+
+
 class Scopes:
     """The open scopes of one run, and the events of their beginning and ending. Nothing here raises.
 
@@ -163,7 +181,6 @@ class Scopes:
         propagate: bool | None,
     ) -> None:
         self.clock: Callable[[], int] = journal.clock
-        self.closed = False
         self.identity = identity
         """Of this process; a forked worker has its own from its first event on."""
         self._journal = journal
@@ -179,9 +196,22 @@ class Scopes:
         self._begin_counting()
 
     def _begin_counting(self) -> None:
+        self.closed = False
+        self.begun = 0
+        """How many scopes have begun."""
+        self.steps = StepsInForce()
+        self._current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
+        """The innermost scope of a thread or task. Each run has a variable, as several may be open in one context."""
         self._main: Scope | None = None
-        self._spans: dict[Scope, None] = {}
-        """The open ones of all threads, in the order of their beginning."""
+        """The innermost run, epoch or step of the main thread."""
+        self._main_thread = self._run_thread = 0
+        """The idents of that thread, and of the one that began the run."""
+        self._trains = False
+        """Whether the main thread has begun an epoch or a step."""
+        self._branches: dict[Scope, None] = {}
+        """The open spans of all threads, and steps that are detached, in the order of their beginning."""
+        self._adjacent: dict[Scope, LoopStep] = {}
+        """The open steps that are detached, by themselves."""
         self._laps: dict[str, tuple[int, int, int]] = {}
         """Split -> epoch, step and lap of its last step."""
         self._next_epoch = 0
@@ -206,33 +236,60 @@ class Scopes:
 
     def step(self, number: int | None, split: str) -> Scope:
         """A step that is not open yet; None: the one after the last of this split."""
-        if number is None:
-            number = self._next_step.get(split, 0)
-        self._next_step[split] = number + 1
-        event = {"ts": 0, "seq": 0, "tag": "step_begin", "parent": 0, "step": number, "split": split}
-        return Scope(self, "step", event, number, split)
+        event = self._number_step(number, split)
+        return Scope(self, "step", event, event["step"], split)
 
     def span(self, fields: Event) -> Scope:
         """A phase, not open yet."""
         return Scope(self, "span", {"ts": 0, "seq": 0, "tag": "span_begin", "parent": 0, **fields})
 
+    def loop(self, split: str) -> StepLoop:
+        """A loop over batches that begins now."""
+        return StepLoop(split, self.begun)
+
+    def begin_loop_step(self, loop: StepLoop, number: int | None, waited: int, begun: int) -> Scope:
+        """Open the next step of a loop.
+
+        Args:
+            loop: It has no open step.
+            number: Of the step; None: the one after the last of this split.
+            waited: How long the loop waited for its data, ns.
+            begun: How many scopes had begun when it asked for them.
+
+        Returns:
+            The step.
+
+        """
+        scope = LoopStep(self, self._number_step(number, loop.split), loop)
+        scope.waited = waited
+        inner = self.innermost()
+        if inner is not None and inner.loop is not None:
+            self._find_adjacent(scope, loop, inner, begun)
+        loop.go_on()
+        self.begin(scope)
+        loop.step, loop.ts = scope, scope.ts
+        return scope
+
     def begin(self, scope: Scope) -> None:
         """Open a scope inside the innermost one."""
         try:
             tag, event, session = scope.tag, scope.begin, self._journal.session
-            scope.thread = get_ident()
+            scope.thread, scope.task = get_ident(), _current_task()
+            self.begun = scope.order = self.begun + 1
+            if self._adjacent:
+                self._end_abandoned()
             if not scope.detached:
-                scope.parent = self.innermost()
+                self._find_parent(scope)
             parent = scope.parent
             if parent is not None and parent.session is session:
                 event["parent"] = parent.seq
-                if tag == "step":
+                if tag != "epoch":
                     scope.epoch = parent.epoch
-                elif tag == "span":
-                    scope.epoch, scope.step = parent.epoch, parent.step
-                    scope.split, scope.lap = parent.split, parent.lap
+                if tag == "span":
+                    scope.lap = parent.lap
             if tag == "step":
                 self._number_lap(scope, event)
+                self._step_begins(scope)
             self._emit(event, scope)
             if self.closed:
                 return
@@ -242,12 +299,16 @@ class Scopes:
             if scope.session is not session:  # the event opened a session of its own: nothing there to lie in
                 event["parent"] = 0
             if tag == "span":
-                self._spans[scope] = None
-            else:
+                if scope.loop is not None:
+                    scope.loop.ts = scope.ts
+                self._branches[scope] = None
+            elif isinstance(scope, LoopStep) and scope.detached:
+                self._branches[scope], self._adjacent[scope] = None, scope
+            elif self._is_in_main_thread(scope):
                 self._main = scope
             if scope.detached:
                 return
-            current.set(scope)
+            self._current.set(scope)
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
                 self._attach(scope)
         except Exception as error:
@@ -264,66 +325,77 @@ class Scopes:
         """
         if scope.session is None:
             return
-        try:
-            if current.get() is not scope:
-                self._end_inside(scope, error)
-            for call in scope.on_exit:
-                call()
-            event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
-            if scope.waited is not None:
-                event["data_wait"] = scope.waited / SECOND_NS
-            if scope.samples is not None and (samples := self.amount("samples", scope.samples)) is not None:
-                event["samples"] = samples
-            if scope.tokens is not None and (tokens := self.amount("tokens", scope.tokens)) is not None:
-                event["tokens"] = tokens
-            if scope.abandoned_at:
-                event["ended"], scope.abandoned_at = scope.abandoned_at, 0
-            outcome = "completed" if error is None else self._outcomes.of(error)
-            if outcome == "failed":
-                self._fail(error)  # type: ignore[arg-type] # it has failed by it
-                status = "failed" if scope.tag == "run" else "error"
-            if error is not None:
-                self.note_exit(error)
-            elif self._exits:
-                self._exits.pop(get_ident(), None)  # one that was caught
-            if status is not None:
-                event["status"] = status
-            if scope.session is self._journal.session:
-                self._emit(event, scope)
-        except Exception as failure:
-            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}")
-        finally:
-            scope.session = None
-            if current.get() is scope:
-                current.set(scope.parent)
-            if scope.tag == "span":
-                self._spans.pop(scope, None)
-            elif self._main is scope:
-                self._main = scope.parent
-            if scope.token is not None:
-                token, scope.token = scope.token, None
-                self._propagation.detach(token)
+        if self._current.get() is not scope:
+            self._end_inside(scope, error)
+        self._close(scope, error, status)
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
-        scope = current.get()
-        if scope is None or scope.owner is not self:
-            scope = self._main
+        scope = self._current.get()
+        if scope is None:
+            return self._innermost_of_main()
         while scope is not None and (scope.abandoned_at or scope.session is None):
             parent = scope.parent
             self.end(scope, None)  # its loop was left, and no exception has come by since
             scope = parent
         return scope
 
+    def attribute(self, event: Event, metrics: Mapping[str, Any], step: int | None, split: str | None) -> Begun | None:
+        """Say which split and step the values of a call belong to.
+
+        Args:
+            event: Gets `split` and the steps.
+            metrics: The values by their keys.
+            step: Given by the caller; None: nothing.
+            split: Given by the caller; None or "": nothing.
+
+        Returns:
+            What the journal is to tell the time of the line.
+
+        """
+        loop, scope = None, self._current.get()
+        if scope is not None and scope.session is not None and not scope.abandoned_at:
+            loop = scope.loop
+        else:
+            scope = self._attributed()
+        started_in = None
+        if scope is not None:
+            started_in, split = scope.started_in, split or scope.split
+        event["split"] = split = split or TRAIN
+        self.steps.attribute(event, metrics, step, split, started_in)
+        if loop is not None:
+            split_of = self.steps.split_of
+            for key in metrics:
+                if loop.has(split_of(key) or split):
+                    return loop
+            loop.follow(EVALUATION)
+        return None
+
+    def follow(self) -> None:
+        """Something is recorded that is not of a step: an artifact, hyperparameters."""
+        loop = self.open_loop()
+        if loop is not None:
+            loop.follow(EVALUATION)
+
+    def open_loop(self) -> StepLoop | None:
+        """The loop in whose open step the code here is."""
+        scope = self._current.get()
+        return None if scope is None or scope.session is None or scope.abandoned_at else scope.loop
+
+    def training_step(self) -> int | None:
+        """The training step that what is recorded here belongs to; an evaluation's where nothing is trained."""
+        scope = self._attributed()
+        return self.steps.training_step(None if scope is None else scope.started_in)
+
     def open(self) -> list[Scope]:
-        """What is open in this session, whichever thread asks: run, epoch, step, then the spans of all threads."""
+        """What is open in this session, whichever thread asks: run, epoch, step, then detached steps and all spans."""
         chain, scope = [], self._main
         while scope is not None:
             chain.append(scope)
             scope = scope.parent
         chain.reverse()
         session = self._journal.session
-        chain += [span for span in list(self._spans) if span not in chain]
+        chain += [scope for scope in list(self._branches) if scope not in chain]
         return [scope for scope in chain if scope.session is session and not scope.abandoned_at]
 
     def leave(self, scope: Scope, error: BaseException | None) -> Status:
@@ -337,7 +409,7 @@ class Scopes:
             How the run has ended by that.
 
         """
-        if scope.session is not None and current.get() is not scope:
+        if scope.session is not None and self._current.get() is not scope:
             self._end_inside(scope, error)
         status = self._outcomes.of(error)
         if error is not None and status == "completed":
@@ -367,7 +439,7 @@ class Scopes:
 
     def is_unfinished(self) -> bool:
         """Whether a step or epoch is open, or training steps are missing."""
-        if any(scope.tag in {"epoch", "step"} for scope in self.open()):
+        if any(scope.tag in {"epoch", "step"} and not _may_be_left(scope) for scope in self.open()):
             return True
         done = [number + 1 for split, (_, number, _) in self._laps.items() if split not in EVALUATION_SPLITS]
         return self.total_steps is not None and self.total_steps > max(done, default=0)
@@ -379,9 +451,7 @@ class Scopes:
 
     def parent_without_closing(self) -> int:
         """The same, but a step whose loop was left stays open: the caller may itself run as an exception passes."""
-        scope = current.get()
-        if scope is None or scope.owner is not self:
-            scope = self._main
+        scope = self._current.get() or self._main
         while scope is not None and (scope.abandoned_at or scope.session is not self._journal.session):
             scope = scope.parent
         return scope.seq if scope is not None else 0
@@ -433,9 +503,11 @@ class Scopes:
         if self._journal.session is not None:
             self._parent_identities[self._journal.session] = self.identity
         self._main = self.total_steps = None
-        self._spans.clear()
+        self._run_thread, self._trains = 0, False
+        self._branches.clear()
+        self._adjacent.clear()
         self._exits.clear()
-        current.set(None)
+        self._current.set(None)
 
     @property
     def _recorded_token(self) -> str:
@@ -447,14 +519,170 @@ class Scopes:
                 return
         self._record_error(error)
 
+    def _close(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
+        """Close a scope alone, with the steps that go on side by side within it."""
+        loop, ended = scope.loop if _is_loop_step(scope) else None, scope.abandoned_at
+        if loop is not None and loop.maybe_left_at:
+            if error is not None and loop.followed == EVALUATION and not ended:
+                error = None  # it has come by after the loop
+            if error is None or not (ended or loop.followed):
+                ended = loop.maybe_left_at
+        try:
+            for adjacent in [step for step in self._adjacent.values() if step.parent is scope]:
+                self._close(adjacent, error)
+            for call in scope.on_exit:
+                call()
+            event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
+            if scope.waited is not None:
+                event["data_wait"] = scope.waited / SECOND_NS
+            if scope.samples is not None and (samples := self.amount("samples", scope.samples)) is not None:
+                event["samples"] = samples
+            if scope.tokens is not None and (tokens := self.amount("tokens", scope.tokens)) is not None:
+                event["tokens"] = tokens
+            if ended:
+                event["ended"], scope.abandoned_at = ended, 0
+            outcome = "completed" if error is None else self._outcomes.of(error)
+            if outcome == "failed":
+                self._fail(error)  # type: ignore[arg-type] # it has failed by it
+                status = "failed" if scope.tag == "run" else "error"
+            if error is not None:
+                self.note_exit(error)
+            elif self._exits:
+                self._exits.pop(get_ident(), None)  # one that was caught
+            if status is not None:
+                event["status"] = status
+            if scope.session is self._journal.session:
+                self._emit(event, scope)
+                if scope.tag == "span" and scope.loop is not None:
+                    scope.loop.ts = event["ts"] or scope.loop.ts
+        except Exception as failure:
+            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}")
+        finally:
+            scope.session = None
+            if self._current.get() is scope:
+                self._current.set(scope.parent)
+            if scope.tag == "span" or scope.detached:
+                self._branches.pop(scope, None)
+                self._adjacent.pop(scope, None)
+            elif self._main is scope:
+                self._main = scope.parent
+            if loop is not None:
+                loop.step = None
+            if scope.token is not None:
+                token, scope.token = scope.token, None
+                self._propagation.detach(token)
+
     def _end_inside(self, scope: Scope, error: BaseException | None) -> None:
-        inside, inner = [], current.get()
+        inside, inner = [], self._current.get()
         while inner is not None and inner is not scope:
             inside.append(inner)
             inner = inner.parent
         if inner is scope:  # otherwise this is another thread or task, whose scopes are its own
             for left_open in inside:
-                self.end(left_open, error)
+                if left_open.session is not None:
+                    self._close(left_open, error)
+
+    def _find_parent(self, scope: Scope) -> None:
+        """Find what a scope lies in: the innermost scope here, or what is around a loop's step that was left."""
+        here = self._current.get()
+        parent = scope.parent = self.innermost()
+        if parent is None:
+            return
+        if here is not None and parent.loop is not None:
+            parent = scope.parent = self._follow_step(scope, parent, parent.loop)
+            if parent is not None and scope.loop is None:
+                scope.loop = parent.loop
+        if parent is None or parent.session is not self._journal.session:
+            return
+        started = parent if here is parent else self._attributed() or parent
+        scope.started_in = started.started_in
+        if scope.tag == "span":
+            scope.step, scope.split = started.step, started.split
+
+    def _follow_step(self, scope: Scope, parent: Scope, loop: StepLoop) -> Scope | None:
+        """A scope begins within a loop's step, or after the loop was left. Returns what it lies in."""
+        if scope.tag == "span":
+            if scope.begin.get("name") in EVALUATION_SPANS:
+                loop.follow(EVALUATION)
+            return parent
+        step, inner, split = loop.step, parent, scope.split or ""
+        while inner.tag == "epoch" and inner.parent is not None:
+            inner = inner.parent
+        if scope.tag == "step" and split == loop.split and loop.followed == EVALUATION and inner is step:
+            for adjacent in [each for each in self._adjacent.values() if each.adjacent_to is step]:
+                adjacent.abandoned_at = adjacent.abandoned_at or max(loop.maybe_left_at, adjacent.ts)
+                self._close(adjacent, None)
+            self._close(step, None)
+            return self.innermost()
+        loop.follow(NESTED if scope.tag == "epoch" or loop.has(split) else EVALUATION)
+        return parent
+
+    def _find_adjacent(self, scope: LoopStep, loop: StepLoop, inner: Scope | None, begun: int) -> None:
+        """Detach a step that goes on side by side with another loop's: one that began after its own loop had.
+
+        A loop that begins within another one's step is nested in it, and so is one whose data the other's steps are. In
+        an evaluation's split only a step that follows at once goes on side by side: others are an evaluation within it.
+        """
+        while inner is not None and inner.loop is not None:
+            other: StepLoop = inner.loop
+            step: LoopStep | None = other.step
+            if step is None or step.order <= loop.order or other.feeds is loop:
+                return
+            if step.order > begun:
+                other.feeds = loop
+                return
+            if loop.is_evaluation and other.ts != step.ts:
+                return
+            scope.detached, scope.adjacent_to, scope.parent = True, step, step.parent
+            inner = step.parent
+
+    def _end_abandoned(self) -> None:
+        """End the detached steps whose loop was left: no scope around them will notice soon."""
+        for step in [step for step in self._adjacent.values() if step.abandoned_at]:
+            self._close(step, None)
+
+    def _innermost_of_main(self) -> Scope | None:
+        """The innermost open scope of the main thread, which alone ends what was left there."""
+        scope = self._main
+        while scope is not None and (scope.abandoned_at or scope.session is None):
+            scope = scope.parent
+        return scope
+
+    def _attributed(self) -> Scope | None:
+        """The scope whose split and step what is recorded here has: one that has ended, where its code goes on."""
+        scope = self._current.get()
+        if scope is None:
+            return self._innermost_of_main()
+        while scope is not None and (scope.abandoned_at or scope.session is None):
+            if scope.thread != get_ident() or scope.task != _current_task():
+                return scope
+            parent = scope.parent
+            self.end(scope, None)
+            scope = parent
+        return scope
+
+    def _step_begins(self, scope: Scope) -> None:
+        """A step begins: it is in force from now on."""
+        split, number, around = scope.split or TRAIN, scope.step or 0, scope.started_in
+        self.steps.begin(split, number)
+        if split not in EVALUATION_SPLITS or around is None or around.split in EVALUATION_SPLITS:
+            scope.started_in = StepOf(split, number)
+
+    def _is_in_main_thread(self, scope: Scope) -> bool:
+        """Whether a run, epoch or step began in the main thread; that may be where this one begins."""
+        thread = scope.thread
+        if scope.tag == "run":
+            self._run_thread = self._main_thread = thread
+        elif thread == self._run_thread or not self._trains:
+            self._main_thread, self._trains = thread, True
+        return thread == self._main_thread
+
+    def _number_step(self, number: int | None, split: str) -> Event:
+        """The begin event of a step; None: the one after the last of this split."""
+        if number is None:
+            number = self._next_step.get(split, 0)
+        self._next_step[split] = number + 1
+        return {"ts": 0, "seq": 0, "tag": "step_begin", "parent": 0, "step": number, "split": split}
 
     def _number_lap(self, scope: Scope, event: Event) -> None:
         """Epoch and lap of a step: how often the steps of its split have begun again. (epoch, step) grows in a lap."""
@@ -485,7 +713,6 @@ class NullScopes(Scopes):
 
     def __init__(self) -> None:
         self.clock = lambda: 0
-        self.closed = False
         self._begin_counting()
 
     def begin(self, scope: Scope) -> None:
@@ -515,3 +742,22 @@ _FOUND = frozenset({"cuda", "epoch", "lap"})
 """Fields of a begin event that are found as a step or span begins."""
 _IN_TRACE = frozenset({"span", "step"})
 """A span that lies in one of these is in its trace."""
+
+
+def _is_loop_step(scope: Scope) -> bool:
+    """Whether a scope is the open step of a loop."""
+    return scope.loop is not None and scope.loop.step is scope
+
+
+def _may_be_left(scope: Scope) -> bool:
+    """Whether a scope is the step of a loop that does not seem to go on."""
+    return _is_loop_step(scope) and scope.loop is not None and scope.loop.maybe_left_at > 0
+
+
+def _current_task() -> int:
+    """The id of the asyncio task that runs here; 0 where none does."""
+    asyncio = sys.modules.get("asyncio")
+    running_loop = getattr(asyncio, "_get_running_loop", None)
+    if asyncio is None or running_loop is None or (event_loop := running_loop()) is None:
+        return 0
+    return id(asyncio.current_task(event_loop))

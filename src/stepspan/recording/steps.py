@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from stepspan.recording.scopes import NullScopes, Scope, Scopes
+from stepspan.recording.scopes import NullScopes, Scopes
 
 T = TypeVar("T")
 
@@ -18,7 +18,9 @@ class Steps(Generic[T]):
     """Iterates over batches: waits for one, opens the step, hands the batch out, and ends the step when asked for more.
 
     An object and not a generator: it has a length, and its loop can be left in any way. A loop over one that was
-    exhausted begins again, as a loop over the iterable would. A copy iterates over the batches and makes no steps.
+    exhausted begins again, as a loop over the iterable would. Each loop has an iterator of its own, so that a loop
+    that was left can be told although somebody holds what it went over, as a progress bar does. A copy iterates over
+    the batches and makes no steps.
 
     Args:
         scopes: Of the run.
@@ -42,30 +44,42 @@ class Steps(Generic[T]):
         samples: Amount = None,
         tokens: Amount = None,
     ) -> None:
-        self._scope: Scope | None = None
         self._scopes = scopes
         self._clock = scopes.clock
+        self._loop = scopes.loop(split)
         self._iterable = iterable
         self._iterator: Iterator[T] | None = None
         self._exhausted = False
         self._start = start
         self._accumulate = accumulate
-        self._split = split
         self._samples = samples
         self._tokens = tokens
         self._batches = 0
+        """How many the open step has, or would have had."""
+        self._asked_by = 0
+        """The id of the iterator that the last batch went to; 0 of none."""
 
     def __iter__(self) -> Iterator[T]:
         self._exhausted = False
-        return self
+        self._loop.order = self._scopes.begun
+        return StepsIterator(self)
 
     def __len__(self) -> int:
         return len(self._iterable)  # type: ignore[arg-type] # as long as what it iterates over, if that has a length
 
     def __next__(self) -> T:
+        return self._next(0)
+
+    def _next(self, asked_by: int) -> T:
+        """The next batch, in a step of its own or one that is open."""
+        scopes, loop = self._scopes, self._loop
+        self._asked_by = asked_by
         if self._batches >= self._accumulate:
             self._finish(None)
-        before = self._clock()
+        elif loop.step is not None:
+            loop.go_on()
+            loop.step.abandoned_at = 0
+        begun, before = scopes.begun, self._clock()
         try:
             if self._iterator is None:
                 if self._exhausted:
@@ -81,33 +95,73 @@ class Steps(Generic[T]):
             raise
         waited = self._clock() - before
         self._batches += 1
-        scope = self._scope
+        scope = loop.step
         if scope is None:
-            scope = self._scope = self._scopes.step(self._start, self._split)
-            scope.waited, self._start = waited, None
-            self._scopes.begin(scope)
+            scope = scopes.begin_loop_step(loop, self._start, waited, begun)
+            self._start = None
         else:
             scope.waited = (scope.waited or 0) + waited
+            loop.ts = before + waited
         if self._samples is not None:
-            scope.samples = self._scopes.amount("samples", self._samples, batch, scope.samples)
+            scope.samples = scopes.amount("samples", self._samples, batch, scope.samples)
         if self._tokens is not None:
-            scope.tokens = self._scopes.amount("tokens", self._tokens, batch, scope.tokens)
+            scope.tokens = scopes.amount("tokens", self._tokens, batch, scope.tokens)
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, also one that was pickled, iterates over the batches and makes no steps."""
-        return partial(_unrecorded, self._iterable, accumulate=self._accumulate, split=self._split), ()
+        return partial(_unrecorded, self._iterable, accumulate=self._accumulate, split=self._loop.split), ()
 
     def _finish(self, error: BaseException | None) -> None:
-        scope, self._scope = self._scope, None
-        self._batches = 0
-        if scope is not None:
-            self._scopes.end(scope, error)
+        loop, self._batches = self._loop, 0
+        if loop.step is not None:
+            loop.go_on()
+            self._scopes.end(loop.step, error)
+            loop.step = None
+
+    def _was_left(self, batches: int) -> None:
+        """An iterator is gone that the last batch went to; so is its loop, but for `next(iter(steps))`."""
+        loop, step = self._loop, self._loop.step
+        if step is None:
+            return
+        if batches == 1 and loop.ts == step.ts:  # and nothing was recorded in the step
+            loop.maybe_left_at = loop.maybe_left_at or self._clock()
+        else:
+            step.abandoned_at = self._clock()  # how, the scope around it will find out
 
     def __del__(self) -> None:
-        scope = self._scope
-        if scope is not None:
-            scope.abandoned_at = self._clock()  # the loop was left; how, the scope around it will find out
+        step = self._loop.step
+        if step is not None and not step.abandoned_at:
+            step.abandoned_at = self._clock()
+
+
+class StepsIterator(Generic[T]):
+    """The iterator of one loop over `Steps`."""
+
+    __slots__ = ("_batches", "_steps")
+
+    def __init__(self, steps: Steps[T]) -> None:
+        self._steps = steps
+        self._batches = 0
+        """How many it handed out."""
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __next__(self) -> T:
+        batch = self._steps._next(id(self))
+        self._batches += 1
+        return batch
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return iter, (self._steps,)
+
+    def __del__(self) -> None:
+        if self._steps._asked_by == id(self):
+            self._steps._was_left(self._batches)
 
 
 def _unrecorded(iterable: Iterable[T], accumulate: int, split: str) -> Steps[T]:

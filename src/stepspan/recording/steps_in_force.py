@@ -1,0 +1,121 @@
+"""Which step the values of a call belong to.
+
+**In force** in a split that is trained in is the last step that began in it, in whatever thread. Other splits
+(evaluations, and those that have no steps) take that of `train`, else that of the split that stepped last. Where
+nothing is trained an evaluation's own steps count, and where nothing steps each call's `step=`.
+
+**Its own** step is what a value's call says (`step=`), else the step that its code was started in: that may have ended
+since, or be one of several that go on in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from stepspan.events import Event
+from stepspan.mapping.names import EVALUATION_SPLITS, split_in_key
+
+TRAIN = "train"
+MAX_KNOWN_KEYS = 10_000
+
+
+class StepOf(NamedTuple):
+    """A step by its split and number."""
+
+    split: str
+    number: int
+
+
+class StepsInForce:
+    """The steps in force in one process. A forked child goes on from its parent's.
+
+    Attributes:
+        step: In splits that have no step of their own; None where nothing has stepped.
+        leading: The split that this is of.
+
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+        self.leading = ""
+        self._steps: dict[str, int] = {}
+        """By split: of those that are trained in or, as long as there are none, of evaluations."""
+        self._is_trained = False
+        self._split_of_key: dict[str, str] = {}
+        """Key -> the split that it names itself, or ""."""
+
+    def begin(self, split: str, number: int) -> None:
+        """A step has begun."""
+        if split in EVALUATION_SPLITS:
+            if self._is_trained:
+                return
+        elif not self._is_trained:
+            self._is_trained = True
+            self._steps.clear()
+        self._steps[split] = number
+        if split == TRAIN or TRAIN not in self._steps:
+            self.leading, self.step = split, number
+
+    def attribute(
+        self, event: Event, keys: Iterable[str], step: int | None, split: str, started_in: StepOf | None
+    ) -> None:
+        """Fill in the steps of a call's values, where they are known. No key is looked at where one split is stepped.
+
+        Args:
+            event: Gets `step`, and `own_step` and `steps` where these differ.
+            keys: Of the values.
+            step: Given by the caller; None: nothing.
+            split: Of the keys that name none.
+            started_in: The step that the code here was started in.
+
+        """
+        if len(self._steps) < 2:
+            in_force = self.step
+            if step is None:
+                step = started_in[1] if started_in is not None and started_in[0] == self.leading else in_force
+            if in_force is None:
+                in_force = step
+        else:
+            in_force, step = self._steps_in(split, given := step, started_in)
+            others: dict[str, list[int]] = {}
+            for key in keys:
+                named = self.split_of(key)
+                if named and named != split and named not in others:
+                    steps = self._steps_in(named, given, started_in)
+                    if steps != (in_force, step):
+                        others[named] = list(steps)
+            if others:
+                event["steps"] = others
+        if in_force is not None:
+            event["step"] = in_force
+            if step != in_force:
+                event["own_step"] = step
+
+    def training_step(self, started_in: StepOf | None) -> int | None:
+        """The training step that something belongs to which is of no split; an evaluation's where nothing is trained.
+
+        Args:
+            started_in: The step that the code here was started in.
+
+        """
+        if started_in is not None and started_in.split in self._steps:
+            return started_in.number
+        return self.step
+
+    def split_of(self, key: str) -> str:
+        """The split that a key names itself, or ""."""
+        split = self._split_of_key.get(key)
+        if split is None:
+            if len(self._split_of_key) >= MAX_KNOWN_KEYS:
+                self._split_of_key.clear()
+            split = self._split_of_key[key] = split_in_key(key)[0] or ""
+        return split
+
+    def _steps_in(self, split: str, step: int | None, started_in: StepOf | None) -> tuple[int, int]:
+        """The step in force in a split, and the one that a value belongs to."""
+        leading = split if split in self._steps else self.leading
+        in_force = self._steps[leading]
+        if step is None:
+            step = started_in.number if started_in is not None and started_in.split == leading else in_force
+        return in_force, step
