@@ -50,7 +50,7 @@ class Host:
         monkeypatch.setattr(ProcessDelivery, "check_interval_s", 5.0)
         self.delivery = ProcessDelivery(
             directory, "node", [OtlpExporter(ENDPOINT, env={}, destination="there")],
-            first=True, health=False, warn=lambda *told: self.told.append(told),
+            first=True, health=False, warn=lambda *told, key="": self.told.append(told),
             session=lambda: self._session,
         )  # fmt: skip
 

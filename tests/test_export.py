@@ -65,7 +65,7 @@ def test_everything_goes_to_standard_output_and_the_journal_stays_as_it_is(journ
     spans = names(told.stdout, "resourceSpans", "scopeSpans", "spans")
     assert {"query of 0", "query of 1", "training.run"} <= set(spans)
     assert spans.count("training.step") == 62
-    assert told.stderr.startswith("exported ")
+    assert told.stderr.startswith("stepspan: exported ")
     assert " 66 traces" in told.stderr
     assert sorted(map(str, journal.rglob("*"))) == before
     again = command("export", journal)

@@ -25,8 +25,9 @@ FILES = {
 }
 
 LAYERS = (
-    ("errors", "environment", "copying", "_version"),
+    ("errors", "environment", "copying", "objects", "_version"),
     ("values", "identity"),
+    ("conversion",),
     ("events",),
     ("journal",),
     ("mapping",),

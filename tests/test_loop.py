@@ -62,7 +62,7 @@ def test_a_hook_that_fails_is_one_warning_and_training_goes_on(start: Start, cap
         hooks.fails()
         hooks.fails()
     assert run.stats()["warnings"] == {"fails": 2}
-    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    message, _summary = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "Hooks.fails failed: AttributeError('another version of the framework')" in message
 
 

@@ -49,7 +49,9 @@ def test_exactly_one_exporter_keeps_the_journal(tmp_path: Path, count: int) -> N
 
 def test_what_comes_after_the_end_is_lost_with_a_warning(tmp_path: Path) -> None:
     warnings: list[tuple[str, str]] = []
-    pipeline = Pipeline([], [JsonlExporter(tmp_path)], warn=lambda kind, message: warnings.append((kind, message)))
+    pipeline = Pipeline(
+        [], [JsonlExporter(tmp_path)], warn=lambda kind, message, *, key="": warnings.append((kind, message))
+    )
     pipeline.journal.open(header, job_id="job", host="node")
     pipeline.close("completed")
     pipeline.emit({"ts": 0, "seq": 0, "tag": "progress", "total_steps": 3})

@@ -145,7 +145,7 @@ def test_an_amount_that_is_none_is_told_once_and_the_loop_goes_on(
         assert list(run.steps([1, 2, 3], samples=amount)) == [1, 2, 3]
         with run.step(9, tokens=amount):
             pass
-        assert [record.message.split("=")[0] for record in caplog.records] == ["samples", "tokens"]
+        assert [record.message.split("=")[0] for record in caplog.records] == ["stepspan: samples", "stepspan: tokens"]
         assert run.stats()["warnings"]["samples"] == 3
         assert not any("samples" in event or "tokens" in event for event in recording.events())
 

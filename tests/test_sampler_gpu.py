@@ -287,7 +287,7 @@ def test_a_gpu_that_falls_off_the_bus_is_told_once_and_asked_no_more(
     assert lost.attributes["hw.id"] == nvml.gpus[0].uuid
     assert s.warnings() == {"samplers.gpu": 1}
     assert [re.sub(r"\(.*", "", record.message) for record in caplog.records] == [
-        f"gpu is not sampled: NVML says GPU is lost: {nvml.gpus[0].uuid} "
+        f"stepspan: gpu is not sampled: NVML says GPU is lost: {nvml.gpus[0].uuid} "
     ]
     s.sampling.close()
     assert nvml.open == 0

@@ -108,7 +108,7 @@ def test_what_fails_is_told_once_and_asked_again(caplog: pytest.LogCaptureFixtur
         assert recording.run.stats()["warnings"] == {"samplers.host.quantity": 2}
         [record] = caplog.records
         assert record.message == (
-            "host.quantity is not sampled: RuntimeError('first') (logged once; run.stats() counts)"
+            "stepspan: host.quantity is not sampled: RuntimeError('first') (logged once; run.stats() counts)"
         )
 
 

@@ -39,7 +39,7 @@ def test_a_run_that_is_open_is_closed_by_the_next(start: Start, caplog: pytest.L
     assert first.closed
     assert stepspan.current_run() is second
     assert outline(first) == ["run", "train -: x=1.0", "end run completed"]
-    (told,) = [r.getMessage() for r in caplog.records]
+    told = caplog.messages[0]
     assert first.identity.job_id in told
     assert first.stats()["warnings"] == {"replaced": 1}
 

@@ -504,7 +504,8 @@ def test_wrong_calls_are_counted_and_told_once(call: Any, caplog: pytest.LogCapt
     call(t)
     (count,) = t.stats()["warnings"].values()
     assert count == 2
-    assert len([r for r in caplog.records if r.levelno == logging.WARNING and "telemetry of" in r.getMessage()]) == 1
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len([message for message in warnings if message.startswith("stepspan: telemetry of")]) == 1
 
 
 def test_objects_that_json_does_not_take_are_written_as_text() -> None:
@@ -526,7 +527,7 @@ def test_a_backend_that_fails_does_not_take_the_others_down(caplog: pytest.LogCa
     assert [record["status"] for record in kept.records] == ["a", "b"]
     assert t.stats() == {"records": 2, "warnings": {"Broken": 2}}
     assert [r.getMessage() for r in caplog.records] == [
-        f"telemetry of {t.command_name}: Broken: OSError('no room') (logged once; stats() counts)"
+        f"stepspan: telemetry of {t.command_name}: Broken: OSError('no room') (logged once; stats() counts)"
     ]
 
 

@@ -10,7 +10,23 @@ StepspanError
 
 from __future__ import annotations
 
+from typing import Protocol
+
 MAX_REPR_CHARS = 120
+
+
+class Warn(Protocol):
+    """Where that goes which must not be raised. A run's counts it, and logs the first of each kind and key."""
+
+    def __call__(self, kind: str, message: str, *, key: str = "") -> None:
+        """Take what went wrong.
+
+        Args:
+            kind: What is counted together.
+            message: What happened, and the fix.
+            key: What tells this cause from others of its kind.
+
+        """
 
 
 class StepspanError(Exception):

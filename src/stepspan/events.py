@@ -37,6 +37,7 @@ class Line(TypedDict):
 
     ts: Annotated[int, "Unix ns; grows from line to line of a session"]
     seq: Annotated[int, "the line's number in its session, from 1 on without a gap"]
+    cut: NotRequired[Annotated[int, "how many entries were left out, because there were more than an event holds"]]
     crc: NotRequired[Annotated[int, "CRC-32 of all bytes of the line before this field"]]
 
 
@@ -273,6 +274,15 @@ class ClockSet(Line):
     ]
 
 
+class Dropped(Line):
+    """Values that were logged and could not be recorded."""
+
+    tag: Literal["dropped"]
+    key: Annotated[str, "of a metric; of another value where it belongs, as in `hyperparams.lr`"]
+    count: Annotated[int, "how many, since the last such line of this key"]
+    why: Annotated[str, "what is wrong with the last of them"]
+
+
 BY_TAG: Mapping[str, type] = {
     "header": Header,
     "run_begin": RunBegin,
@@ -296,6 +306,7 @@ BY_TAG: Mapping[str, type] = {
     "otel": Otel,
     "gap": Gap,
     "clock": ClockSet,
+    "dropped": Dropped,
 }
 """Each tag and its class."""
 TAGS = BY_TAG.keys()

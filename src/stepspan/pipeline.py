@@ -9,10 +9,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from stepspan.errors import ConfigError
+from stepspan.errors import ConfigError, Warn
 from stepspan.events import TAGS, Event
 from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
@@ -23,13 +23,17 @@ from stepspan.processors import Processor, apply
 FOLLOWER_ATTRIBUTES = ("destination", "signals", "processors", "export", "close")
 
 
+def _ignore(kind: str, message: str, *, key: str = "") -> None:
+    """Nobody wants to know."""
+
+
 class Pipeline:
     """Processors in order, then the journal; followers read the journal.
 
     Args:
         processors: Called in order with each event whose tag they name, before it is written.
         exporters: One `JsonlExporter`, which keeps the journal, and any number of followers.
-        warn: Called with a kind and a message for each thing that goes wrong.
+        warn: Called with a kind, a message and a key for each thing that goes wrong.
 
     Raises:
         ConfigError: There is no `JsonlExporter` or more than one, an exporter or processor lacks what it needs, or two
@@ -42,7 +46,7 @@ class Pipeline:
         processors: Sequence[Processor],
         exporters: Sequence[JsonlExporter | Exporter],
         *,
-        warn: Callable[[str, str], None] = lambda kind, message: None,
+        warn: Warn = _ignore,
     ) -> None:
         journals = [exporter.journal for exporter in exporters if isinstance(exporter, JsonlExporter)]
         if len(journals) != 1:
@@ -100,7 +104,7 @@ class Pipeline:
         self.journal.close(status)
 
     def _warn_of_processor(self, name: str, message: str) -> None:
-        self._warn("processor", message)
+        self._warn("processor", message, key=name)
 
     def _refuse(self, event: Event, begun: Begun | None = None) -> None:
         self._warn("closed", f"the run is closed: {event['tag']} was lost, as is every later event")

@@ -7,7 +7,6 @@ once, by local rank 0 (other ranks log it at DEBUG).
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import sys
 import threading
@@ -16,16 +15,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stepspan.conversion import json_value, preview
 from stepspan.deliver.delivery import Delivery
 from stepspan.events import Event
 from stepspan.journal.writer import SessionWriter
-from stepspan.recording.deferred import PENDING, metric_value
+from stepspan.recording.deferred import PENDING, metric_value, refusal
 from stepspan.recording.log_store import RunLogStore
+from stepspan.recording.nested import flatten, is_nested
 from stepspan.recording.outcomes import STATUSES, to_status
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
 from stepspan.recording.scopes import Scope
 from stepspan.recording.steps import Amount, Steps
-from stepspan.values import error_text, fields_of, json_value, to_float, to_text
+from stepspan.values import error_text, to_float, to_integer, to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,10 +130,12 @@ class Run:
 
         Args:
             metrics: Key -> number (int, float, bool, or anything with `__float__`), or an array or tensor of one
-                element of numpy, torch or JAX. One that a GPU still computes is not waited for. NaN and Infinity are
-                numbers. A prefix of a key names the split of that key: `val/loss`, `val.loss` and `val_loss` are the
-                loss of split "val", each a series with the whole key as its attribute `key`. Prefixes are train, val,
-                valid and validation (both are "val"), eval and test; `valid_` in `valid_loss` only.
+                element of numpy, torch or JAX, or a list of one number. One that a GPU still computes is not waited
+                for. NaN and Infinity are numbers. A mapping among the values is flattened: `{"f1": {"cat": 0.5}}` is
+                `f1/cat`. What is no number is left out, with a warning for each key. A prefix of a key names the split
+                of that key: `val/loss`, `val.loss` and `val_loss` are the loss of split "val", each a series with the
+                whole key as its attribute `key`. Prefixes are train, val, valid and validation (both are "val"), eval
+                and test; `valid_` in `valid_loss` only.
             step: The step's number; by default that of the step that is open.
             split: The split of all keys; by default that of the step that is open, else "train".
 
@@ -142,16 +145,27 @@ class Run:
         try:
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
+            dropped: list[tuple[str, str]] = []
             for key, value in metrics.items():
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
-                else:
-                    number = metric_value(key, value, self._warn_once)
-                    name = key if type(key) is str else to_text(key)
-                    if number is PENDING:
-                        values[name], pending[name] = None, value
-                    elif number is not None:
-                        values[name] = number
+                    continue
+                try:
+                    found = metric_value(value)
+                except Exception as error:  # a user's __float__ may raise anything, and so may a device
+                    if is_nested(value):
+                        self._log_nested(metrics, step, split)
+                        return
+                    dropped.append((to_text(key), refusal(to_text(key), value, error)))
+                    continue
+                if type(key) is not str:
+                    self._log_nested(metrics, step, split)
+                    return
+                values[key] = found
+                if found is PENDING:
+                    values[key], pending[key] = None, value
+            for key, message in dropped:
+                self._recorder.drop_value("value", key, message)
             if not values:
                 return
             number = None if step is None else self._integer("step", step)
@@ -164,7 +178,15 @@ class Run:
             else:
                 self._emit(event, written)
         except Exception as error:
-            self._warn_once("metrics", f"metrics were lost: {error_text(error)}")
+            self._warn_once("metrics", f"metrics were lost: {error_text(error)}", key=type(error).__name__)
+
+    def _log_nested(self, metrics: Mapping[str, Any], step: int | None, split: str | None) -> None:
+        """Log metrics that lie in mappings, or whose keys are no text."""
+        flat = flatten(metrics)
+        for key, message in flat.dropped:
+            self._recorder.drop_value("value", key, message)
+        if flat.values:
+            self.log_metrics(flat.values, step, split=split)
 
     def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
         """Record one point at this instant.
@@ -185,7 +207,7 @@ class Run:
                 `training.run.info` and attributes of the run's span; what JSON can't hold is written as text.
 
         """
-        self._recorder.record("hyperparams", lambda: {"params": json_value(fields_of(params))})
+        self._recorder.record("hyperparams", lambda: self._recorder.json_fields("hyperparams", "params", params))
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
         """Record where an artifact lies; the file itself is not read.
@@ -217,7 +239,9 @@ class Run:
         """
         state = {} if status is None else {"status": to_text(status)}
         self._recorder.record(
-            "event", lambda: {"name": to_text(name), **state, "attributes": json_value(attributes)}, inside=True
+            "event",
+            lambda: {"name": to_text(name), **state, **self._recorder.json_fields("event", "attributes", attributes)},
+            inside=True,
         )
 
     def log_error(self, error: BaseException, /, **attributes: Any) -> None:
@@ -273,13 +297,14 @@ class Run:
             if collective:
                 begin["collective"] = True
             if attributes:
-                begin["attributes"] = json_value(attributes)
+                begin |= self._recorder.json_fields("span", "attributes", attributes)
             if cuda and self._active:
                 from stepspan.recording.cuda_spans import device_span
 
                 return device_span(self._recorder, begin)
         except Exception as error:  # a user's mapping may raise anything
-            self._warn_once("span", f"the attributes of a span were lost: {error_text(error)}")
+            message = f"the attributes of a span were lost: {error_text(error)}"
+            self._warn_once("span", message, key=type(error).__name__)
         return self._scopes.span(begin)
 
     def steps(
@@ -374,7 +399,8 @@ class Run:
             status, is_known = to_status(given)
             if not is_known:
                 known = ", ".join(STATUSES)
-                self._warn_once("status", f"close(status={given!r:.40}): not one of {known}; taken as {status}")
+                self._warn_once("status", f"close(status={preview(given):.40}): not one of {known}; taken as {status}")
+            self._recorder.close_warnings()
             self._scopes.end(self._scope, error, status)
             self._scopes.closed = True
             session = self._session
@@ -384,13 +410,15 @@ class Run:
             self._delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
         except Exception as error:
             self._warn_once("close", f"the run was not closed well: {error_text(error)}")
+        self._recorder.warnings.log_summary()
 
     def stats(self) -> dict[str, Any]:
         """The ledgers of the run.
 
         Returns:
-            `journaled` and `lost` events, whether the journal is `durable`, the `journal`'s path, `warnings` by kind,
-            and `delivery`: for each destination and signal what became of the lines and records.
+            `journaled` and `lost` events, whether the journal is `durable`, the `journal`'s path, `warnings` by kind
+            and `warning_keys` by kind and key (the metric, the parameter, the exception …), and `delivery`: for each
+            destination and signal what became of the lines and records.
 
         """
         session, delivery = self._session, {}
@@ -403,20 +431,22 @@ class Run:
             "lost": self._recorder.lost_events(),
             "durable": self._pipeline.journal.durable if self._pipeline else True,
             "journal": str(session.path) if session else None,
-            "warnings": dict(self._recorder.warning_counts),
+            "warnings": dict(self._recorder.warnings.counts),
+            "warning_keys": self._recorder.warnings.key_counts(),
             "delivery": delivery,
         }
 
-    def _warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
-        """Count something that went wrong, and log it the first time for its kind.
+    def _warn_once(self, kind: str, message: str, level: int = logging.WARNING, *, key: str = "") -> None:
+        """Count something that went wrong, and log it the first time for its kind and key.
 
         Args:
             kind: What is counted together; `stats()["warnings"]` has the counts.
             message: What happened, and the fix.
             level: Of the log record.
+            key: What tells this cause from others of its kind.
 
         """
-        self._recorder.warn_once(to_text(kind), to_text(message), level if type(level) is int else logging.WARNING)
+        self._recorder.warn_once(kind, message, level, key=key)
 
     def __enter__(self) -> Self:
         return self
@@ -465,13 +495,13 @@ class Run:
         if type(value) is int and 0 <= value < MAX_INTEGER:
             return value
         try:
-            number = int(value) if isinstance(value, float) and value.is_integer() else operator.index(value)
+            number = to_integer(value)
             if 0 <= number < MAX_INTEGER:
                 return number
             why = "below 0 or beyond 64 bits"
         except Exception as error:  # a user's __index__ may raise anything
             why = f"not a whole number: {to_text(error)}"
-        self._warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it")
+        self._warn_once("step", f"{field}={to_text(value):.80}: {why}; recorded without it", key=field)
         return None
 
 

@@ -127,7 +127,7 @@ def start_run(
     try:
         _open = open_run(settings, who, given_processors, given_exporters)
     except OSError as error:
-        log.warning("no journal can be kept, so nothing is recorded: %s", error)
+        log.warning("stepspan: no journal can be kept, so nothing is recorded: %s", error)
         return DISABLED
     if not _runs_opened:
         note_exits(_note_exit)

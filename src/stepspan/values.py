@@ -1,55 +1,24 @@
-"""What users hand over, as JSON values: one function for each contract, named by what it returns.
+"""What users hand over, as numbers and text: one function for each contract, named by what it returns.
 
-Nothing here trusts the methods of the objects it is given: `to_text`, `to_float`, `error_text` and `error_fields`
-never raise, whatever an object's own `__str__`, `__float__` or `__iter__` does; `json_value` raises only what iterating
-over a container raises. Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity",
-"-Infinity".
+Nothing here trusts the methods of the objects it is given, and nothing here raises, whatever an object's own `__str__`
+or `__float__` does. Numbers that JSON has no word for are written as proto3 JSON does: "NaN", "Infinity", "-Infinity".
+`stepspan.conversion` is for objects that hold others.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import traceback
-from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 from stepspan.errors import short_repr
 
 NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 """The numbers that JSON has no word for, by how they are written."""
-MAX_NESTING = 32
-"""Levels of nesting that `json_value` keeps; what lies deeper becomes text."""
 MAX_STACK_CHARS = 64 << 10
 MAX_ERROR_CHARS = 1000
 """Of an exception that a message quotes."""
-
-
-def json_value(value: Any, parents: tuple[int, ...] = ()) -> Any:
-    """Any object as JSON.
-
-    Args:
-        value: None, booleans, numbers, text, mappings, lists, tuples and sets keep their form; an integer beyond 64
-            bits and every other object become their `str`.
-        parents: The ids of the containers that `value` lies in, for the recursion: a container inside itself, and one
-            nested deeper than `MAX_NESTING`, becomes text.
-
-    Returns:
-        What `orjson` can write.
-
-    """
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return int(value) if -(1 << 63) <= value < 1 << 63 else str(value)
-    if isinstance(value, float):
-        return json_number(float(value))
-    if len(parents) < MAX_NESTING and id(value) not in parents:
-        if isinstance(value, Mapping):
-            return {_str(key): json_value(item, (*parents, id(value))) for key, item in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return [json_value(item, (*parents, id(value))) for item in value]
-    return _str(value)
 
 
 def json_number(value: float) -> float | str:
@@ -67,14 +36,27 @@ def to_float(value: Any) -> float | None:
         return None
 
 
+def to_integer(value: Any) -> int:
+    """The whole number in a value: an integer, or a float or an array of one element that is whole.
+
+    Raises:
+        Exception: There is none; whatever a user's object raises.
+
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        if isinstance(value, (str, bytes, bytearray)):
+            raise
+        number = float(value)
+        if not number.is_integer():
+            raise
+        return int(number)
+
+
 def to_text(value: Any) -> str:
     """Any object as text that UTF-8 can write: a lone surrogate becomes "?". Never raises."""
-    if type(value) is str:
-        return value
-    try:
-        return str(json_value(value))
-    except Exception:  # iterating over a user's container may raise anything
-        return _str(value)
+    return value if type(value) is str else str_of(value)
 
 
 def error_text(error: BaseException) -> str:
@@ -122,25 +104,11 @@ def error_fields(error: BaseException) -> dict[str, Any]:
         stack = f"…{stack[-MAX_STACK_CHARS:]}"
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return {"type": name, "message": json_value(error), "stack": json_value(stack)}
+    return {"type": name, "message": str_of(error), "stack": str_of(stack)}
 
 
-def fields_of(params: Any) -> Mapping[str, Any]:
-    """The fields of a mapping, a dataclass, a namespace or any other object with attributes.
-
-    Raises:
-        TypeError: `params` has none.
-
-    """
-    if isinstance(params, Mapping):
-        return params
-    if is_dataclass(params):
-        return {field.name: getattr(params, field.name) for field in fields(params)}
-    attributes: dict[str, Any] = vars(params)
-    return attributes
-
-
-def _str(value: Any) -> str:
+def str_of(value: Any) -> str:
+    """The `str` of an object that is no plain text, or what says that it raises. Never raises."""
     try:
         return utf8(str(value)).decode()
     except Exception as error:  # a user's __str__ may do anything

@@ -29,7 +29,7 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
     try:
         from stepspan.cli.demo_training import shared_memory  # needs scikit-learn
     except ImportError as error:
-        print(f"stepspan demo: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
+        print(f"stepspan: {error}: pip install 'stepspan[demo]'", file=sys.stderr)
         return 2
     job_id = f"demo-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{secrets.token_hex(3)}"
     settings = load({}, os.environ)
@@ -48,7 +48,7 @@ def run_demo(ranks: int, epochs: int, directory: Path) -> int:
         process.join()
     failed = [process.exitcode for process in processes if process.exitcode]
     if failed:
-        print(f"stepspan demo: a rank ended with exit code {failed[0]}", file=sys.stderr)
+        print(f"stepspan: a rank ended with exit code {failed[0]}", file=sys.stderr)
         return 1
     job = Path(os.path.relpath(directory / slug(job_id)))
     if not exporters:

@@ -118,6 +118,7 @@ ROWS: Mapping[str, EventText] = {
     "event": _event,
     "error": lambda e, _: f"{e['type']}: {e['message']}",
     "log": lambda e, _: f"{e['severity'].upper()} {e['logger']}: {e['message']}",
+    "dropped": lambda e, _: f"{e['count']} of {e['key']} not recorded: {e['why']}",
     "progress": lambda e, _: f"{e['total_steps']} steps in all",
     "sample": _sample,
     "memory": lambda e, _: f"device {e['device_id']}: {format_fields(e['counters'])}",

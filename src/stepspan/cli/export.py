@@ -89,7 +89,7 @@ def export_journals(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (OSError, JournalError) as error:
-        print(f"stepspan export: {error}", file=sys.stderr)
+        print(f"stepspan: {error}", file=sys.stderr)
         return 1
 
 
@@ -111,10 +111,13 @@ def _export(paths: Sequence[Path], exporter: JsonLinesExporter, state_directory:
         raise InterruptedError("interrupted")
     failures = delivery_failures(deliverer)
     for failure in failures:
-        print(failure, file=sys.stderr)
+        print(f"stepspan: {failure}", file=sys.stderr)
     if exporter.too_long:
-        print(f"{exporter.too_long} records fill over 1 MiB each, which the Collector does not take", file=sys.stderr)
-    print("exported", ", ".join(f"{exporter.written[s]:,} {s}" for s in exporter.signals), file=sys.stderr)
+        print(
+            f"stepspan: {exporter.too_long} records fill over 1 MiB each, which the Collector does not take",
+            file=sys.stderr,
+        )
+    print("stepspan: exported", ", ".join(f"{exporter.written[s]:,} {s}" for s in exporter.signals), file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -33,7 +33,7 @@ def import_paths(paths: Sequence[Path], system: str, job_id: str | None, directo
                 result = f"{events} events" if events else "imported before"
                 print(f"{imported.job_id} rank {imported.rank}: {result}: {journal}")
         except (OSError, ValueError, StepspanError) as error:
-            print(f"stepspan import: {path}: {error}", file=sys.stderr)
+            print(f"stepspan: {path}: {error}", file=sys.stderr)
             failed += 1
     if failed < len(paths):
         print(f"send it: stepspan sync {directory} --endpoint http://localhost:4318")

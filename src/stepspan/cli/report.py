@@ -14,9 +14,10 @@ from rich.console import Console
 from stepspan.cli.event_text import format_fields, format_value
 from stepspan.cli.options import require_sessions
 from stepspan.cli.terminal import print_line, print_table, rank_label, short_id_length, stdout_console
+from stepspan.conversion import json_value
 from stepspan.identity import host_facts
 from stepspan.reading.runs import summarise
-from stepspan.values import format_seconds, json_value
+from stepspan.values import format_seconds
 
 MAX_SESSIONS, MAX_METRICS, MAX_LINES = 24, 40, 8
 """Rows of the tables of ranks and metrics; how many errors and checkpoints are shown."""

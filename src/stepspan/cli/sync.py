@@ -190,7 +190,7 @@ def _wait_for(lock: DeliveryLock) -> None:
     try:
         if lock.acquire():
             return
-        print("another deliverer is sending to this destination: waiting for it to finish", file=sys.stderr)
+        print("stepspan: another deliverer is sending to this destination: waiting for it to finish", file=sys.stderr)
         if not lock.acquire(LOCK_TIMEOUT_S):
             raise JournalError("another deliverer is still sending to this destination: wait for it, or stop it")
     except OSError as error:

@@ -198,7 +198,7 @@ def show_tail(path: Path, *, count: int, follow: bool, rank: int | None, tags: C
         of_rank = f" of rank {rank}" if rank is not None else ""
         raise JournalError(f"no such line{of_rank} at or below {path}")
     if sessions.skipped:
-        print(f"stepspan tail: {sessions.skipped} sessions that were written earlier are left out", file=sys.stderr)
+        print(f"stepspan: {sessions.skipped} sessions that were written earlier are left out", file=sys.stderr)
     with contextlib.suppress(KeyboardInterrupt, BrokenPipeError):
         job = show(console, lines, several_jobs=sessions.several_jobs)
         scanned_at = time.monotonic()

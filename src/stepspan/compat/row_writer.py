@@ -23,8 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from stepspan.conversion import json_value
 from stepspan.copying import SharedByCopies
-from stepspan.values import json_value, to_float
+from stepspan.values import to_float
 
 log = logging.getLogger("stepspan")
 
@@ -89,7 +90,7 @@ class RowWriter(SharedByCopies):
             except OSError as error:
                 if not self._warned:
                     self._warned = True
-                    log.warning("%s cannot be written: %s; rows wait in memory (logged once)", self.path, error)
+                    log.warning("stepspan: %s cannot be written: %s; rows wait (logged once)", self.path, error)
             finally:
                 self._busy = False
 
@@ -115,10 +116,8 @@ def to_json(value: Any, indent: int | None = None) -> str:
         text.encode()  # a lone surrogate is no UTF-8
         return text
     except Exception:  # a key that is no text, a circle, whatever a user's `__float__` raises
-        if isinstance(value, dict):
-            value = {key: safe_json_value(item) for key, item in value.items()}
-        else:
-            value = safe_json_value(value)
+        is_dict = isinstance(value, dict)
+        value = {key: json_value(item) for key, item in value.items()} if is_dict else json_value(value)
         return json.dumps(value, indent=indent, default=str)
 
 
@@ -132,17 +131,9 @@ def to_scalar(value: Any) -> float | None:
     return to_float(value)
 
 
-def safe_json_value(value: Any) -> Any:
-    """Any object as JSON, whatever its own methods do."""
-    try:
-        return json_value(value)
-    except Exception:  # iterating over a user's mapping may raise anything
-        return f"<{type(value).__name__}>"
-
-
 def _json_default(value: Any) -> Any:
     try:
         return operator.index(value)
     except Exception:  # not an integer
         number = to_scalar(value)
-        return safe_json_value(value) if number is None else number
+        return json_value(value) if number is None else number

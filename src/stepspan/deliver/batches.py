@@ -168,4 +168,4 @@ class BatchReader:
     def _log_once(self, name: str, message: str) -> None:
         if name not in self._failed_processors:
             self._failed_processors.add(name)
-            log.warning("%s %s: processor %s", self._reader.session.path, self._signal, message)
+            log.warning("stepspan: %s %s: processor %s", self._reader.session.path, self._signal, message)

@@ -119,7 +119,9 @@ class Deliverer:
                 if not moved:
                     self._stop.wait(POLL_INTERVAL_S)
         except Exception:  # a defect in one signal: log it, and leave the others alone
-            log.exception("delivery of %s to %s has stopped", scheduler.signal, scheduler.exporter.destination)
+            log.exception(
+                "stepspan: delivery of %s to %s has stopped", scheduler.signal, scheduler.exporter.destination
+            )
             scheduler.broken = True
         finally:
             scheduler.close()

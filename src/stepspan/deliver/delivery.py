@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from stepspan.deliver import ledgers
 from stepspan.deliver.lock import DeliveryLock
 from stepspan.deliver.spawn import log_path, spawn, with_absolute_paths
+from stepspan.errors import Warn
 from stepspan.journal.cursor import CursorState
 from stepspan.journal.layout import SessionPath, find_sessions
 
@@ -150,7 +151,7 @@ class ProcessDelivery(Delivery):
         *,
         first: bool,
         health: bool,
-        warn: Callable[[str, str], None],
+        warn: Warn,
         session: Callable[[], Path | None] = lambda: None,
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
@@ -228,8 +229,9 @@ class ProcessDelivery(Delivery):
             since = self._failing_since.setdefault(target, now)
             if since != float("inf") and (state.state == "hold" or now - since >= WARN_AFTER_S):
                 self._failing_since[target] = float("inf")
+                cause = f"{destination}: {state.message}"
                 failed = f"{signal} to {self._urls[target]} (destination {destination})"
-                self._warn("delivery", f"{failed} cannot be delivered: {state.message}; {self._advice()}")
+                self._warn("delivery", f"{failed} cannot be delivered: {state.message}; {self._advice()}", key=cause)
 
     def _reap(self, answered: float) -> None:
         """Notice that the deliverer ended. `answered`: when a receiver last took something, Unix seconds."""
@@ -290,7 +292,7 @@ class ThreadDelivery(Delivery):
         try:
             self._deliverer.start()
         except RuntimeError as error:  # no more threads: the run still has its journal
-            log.warning("delivery cannot be started: %s", error)
+            log.warning("stepspan: delivery cannot be started: %s", error)
 
     def close(self, session: Path | None, timeout: float) -> None:
         """As the base, at full speed; then the threads end."""

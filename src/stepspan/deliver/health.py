@@ -119,7 +119,7 @@ class Health:
             if any(progress.moved for s in self._schedulers for progress in list(s.progress.values())):
                 self.report()
         except Exception:  # a defect here is no reason to stop anything else
-            log.exception("health of the delivery to %s is no longer reported", self._exporter.destination)
+            log.exception("stepspan: health of the delivery to %s is no longer reported", self._exporter.destination)
         finally:
             self._exporter.close()
 
@@ -134,7 +134,7 @@ class Health:
             some = {job: jobs[job] for job in names[first : first + MAX_JOBS]}
             outcome = self._exporter.export("metrics", self.resource, list(self.points(some, now)))
             if outcome.verdict is not Verdict.DELIVERED:
-                log.debug("health was not taken: %s", outcome.message)
+                log.debug("stepspan: health was not taken: %s", outcome.message)
                 self._not_before = self._options.clock() + RETRY_INTERVAL_S
                 return False
             self._reported |= {job: _ledgers(totals) for job, totals in some.items()}

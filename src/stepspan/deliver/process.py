@@ -51,7 +51,7 @@ def serve(
     options = Options(boot_id=boot_id)
     sessions = LiveSessions(directory, host, options)
     while exporters:
-        log.info("delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in exporters))
+        log.info("stepspan: delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in exporters))
         deliverer = Deliverer(exporters, sessions, options, health=host if health else None)
         interrupt_on_signal(deliverer)
         deliverer.start()
@@ -59,7 +59,7 @@ def serve(
         deliverer.stop()
         for lock in locks.values():
             lock.release()
-        log.info("done")
+        log.info("stepspan: done")
         # A run that came and went just now found the locks held, and relied on this process.
         if not over or (deliverer.has_seen_all() and run_is_over(deliverer)):
             return

@@ -167,7 +167,7 @@ class Scheduler:
                 task = DeliveryTask(session, self.signal, self.exporter, self._options)
             except CursorInUse as error:  # may be left to us at any time
                 if self.unreadable.get(path) != str(error):
-                    log.info("%s %s: left alone: %s", path, self.signal, error)
+                    log.info("stepspan: %s %s: left alone: %s", path, self.signal, error)
                 self.unreadable[path] = str(error)
                 continue
             except Exception as error:
@@ -222,10 +222,10 @@ class Scheduler:
         if not isinstance(error, (OSError, JournalError)):
             if path not in self._defective:
                 self._defective.add(path)
-                log.exception("%s %s: cannot be delivered", path, self.signal, exc_info=error)
+                log.exception("stepspan: %s %s: cannot be delivered", path, self.signal, exc_info=error)
             error = JournalError(f"a defect in stepspan: {error!r}")
         elif self.unreadable.get(path) != str(error):
-            log.error("%s %s: cannot be delivered: %s", path, self.signal, error)
+            log.error("stepspan: %s %s: cannot be delivered: %s", path, self.signal, error)
         self.unreadable[path] = str(error)
         self._retry_at[path] = self._options.clock() + UNREADABLE_RETRY_INTERVAL_S
         task = self.tasks.pop(path, None)

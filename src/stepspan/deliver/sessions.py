@@ -76,7 +76,9 @@ class LiveSessions:
             chosen = [session for session in here if session.path.parents[1] in first_ranks]
             if destination not in self._left_logged and len(chosen) < len(here):
                 left = len(here) - len(chosen)
-                log.info("%d sessions of other jobs were not begun for %s: `stepspan sync`", left, destination)
+                log.info(
+                    "stepspan: %d sessions of other jobs were not begun for %s: `stepspan sync`", left, destination
+                )
             self._left_logged.add(destination)
             for job, (first, path) in first_ranks.items():
                 if first is not None and job != self._directory:

@@ -81,7 +81,7 @@ class DeliveryTask:
             name = cursor_name(exporter.destination, signal)
             self._cursor = files.enter_context(closing(Cursor(directory / name)))
             if not self._cursor_fits():
-                log.warning("%s %s: the cursor is of another journal: starting anew", session.path, signal)
+                log.warning("stepspan: %s %s: the cursor is of another journal: starting anew", session.path, signal)
                 self._cursor.state = CursorState()
             self._end = SessionEnd(session, self.header, self.state_directory, options)
             self._batches = BatchReader(reader, signal, exporter, directory / f"{name}.state", options)
@@ -173,7 +173,7 @@ class DeliveryTask:
         """Move the cursor: everything in the batch is accounted for."""
         state = self._cursor.state
         if state.state in {"retry", "hold"}:
-            log.info("%s %s: delivering again", self.session.path, self.signal)
+            log.info("stepspan: %s %s: delivering again", self.session.path, self.signal)
         self._known_good_record = isolation.known_good_record
         self._backoff.reset()
         self.not_before, self.failing_since = 0.0, None
@@ -202,7 +202,7 @@ class DeliveryTask:
         if self.failing_since is None:
             self.failing_since = now
         if (state, message) != (self.state.state, self.state.message):
-            log.warning("%s %s: %s: %s", self.session.path, self.signal, state, message)
+            log.warning("stepspan: %s %s: %s: %s", self.session.path, self.signal, state, message)
         self._cursor.write(replace(self.state, state=state, message=message, session=self.session.session))
 
     def _maybe_out_of_window(self, record: Record) -> bool:
@@ -216,7 +216,9 @@ class DeliveryTask:
         """Keep what was refused."""
         resource = self.header["resource"]
         dead_letters.append(self.state_directory, self._exporter.destination, self.signal, resource, rejected)
-        log.warning("%s %s: %d refused for good: %s", self.session.path, self.signal, len(rejected), rejected[-1][1])
+        log.warning(
+            "stepspan: %s %s: %d refused for good: %s", self.session.path, self.signal, len(rejected), rejected[-1][1]
+        )
 
     def _cursor_fits(self) -> bool:
         """Whether the cursor is this session's, and stands at the beginning of a line. OSError."""

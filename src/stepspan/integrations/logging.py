@@ -18,7 +18,7 @@ from stepspan.copying import SharedByCopies
 from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
 from stepspan.run import DISABLED, Run
 from stepspan.start import current_run
-from stepspan.values import error_fields, json_value, to_text
+from stepspan.values import error_fields, to_text
 
 OWN = "stepspan"
 """The first name of stepspan's own loggers and threads: what they log about delivery must not be delivered."""
@@ -60,14 +60,15 @@ class StepspanHandler(SharedByCopies, logging.Handler):
         with recording_depth as depth:
             if depth < MAX_RECORDING_DEPTH:
                 scopes = run._recorder.scopes
-                run._recorder.record("log", lambda: {"parent": scopes.parent_without_closing(), **_fields(record)})
+                run._recorder.record("log", lambda: {"parent": scopes.parent_without_closing(), **_fields(record, run)})
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
+def _fields(record: logging.LogRecord, run: Run) -> dict[str, Any]:
     """A line as the fields of a `log` event. Names of attributes: OpenTelemetry semantic conventions, `code.*`."""
     extra = {name: value for name, value in vars(record).items() if name not in STANDARD_FIELDS}
+    converted = run._recorder.json_fields("log", "attributes", extra) if extra else {"attributes": {}}
     attributes: dict[str, Any] = {
-        **(json_value(extra) if extra else {}),
+        **converted["attributes"],
         "code.file.path": to_text(record.pathname),
         "code.function.name": to_text(record.funcName),
         "code.line.number": record.lineno,
@@ -81,6 +82,7 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
         "severity": next((name for level, name in SEVERITIES if record.levelno >= level), "trace"),
         "logger": to_text(record.name),
         "message": _message(record),
+        **converted,
         "attributes": attributes,
         **({} if error is None else {"exception": error_fields(error)}),
     }

@@ -269,7 +269,8 @@ def _hook(name: str, method: Callable[..., None]) -> Callable[..., None]:
         except ConfigError:
             raise
         except Exception as error:
-            loop.run._warn_once(name, f"{type(self).__name__}.{name} failed: {error_text(error)}")
+            message = f"{type(self).__name__}.{name} failed: {error_text(error)}"
+            loop.run._warn_once(name, message, key=type(error).__name__)
         finally:
             loop._last_hook_ns = time.perf_counter_ns()
 

@@ -113,7 +113,8 @@ def device_timer(recorder: Recorder, tensor: Any) -> Timer | None:
 def warn(recorder: Recorder | None, error: Exception) -> None:
     """Log what must not reach the training."""
     if recorder is not None:
-        recorder.warn_once("collectives", f"the wait for other ranks is not timed: {error_text(error)}")
+        message = f"the wait for other ranks is not timed: {error_text(error)}"
+        recorder.warn_once("collectives", message, key=type(error).__name__)
 
 
 # ----------------------------------------------------------------------------------------------------------------- DDP

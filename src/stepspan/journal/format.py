@@ -16,9 +16,9 @@ from zlib import crc32
 
 import orjson
 
+from stepspan.conversion import json_value
 from stepspan.errors import Damaged
 from stepspan.events import Event
-from stepspan.values import json_value
 
 
 def encode(event: Event) -> bytes:

@@ -43,4 +43,4 @@ class NothingAhead:
 @lru_cache(maxsize=256)
 def warn_unmappable(tag: str, why: str) -> None:
     """Log that events of a tag cannot be mapped, once for each reason."""
-    log.warning("a %s event could not be mapped: %s (logged once)", tag, why)
+    log.warning("stepspan: a %s event could not be mapped: %s (logged once)", tag, why)

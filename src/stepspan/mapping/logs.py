@@ -46,6 +46,7 @@ class LogMapper(NothingAhead):
             "log": self._log,
             "gap": self._gap,
             "clock": self._clock,
+            "dropped": self._dropped,
             "otel": lambda event: self._logs.extend(self._sdk_records.of(event)),
             "run_begin": self._scopes.begin_run,
             **dict.fromkeys(("epoch_begin", "span_begin"), self._scopes.begin),
@@ -112,3 +113,9 @@ class LogMapper(NothingAhead):
     def _clock(self, event: Event) -> None:
         offset = (event.get("ahead") or -event["forward"]) / SECOND_NS
         self._add(event, WARN, "stepspan.clock", clock_text(event), {"ahead": offset})
+
+    def _dropped(self, event: Event) -> None:
+        count = event["count"]
+        body = f"{event['why']} ({count} {'value' if count == 1 else 'values'})"
+        attributes = {"key": shorten(event["key"], MAX_TEXT_CHARS), "count": count}
+        self._add(event, WARN, "stepspan.dropped_value", body, attributes)

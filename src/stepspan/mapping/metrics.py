@@ -47,6 +47,7 @@ OWN_SERIES: dict[str, tuple[str, str, Kind]] = {
     "training.phase.time": ("phase", "s", "gauge"),
     "training.phase.device_time": ("phase", "s", "gauge"),
     "training.run.errors": ("error.type", "{error}", "sum"),
+    "training.run.dropped_values": ("key", "{value}", "sum"),
 }
 """stepspan's own metrics that have one attribute: which, the unit and the kind."""
 
@@ -61,6 +62,7 @@ class MetricState:
         info: The labels of `training.run.info`.
         errors: An error's type -> how many.
         nonfinite: Split -> key -> how many of its values are NaN or infinite.
+        dropped: The key of values that could not be recorded -> how many.
 
     """
 
@@ -69,6 +71,7 @@ class MetricState:
     info: dict[str, str] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
     nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
 
 
 class MetricMapper:
@@ -107,6 +110,7 @@ class MetricMapper:
             "run_end": self._steps.close,
             "hyperparams": self._hyperparams,
             "error": self._error,
+            "dropped": self._dropped,
             "progress": lambda event: self._progress.plan(event),
             "artifact": lambda event: self._progress.artifact(event),
             "memory": self._memory,
@@ -422,6 +426,11 @@ class MetricMapper:
         self._add(self._own("training.run.errors", kind), event["ts"], Sum(self._start, float(errors[kind])))
         self._steps.error(event)
 
+    def _dropped(self, event: Event) -> None:
+        key, dropped = event["key"], self._state.dropped
+        dropped[key] = dropped.get(key, 0) + event["count"]
+        self._add(self._own("training.run.dropped_values", key), event["ts"], Sum(self._start, float(dropped[key])))
+
     def _cross_boundary(self, ts: int) -> int:
         """Event time has crossed a multiple of the period: add what is cumulative as of then. Returns the next one."""
         boundary = ts // PERIOD_NS * PERIOD_NS
@@ -455,5 +464,7 @@ class MetricMapper:
         for split, counts in state.nonfinite.items():
             for key in counts:
                 self._add_nonfinite(split, key, ts)
+        for key, count in state.dropped.items():
+            self._add(self._own("training.run.dropped_values", key), ts, Sum(self._start, float(count)))
         for split, durations in self._durations.values(self._start):
             self._add(self._own("training.step.duration", split), ts, durations)

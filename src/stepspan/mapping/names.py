@@ -40,7 +40,8 @@ RESERVED = re.compile(r"(?:step|run|phase|memory)[./]")
 PROMETHEUS_SUFFIXES = {
     "step_number": "", "step_logged": "", "step_time": "_seconds", "step_wait": "_seconds",
     "step_duration": "_seconds", "phase_time": "_seconds", "phase_device_time": "_seconds",
-    "run_epoch": "", "run_info": "", "run_errors": "_total", "run_total_steps": "", "run_eta": "_seconds",
+    "run_epoch": "", "run_info": "", "run_errors": "_total", "run_dropped_values": "_total",
+    "run_total_steps": "", "run_eta": "_seconds",
     "run_start_time": "_seconds", "run_checkpoint_time": "_seconds", "throughput_per_second": "",
     "nonfinite": "_total", "memory_allocated": "_bytes", "memory_reserved": "_bytes", "memory_active": "_bytes",
     "memory_inactive": "_bytes", "memory_alloc_retries": "_total", "memory_ooms": "_total",

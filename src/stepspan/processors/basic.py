@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
 
+from stepspan.conversion import json_value
 from stepspan.errors import ConfigError
 from stepspan.events import TAGS, Event
-from stepspan.values import json_value
 
 
 class Attributes:

@@ -52,7 +52,7 @@ class DeviceSpan(Scope):
         else:
             self.timer = None
             message = f"span {self.begin['name']:.80}: cuda=True, but torch has not initialised CUDA: timed on the host"
-            self.recorder.warn_once("cuda", message)
+            self.recorder.warn_once("cuda", message, key=self.begin["name"])
         self.owner.begin(self)
         if self.timer is not None:
             self.timer.mark()
@@ -77,6 +77,8 @@ class Timer:
     """Measures the thread from each odd mark to the next, and has the sum follow a span's end. Never raises."""
 
     series: Collection[Hashable] = ()
+    keys: Collection[str] = ("training.phase.device_time",)
+    lost_keys = keys
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
@@ -136,7 +138,8 @@ class DeviceTimer(Timer):
             self._marks.append(event)
         except Exception as error:
             self._complete = False
-            self._recorder.warn_once("cuda", f"a span could not be timed on the device: {error!s:.200}")
+            message = f"a span could not be timed on the device: {error!s:.200}"
+            self._recorder.warn_once("cuda", message, key=type(error).__name__)
 
     def ready(self) -> bool:
         """Whether the device has passed all marks."""

@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from stepspan.conversion import TEXTS, preview
 from stepspan.events import Event
 from stepspan.mapping.names import metric_name
 from stepspan.recording import device_copies
@@ -43,10 +44,16 @@ MAX_KNOWN_TYPES = 1000
 VALUES_OF = ("split", "step", "own_step", "steps")
 """What a line says of its values; the one that follows says it again."""
 
+LISTS = (list, tuple)
+MAX_LISTS = 8
+"""How often a list of one number may lie in a list of one."""
+TEXT_ADVICE = "log the number, and format what is printed"
+
 PENDING: Any = object()
 """In place of a number that a device still computes."""
 
-Warn = Callable[[str, str], None]
+Drop = Callable[[str, str, str], None]
+"""Takes a kind, a key and a message of a value that was dropped."""
 
 
 class AsyncCopy(Protocol):
@@ -64,6 +71,14 @@ class DeferredEvent(Protocol):
 
     series: Collection[Hashable]
     """The series of which nothing else may be written before it."""
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The metrics that it has values of."""
+
+    @property
+    def lost_keys(self) -> Collection[str]:
+        """Those of them that `lost` goes without."""
 
     def ready(self) -> bool:
         """Whether it can be written. Does not wait."""
@@ -101,44 +116,53 @@ def is_on_device(value: Any) -> bool:
     return hasattr(value, "is_ready") and not value.is_ready()
 
 
-def metric_value(key: Any, value: Any, warn: Warn) -> float | str | None:
+def metric_value(value: Any) -> float | str:
     """The number of a metric as JSON can hold it.
 
     Args:
-        key: Of the metric, for the warning.
-        value: A number, anything with `__float__`, or an array or tensor of one element.
-        warn: Is called with a kind and a message where `value` is no single number.
+        value: A number, anything with `__float__`, an array or tensor of one element, or a list or tuple of one of
+            these.
 
     Returns:
-        The number; `PENDING` where a device still computes it; None where there is none.
+        The number; `PENDING` where a device still computes it.
+
+    Raises:
+        Exception: It is no single number; whatever a user's `__float__` or a device raises.
 
     """
-    try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("text")
-        pending = is_on_device(value)
-        if pending and any(size != 1 for size in value.shape):
-            raise ValueError("not one element")
-        if hasattr(value, "placements"):
-            value = device_copies.local_tensor(value)
-        if pending:
-            return PENDING  # type: ignore[no-any-return] # for its caller's eyes alone
-        item = getattr(value, "item", None)
-        if callable(item):
-            mask = getattr(value, "mask", None)
-            if not callable(mask) and mask:  # numpy's; pandas has a method of that name
-                raise ValueError("masked")
-            value = item()
-        return json_number(float(value))
-    except Exception as error:  # a user's __float__ may raise anything, and so may a device
-        warn("value", f"metric {to_text(key):.80}={summary(value)}: not a number: {to_text(error):.200}")
-        return None
+    for _ in range(MAX_LISTS):
+        if type(value) not in LISTS or len(value) != 1:
+            break
+        value = value[0]
+    if isinstance(value, TEXTS):
+        raise TypeError(f"text, not a number: {TEXT_ADVICE}")
+    pending = is_on_device(value)
+    if pending and any(size != 1 for size in value.shape):
+        raise ValueError("not one element")
+    if hasattr(value, "placements"):
+        value = device_copies.local_tensor(value)
+    if pending:
+        return PENDING  # type: ignore[no-any-return] # for its caller's eyes alone
+    item = getattr(value, "item", None)
+    if callable(item):
+        mask = getattr(value, "mask", None)
+        if not callable(mask) and mask:  # numpy's; pandas has a method of that name
+            raise ValueError("masked")
+        value = item()
+        if isinstance(value, TEXTS):
+            raise TypeError(f"text, not a number: {TEXT_ADVICE}")
+    return json_number(float(value))
+
+
+def refusal(key: str, value: Any, error: Exception) -> str:
+    """Why a metric's value is not recorded, for a person."""
+    return f"metric {key:.80}={summary(value)}: not a number: {to_text(error):.200}"
 
 
 def summary(value: Any) -> str:
     """A value in words, without waiting for a device to print it."""
     if library_of(value) is None:
-        return f"{to_text(value):.80}"
+        return preview(value)
     return f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
 
 
@@ -191,8 +215,17 @@ class DeferredCall:
     """The values that are on their way from devices."""
     series: Collection[Hashable]
     """The series of all these values, which nothing else may be written to before."""
-    warn: Warn
-    """Takes a kind and a message of what went wrong."""
+    drop: Drop
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The keys of all values."""
+        return [*self.known, *self.lost_keys]
+
+    @property
+    def lost_keys(self) -> Collection[str]:
+        """The keys of the values that are on their way."""
+        return [key for keys, _ in self.copies for key in keys]
 
     def ready(self) -> bool:
         """Whether all of them have arrived."""
@@ -203,8 +236,10 @@ class DeferredCall:
         values = dict(self.known)
         for keys, copy in self.copies:
             for key, number in zip(keys, copy.numbers(), strict=True):
-                if (value := metric_value(key, number, self.warn)) is not None:
-                    values[key] = value
+                try:
+                    values[key] = metric_value(number)
+                except Exception as error:
+                    self.drop("value", key, refusal(key, number, error))
         return {**self.fields, "metrics": values} if values else None
 
     def lost(self) -> Event | None:
@@ -224,17 +259,17 @@ class DeferredMetrics:
     Args:
         emit: Writes the line of a call.
         emit_background: Writes the lines that follow.
-        warn: Takes a kind and a message of what went wrong.
+        drop: Takes a kind, a key and a message of a value that was dropped.
         clock: Gives Unix ns.
 
     """
 
     def __init__(
-        self, emit: Emit, emit_background: Callable[[Event], None], warn: Warn, clock: Callable[[], int]
+        self, emit: Emit, emit_background: Callable[[Event], None], drop: Drop, clock: Callable[[], int]
     ) -> None:
         self._emit = emit
         self._emit_background = emit_background
-        self._warn = warn
+        self._drop = drop
         self._clock = clock
         self._changed = threading.Condition()  # on a lock that a signal handler which logs may take again
         self._queue: deque[DeferredEvent] = deque()
@@ -269,13 +304,13 @@ class DeferredMetrics:
             if follows:
                 fields: Event = {name: event[name] for name in VALUES_OF if name in event}
                 event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": observed_at}
-                self.add(DeferredCall(event, behind, copies, {names[key] for key in follows}, self._warn))
+                self.add(DeferredCall(event, behind, copies, {names[key] for key in follows}, self._drop))
 
     def add(self, deferred: DeferredEvent) -> None:
         """Have an event follow when it is ready."""
         with self._changed:
             if self._ended or len(self._queue) >= MAX_DEFERRED:
-                self._warn_lost("the run has ended" if self._ended else TOO_MANY)
+                self._drop_lost(deferred.keys, "the run has ended" if self._ended else TOO_MANY)
                 if not deferred.series:  # otherwise what is pending comes first
                     self._write(deferred.lost())
                 return
@@ -297,18 +332,20 @@ class DeferredMetrics:
         with self._changed:
             self._ended = True
             while self._queue:
-                self._warn_lost(f"the device did not get there in {DRAIN_TIMEOUT_S:g} s")
-                self._write(self._queue.popleft().lost())
+                deferred = self._queue.popleft()
+                self._drop_lost(deferred.lost_keys, f"the device did not get there in {DRAIN_TIMEOUT_S:g} s")
+                self._write(deferred.lost())
             self._changed.notify_all()
 
     def _start_copies(self, pending: Mapping[str, Any]) -> list[tuple[list[str], AsyncCopy]]:
         if pending and len(self._queue) >= MAX_DEFERRED:
-            self._warn_lost(TOO_MANY)
+            self._drop_lost(pending, TOO_MANY)
             return []
         try:
             return start_copies(pending) if pending else []
         except Exception as error:  # whatever a device raises
-            self._warn("value", f"{', '.join(pending):.80}: {error!s:.200}")
+            for key, value in pending.items():
+                self._drop("value", key, refusal(key, value, error))
             return []
 
     def _work(self) -> None:
@@ -325,7 +362,7 @@ class DeferredMetrics:
                 event = head.event()
             except Exception as error:  # whatever a device raises
                 event = head.lost()
-                self._warn_lost(error)
+                self._drop_lost(head.lost_keys, error)
             if not self._ended:
                 self._write(event)
             with self._changed:
@@ -338,5 +375,6 @@ class DeferredMetrics:
         if event is not None:
             self._emit_background(event)
 
-    def _warn_lost(self, why: object) -> None:
-        self._warn("late", f"a value of a device was lost: {why!s:.200}")
+    def _drop_lost(self, keys: Collection[str], why: object) -> None:
+        for key in keys:
+            self._drop("late", key, f"metric {key:.80}: its value was lost on a device: {to_text(why):.200}")

@@ -3,7 +3,7 @@
 `Recorder` is the contract. `JournalRecorder` takes a run's events through its pipeline to the journal; `NullRecorder`
 takes everything and does nothing, which is all that makes a run a disabled one.
 
-Nothing here raises into training: what goes wrong is counted, and logged once for its kind.
+Nothing here raises into training: what goes wrong is counted, and logged once for its kind and key.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stepspan.conversion import MAX_ENTRIES, Conversion
 from stepspan.events import SCHEMA, Event
 from stepspan.journal.layout import slug
 from stepspan.journal.numbers import WorkerNumber, take_worker_number
@@ -22,12 +22,16 @@ from stepspan.journal.writer import Begun, SessionGone
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.outcomes import Outcomes
 from stepspan.recording.scopes import Emit, NullScopes, Scopes
-from stepspan.recording.warnings import WarningSink
-from stepspan.values import error_fields, error_text, json_value
+from stepspan.recording.warnings import DroppedValues, WarningSink
+from stepspan.values import error_fields, error_text
 
 if TYPE_CHECKING:
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
+
+
+METRIC_KINDS = frozenset({"value", "late"})
+"""Kinds of dropped values that are metrics': their keys say so themselves."""
 
 
 class BackgroundTask(Protocol):
@@ -76,8 +80,14 @@ class Recorder(Protocol):
     def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
         """Write an exception, once for all the scopes that it passes through."""
 
-    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
-        """Count something that went wrong, and log it the first time for its kind."""
+    def warn_once(self, kind: str, message: str, level: int = logging.WARNING, *, key: str = "") -> None:
+        """Count something that went wrong, and log it the first time for its kind and key."""
+
+    def drop_value(self, kind: str, key: str, message: str) -> None:
+        """Warn of a value that was logged and cannot be recorded, and write to the journal that it was dropped."""
+
+    def json_fields(self, tag: str, field: str, value: Any) -> Event:
+        """What a user logged as a field of an event, as JSON, after warnings of what of it is lost."""
 
     def add_background_task(self, task: BackgroundTask) -> None:
         """Have a task stopped before the run ends; a forked child has none."""
@@ -150,9 +160,8 @@ class JournalRecorder:
         self._journal = journal
         self._process = process
         self._resource = dict(resource)
-        self.warning_counts: Mapping[str, int] = warnings.counts
-        """How often each kind of warning came up."""
-        self._warnings = warnings
+        self.warnings = warnings
+        self._dropped = DroppedValues(self.emit_background)
         self._boot_id = boot_id
         self._destinations = sorted(set(destinations))
         self._deferred: DeferredMetrics | None = None
@@ -170,7 +179,7 @@ class JournalRecorder:
     def deferred(self) -> DeferredMetrics:
         """Made when it is first needed."""
         if self._deferred is None:
-            self._deferred = DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.clock)
+            self._deferred = DeferredMetrics(self.emit, self.emit_background, self.drop_value, self.clock)
             self.add_background_task(self._deferred)
         return self._deferred
 
@@ -186,7 +195,7 @@ class JournalRecorder:
             if not self.emit(event):
                 self.background_events -= 1
         except Exception as error:
-            self.warn_once(event["tag"], f"{event['tag']} was lost: {error_text(error)}")
+            self.warn_once(event["tag"], f"{event['tag']} was lost: {error_text(error)}", key=type(error).__name__)
 
     def record(self, tag: str, fields: Callable[[], Event], *, inside: bool = False) -> None:
         """Write an event of training, whose `fields()` may raise anything."""
@@ -197,11 +206,44 @@ class JournalRecorder:
             else:
                 self.emit({"ts": 0, "seq": 0, "tag": tag, **fields()})
         except Exception as error:
-            self.warn_once(tag, f"{tag} was lost: {error_text(error)}")
+            self.warn_once(tag, f"{tag} was lost: {error_text(error)}", key=type(error).__name__)
+
+    def json_fields(self, tag: str, field: str, value: Any) -> Event:
+        """What a user logged as a field of an event, as JSON, after warnings of what of it is lost.
+
+        Args:
+            tag: Of the event.
+            field: Its name in the event.
+            value: A mapping, or any object with named values.
+
+        Returns:
+            The field; and `cut` where there were too many entries.
+
+        Raises:
+            Exception: There are no named values; whatever a user's mapping raises.
+
+        """
+        conversion = Conversion(MAX_ENTRIES)
+        event: Event = {field: conversion.fields(value)}
+        for key, why in conversion.lost.items():
+            self.drop_value(tag, key, f"{tag} {key:.80}: {why:.200}")
+        if conversion.cut:
+            event["cut"] = conversion.cut
+            self.warn_cut(tag, conversion.cut)
+        return event
+
+    def warn_cut(self, tag: str, count: int) -> None:
+        """Warn of entries that were left out because there were too many."""
+        message = f"{tag}: {count:,} entries beyond the first {MAX_ENTRIES:,} were left out: log fewer at once"
+        self.warn_once(tag, message, key="too many entries")
 
     def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
         """Write an exception, once for all the scopes that it passes through."""
-        self.record("error", lambda: {**error_fields(error), "attributes": json_value(attributes or {})}, inside=True)
+        self.record(
+            "error",
+            lambda: {**error_fields(error), **self.json_fields("error", "attributes", attributes or {})},
+            inside=True,
+        )
         self.scopes.mark_recorded(error)
 
     def add_background_task(self, task: BackgroundTask) -> None:
@@ -215,7 +257,24 @@ class JournalRecorder:
             try:
                 task.stop()
             except Exception as error:
-                self.warn_once("background", f"{type(task).__name__} did not stop well: {error_text(error)}")
+                name = type(task).__name__
+                self.warn_once("background", f"{name} did not stop well: {error_text(error)}", key=name)
+
+    def drop_value(self, kind: str, key: str, message: str) -> None:
+        """Warn of a value that was logged and cannot be recorded, and write to the journal that it was dropped.
+
+        Args:
+            kind: "value" of a metric, "late" of one that a device computed, else the tag of the event.
+            key: Of the metric, or the name of another value.
+            message: What is wrong with it, and the fix.
+
+        """
+        key = self.warnings.count(kind, message, key=key)
+        self._dropped.add(key if kind in METRIC_KINDS else f"{kind}.{key}", message)
+
+    def close_warnings(self) -> None:
+        """Write to the journal how many values were dropped in all."""
+        self._dropped.close()
 
     def training_events(self) -> tuple[object | None, int]:
         """The session, and how many of its events came from training."""
@@ -236,11 +295,12 @@ class JournalRecorder:
             self.warn_once("journal_gone", f"{error}: its latest lines are counted as lost")
         else:
             message = f"the journal at {session.path} cannot be written: {error}; lines wait in memory"
-            self.warn_once("journal", message)
+            self.warn_once("journal", message, key=error.strerror or type(error).__name__)
 
     def after_fork(self) -> None:
         """In a forked child, whose first event opens a session of its own, and takes a worker's number."""
-        self._warnings.audible = False
+        self.warnings.after_fork()
+        self._dropped = DroppedValues(self.emit_background)
         self.background_tasks, self.background_events = [], 0
         self._deferred = None
         if self._worker_number is not None:
@@ -297,7 +357,7 @@ class NullRecorder:
     active = False
     defers = False
     session = None
-    warning_counts: Mapping[str, int] = MappingProxyType({})
+    warnings = WarningSink(audible=False)
     scopes: Scopes = NullScopes()
 
     @cached_property
@@ -311,7 +371,7 @@ class NullRecorder:
     @property
     def deferred(self) -> DeferredMetrics:
         """Takes values and loses them."""
-        return DeferredMetrics(self.emit, self.emit_background, self.warn_once, self.scopes.clock)
+        return DeferredMetrics(self.emit, self.emit_background, self.drop_value, self.scopes.clock)
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Drop an event of training, and say so."""
@@ -326,8 +386,18 @@ class NullRecorder:
     def record_error(self, error: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
         """Leave the exception to the program."""
 
-    def warn_once(self, kind: str, message: str, level: int = logging.WARNING) -> None:
+    def warn_once(self, kind: str, message: str, level: int = logging.WARNING, *, key: str = "") -> None:
         """Count and log nothing."""
+
+    def drop_value(self, kind: str, key: str, message: str) -> None:
+        """Write and log nothing."""
+
+    def json_fields(self, tag: str, field: str, value: Any) -> Event:
+        """Nothing: it would not be written."""
+        return {}
+
+    def close_warnings(self) -> None:
+        """Write nothing: nothing was counted."""
 
     def add_background_task(self, task: BackgroundTask) -> None:
         """Leave the task alone: it has nothing to write at the end."""

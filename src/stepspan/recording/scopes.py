@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
+from stepspan.errors import Warn
 from stepspan.events import SECOND_NS, Event
 from stepspan.mapping import ids
 from stepspan.mapping.names import EVALUATION_SPLITS
@@ -161,7 +162,7 @@ class Scopes:
         identity: Which job and rank this process is, for the ids of spans.
         journal: Whose session the scopes lie in.
         emit: Writes an event.
-        warn: Takes a kind and a message of what went wrong.
+        warn: Takes what went wrong.
         record_error: Writes the exception that a scope failed with.
         outcomes: Tells which exceptions are failures.
         propagate: Whether a scope becomes the current OpenTelemetry span; None: unless a global TracerProvider is
@@ -175,7 +176,7 @@ class Scopes:
         journal: Journal,
         emit: Emit,
         *,
-        warn: Callable[[str, str], None],
+        warn: Warn,
         record_error: Callable[[BaseException], None],
         outcomes: Outcomes,
         propagate: bool | None,
@@ -312,7 +313,7 @@ class Scopes:
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
                 self._attach(scope)
         except Exception as error:
-            self._warn("begin", f"a {scope.tag} could not be begun: {error_text(error)}")
+            self._warn("begin", f"a {scope.tag} could not be begun: {error_text(error)}", key=scope.tag)
 
     def end(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
         """Close a scope and whatever is still open inside it.
@@ -556,7 +557,7 @@ class Scopes:
                 if scope.tag == "span" and scope.loop is not None:
                     scope.loop.ts = event["ts"] or scope.loop.ts
         except Exception as failure:
-            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}")
+            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}", key=scope.tag)
         finally:
             scope.session = None
             if self._current.get() is scope:

@@ -207,7 +207,9 @@ class Sampling:
     def _warn(self, name: str, error: Exception) -> None:
         level = logging.INFO if isinstance(error, (*ABSENT, ImportError)) else logging.WARNING
         reason = str(error) if isinstance(error, (Absent, Gone)) else error_text(error)
-        self._recorder.warn_once(f"samplers.{name}", f"{name} is not sampled: {reason}", level)
+        self._recorder.warn_once(
+            f"samplers.{name}", f"{name} is not sampled: {reason}", level, key=type(error).__name__
+        )
 
 
 def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:

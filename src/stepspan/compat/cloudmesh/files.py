@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 
 from stepspan.compat.row_writer import open_append
+from stepspan.conversion import json_value
 from stepspan.errors import ConfigError
-from stepspan.values import json_value
 
 SQLITE_MAGIC = b"SQLite format 3\0"
 SETTLE_S = 0.02

@@ -19,8 +19,9 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from stepspan.compat.rows import NS_PER_US, row_number, row_numbers, unix_ns
+from stepspan.conversion import json_value
 from stepspan.errors import RecordError, short_repr
-from stepspan.values import json_number, json_value, to_float
+from stepspan.values import json_number, to_float
 
 Record = dict[str, Any]
 

@@ -36,8 +36,8 @@ import orjson
 from stepspan.compat.cloudmesh.files import FILE_MODE, file_path, is_database
 from stepspan.compat.cloudmesh.records import instant, numbers
 from stepspan.compat.row_writer import open_append
+from stepspan.conversion import json_value
 from stepspan.errors import ConfigError
-from stepspan.values import json_value
 
 BUSY_TIMEOUT_S = 10.0
 COLUMNS = {

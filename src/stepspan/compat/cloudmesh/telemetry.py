@@ -29,13 +29,14 @@ from stepspan.compat.cloudmesh.files import JsonlBackend, TextBackend
 from stepspan.compat.cloudmesh.records import Record, edge, measured, span_name, timestamp, unfolded
 from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
+from stepspan.conversion import json_value
 from stepspan.copying import SharedByCopies
 from stepspan.environment import switched_off
 from stepspan.errors import ConfigError, short_repr
 from stepspan.identity import Identity, host_facts, resolve
 from stepspan.processors.redact import Redact
 from stepspan.recording.warnings import WarningSink
-from stepspan.values import json_value, to_text
+from stepspan.values import to_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self

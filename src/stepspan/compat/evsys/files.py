@@ -145,4 +145,4 @@ class JSONLLogStore(SharedByCopies):
             except OSError as error:
                 if not self._warned:
                     self._warned = True
-                    log.warning("%s cannot be written: %s (logged once)", path, error)
+                    log.warning("stepspan: %s cannot be written: %s (logged once)", path, error)

@@ -72,4 +72,5 @@ class MultiplexLogStore:
             try:
                 getattr(store, method)(*arguments, **named)
             except Exception as error:  # a user's store may raise anything
-                self._warnings.warn_once(child, f"log store {child}: {method} failed: {short_repr(error)}")
+                message = f"log store {child}: {method} failed: {short_repr(error)}"
+                self._warnings.warn_once(child, message, key=type(error).__name__)

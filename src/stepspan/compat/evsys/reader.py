@@ -131,7 +131,7 @@ class _MetricsFile:
                 fields["attributes"] = {"benchmark": str(benchmark)}
             yield event("metrics", **fields, metrics=metrics)
         if left_out:
-            log.warning("%s: %d values are not numbers, and were left out", self._path, left_out)
+            log.warning("stepspan: %s: %d values are not numbers, and were left out", self._path, left_out)
 
 
 def _metrics_files(path: Path) -> tuple[Path, list[tuple[Path, str]]]:

@@ -139,7 +139,7 @@ def _load(point: EntryPoint) -> None:
         elif len(_stores) == before:
             raise TypeError(f"{point.value} is not a class, and did not register one: write it as module:Class")
     except (Exception, SystemExit) as error:  # an installed package may do anything
-        log.warning("log store %s of %s cannot be used: %r", point.name, point.group, error)
+        log.warning("stepspan: log store %s of %s cannot be used: %r", point.name, point.group, error)
 
 
 def _path_of(store: type) -> str:

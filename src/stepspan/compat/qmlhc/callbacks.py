@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from stepspan.compat.row_writer import RowWriter, safe_json_value, to_scalar
+from stepspan.compat.row_writer import RowWriter, to_scalar
+from stepspan.conversion import json_value
 
 if TYPE_CHECKING:
     from stepspan.recording.scopes import Scope
@@ -150,7 +151,7 @@ class _RowLogger(Callback):
 
     def on_error(self, error: Exception, context: Mapping[str, Any]) -> None:
         """Log a row `{"tag": "error", "type": the exception's class name, "message": its text}`."""
-        self._log("error", type=type(error).__name__, message=safe_json_value(error))
+        self._log("error", type=type(error).__name__, message=json_value(error))
 
 
 class TelemetryLogger(_RowLogger):
@@ -268,7 +269,7 @@ def _to_int(value: Any) -> Any:
     try:
         return int(value)
     except Exception:  # a user's `__int__` may raise anything
-        return safe_json_value(value)
+        return json_value(value)
 
 
 def _to_dict(context: Any) -> dict[Any, Any]:
@@ -276,7 +277,7 @@ def _to_dict(context: Any) -> dict[Any, Any]:
     try:
         return dict(context) if context is not None else {}
     except Exception:  # not a mapping, or a user's own one
-        return {"context": safe_json_value(context)}
+        return {"context": json_value(context)}
 
 
 def _numbers(context: Any) -> dict[Any, float]:

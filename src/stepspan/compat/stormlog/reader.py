@@ -15,7 +15,7 @@ from stepspan.compat.stormlog.events import TelemetryEventLike
 from stepspan.compat.stormlog.load import LoadedTelemetrySession, load_telemetry_sessions
 from stepspan.compat.stormlog.projection import COUNTERS, SEVERITIES, phase_name
 from stepspan.compat.stormlog.sink import MANIFEST, SEGMENTS
-from stepspan.values import json_value
+from stepspan.conversion import json_value
 
 MEMORY = {name.removeprefix("memory.").removesuffix("_bytes"): field for name, field in COUNTERS.items()}
 """The metric below `training.memory.` -> the record's field."""

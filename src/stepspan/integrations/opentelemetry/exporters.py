@@ -107,7 +107,7 @@ class _JsonlSink(JournalSink):
     def _warn(self, error: Exception) -> None:
         if not self._shared.warned:
             self._shared.warned = True
-            log.warning("OpenTelemetry's records cannot be written to a journal: %s (logged once)", error)
+            log.warning("stepspan: OpenTelemetry's records cannot be written to a journal: %s (logged once)", error)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The run that these exporters have opened ends with the last of them."""

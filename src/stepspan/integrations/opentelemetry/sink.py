@@ -73,7 +73,7 @@ class JournalSink:
 
     def _warn(self, error: Exception) -> None:
         message = f"OpenTelemetry's records were lost: {error_text(error)}"
-        (self._given or current_run())._warn_once("otel", message)
+        (self._given or current_run())._warn_once("otel", message, key=type(error).__name__)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The arguments, which differ between SDK versions, are not needed."""
