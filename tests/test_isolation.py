@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from harness.delivery import OK
 
 from stepspan.deliver.isolation import MAX_REFUSALS, Isolation
+from stepspan.mapping.records import PastPoint, Series
 from stepspan.otlp.outcome import Outcome, Verdict
 
 REFUSED = Outcome(Verdict.ISOLATE, "400: bad value")
@@ -167,3 +169,57 @@ def test_a_refusal_with_a_reason_rejects_whatever_the_time() -> None:
     isolation, outcome = run(Receiver(3), range(8), maybe_out_of_window=lambda record: True)
     assert outcome.verdict is Verdict.DELIVERED
     assert isolation.rejected == [(3, "400: bad value")]
+
+
+# ------------------------------------------------------------------------------------------ points of the user's times
+
+
+class PastReceiver:
+    """Takes points of a series from a time on; with `ordered`, none that is older than one it has."""
+
+    def __init__(self, since: dict[str, int], *, ordered: bool = False, hidden: bool = False) -> None:
+        self.since, self.ordered, self.requests = dict(since), ordered, 0
+        self.refusal = OPAQUE if hidden else Outcome(Verdict.HOLD, "out of order sample", too_old=True)
+
+    def __call__(self, records: Sequence[Any]) -> Outcome:
+        self.requests += 1
+        if any(ts < self.since.get(series.name, 0) for series, ts, _ in records):
+            return self.refusal
+        if self.ordered:
+            self.since |= {series.name: ts for series, ts, _ in records}
+        return Outcome(Verdict.DELIVERED)
+
+
+PAST_A, PAST_B, LIVE = Series("a", {}), Series("b", {}), Series("live", {})
+
+
+def past(count: int, *series: Series) -> list[Any]:
+    return [PastPoint(one, number, 1.0) for number in range(count) for one in series]
+
+
+@pytest.mark.parametrize("since", [0, 1, 5, 9, 10])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_points_of_the_past_are_rejected_where_they_are_too_old_and_hold_nothing(since: int, hidden: bool) -> None:
+    receiver = PastReceiver({"a": since, "b": 3}, ordered=True, hidden=hidden)
+    isolation = Isolation(receiver, maybe_out_of_window=lambda record: True)
+    live = [(LIVE, 100, 1.0), (LIVE, 101, 1.0)]
+    assert isolation.run([live[0], *past(10, PAST_A, PAST_B), live[1]]).verdict is Verdict.DELIVERED
+    rejected: list[Any] = isolation.rejected
+    refused = [(point.series.name, point.time) for point, _ in rejected]
+    assert sorted(refused) == [*(("a", n) for n in range(since)), *(("b", n) for n in range(3))]
+    assert isolation.delivered == 2 + 20 - len(refused)
+    assert all("sync --rejected" in why for _, why in rejected)
+
+
+def test_a_curve_that_is_too_old_costs_few_requests() -> None:
+    receiver = PastReceiver({"a": 10**9})
+    isolation = Isolation(receiver)
+    assert isolation.run(past(10_000, PAST_A)).verdict is Verdict.DELIVERED
+    assert len(isolation.rejected) == 10_000
+    assert receiver.requests < 100
+
+
+def test_a_curve_of_the_past_waits_for_a_receiver_that_is_away() -> None:
+    isolation = Isolation(lambda records: Outcome(Verdict.RETRY, "away"))
+    assert isolation.run(past(10, PAST_A)).verdict is Verdict.RETRY
+    assert not isolation.rejected

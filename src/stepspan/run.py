@@ -23,12 +23,15 @@ from stepspan.recording.deferred import PENDING, metric_value, refusal
 from stepspan.recording.log_store import RunLogStore
 from stepspan.recording.nested import flatten, is_nested
 from stepspan.recording.outcomes import STATUSES, to_status
+from stepspan.recording.past import past_time
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
 from stepspan.recording.scopes import Scope
 from stepspan.recording.steps import Amount, Steps
 from stepspan.values import error_text, to_float, to_integer, to_text
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from typing_extensions import Self
 
     from stepspan.identity import Identity
@@ -125,7 +128,14 @@ class Run:
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None, *, split: str | None = None) -> None:
+    def log_metrics(
+        self,
+        metrics: Mapping[str, Any],
+        step: int | None = None,
+        *,
+        split: str | None = None,
+        time: datetime | int | None = None,
+    ) -> None:
         """Record one point per key at this instant, each in a series `training.<key>` of its own.
 
         Args:
@@ -138,6 +148,9 @@ class Run:
                 and test; `valid_` in `valid_loss` only.
             step: The step's number; by default that of the step that is open.
             split: The split of all keys; by default that of the step that is open, else "train".
+            time: When they were measured, if that is not now: a datetime (local if it has no time zone), or Unix
+                nanoseconds. Such points go out as they are: a receiver that does not take points of that age refuses
+                them, and they are kept as rejected.
 
         """
         if not self._active:
@@ -173,6 +186,8 @@ class Run:
             event: Event = {"ts": 0, "seq": 0, "tag": "metrics"}
             written = self._scopes.attribute(event, values, number, named)
             event["metrics"] = values
+            if time is not None:
+                self._set_time(event, time)
             if pending or self._recorder.defers:
                 self._recorder.deferred.write_metrics(event, pending)
             else:
@@ -490,6 +505,15 @@ class Run:
         util = sys.modules.get("multiprocessing.util")
         if process and util and process.parent_process():  # an exception that ends the worker is still on its way
             util.Finalize(None, lambda: self._close_at_exit(sys.exc_info()[1]), exitpriority=0)
+
+    def _set_time(self, event: Event, time: Any) -> None:
+        """Give an event's values the time that they are of."""
+        try:
+            ns = past_time(time, self._scopes.clock())
+            if ns is not None:
+                event["time"] = ns
+        except ValueError as error:
+            self._warn_once("time", f"time={to_text(time):.80}: {error}; recorded at the present")
 
     def _integer(self, field: str, value: Any) -> int | None:
         if type(value) is int and 0 <= value < MAX_INTEGER:

@@ -10,7 +10,7 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any, TypeAlias
 
-from stepspan.mapping.records import Point, SdkRecord, Series
+from stepspan.mapping.records import PastPoint, Point, Record, SdkRecord, Series
 
 Column: TypeAlias = tuple[Series, Sequence[int], Sequence[Any]]
 """Points of one series in time order: the series, n times (Unix ns) and n values."""
@@ -68,3 +68,15 @@ def merge_columns(columns: Sequence[Column]) -> Column:
     points = [point for _, times, values in columns for point in zip(times, values, strict=True)]
     times, values = zip(*sorted(points, key=itemgetter(0)), strict=True)
     return columns[0][0], times, values
+
+
+def split_past(records: Sequence[Record]) -> tuple[list[PastPoint], Sequence[Record]]:
+    """The points whose time the user gave, those of a series together and in time order; and all other records."""
+    single = records.points if isinstance(records, Points) else records
+    past = [point for point in single if type(point) is PastPoint]
+    if not past:
+        return past, records
+    order = {series: number for number, series in enumerate(dict.fromkeys(point.series for point in past))}
+    past.sort(key=lambda point: (order[point.series], point.time))
+    rest: list[Any] = [point for point in single if type(point) is not PastPoint]
+    return past, Points(rest, records.columns) if isinstance(records, Points) else rest

@@ -30,12 +30,14 @@ class Answer(NamedTuple):
         verdict: What delivery does.
         fix: For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`.
         reason_hidden: As `Outcome.reason_hidden`.
+        too_old: As `Outcome.too_old`.
 
     """
 
     verdict: Verdict
     fix: str = ""
     reason_hidden: bool = False
+    too_old: bool = False
 
 
 _SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
@@ -113,6 +115,7 @@ _TOO_OLD = Answer(
     Verdict.HOLD,
     "the points are older than the receiver takes: widen storage.tsdb.out_of_order_time_window "
     "(Mimir and others: out_of_order_time_window), then they go out by themselves",
+    too_old=True,
 )
 _REFUSED_BEHIND = Answer(
     Verdict.ISOLATE,
@@ -167,7 +170,7 @@ def failed_outcome(
         location=redacted_line(endpoint, location) or "the right URL",
     )
     message = ": ".join(filter(None, (status, fix))) + _quoted(redacted_line(endpoint, text))
-    return Outcome(answer.verdict, message, retry_after, reason_hidden=answer.reason_hidden)
+    return Outcome(answer.verdict, message, retry_after, reason_hidden=answer.reason_hidden, too_old=answer.too_old)
 
 
 def delivered_outcome(endpoint: Endpoint, rejected: int, text: str) -> Outcome:

@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
             success). They count as rejected in the ledger.
         reason_hidden: The request was refused by something behind what answered, so the reason may be one that time
             cures. An old or future record is then held instead of rejected.
+        too_old: The receiver says that a record is older than it takes.
 
     """
 
@@ -48,6 +49,7 @@ class Outcome(NamedTuple):
     retry_after: float | None = None
     rejected: int = 0
     reason_hidden: bool = False
+    too_old: bool = False
 
 
 class Transport(Protocol):

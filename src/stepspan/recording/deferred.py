@@ -5,8 +5,8 @@ Imports neither torch nor JAX: a tensor is known by the module of its class.
 - What lies in the CPU's memory (numpy, torch) or is ready (JAX) is a number at once.
 - What a device still computes (torch on CUDA, XPU and others; a JAX array that is not ready) is copied asynchronously,
   and the training thread goes on. The call writes its line at once, with the values that are known and null for those
-  that are not; another line with the call's time (`at`) follows when the device has got there, written by one thread
-  that asks the device now and then and never waits for it.
+  that are not; another line, which names the call's (`call`, `at`), follows when the device has got there, written by
+  one thread that asks the device now and then and never waits for it.
 - A deferred value survives the process only from that second line on. Everything else of the call is as durable as
   ever.
 - Values of a series keep the order of their calls: while one is deferred, later ones of its key wait behind it,
@@ -43,6 +43,8 @@ LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 MAX_KNOWN_TYPES = 1000
 VALUES_OF = ("split", "step", "own_step", "steps")
 """What a line says of its values; the one that follows says it again."""
+PAST_VALUES_OF = ("split", "time")
+"""The same of values that have a time of their own; their steps are known by then."""
 
 LISTS = (list, tuple)
 MAX_LISTS = 8
@@ -203,12 +205,20 @@ class ArrayCopy:
         return [array.item() for array in self._arrays]
 
 
+class WrittenAt:
+    """Takes the number and time of a line as it is written; a signal handler's is written later."""
+
+    seq = ts = 0
+
+
 @dataclass(slots=True)
 class DeferredCall:
     """The values of a `log_metrics` call that were not known yet."""
 
     fields: Event
-    """The call's event without its values, with its time as `at`."""
+    """What the call's event and the one that follows have in common."""
+    line: WrittenAt
+    """The line of the call."""
     known: Mapping[str, Any]
     """The values that are known, but wait behind others of their series."""
     copies: Sequence[tuple[list[str], AsyncCopy]]
@@ -240,17 +250,19 @@ class DeferredCall:
                     values[key] = metric_value(number)
                 except Exception as error:
                     self.drop("value", key, refusal(key, number, error))
-        return {**self.fields, "metrics": values} if values else None
+        return self._follow(values)
 
     def lost(self) -> Event | None:
         """The line with the values that had been known."""
-        return {**self.fields, "metrics": dict(self.known)} if self.known else None
+        return self._follow(dict(self.known))
 
-
-class WrittenAt:
-    """Takes the number and time of a line as it is written."""
-
-    seq = ts = 0
+    def _follow(self, values: Mapping[str, Any]) -> Event | None:
+        if not values:
+            return None
+        event: Event = {"ts": 0, "seq": 0, "tag": "metrics", **self.fields}
+        if "time" not in event:
+            event |= {"call": self.line.seq, "at": self.line.ts}
+        return {**event, "metrics": values}
 
 
 class DeferredMetrics:
@@ -260,17 +272,13 @@ class DeferredMetrics:
         emit: Writes the line of a call.
         emit_background: Writes the lines that follow.
         drop: Takes a kind, a key and a message of a value that was dropped.
-        clock: Gives Unix ns.
 
     """
 
-    def __init__(
-        self, emit: Emit, emit_background: Callable[[Event], None], drop: Drop, clock: Callable[[], int]
-    ) -> None:
+    def __init__(self, emit: Emit, emit_background: Callable[[Event], None], drop: Drop) -> None:
         self._emit = emit
         self._emit_background = emit_background
         self._drop = drop
-        self._clock = clock
         self._changed = threading.Condition()  # on a lock that a signal handler which logs may take again
         self._queue: deque[DeferredEvent] = deque()
         self._series: Counter[Hashable] = Counter()
@@ -299,12 +307,11 @@ class DeferredMetrics:
             written = WrittenAt()
             if not self._emit(event, written):
                 return
-            observed_at = written.ts or self._clock()  # 0: it is a signal handler's, and not written yet
             follows = [*behind, *(key for keys, _ in copies for key in keys)]
             if follows:
-                fields: Event = {name: event[name] for name in VALUES_OF if name in event}
-                event = {"ts": 0, "seq": 0, "tag": "metrics", **fields, "at": observed_at}
-                self.add(DeferredCall(event, behind, copies, {names[key] for key in follows}, self._drop))
+                kept = PAST_VALUES_OF if "time" in event else VALUES_OF
+                fields: Event = {name: event[name] for name in kept if name in event}
+                self.add(DeferredCall(fields, written, behind, copies, {names[key] for key in follows}, self._drop))
 
     def add(self, deferred: DeferredEvent) -> None:
         """Have an event follow when it is ready."""

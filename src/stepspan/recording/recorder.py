@@ -179,7 +179,7 @@ class JournalRecorder:
     def deferred(self) -> DeferredMetrics:
         """Made when it is first needed."""
         if self._deferred is None:
-            self._deferred = DeferredMetrics(self.emit, self.emit_background, self.drop_value, self.clock)
+            self._deferred = DeferredMetrics(self.emit, self.emit_background, self.drop_value)
             self.add_background_task(self._deferred)
         return self._deferred
 
@@ -371,7 +371,7 @@ class NullRecorder:
     @property
     def deferred(self) -> DeferredMetrics:
         """Takes values and loses them."""
-        return DeferredMetrics(self.emit, self.emit_background, self.drop_value, self.scopes.clock)
+        return DeferredMetrics(self.emit, self.emit_background, self.drop_value)
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Drop an event of training, and say so."""
