@@ -21,6 +21,7 @@ from stepspan.journal.numbers import WorkerNumber, take_worker_number
 from stepspan.journal.writer import Begun, SessionGone
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.outcomes import Outcomes
+from stepspan.recording.predecessors import first_free_time
 from stepspan.recording.scopes import Emit, NullScopes, Scopes
 from stepspan.recording.warnings import DroppedValues, WarningSink
 from stepspan.values import error_fields, error_text
@@ -338,6 +339,9 @@ class JournalRecorder:
             "destinations": self._destinations,
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
+        not_before = first_free_time(self._journal.directory, me.job_id, me.rank, me.role, header["started"])
+        if not_before is not None:
+            header["not_before"] = not_before
         return self._process(header) or header
 
     def _become_worker(self, session: str) -> None:
