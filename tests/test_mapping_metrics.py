@@ -688,3 +688,39 @@ def test_the_end_knows_the_series_from_before_a_restart() -> None:
     fold.map(s.events)
     again = restored("metrics", s.header, fold.state())
     assert by_series(again.finish(s.closed())) == by_series(fold.finish(s.closed()))
+
+
+# ------------------------------------------------------------------------------------------------ values of the past
+
+
+def test_values_of_the_past_keep_their_time_and_their_step_and_move_nothing() -> None:
+    s = SessionEvents()
+    s.metrics({"loss": 1.0}, step=7)
+    s.metrics({"loss": 2.0}, 1e-5, step=7, own_step=3, time=START - SECOND + 1)
+    s.metrics({"loss": 3.0}, 1e-5, step=4, time=START - SECOND + 2)
+    s.metrics({"loss": 4.0, "lr": None}, 1e-5, time=s.ts)
+    s.metrics({"loss": 5.0}, 1e-5, step=7)
+    points = by_series(s.records("metrics"))
+    assert points["training.loss", TRAIN] == [
+        (-0.999999999, 2.0),
+        (-0.999999998, 3.0),
+        (0.001, 1.0),
+        (0.00102, 4.0),
+        (0.002, 5.0),
+    ]
+    assert points["training.step.logged", ("key", "loss"), TRAIN] == [(-0.999999999, 3.0), (-0.999999998, 4.0)]
+    assert points["training.step.number", TRAIN] == [(0.001, 7.0), (0.002, 7.0)]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, SECOND])
+def test_a_time_that_is_not_before_its_line_is_that_of_the_line(ahead: int) -> None:
+    s = SessionEvents()
+    s.metrics({"loss": 1.0}, time=s.ts + MS + ahead)
+    assert by_series(s.records("metrics"))["training.loss", TRAIN] == [(0.001, 1.0)]
+
+
+def test_a_time_that_is_none_costs_its_line_alone() -> None:
+    s = SessionEvents()
+    s.metrics({"loss": 1.0}, time="yesterday")
+    s.metrics({"loss": 2.0})
+    assert values(s.records("metrics"), "training.loss") == [2.0]

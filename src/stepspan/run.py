@@ -167,12 +167,12 @@ class Run:
                     found = metric_value(value)
                 except Exception as error:  # a user's __float__ may raise anything, and so may a device
                     if is_nested(value):
-                        self._log_nested(metrics, step, split)
+                        self._log_nested(metrics, step, split, time)
                         return
                     dropped.append((to_text(key), refusal(to_text(key), value, error)))
                     continue
                 if type(key) is not str:
-                    self._log_nested(metrics, step, split)
+                    self._log_nested(metrics, step, split, time)
                     return
                 values[key] = found
                 if found is PENDING:
@@ -195,13 +195,13 @@ class Run:
         except Exception as error:
             self._warn_once("metrics", f"metrics were lost: {error_text(error)}", key=type(error).__name__)
 
-    def _log_nested(self, metrics: Mapping[str, Any], step: int | None, split: str | None) -> None:
+    def _log_nested(self, metrics: Mapping[str, Any], step: int | None, split: str | None, time: Any) -> None:
         """Log metrics that lie in mappings, or whose keys are no text."""
         flat = flatten(metrics)
         for key, message in flat.dropped:
             self._recorder.drop_value("value", key, message)
         if flat.values:
-            self.log_metrics(flat.values, step, split=split)
+            self.log_metrics(flat.values, step, split=split, time=time)
 
     def log_scalar(self, key: str, value: Any, step: int | None = None) -> None:
         """Record one point at this instant.

@@ -18,7 +18,7 @@ from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import MetricName, metric_name, split_in_key
 from stepspan.mapping.open_scopes import StepState
-from stepspan.mapping.point_buffer import STEP_NUMBER, PointBuffer, Table, Timeline
+from stepspan.mapping.point_buffer import PointBuffer, Table, Timeline
 from stepspan.mapping.progress import RunProgress
 from stepspan.mapping.records import Attributes, Kind, PastPoint, Record, Series, Sum
 from stepspan.mapping.samples import sampled_values
@@ -240,9 +240,11 @@ class MetricMapper:
         if "at" in event:
             self._late_metrics(event, series)
             return
-        steps = self._steps_of(event, names, attributes)
-        if "time" in event and event["time"] < ts:
-            self._add_past(event["time"], zip([*series, *steps], [*metrics.values(), *steps.values()], strict=True))
+        is_past = "time" in event and event["time"] < ts
+        steps = self._steps_of(event, names, attributes, is_past=is_past)
+        if is_past:
+            numbers = zip([*series, *steps], map(to_float, [*metrics.values(), *steps.values()]), strict=True)
+            self._points.points += [PastPoint(one, event["time"], value) for one, value in numbers if value is not None]
             return
         row = dict(zip(series, metrics.values(), strict=True)) | steps
         self._points.filtered += len(series) + len(steps) - len(row)  # of keys of one series the last counts
@@ -253,11 +255,6 @@ class MetricMapper:
             if len(self._tables) >= MAX_TABLES:
                 self._tables.clear()
             self._tables[call] = table
-
-    def _add_past(self, time: int, points: Iterable[tuple[Series, Any]]) -> None:
-        """Add the values of a call that has a time of its own. The step in force is one of the present."""
-        numbers = ((series, to_float(value)) for series, value in points if series.name != STEP_NUMBER)
-        self._points.points += [PastPoint(series, time, number) for series, number in numbers if number is not None]
 
     def _late_metrics(self, event: Event, series: list[Series]) -> None:
         """Values that were missing in their call's line."""
@@ -280,13 +277,17 @@ class MetricMapper:
             for name, of, key in names
         ]
 
-    def _steps_of(self, event: Event, names: Iterable[MetricName], attributes: Attributes | None) -> dict[Series, Any]:
+    def _steps_of(
+        self, event: Event, names: Iterable[MetricName], attributes: Attributes | None, *, is_past: bool
+    ) -> dict[Series, Any]:
         """The points of a call's steps: the one in force in each split, and each value's own where that is another."""
         about, other_splits = attributes or {}, event.get("steps", {})
         in_force: dict[Series, Any] = {}
         own: dict[Series, Any] = {}
         for name, key in zip(names, event["metrics"], strict=True):
             step, own_step = other_splits.get(name.split) or (event.get("step"), event.get("own_step"))
+            if is_past:  # what is in force is in force at present
+                step, own_step = None, step if own_step is None else own_step
             if step is not None:
                 in_force[self._of("training.step.number", {**about, "split": name.split})] = step
             if own_step is not None and own_step != step:
