@@ -235,15 +235,18 @@ def test_sample_steps_thins_metrics_and_traces_but_every_step_still_counts() -> 
         step = s.emit("step_begin", parent=0, step=number, split="train")
         s.metrics({"loss": 1.0}, step=number)
         s.emit("step_end", 0.2, begin=step)
-    s.metrics({"total": 1.0})
+    s.metrics({"total": 1.0}, step=9, over=True)
+    s.metrics({"loss": 2.0, "val/loss": 1.0}, step=9)
+    s.metrics({"gsm8k": 1.0}, step=9, own_step=8)
+    s.metrics({"mmlu": 1.0}, step=8, own_step=7)
     stage = SampleSteps(4)
     events = [found for e in s.events if (found := stage(e) if e["tag"] in stage.tags else e)]
     points = mapper("metrics", s.header)
     found: list[Any] = [*points.map(events), *points.finish(s.closed())]  # type: ignore[no-redef]
-    steps = [value for series, _, value in found if series.name == "training.step.number"]  # type: ignore[str-unpack, union-attr]
     times = [value for series, _, value in found if series.name == "training.step.time"]  # type: ignore[str-unpack, union-attr]
     (durations,) = [value for series, _, value in found if series.kind == "histogram" and value]  # type: ignore[str-unpack, union-attr]
-    assert steps == [0.0, 4.0, 8.0, None]
+    assert [e["step"] for e in events if e["tag"] == "metrics"] == [0, 4, 8, 9, 9, 9]
+    assert [[*e["metrics"]] for e in events if e["tag"] == "metrics"][3:] == [["total"], ["val/loss"], ["gsm8k"]]
     assert (len(times), durations.count) == (11, 10)
     assert [span.attributes["step"] for span in mapper("traces", s.header).map(events)] == [0, 4, 8]
     assert any(series.name == "training.total" for series, _, _ in found)  # type: ignore[str-unpack, union-attr]

@@ -161,6 +161,7 @@ class Metrics(Line):
     step: NotRequired[Annotated[int, "the step in force in the split; without `own_step` the values belong to it"]]
     own_step: NotRequired[Annotated[int, "that the values belong to, where it is not the step in force"]]
     split: Annotated[str, "of the keys that name none"]
+    over: NotRequired[Annotated[bool, "whether the step was over when they were logged"]]
     steps: NotRequired[
         Annotated[dict[str, list[int]], "split to [`step`, `own_step`] of its keys, where they are not the call's"]
     ]

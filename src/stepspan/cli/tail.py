@@ -130,7 +130,7 @@ class Tail:
         """The number of the step that an event belongs to; None for none."""
         while event is not None:
             if "step" in event:
-                return event["step"]
+                return event.get("own_step", event["step"])
             event = self._begun.get(event.get("parent", 0))
         return None
 

@@ -10,6 +10,7 @@ from typing import Any
 from stepspan.conversion import json_value
 from stepspan.errors import ConfigError
 from stepspan.events import TAGS, Event
+from stepspan.mapping.names import EVALUATION_SPLITS, split_in_key
 
 
 class Attributes:
@@ -126,6 +127,8 @@ class Drop:
 class SampleSteps:
     """Keeps the metrics and the trace of every n-th step only. Step time and its histogram still count every step.
 
+    Values of evaluations, and those that are logged after a step, are kept: they do not come with every step.
+
     Args:
         every: n, at least 1. Steps whose number it divides are kept.
 
@@ -151,7 +154,12 @@ class SampleSteps:
         self.spec = {"sample_steps": {"every": every}}
 
     def __call__(self, event: Event) -> Event | None:
-        """The event, marked `thin` if it is a step whose trace is not wanted; None for metrics that are not."""
-        if event.get("step", 0) % self.every == 0:
+        """The event, marked `thin` if it is a step whose trace is not wanted; metrics without those that are not."""
+        number = event["own_step"] if "own_step" in event else event.get("step", 0)
+        if number % self.every == 0 or "over" in event:
             return event
-        return {**event, "thin": True} if event["tag"] == "step_begin" else None
+        if event["tag"] == "step_begin":
+            return {**event, "thin": True}
+        split = event["split"]
+        kept = {key: v for key, v in event["metrics"].items() if (split_in_key(key)[0] or split) in EVALUATION_SPLITS}
+        return {**event, "metrics": kept} if kept else None

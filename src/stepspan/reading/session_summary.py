@@ -217,8 +217,8 @@ class SessionSummary:
         self.collective_waits.extend(wait for wait in waits if wait is not None)
 
     def _metrics(self, event: Event) -> None:
-        for metric, value in logged_values(event):
-            self.metrics.setdefault(metric, MetricValues(self.rank)).add(value, event.get("step"), event["ts"])
+        for metric, value, step in logged_values(event):
+            self.metrics.setdefault(metric, MetricValues(self.rank)).add(value, step, event["ts"])
 
     def _progress(self, event: Event) -> None:
         self.total_steps = event["total_steps"]
@@ -244,17 +244,20 @@ class SessionSummary:
         self.gaps[reason] = self.gaps.get(reason, 0) + int(event["dropped"])
 
 
-def logged_values(event: Event) -> Iterator[tuple[tuple[str, str], float]]:
-    """Each number in a `metrics` event, with the split and the key of its series.
+def logged_values(event: Event) -> Iterator[tuple[tuple[str, str], float, int | None]]:
+    """Each number in a `metrics` event, with the split and the key of its series, and the step that it belongs to.
 
     The split is "" where the key says it, whatever the call's is. What a device still computes is left out: a later
     event has it.
     """
     split = event.get("split", "train")
+    step, steps = event.get("own_step", event.get("step")), event.get("steps", {})
     for key, given in event["metrics"].items():
         value = to_float(given)
         if value is not None:
-            yield (split if split_in_key(key)[0] is None else "", key), value
+            named = split_in_key(key)[0]
+            own = steps[named][1] if named in steps else step
+            yield (split if named is None else "", key), value, own
 
 
 def metric_labels(metrics: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:

@@ -41,7 +41,7 @@ TOO_MANY = f"more than {MAX_DEFERRED} are pending"
 LIBRARIES = {"torch": "torch", "jax": "jax", "jaxlib": "jax"}
 """The first name of a class's module, and the library that it belongs to."""
 MAX_KNOWN_TYPES = 1000
-VALUES_OF = ("split", "step", "own_step", "steps")
+VALUES_OF = ("split", "step", "own_step", "over", "steps")
 """What a line says of its values; the one that follows says it again."""
 PAST_VALUES_OF = ("split", "time")
 """The same of values that have a time of their own; their steps are known by then."""

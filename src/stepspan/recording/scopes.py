@@ -332,13 +332,15 @@ class Scopes:
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
-        scope = self._current.get()
-        if scope is None:
+        scope = started_in = self._current.get()
+        if started_in is None:
             return self._innermost_of_main()
         while scope is not None and (scope.abandoned_at or scope.session is None):
             parent = scope.parent
             self.end(scope, None)  # its loop was left, and no exception has come by since
             scope = parent
+        if scope is not started_in and not _has_begun_here(started_in):
+            self._current.set(started_in)  # what is recorded here still belongs to it
         return scope
 
     def attribute(self, event: Event, metrics: Mapping[str, Any], step: int | None, split: str | None) -> Begun | None:
@@ -364,6 +366,8 @@ class Scopes:
             started_in, split = scope.started_in, split or scope.split
         event["split"] = split = split or TRAIN
         self.steps.attribute(event, metrics, step, split, started_in)
+        if step is None and (scope is None or scope.step is None) and "step" in event:
+            event["over"] = True
         if loop is not None:
             split_of = self.steps.split_of
             for key in metrics:
@@ -527,7 +531,7 @@ class Scopes:
             if error is not None and loop.followed == EVALUATION and not ended:
                 error = None  # it has come by after the loop
             if error is None or not (ended or loop.followed):
-                ended = loop.maybe_left_at
+                ended = loop.maybe_left_at if loop.followed else max(loop.maybe_left_at, loop.ts)
         try:
             for adjacent in [step for step in self._adjacent.values() if step.parent is scope]:
                 self._close(adjacent, error)
@@ -655,7 +659,7 @@ class Scopes:
         if scope is None:
             return self._innermost_of_main()
         while scope is not None and (scope.abandoned_at or scope.session is None):
-            if scope.thread != get_ident() or scope.task != _current_task():
+            if not _has_begun_here(scope):
                 return scope
             parent = scope.parent
             self.end(scope, None)
@@ -753,6 +757,11 @@ def _is_loop_step(scope: Scope) -> bool:
 def _may_be_left(scope: Scope) -> bool:
     """Whether a scope is the step of a loop that does not seem to go on."""
     return _is_loop_step(scope) and scope.loop is not None and scope.loop.maybe_left_at > 0
+
+
+def _has_begun_here(scope: Scope) -> bool:
+    """Whether it was this thread and task that began a scope: another one goes on when that has ended."""
+    return scope.thread == get_ident() and scope.task == _current_task()
 
 
 def _current_task() -> int:

@@ -2,7 +2,8 @@
 
 **In force** in a split that is trained in is the last step that began in it, in whatever thread. Other splits
 (evaluations, and those that have no steps) take that of `train`, else that of the split that stepped last. Where
-nothing is trained an evaluation's own steps count, and where nothing steps each call's `step=`.
+nothing is trained an evaluation's own steps count, and where nothing steps each call's `step=`; a call without one is
+of the step that was given last.
 
 **Its own** step is what a value's call says (`step=`), else the step that its code was started in: that may have ended
 since, or be one of several that go on in threads.
@@ -42,6 +43,9 @@ class StepsInForce:
         self._steps: dict[str, int] = {}
         """By split: of those that are trained in or, as long as there are none, of evaluations."""
         self._is_trained = False
+        self._given: int | None = None
+        """The `step=` that was given last, of training unless there was none; for where nothing has stepped."""
+        self._given_in_training = False
         self._split_of_key: dict[str, str] = {}
         """Key -> the split that it names itself, or ""."""
 
@@ -70,12 +74,12 @@ class StepsInForce:
             started_in: The step that the code here was started in.
 
         """
-        if len(self._steps) < 2:
+        if self.step is None:
+            in_force = step = self._step_given(keys, step, split)
+        elif len(self._steps) < 2:
             in_force = self.step
             if step is None:
                 step = started_in[1] if started_in is not None and started_in[0] == self.leading else in_force
-            if in_force is None:
-                in_force = step
         else:
             in_force, step = self._steps_in(split, given := step, started_in)
             others: dict[str, list[int]] = {}
@@ -101,7 +105,7 @@ class StepsInForce:
         """
         if started_in is not None and started_in.split in self._steps:
             return started_in.number
-        return self.step
+        return self._given if self.step is None else self.step
 
     def split_of(self, key: str) -> str:
         """The split that a key names itself, or ""."""
@@ -111,6 +115,15 @@ class StepsInForce:
                 self._split_of_key.clear()
             split = self._split_of_key[key] = split_in_key(key)[0] or ""
         return split
+
+    def _step_given(self, keys: Iterable[str], step: int | None, split: str) -> int | None:
+        """The step of a call where nothing has stepped."""
+        if step is None:
+            return self._given
+        in_training = any((self.split_of(key) or split) not in EVALUATION_SPLITS for key in keys)
+        if in_training or not self._given_in_training:
+            self._given, self._given_in_training = step, in_training
+        return step
 
     def _steps_in(self, split: str, step: int | None, started_in: StepOf | None) -> tuple[int, int]:
         """The step in force in a split, and the one that a value belongs to."""
