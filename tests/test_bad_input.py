@@ -74,7 +74,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        pytest.param({"job_id": 5}, "job_id", id="job_id is a number"),
+        pytest.param({"job_id": 5.5}, "job_id", id="job_id is a fraction"),
         pytest.param({"job_id": " "}, "job_id", id="job_id is blank"),
         pytest.param({"rank": 4, "world_size": 4}, "rank", id="rank is world_size"),
         pytest.param({"rank": -1, "world_size": 4}, "rank", id="rank is negative"),

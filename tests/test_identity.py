@@ -17,6 +17,7 @@ from enum import Enum
 from itertools import combinations, count
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -517,7 +518,7 @@ def resolved(session: Session, boot_id: str, journal: Counter[tuple[str, int]], 
         session.env,
         facts,
         earlier_sessions=lambda job, rank: journal[job, rank],
-        ordinal=session.ordinal,
+        ordinal=lambda job, name: session.ordinal,
     )
     return identity if session.worker is None else identity.for_worker(session.worker)
 
@@ -586,7 +587,9 @@ def who(
     env: Any = None, /, *, ordinal: int = 0, earlier: int = 0, parents: Any = (SHELL,), **arguments: Any
 ) -> Identity:
     facts = HostFacts("node1", "boot", parents, "train.py", NOW, "0123456789ab")
-    return resolve(arguments, env or {}, facts, earlier_sessions=lambda job, rank: earlier, ordinal=ordinal)
+    return resolve(
+        arguments, env or {}, facts, earlier_sessions=lambda job, rank: earlier, ordinal=lambda job, name: ordinal
+    )
 
 
 @pytest.mark.parametrize("field_name", ["job_id", "rank", "local_rank", "world_size", "attempt"])
@@ -616,6 +619,45 @@ def test_a_blank_variable_is_unset() -> None:
     identity = who({"STEPSPAN_RANK": " ", "STEPSPAN_JOB_ID": "", "RANK": "", "WORLD_SIZE": "2", "SLURM_JOB_ID": ""})
     assert (identity.launcher, identity.rank, identity.world_size) == ("none", 0, 1)
     assert identity.warnings == ()
+
+
+@pytest.mark.parametrize("given", [12345, np.int64(12345), np.uint8(7), -1])
+def test_a_whole_number_is_a_job_id(given: Any) -> None:
+    assert who(job_id=given).job_id == str(int(given))
+
+
+def numbered(*runs: dict[str, Any], env: Any = None) -> dict[Any, Identity]:
+    """The runs of one process in the order of their start, by name."""
+    used: Counter[tuple[str, str | None]] = Counter()
+
+    def ordinal(job: str, name: str | None) -> int:
+        used[job, name] += 1
+        return used[job, name] - 1
+
+    facts = HostFacts("node1", "boot", (SHELL,), "train.py", NOW, "0123456789ab")
+    return {
+        run.get("name"): resolve(
+            {"job_id": run.get("job_id")}, env or {}, facts, earlier_sessions=lambda job, rank: 0, ordinal=ordinal,
+            name=run.get("name"), in_order=run.get("in_order", True),
+        )
+        for run in runs
+    }  # fmt: skip
+
+
+def test_ranks_agree_on_the_runs_of_threads_in_whatever_order_these_start_them() -> None:
+    runs = [{"name": name, "in_order": False} for name in ("a", "b", "c")]
+    ranks = [numbered(*order, env=torchrun(rank, "job")) for rank, order in enumerate((runs, runs[::-1]))]
+    for name in "abc":
+        first, second = (rank[name] for rank in ranks)
+        assert (first.job_id, first.run_key) == (second.job_id, second.run_key) == (f"job-{name}", first.run_key)
+    assert len({identity.run_key for identity in ranks[0].values()}) == 3
+
+
+def test_ranks_agree_on_runs_of_one_explicit_job_id_by_their_names() -> None:
+    runs = [{"name": name, "job_id": "exp"} for name in ("a", "b")]
+    ranks = [numbered(*order, env=torchrun(rank, "job")) for rank, order in enumerate((runs, runs[::-1]))]
+    assert all(ranks[0][name].run_key == ranks[1][name].run_key for name in "ab")
+    assert ranks[0]["a"].run_key != ranks[0]["b"].run_key
 
 
 def test_any_job_id_is_kept_as_given() -> None:
@@ -697,7 +739,12 @@ BAD = {
     "STEPSPAN_LOCAL_RANK at world size": ({}, {"STEPSPAN_LOCAL_RANK": "1"}, "STEPSPAN_LOCAL_RANK=1: local ranks count"),
     "STEPSPAN_ATTEMPT is 1_0": ({}, {"STEPSPAN_ATTEMPT": "1_0"}, "STEPSPAN_ATTEMPT='1_0': give a whole number"),
     "job id is blank": ({"job_id": " "}, {}, "job_id=' ': give a string that is not blank"),
-    "job id is a number": ({"job_id": 7}, {}, "job_id=7: give a string"),
+    "job id is a fraction": (
+        {"job_id": 7.5},
+        {},
+        "job_id=7.5: give a string that is not blank and can be written as UTF-8, or a whole number",
+    ),
+    "job id is a truth value": ({"job_id": True}, {}, "job_id=True: give a string"),
     "job id is half an emoji": ({"job_id": "\ud83d"}, {}, "job_id='.*': give a string .* UTF-8"),
     "group is a number": ({"group": 7}, {}, "group=7: give a string"),
 }

@@ -168,6 +168,18 @@ def test_the_context_is_restored_after_an_exception_and_a_break(start: Start) ->
     assert trace.get_current_span() is outside
 
 
+def test_the_context_is_restored_in_whatever_order_runs_end(start: Start, user: Tracing) -> None:
+    before = context.get_current()
+    first, second, third = (start(job_id=name) for name in ("first", "second", "third"))
+    second.close()
+    first.close()
+    user.span("in the third")
+    third.close()
+    assert context.get_current() == before
+    run = spans(third)["training.run"]
+    assert is_child(user.spans["in the third"], run)
+
+
 def test_a_users_span_around_a_step_comes_back(start: Start, user: Tracing) -> None:
     with start() as run, user.tracer.start_as_current_span("loop") as loop:
         with run.step(0):

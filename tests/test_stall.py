@@ -328,12 +328,14 @@ def watches() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "stepspan-stall"]
 
 
-def test_runs_one_after_the_other_leave_no_thread(start: Start) -> None:
-    for _ in range(5):
-        start(job_id="job")
-        assert len(watches()) == 1
+def test_runs_side_by_side_have_one_thread_and_leave_none(start: Start) -> None:
+    runs = [start(job_id=f"job-{number}") for number in range(5)]
+    assert len(watches()) == 1
     with start():
         assert len(watches()) == 1
+    for run in runs:
+        assert len(watches()) == 1
+        run.close()
     assert watches() == []
 
 

@@ -32,18 +32,6 @@ def only_session(directory: Path) -> Path:
     return session.path
 
 
-def test_a_run_that_is_open_is_closed_by_the_next(start: Start, caplog: pytest.LogCaptureFixture) -> None:
-    first = start()
-    first.log_metrics({"x": 1.0})
-    second = start()
-    assert first.closed
-    assert stepspan.current_run() is second
-    assert outline(first) == ["run", "train -: x=1.0", "end run completed"]
-    told = caplog.messages[0]
-    assert first.identity.job_id in told
-    assert first.stats()["warnings"] == {"replaced": 1}
-
-
 def test_a_run_after_a_closed_one_needs_no_warning(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     with start(job_id="job") as first:
         pass

@@ -458,7 +458,7 @@ def test_other_values_do_not_switch_it_off(monkeypatch: pytest.MonkeyPatch, valu
         pytest.param({"backend": "otel", "path": "file"}, "path", id="a journal in a file"),
         pytest.param({"endpoint": "http://localhost:4318"}, "endpoint", id="an endpoint for a file"),
         pytest.param({"command_name": 3}, "command_name", id="no name for the command"),
-        pytest.param({"job_id": 3}, "job_id", id="no name for the job"),
+        pytest.param({"job_id": 3.5}, "job_id", id="no name for the job"),
     ],
 )
 def test_wrong_arguments_say_field_and_fix(arguments: dict[str, Any], field: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from stepspan.exporters.sdk import SdkExporter as SdkExporter
     from stepspan.pipeline import Pipeline as Pipeline
     from stepspan.run import Run as Run
-    from stepspan.start import current_run as current_run
+    from stepspan.run import current_run as current_run
     from stepspan.start import start_run as start_run
 
 _DEFINED_IN = {
@@ -35,7 +35,7 @@ _DEFINED_IN = {
     "SdkExporter": "stepspan.exporters.sdk",
     "StepspanError": "stepspan.errors",
     "Telemetry": "stepspan.compat.cloudmesh.telemetry",
-    "current_run": "stepspan.start",
+    "current_run": "stepspan.run",
     "start_run": "stepspan.start",
 }
 __all__ = sorted(_DEFINED_IN)

@@ -60,9 +60,12 @@ def _name_classes(value: Any) -> Any:
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 ClassNames = Annotated[list[str], BeforeValidator(_name_classes)]
 Table = Annotated[dict[str, Any], BeforeValidator(_split_pairs)]
-Samplers = Annotated[list[Literal["host", "process", "gpu", "torch"]], BeforeValidator(_split_names)]
-Entries = Annotated[list[dict[str, Any]], BeforeValidator(_parse_json)]
 Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
+DeliveryMode: TypeAlias = Literal["process", "thread", "off"]
+Durability: TypeAlias = Literal["process", "disk"]
+SamplerName: TypeAlias = Literal["host", "process", "gpu", "torch"]
+Samplers = Annotated[list[SamplerName], BeforeValidator(_split_names)]
+Entries = Annotated[list[dict[str, Any]], BeforeValidator(_parse_json)]
 
 
 class _Strict(BaseModel):
@@ -89,8 +92,7 @@ class OtlpSettings(_Strict):
 class Settings(_Strict):
     """Everything that can be set, with its default.
 
-    Each is an entry of the YAML file, and a variable `STEPSPAN_` with its name in capitals; those that `start_run` has
-    an argument for are that argument, too.
+    Each is an argument of `start_run`, an entry of the YAML file, and a variable `STEPSPAN_` with its name in capitals.
     """
 
     enabled: bool = True
@@ -111,9 +113,9 @@ class Settings(_Strict):
     """OTLP base URL; None: the OTEL_EXPORTER_OTLP_* variables, and without those nothing is sent."""
     protocol: Protocol | None = None
     """Of the endpoint; None: what the variables say, else http/protobuf."""
-    delivery: Literal["process", "thread", "off"] = "process"
+    delivery: DeliveryMode = "process"
     """What sends the journal: a process for each host, threads of the training process, or nothing."""
-    durability: Literal["process", "disk"] = "process"
+    durability: Durability = "process"
     """What an event survives once its call has returned: the process, or with fdatasync the machine."""
     sync_every: float = Field(default=1.0, ge=0)
     """Seconds between fdatasync calls with durability `disk`; 0: after each event."""
@@ -182,13 +184,18 @@ def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | 
             values[field], origin[field] = value, variable
     for field, argument in arguments.items():
         if argument is not None:
-            values[field], origin[field] = argument, field
+            values[field], origin[field] = _scalar(argument), field
     if switched_off(env):
         values["enabled"] = False
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
         raise _config_error(error, origin) from None
+
+
+def _scalar(argument: Any) -> Any:
+    """What a program computed with numpy is a plain number."""
+    return argument.item() if getattr(argument, "shape", None) == () else argument
 
 
 def _config_error(error: ValidationError, origin: Mapping[str, str]) -> ConfigError:

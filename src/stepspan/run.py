@@ -22,6 +22,7 @@ from stepspan.journal.writer import SessionWriter
 from stepspan.recording.deferred import PENDING, metric_value, refusal
 from stepspan.recording.log_store import RunLogStore
 from stepspan.recording.nested import flatten, is_nested
+from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.outcomes import STATUSES, to_status
 from stepspan.recording.past import past_time
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
@@ -63,6 +64,9 @@ class Run:
     What begins with an underscore is stepspan's own; its samplers and integrations record through `_recorder`.
 
     """
+
+    _unused = False
+    """Whether `start_run` has just made it: the first use tells whether a `with` block is around it."""
 
     def __init__(
         self,
@@ -128,6 +132,9 @@ class Run:
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return current_run, ()  # of whoever unpickles it
+
     def log_metrics(
         self,
         metrics: Mapping[str, Any],
@@ -155,6 +162,8 @@ class Run:
         """
         if not self._active:
             return
+        if self._unused:
+            self._begin_use()
         try:
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
@@ -222,6 +231,8 @@ class Run:
                 `training.run.info` and attributes of the run's span; what JSON can't hold is written as text.
 
         """
+        if self._unused:
+            self._begin_use()
         self._recorder.record("hyperparams", lambda: self._recorder.json_fields("hyperparams", "params", params))
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
@@ -234,6 +245,8 @@ class Run:
                 age of the last checkpoint and its alert.
 
         """
+        if self._unused:
+            self._begin_use()
 
         def fields() -> Event:
             self._scopes.follow()
@@ -252,6 +265,8 @@ class Run:
             attributes: Anything that belongs to it.
 
         """
+        if self._unused:
+            self._begin_use()
         state = {} if status is None else {"status": to_text(status)}
         self._recorder.record(
             "event",
@@ -269,6 +284,8 @@ class Run:
             attributes: Anything that belongs to it.
 
         """
+        if self._unused:
+            self._begin_use()
         self._recorder.record_error(error, attributes)
 
     def epoch(self, n: int) -> Scope:
@@ -278,6 +295,8 @@ class Run:
             n: Its number, 0 or more.
 
         """
+        if self._unused:
+            self._begin_use()
         return self._scopes.epoch(self._integer("epoch", n))
 
     def step(self, n: int, *, split: str = "train", samples: float | None = None, tokens: float | None = None) -> Scope:
@@ -291,6 +310,8 @@ class Run:
             tokens: How many tokens, in the same way.
 
         """
+        if self._unused:
+            self._begin_use()
         number = n if type(n) is int and 0 <= n < MAX_INTEGER else self._integer("step", n)
         scope = self._scopes.step(number, split if type(split) is str else to_text(split))
         scope.samples, scope.tokens = samples, tokens
@@ -307,6 +328,8 @@ class Run:
             attributes: Of the span.
 
         """
+        if self._unused:
+            self._begin_use()
         begin: Event = {"name": to_text(name)}
         try:
             if collective:
@@ -346,6 +369,8 @@ class Run:
             An iterator over the batches, as long as `iterable`.
 
         """
+        if self._unused:
+            self._begin_use()
         first = None if start is None else self._integer("start", start)
         each = self._integer("accumulate", accumulate) or 1
         return Steps(
@@ -359,6 +384,8 @@ class Run:
             n: Counted from step 0, whatever step a resumed run starts at.
 
         """
+        if self._unused:
+            self._begin_use()
         total = self._integer("total_steps", n)
         if total is not None:
             self._scopes.total_steps = total
@@ -425,6 +452,8 @@ class Run:
             self._delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
         except Exception as error:
             self._warn_once("close", f"the run was not closed well: {error_text(error)}")
+        finally:
+            OPEN_RUNS.remove(self)
         self._recorder.warnings.log_summary()
 
     def stats(self) -> dict[str, Any]:
@@ -464,10 +493,13 @@ class Run:
         self._recorder.warn_once(kind, message, level, key=key)
 
     def __enter__(self) -> Self:
+        self._unused = False
+        OPEN_RUNS.enter(self)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._close(self._scopes.leave(self._scope, error) if self._active else "", error)
+        OPEN_RUNS.leave(self)
 
     def _close_at_exit(self, error: BaseException | None) -> None:
         """End the run with its process. `error`: the exception that ends the process, where it is known."""
@@ -475,6 +507,17 @@ class Run:
             self.__exit__(type(error), error, None)
         else:
             self._close(*self._scopes.exit_here())
+
+    def _begin_use(self) -> None:
+        """Be used for the first time, and with no `with` block around it: what such a run replaces ends."""
+        self._unused = False
+        OPEN_RUNS.end_bare_before(self)
+
+    def _hold(self) -> Self:
+        """Be looked after by what has started it and will close it: no other run ends it, and it ends no other."""
+        self._unused = False
+        OPEN_RUNS.hold(self)
+        return self
 
     def _after_fork(self) -> None:
         """Go on in a forked child, whose first event opens a session of its own."""
@@ -537,3 +580,14 @@ def _default_directory() -> Path:
 
 DISABLED = Run(NullRecorder())
 """The run where none is open, and where stepspan is switched off: it records nothing."""
+
+
+def current_run() -> Run:
+    """The run that is open here, or one that records nothing.
+
+    Several may be open side by side. It goes by context: the innermost `with start_run():` around this code, else the
+    latest run that was started here. A thread takes the run of the code that started it; one that has none takes the
+    only open run, or the oldest one, with a warning.
+    """
+    run: Run = OPEN_RUNS.current() or DISABLED
+    return run

@@ -1,25 +1,31 @@
-"""Starting a run: settings and identity in, an open `Run` out; and which run is open in this process.
+"""Starting a run: settings and identity in, an open `Run` out.
 
 start_run ─► open_run: settings ─► journal ─► identity ─► resource ─► pipeline ─► session opened
                        ─► delivery.start() ─► Run, which writes its first event ─► background tasks
+
+Several runs may be open in a process; `stepspan.recording.open_runs` has which of them is current where.
 """
 
 from __future__ import annotations
 
 import atexit
-import copyreg
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
+from inspect import signature
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
 from stepspan.environment import switched_off
 from stepspan.errors import ConfigError
+from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
 from stepspan.journal.layout import sessions_of_rank
@@ -27,25 +33,36 @@ from stepspan.journal.liveness import is_alive_here
 from stepspan.pipeline import Pipeline
 from stepspan.processors import Processor, Redact, build
 from stepspan.recording.exits import note_exits
+from stepspan.recording.open_runs import OPEN_RUNS, Opener
 from stepspan.recording.outcomes import Outcomes
 from stepspan.recording.recorder import JournalRecorder
 from stepspan.recording.warnings import WarningSink
 from stepspan.run import DISABLED, Run
 
 if TYPE_CHECKING:
-    from stepspan.config import Settings
+    from stepspan.config import DeliveryMode, Durability, Protocol, SamplerName, Settings
     from stepspan.exporters.otlp import OtlpExporter
     from stepspan.identity import Identity
 
 log = logging.getLogger("stepspan")
 
-_open: Run | None = None
-_runs_opened = 0
+IDENTITY = ("job_id", "rank", "local_rank", "world_size", "attempt")
+"""The arguments of `start_run` that say which process this is. The others are settings, and `config`."""
+
+DUPLICATE = "twin"
+"""What the role of a run begins with that has its job id and rank in common with another live one."""
+
+_starting = threading.RLock()
+"""Held while a run finds out who it is and opens its session: two that start at once must see each other."""
+_numbers: dict[tuple[str, str | None], set[int]] = {}
+"""Job id and name -> the numbers of this process's runs that had them."""
+_announced: set[Path] = set()
+"""The directories that were said to have a journal."""
 
 
 def start_run(
     *,
-    job_id: str | None = None,
+    job_id: str | int | None = None,
     name: str | None = None,
     group: str | None = None,
     tags: Sequence[str] | None = None,
@@ -54,34 +71,78 @@ def start_run(
     world_size: int | None = None,
     attempt: int | None = None,
     service_name: str | None = None,
+    resource: Mapping[str, Any] | None = None,
     directory: str | Path | None = None,
     endpoint: str | None = None,
-    resource: Mapping[str, Any] | None = None,
-    processors: Sequence[Processor] | None = None,
-    exporters: Sequence[Any] | None = None,
+    protocol: Protocol | None = None,
+    delivery: DeliveryMode | None = None,
+    health: bool | None = None,
+    processors: Sequence[Processor] | Sequence[Mapping[str, Any]] | None = None,
+    exporters: Sequence[Exporter | JsonlExporter] | Sequence[Mapping[str, Any]] | None = None,
+    durability: Durability | None = None,
+    sync_every: float | None = None,
+    segment_bytes: int | None = None,
+    session_bytes: int | None = None,
+    free_bytes: int | None = None,
+    free_ratio: float | None = None,
+    group_readable: bool | None = None,
+    redact: bool | None = None,
+    redact_names: Sequence[str] | None = None,
+    propagate: bool | None = None,
+    interruptions: Sequence[str | type[BaseException]] | None = None,
+    stall_after: float | None = None,
+    samplers: Sequence[SamplerName] | str | None = None,
+    sample_interval: float | None = None,
     config: str | Path | None = None,
     enabled: bool | None = None,
 ) -> Run:
-    """Begin a run in this process. All arguments are optional; a run that is still open is closed first.
+    """Begin a run in this process, beside those that are open. All arguments are optional.
+
+    Best is `with start_run():`, in which the run is `current_run()`, and whose end is the run's. A run that is first
+    used otherwise, in a notebook for example, ends those that were used so in its thread before, as "interrupted".
+
+    An argument that is None, or left out, is not given: then the variable `STEPSPAN_` with its name in capitals counts,
+    then the file, then the default of `stepspan.config.Settings`.
 
     Args:
         job_id: What all ranks of the job have in common. By default this and the next four come from the launcher:
             torchrun, SLURM, MPI and others.
-        name: A name for people; the job id by default.
-        group: What the job belongs to: a sweep, an experiment.
-        tags: Words to find it by.
         rank: This process among all ranks, from 0.
         local_rank: This process among those of its host, from 0.
         world_size: How many ranks there are.
         attempt: How often the scheduler restarted the job.
+        name: A name for people, the same on all ranks; the job id by default.
+        group: What the job belongs to: a sweep, an experiment.
+        tags: Words to find it by.
         service_name: `service.name` of the Resource; "training" by default.
+        resource: Further attributes of the OpenTelemetry Resource.
         directory: Where the journal goes, "stepspan-runs" by default.
         endpoint: An OTLP endpoint. Without one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent.
-        resource: Further attributes of the OpenTelemetry Resource.
-        processors: Called before the journal, after redaction.
-        exporters: Follow the journal: `OtlpExporter`, `SdkExporter` or your own. A `JsonlExporter` among them says
-            where and how the journal is kept.
-        config: A YAML file with any of `stepspan.config.Settings`.
+        protocol: Of the endpoint: "http/protobuf", "grpc" or "http/json".
+        delivery: What sends the journal: "process", one for each host; "thread", this process; "off", nothing.
+        health: Whether the deliverer sends metrics about the delivery.
+        processors: Objects: called before the journal, after redaction and those of the settings. Or mappings
+            `{name: {argument: value}}`: in place of those of the settings.
+        exporters: Objects that follow the journal, in place of the endpoint and those of the settings: `OtlpExporter`,
+            `SdkExporter` or your own; a `JsonlExporter` among them says where and how the journal is kept. Or mappings
+            with `endpoint`, `headers` …: further OTLP destinations, in place of those of the settings.
+        durability: What an event survives once its call has returned: "process", the process; "disk", the machine.
+        sync_every: Seconds between fdatasync calls with durability "disk"; 0: after each event.
+        segment_bytes: Size at which a journal's segment is complete and the next one begins.
+        session_bytes: Size of a session beyond which its oldest segments are removed.
+        free_bytes: The journal stops growing while less than this is free on its disk.
+        free_ratio: The same, as a share of the disk.
+        group_readable: Whether the user's group may read the journal.
+        redact: Whether secrets are removed from events before the journal.
+        redact_names: Further names whose values are secrets.
+        propagate: Whether steps are the parents of the program's own OpenTelemetry spans. By default they are, unless a
+            global TracerProvider is installed whose sampler they would overrule.
+        interruptions: Further exceptions, or names of them, that end a run as "interrupted" and are no failure.
+        stall_after: Seconds without an event of training after which it counts as stalled; 0: no watch.
+        samplers: What is sampled beside training, of "host", "process", "gpu", "torch": a list, or a text with commas;
+            "none", or an empty list, is nothing.
+        sample_interval: Seconds between two samples.
+        config: A YAML file with any of the settings.
         enabled: False: a run that records nothing. STEPSPAN_DISABLED=1 disables it whatever the argument says.
 
     Returns:
@@ -91,56 +152,32 @@ def start_run(
         ConfigError: An argument, variable or file entry is wrong.
 
     """
-    global _open, _runs_opened
+    given: dict[str, Any] = dict(locals())
     if enabled is False or switched_off(os.environ):
         return DISABLED
     from stepspan import config as configuration
 
-    settings = configuration.load(
-        {
-            "name": name,
-            "group": group,
-            "tags": tags,
-            "service_name": service_name,
-            "directory": directory,
-            "endpoint": endpoint,
-            "resource": resource,
-            "enabled": enabled,
-        },
-        os.environ,
-        config=config,
-    )
+    objects: dict[str, list[Any] | None] = {}
+    for field in ("processors", "exporters"):
+        given[field], objects[field] = _entries_or_objects(field, given[field])
+    who = {field: given.pop(field) for field in IDENTITY}
+    settings = configuration.load(given, os.environ, config=given.pop("config"))
     if not settings.enabled:
         return DISABLED
-    given_processors, given_exporters = _listed("processors", processors) or [], _listed("exporters", exporters)
-    if _open is not None and not _open.closed:
-        _open._warn_once("replaced", f"start_run() closes the run that was open: {_open.identity.job_id}")
-        _open.close()
-    who = {
-        "job_id": job_id,
-        "rank": rank,
-        "local_rank": local_rank,
-        "world_size": world_size,
-        "attempt": attempt,
-        "group": settings.group,
-    }
     try:
-        _open = open_run(settings, who, given_processors, given_exporters)
+        run = open_run(settings, who, objects["processors"] or [], objects["exporters"])
     except OSError as error:
         log.warning("stepspan: no journal can be kept, so nothing is recorded: %s", error)
         return DISABLED
-    if not _runs_opened:
-        note_exits(_note_exit)
-    _runs_opened += 1
-    return _open
+    _watch_exits()
+    run._unused = True
+    OPEN_RUNS.add(run)
+    return run
 
 
-def current_run() -> Run:
-    """The open run, or one that records nothing."""
-    return _open if _open is not None and not _open.closed else DISABLED
-
-
-copyreg.pickle(Run, lambda run: (current_run, ()))  # of whoever unpickles it
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Look over arguments of `start_run` that will be needed later. TypeError: one is none of them."""
+    signature(start_run).bind(**arguments)
 
 
 def open_run(
@@ -148,14 +185,17 @@ def open_run(
     who: Mapping[str, Any] | None = None,
     processors: Sequence[Processor] = (),
     exporters: Sequence[Any] | None = None,
+    *,
+    label: str | None = None,
 ) -> Run:
     """Open a run that is not `current_run()`.
 
     Args:
         settings: In force.
-        who: What is given of the identity: job_id, rank, local_rank, world_size, attempt, group.
+        who: What is given of the identity: job_id, rank, local_rank, world_size, attempt.
         processors: Of the user's, after redaction and those of the settings.
         exporters: In place of those that settings and variables name.
+        label: In place of the name where the process's runs are counted, so that this one is not among them.
 
     Raises:
         ConfigError: Something that was given is wrong.
@@ -166,36 +206,40 @@ def open_run(
 
     jsonl, followers = _exporters(settings, exporters)
     journal = jsonl.journal
-    facts = identities.host_facts()
-    identity = identities.resolve(
-        who or {},
-        os.environ,
-        facts,
-        earlier_sessions=lambda job, rank: len(sessions_of_rank(journal.directory, job, rank)),
-        ordinal=_runs_opened,
-    )
-    identity, identity_warnings = _deduplicate_instance(identity, journal.directory)
-    resource, resource_warnings = identities.resource_attributes(
-        identity, os.environ, service_name=settings.service_name, resource=settings.resource
-    )
-    warnings = WarningSink(audible=identity.local_rank == 0)
     redact = [Redact(settings.redact_names)] if settings.redact else []
-    pipeline = Pipeline(
-        [*redact, *build(settings.processors), *processors], [jsonl, *followers], warn=warnings.warn_once
-    )
-    recorder = JournalRecorder(
-        identity,
-        resource,
-        journal,
-        pipeline.emit,
-        pipeline.process,
-        warnings=warnings,
-        boot_id=facts.boot_id,
-        destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
-        propagate=settings.propagate,
-        outcomes=Outcomes(settings.interruptions),
-    )
-    recorder.open()
+    with _starting, _numbering() as ordinal:
+        facts = identities.host_facts()
+        identity = identities.resolve(
+            {**(who or {}), "group": settings.group},
+            os.environ,
+            facts,
+            earlier_sessions=lambda job, rank: _earlier_sessions(journal.directory, job, rank),
+            ordinal=ordinal,
+            name=label or settings.name,
+            in_order=_starts_in_order(),
+        )
+        with journal.claim(identity.job_id, identity.host):
+            identity, identity_warnings = _deduplicate_instance(identity, journal.directory)
+            resource, resource_warnings = identities.resource_attributes(
+                identity, os.environ, service_name=settings.service_name, resource=settings.resource
+            )
+            warnings = WarningSink(audible=identity.local_rank == 0)
+            pipeline = Pipeline(
+                [*redact, *build(settings.processors), *processors], [jsonl, *followers], warn=warnings.warn_once
+            )
+            recorder = JournalRecorder(
+                identity,
+                resource,
+                journal,
+                pipeline.emit,
+                pipeline.process,
+                warnings=warnings,
+                boot_id=facts.boot_id,
+                destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
+                propagate=settings.propagate,
+                outcomes=Outcomes(settings.interruptions),
+            )
+            recorder.open()
     delivery = _delivery(settings, recorder, pipeline, facts.boot_id)
     delivery.start()
     run = Run(recorder, pipeline, delivery, name=settings.name, tags=settings.tags)
@@ -206,20 +250,58 @@ def open_run(
     return run
 
 
-def _listed(field: str, value: Any) -> list[Any] | None:
-    if isinstance(value, str) or not (value is None or hasattr(value, "__iter__")):
+def _entries_or_objects(field: str, value: Any) -> tuple[list[Mapping[str, Any]] | None, list[Any] | None]:
+    """The setting of this name, or the objects that were given in its place."""
+    if value is None:
+        return None, None
+    if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
         raise ConfigError(field, value, "give a list of objects")
-    return None if value is None else list(value)
+    found = list(value)
+    entries = [item for item in found if isinstance(item, Mapping)]
+    if entries and len(entries) < len(found):
+        raise ConfigError(field, value, "give either objects or mappings of settings, not both in one list")
+    return (entries, None) if entries else (None, found)
+
+
+def _starts_in_order() -> bool:
+    """Whether the run that starts here is one of a sequence: by the main thread, and no asyncio task's."""
+    opener = Opener.here()
+    return opener.thread is threading.main_thread() and opener.task is None
+
+
+@cache
+def _earlier_sessions(directory: Path, job_id: str, rank: int) -> int:
+    """How many sessions of a rank there were when this process first asked: those of its own runs are no restarts."""
+    return len(sessions_of_rank(directory, job_id, rank))
+
+
+@contextmanager
+def _numbering() -> Iterator[Callable[[str, str | None], int]]:
+    """Within it, what it yields numbers a run among those of this process with a job id and name, unless it fails."""
+    used: set[int] = set()
+    number = 0
+
+    def ordinal(job_id: str, name: str | None) -> int:
+        nonlocal used, number
+        used = _numbers.setdefault((job_id, name), set())
+        number = next(free for free in count() if free not in used)
+        used.add(number)
+        return number
+
+    try:
+        yield ordinal
+    except BaseException:
+        used.discard(number)
+        raise
 
 
 def _exporters(settings: Settings, given: Sequence[Any] | None) -> tuple[JsonlExporter, list[Any]]:
     """What keeps the journal, and what follows it."""
-    keeper = next((exporter for exporter in given or () if isinstance(exporter, JsonlExporter)), None)
-    if keeper is None:
-        keeper = JsonlExporter(settings.directory, limits=settings.limits())
     if given is None:
-        return keeper, _exporters_of(settings)
-    return keeper, [exporter for exporter in given if exporter is not keeper]
+        return JsonlExporter(settings.directory, limits=settings.limits()), _exporters_of(settings)
+    keeper = next((exporter for exporter in given if isinstance(exporter, JsonlExporter)), None)
+    followers = [exporter for exporter in given if exporter is not keeper]
+    return (keeper.for_run() if keeper else JsonlExporter(settings.directory, limits=settings.limits())), followers
 
 
 def _exporters_of(settings: Settings) -> list[OtlpExporter]:
@@ -231,13 +313,20 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
 
 
 def _deduplicate_instance(identity: Identity, directory: Path) -> tuple[Identity, tuple[str, ...]]:
-    """A series identity of its own where another live process has this job id and rank: two would mix in one series."""
-    for session in sessions_of_rank(directory, identity.job_id, identity.rank):
-        if is_alive_here(session.path):
-            role = f"twin{os.getpid()}"
-            duplicate = f"another live process is rank {identity.rank} of {identity.job_id}: {session.path}"
-            return replace(identity, role=role), (*identity.warnings, f"{duplicate}; this one goes by {role}")
-    return identity, identity.warnings
+    """A series identity of its own where another live run has this job id and rank: two would mix in one series."""
+    alive = {
+        session.role: session.path
+        for session in sessions_of_rank(directory, identity.job_id, identity.rank)
+        if is_alive_here(session.path)
+    }
+    if "" not in alive:
+        return identity, identity.warnings
+    role = next(role for role in (f"{DUPLICATE}{number}" for number in count(1)) if role not in alive)
+    sessions = [run._session.path for run in OPEN_RUNS.all() if run._session is not None]
+    other = "another open run" if alive[""] in sessions else "another live process"
+    duplicate = f"{other} is rank {identity.rank} of {identity.job_id}: {alive['']}"
+    fix = f"{duplicate}; this one goes by {role}: give each run a job_id of its own"
+    return replace(identity, role=role), (*identity.warnings, fix)
 
 
 def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline, boot_id: str) -> Delivery:
@@ -268,7 +357,10 @@ def _start_background_tasks(run: Run, settings: Settings) -> None:
     if settings.stall_after:
         from stepspan.recording.stall import StallWatch
 
-        run._recorder.add_background_task(StallWatch(run._recorder, settings.stall_after))
+        try:
+            run._recorder.add_background_task(StallWatch(run._recorder, settings.stall_after))
+        except RuntimeError as error:
+            run._warn_once("stall", f"no stall will be noticed: {error}")
     if settings.samplers:
         from stepspan.samplers import start_sampling
 
@@ -279,27 +371,36 @@ def _announce(run: Run, wanted: Path, journal: Journal) -> None:
     """Say where the journal is."""
     if not journal.durable:
         run._warn_once("memory", f"{wanted} cannot be written: the journal is kept in memory, at {journal.directory}")
-    elif run.identity.rank == 0 and not _runs_opened and sys.stderr is not None:
+    elif run.identity.rank == 0 and journal.directory not in _announced and sys.stderr is not None:
+        _announced.add(journal.directory)
         with suppress(Exception):  # somebody else's stream
             sys.stderr.write(f"stepspan: the journal is in {journal.directory}\n")
 
 
+@cache
+def _watch_exits() -> None:
+    note_exits(_note_exit)
+
+
 def _note_exit(exit_: SystemExit) -> None:
-    if _open is not None and not _open.closed:
-        _open._recorder.scopes.note_exit(exit_)
+    for run in OPEN_RUNS.all():
+        run._recorder.scopes.note_exit(exit_)
 
 
 def _close_at_exit() -> None:
-    if _open is not None and not _open.closed:
-        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
-        if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
-            error = None
-        _open._close_at_exit(error)
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
+    if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
+        error = None
+    for run in reversed(OPEN_RUNS.all()):
+        run._close_at_exit(error)
 
 
 def _after_fork_in_child() -> None:
-    if _open is not None and not _open.closed:
-        _open._after_fork()
+    global _starting
+    _starting = threading.RLock()
+    OPEN_RUNS.after_fork()
+    for run in OPEN_RUNS.all():
+        run._after_fork()
 
 
 atexit.register(_close_at_exit)

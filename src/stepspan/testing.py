@@ -32,9 +32,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 from unittest.mock import patch
 
+from stepspan.config import load
 from stepspan.events import Event
 from stepspan.exporters.jsonl import JsonlExporter
-from stepspan.journal.disk import Limits
 from stepspan.journal.layout import find_sessions
 from stepspan.mapping.records import Log, Point, Record, Signal, Span
 from stepspan.reading.sessions import Session, read_session
@@ -45,8 +45,9 @@ __all__ = ["FixedClock", "Recording", "recorded_run"]
 
 START_NS = 1_760_000_000_000_000_000  # 2025-10-09T08:53:20Z
 IDENTITY = {"job_id": "test", "rank": 0, "local_rank": 0, "world_size": 1, "enabled": True}
-NO_LIMITS = Limits(free_bytes=0, free_ratio=0.0)
-"""A journal is written however full the disk is."""
+NO_LIMITS = {"free_bytes": 0, "free_ratio": 0.0}
+LIMITS = ("durability", "sync_every", "segment_bytes", "session_bytes", "free_bytes", "free_ratio", "group_readable")
+"""The arguments that say how the journal is kept."""
 
 
 class FixedClock:
@@ -176,15 +177,15 @@ class Recording:
 def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterator[Recording]:
     """An open run, as `stepspan.start_run` gives it, and what it records.
 
-    Nothing is sent anywhere, and STEPSPAN_* and OTEL_* variables are ignored. The run is `stepspan.current_run()`; one
-    that is open is closed first.
+    Nothing is sent but to `exporters`, and STEPSPAN_* and OTEL_* variables are ignored. The run is
+    `stepspan.current_run()` in the block; others that are open stay so.
 
     Args:
         clock: Gives the events' times; by default a new `FixedClock`, whose readings are a millisecond apart (of
             several points of a series in one millisecond a receiver gets the last). Waits for data are measured in
             real time.
-        **arguments: Those of `stepspan.start_run`. By default rank 0 of 1 in job "test", and a temporary `directory`
-            for the journal.
+        **arguments: Those of `stepspan.start_run`. By default rank 0 of 1 in job "test", no samplers, and a temporary
+            `directory` for the journal, which is written however full the disk is.
 
     Yields:
         The recording. It can be asked while the run goes on and after the block.
@@ -195,12 +196,14 @@ def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterat
     """
     with ExitStack() as stack:
         directory = arguments.pop("directory", None) or stack.enter_context(TemporaryDirectory(prefix="stepspan-"))
-        journal = JsonlExporter(directory, limits=NO_LIMITS, clock=clock or FixedClock())
+        limits = {**NO_LIMITS, **{name: arguments[name] for name in LIMITS if arguments.get(name) is not None}}
+        journal = JsonlExporter(directory, limits=load(limits, {}).limits(), clock=clock or FixedClock())
+        exporters = [journal, *(arguments.pop("exporters", None) or ())]
         with patch.dict(os.environ):
             for name in [name for name in os.environ if name.startswith(("STEPSPAN_", "OTEL_"))]:
                 del os.environ[name]
             os.environ["STEPSPAN_SAMPLERS"] = "none"
-            run = start_run(exporters=[journal], **{**IDENTITY, **arguments})
+            run = start_run(exporters=exporters, **{**IDENTITY, **arguments})
         recording = Recording(run, journal.journal.directory)
         try:
             with run:

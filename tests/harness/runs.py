@@ -41,7 +41,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
         monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     yield stepspan.start_run
-    stepspan.current_run().close()
+    while (run := stepspan.current_run())._recorder.active:
+        run.close()
 
 
 def python(code: str, cwd: Path, *flags: str, **env: str) -> subprocess.CompletedProcess[str]:

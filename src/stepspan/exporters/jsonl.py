@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from copy import copy
+from functools import partial
 from pathlib import Path
 
 from stepspan.copying import SharedByCopies
@@ -32,4 +35,14 @@ class JsonlExporter(SharedByCopies):
         clock: Callable[[], int] | None = None,
         disk: Disk | None = None,
     ) -> None:
-        self.journal = Journal(directory, limits=limits, clock=clock, disk=disk)
+        self._make_journal = partial(Journal, directory, limits=limits, clock=clock, disk=disk)
+        self.journal = self._make_journal()
+        self._claimed = threading.Lock()
+
+    def for_run(self) -> JsonlExporter:
+        """Give a run a journal of its own: this exporter's for the first one, one like it for each further run."""
+        if self._claimed.acquire(blocking=False):
+            return self
+        another = copy(self)
+        another.journal = self._make_journal()
+        return another

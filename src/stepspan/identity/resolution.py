@@ -34,7 +34,7 @@ class Identity:
         local_rank: The rank on its host, from 0.
         world_size: The number of ranks.
         attempt: Restarts by the scheduler (or the attempt given), and restarts by the launcher.
-        ordinal: How many runs this process had started before.
+        ordinal: How many runs this process had started under its job id and name before.
         run_key: 32 hexadecimal digits, equal on all ranks of one run and on nothing else. Every step's ids hash it.
         role: "" or, in a forked worker, "worker3".
         group: Names what several jobs belong to, such as a sweep.
@@ -77,7 +77,9 @@ def resolve(
     facts: HostFacts,
     *,
     earlier_sessions: Callable[[str, int], int],
-    ordinal: int = 0,
+    ordinal: Callable[[str, str | None], int] = lambda job, name: 0,
+    name: str | None = None,
+    in_order: bool = True,
 ) -> Identity:
     """Find out who this process is.
 
@@ -91,7 +93,9 @@ def resolve(
         facts: What the host says about this process.
         earlier_sessions: Counts the sessions of a job id and rank in the journal directory: a restart that no launcher
             counts is one more of them.
-        ordinal: How many runs this process has started before.
+        ordinal: How many runs this process has started before under a job id and a name.
+        name: Of the run: the same on all ranks.
+        in_order: Whether all ranks start their runs in one order. Threads may not: their runs are known by name.
 
     Raises:
         ConfigError: An argument or STEPSPAN_* variable is of the wrong type, out of range, or only one of rank and
@@ -110,8 +114,14 @@ def resolve(
     if arguments.get("group") is not None:
         group = FoundText(valid_text("group", arguments["group"]), "argument")
     job_id, job_source = _job_id(arguments, row, variables, launch, facts)
-    if ordinal and job_source not in ("argument", "STEPSPAN_JOB_ID", "generated"):
-        job_id = f"{job_id}-{ordinal + 1}"  # the ranks of a run count alike
+    if job_source in ("argument", "STEPSPAN_JOB_ID", "generated"):
+        number = ordinal(job_id, name)
+        run: tuple[object, ...] = (number, name) if name else (number,)
+    else:  # a job id for each run, which the ranks make alike
+        label = None if in_order else name
+        number = ordinal(job_id, label)
+        job_id += (f"-{label}" if label else "") + (f"-{number + 1}" if number else "")
+        run = (number,)
     if job_source == _ADDRESS:
         variables.warnings.append(
             "nothing distinguishes this launch from the next one on these hosts: traces and series of both may merge;"
@@ -133,8 +143,8 @@ def resolve(
         local_rank=local_rank.value,
         world_size=size.value,
         attempt=attempt,
-        ordinal=ordinal,
-        run_key=_digest(16, job_id, launch.common, counted, ordinal),
+        ordinal=number,
+        run_key=_digest(16, job_id, launch.common, counted, *run),
         role="",
         group=group.value if group else None,
         host=facts.host,
@@ -277,8 +287,11 @@ def _job_id(
     arguments: Mapping[str, Any], row: Launcher, env: Variables, launch: _Launch, facts: HostFacts
 ) -> tuple[str, str]:
     """The job id and its source."""
-    if arguments.get("job_id") is not None:
-        return valid_text("job_id", arguments["job_id"]), "argument"
+    given = arguments.get("job_id")
+    if given is not None:
+        with suppress(TypeError):
+            given = given if isinstance(given, bool) else str(operator.index(given))  # numpy's integers as well
+        return valid_text("job_id", given, ", or a whole number"), "argument"
     job, step = row.job(env), _slurm_step(row, env)
     if job and step and _UUID.fullmatch(job.value):
         job = step  # torchrun made that id up, and makes up another one after a requeue; the step stays the same

@@ -60,8 +60,8 @@ class Variables:
         return None
 
 
-def valid_text(field: str, value: object) -> str:
+def valid_text(field: str, value: object, alternative: str = "") -> str:
     """The text that the user gave for this field. Raises `ConfigError` if it is none, blank, or not UTF-8."""
     if not isinstance(value, str) or not value.strip() or value != value.encode("utf-8", "replace").decode():
-        raise ConfigError(field, value, "give a string that is not blank and can be written as UTF-8")
+        raise ConfigError(field, value, f"give a string that is not blank and can be written as UTF-8{alternative}")
     return value

@@ -16,8 +16,7 @@ from typing import Any
 
 from stepspan.copying import SharedByCopies
 from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
-from stepspan.run import DISABLED, Run
-from stepspan.start import current_run
+from stepspan.run import DISABLED, Run, current_run
 from stepspan.values import error_fields, to_text
 
 OWN = "stepspan"

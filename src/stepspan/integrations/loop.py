@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from stepspan.errors import ConfigError
 from stepspan.recording.scopes import Scope
-from stepspan.run import DISABLED, Run
-from stepspan.start import current_run, start_run
+from stepspan.run import DISABLED, Run, current_run
+from stepspan.start import check_arguments, start_run
 from stepspan.values import error_text
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Loop:
             unfinished.end(status="interrupted")
         self.run = current_run()
         if self.run is DISABLED and identity is not None:
-            self.run, self._owns_run = start_run(**{**identity(), **self._arguments}), True
+            self.run, self._owns_run = start_run(**{**identity(), **self._arguments})._hold(), True
             if state is not None and self.run is not DISABLED:
                 self._state, _STARTED[id(self.run)] = state, self
 
@@ -196,6 +196,9 @@ class FrameworkCallback:
     Args:
         **arguments: Of `stepspan.start_run`, for the run that is started where none is open.
 
+    Raises:
+        TypeError: An argument is none of `start_run`'s.
+
     """
 
     loop: Loop
@@ -213,6 +216,7 @@ class FrameworkCallback:
         return callback
 
     def __init__(self, **arguments: Any) -> None:
+        check_arguments(arguments)
         self.loop = Loop(arguments)
 
     def __deepcopy__(self, memo: object) -> Self:

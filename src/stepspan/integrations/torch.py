@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 from stepspan.recording.cuda_spans import SPAN_BEGIN, DeviceTimer, Timer
 from stepspan.recording.recorder import Recorder
 from stepspan.recording.scopes import DetachedSpan, Scope
-from stepspan.run import Run
-from stepspan.start import current_run
+from stepspan.run import Run, current_run
 from stepspan.values import error_text
 
 T = TypeVar("T")

@@ -24,12 +24,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from stepspan.events import SECOND_NS, Event
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.layout import slug
+from stepspan.journal.liveness import exclusive
 from stepspan.journal.location import choose_location, directory_mode
 from stepspan.journal.writer import Begun, SessionWriter
 
@@ -112,6 +114,20 @@ class Journal:
                 self._open_session()
             finally:
                 self._busy = False
+
+    @contextmanager
+    def claim(self, job_id: str, host: str) -> Iterator[None]:
+        """Keep others on this host out who claim the job, while one looks who is alive in it and opens a session.
+
+        Args:
+            job_id: Names the directory of the job.
+            host: Names the directory of the host in it.
+
+        """
+        with suppress(OSError):  # where it cannot be made, no session will be either
+            self._make_directory(slug(job_id), slug(host))
+        with exclusive(self.directory / slug(job_id) / slug(host)):
+            yield
 
     def append(self, event: Event, begun: Begun | None = None) -> None:
         """Write one event; when this returns it survives the process.
@@ -206,16 +222,21 @@ class Journal:
 
     def _open_session(self) -> None:
         assert self._header is not None, "open() comes first"
-        mode = directory_mode(self.limits)
-        self.directory.mkdir(mode=mode, parents=True, exist_ok=True)
-        host_directory = self.directory
-        for name in (self._job, self._host):
-            host_directory /= name
-            host_directory.mkdir(mode=mode, exist_ok=True)
+        host_directory = self._make_directory(self._job, self._host)
         fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
         if self.session is not None:
             fresh.take_over(self.session)
         self.session, self.state = fresh, State.OPEN
+
+    def _make_directory(self, job: str, host: str) -> Path:
+        """Make the directory of a host in a job, where it is missing. OSError."""
+        mode = directory_mode(self.limits)
+        self.directory.mkdir(mode=mode, parents=True, exist_ok=True)
+        directory = self.directory
+        for name in (job, host):
+            directory /= name
+            directory.mkdir(mode=mode, exist_ok=True)
+        return directory
 
     def _drain(self) -> Iterator[tuple[Event, Begun | None]]:
         while self._interrupting:

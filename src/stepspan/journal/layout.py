@@ -19,6 +19,8 @@ from pathlib import Path
 
 SEGMENT = re.compile(r"(\d{6,})\.jsonl")
 SESSION = re.compile(r"rank-(\d{5,})(\.[\w-]+)?-([0-9a-f]{16})")
+WORKER = re.compile(r"worker\d+$")
+"""The end of the role of a forked worker."""
 DIRECTORY_LEVELS = 3  # <directory>/<job>/<host>/<session>
 
 
@@ -192,17 +194,18 @@ def writable_by_us(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class SessionPath:
-    """A session's directory on disk, with the rank and the session id that its name says."""
+    """A session's directory on disk, with the rank, the session id and the role (as a slug) that its name says."""
 
     path: Path
     rank: int
     session: str
+    role: str = ""
 
     @classmethod
     def of(cls, path: Path) -> SessionPath | None:
         """The session at this path, judged by its name."""
         match = SESSION.fullmatch(path.name)
-        return cls(path, int(match[1]), match[3]) if match else None
+        return cls(path, int(match[1]), match[3], (match[2] or "").removeprefix(".")) if match else None
 
     def segments(self) -> list[int]:
         """The numbers of the segments that are there, ascending; none where the session is gone. OSError."""
@@ -249,5 +252,5 @@ def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]
 
 def sessions_of_rank(directory: Path, job_id: str, rank: int) -> list[SessionPath]:
     """Earlier sessions of one rank of a job, without those of its forked workers."""
-    prefix = f"rank-{rank:05d}-"
-    return [found for found in find_sessions(directory / slug(job_id)) if found.path.name.startswith(prefix)]
+    found = find_sessions(directory / slug(job_id))
+    return [each for each in found if each.rank == rank and not WORKER.search(each.role)]

@@ -11,7 +11,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from typing import Any
 import orjson
 
 from stepspan.errors import JournalError
-from stepspan.journal.layout import SessionPath, create_file, open_path, read_file, segment_name
+from stepspan.journal.layout import SessionPath, create_file, open_directory, open_path, read_file, segment_name
 
 DEAD_AFTER_S = 900.0
 """Silence after which a session of another host or boot counts as dead."""
+EXCLUSIVE_TIMEOUT_S = 5.0
+RETRY_INTERVAL_S = 0.005
 CLOSED = "closed.json"
 LOCK = "lock"
 
@@ -57,6 +59,40 @@ def lock_is_held(directory: Path) -> bool:
     finally:
         os.close(fd)
     return False
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Within it, no other process or thread of this host is within it for the same directory.
+
+    It is kept by a lock that goes with its holder. One that is held for longer than `EXCLUSIVE_TIMEOUT_S` is not waited
+    for, and where there are no locks nobody is kept out.
+    """
+    try:
+        fd = open_directory(directory)
+    except OSError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + EXCLUSIVE_TIMEOUT_S
+        while not _try_lock(fd) and time.monotonic() < deadline:
+            time.sleep(RETRY_INTERVAL_S)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # also of the copy that another thread's forked child may have
+        os.close(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    """Whether there is nothing to wait for: it is locked now, or cannot be."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def is_alive_here(directory: Path) -> bool:

@@ -6,7 +6,7 @@ Imported only in a process that has imported OpenTelemetry itself. The ids are c
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import Token
+from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.context import _RUNTIME_CONTEXT, Context
@@ -24,12 +24,16 @@ class ScopeSpan(NonRecordingSpan):
 
     Args:
         ids: Gives the trace id (16 bytes) and span id (8 bytes) that the mapping will give the scope.
+        previous: The context that it was begun in.
 
     """
 
-    def __init__(self, ids: Callable[[], tuple[bytes, bytes]]) -> None:
+    def __init__(self, ids: Callable[[], tuple[bytes, bytes]], previous: Context) -> None:
         self._ids = ids
         self._known: SpanContext | None = None
+        self.previous = previous
+        self.token: Any = None
+        self.ended = False
 
     def get_span_context(self) -> SpanContext:
         """The ids that the mapping will give this scope; sampled."""
@@ -66,14 +70,30 @@ def _keeps_all(provider: object) -> bool:
         return False
 
 
-def attach(ids: Callable[[], tuple[bytes, bytes]]) -> Token[Context]:
+def attach(ids: Callable[[], tuple[bytes, bytes]]) -> ScopeSpan:
     """Make a scope, known by its ids, the current span."""
-    return _RUNTIME_CONTEXT.attach(Context({**_RUNTIME_CONTEXT.get_current(), _SPAN_KEY: ScopeSpan(ids)}))
+    previous = _RUNTIME_CONTEXT.get_current()
+    span = ScopeSpan(ids, previous)
+    span.token = _RUNTIME_CONTEXT.attach(Context({**previous, _SPAN_KEY: span}))
+    return span
 
 
-def detach(token: Token[Context]) -> None:
-    """Restore the span before. A scope may end in another task than it began in: there is nothing to restore there."""
+def detach(span: ScopeSpan) -> None:
+    """Restore the span before. A scope may end in another task than it began in: there is nothing to restore there.
+
+    Nor is there while a scope of another run goes on that was begun inside this one: it restores what is open then.
+    """
+    span.ended = True
+    current = _RUNTIME_CONTEXT.get_current().get(_SPAN_KEY)
+    if current is not span and isinstance(current, ScopeSpan) and not current.ended:
+        return
     try:  # `suppress` would cost a third of all that propagation costs
-        _RUNTIME_CONTEXT.detach(token)
+        _RUNTIME_CONTEXT.detach(span.token)
     except ValueError:
         return
+    restored = _RUNTIME_CONTEXT.get_current().get(_SPAN_KEY)
+    if isinstance(restored, ScopeSpan) and restored.ended:
+        while isinstance(restored, ScopeSpan) and restored.ended:
+            context = restored.previous
+            restored = context.get(_SPAN_KEY)
+        _RUNTIME_CONTEXT.attach(context)

@@ -1,6 +1,7 @@
 """The stall watch: says when training has stopped without ending, where each thread stands, and when it goes on.
 
-A thread of its own looks now and then whether this process has written an event; what samplers write does not count.
+One thread of the process looks now and then whether one of its open runs has written an event; what samplers write does
+not count. Where none has, each run that is watched has stalled: a study waits for its trial.
 It installs no signal handler, and reads no file: a stall may well be a file system that does not answer.
 
 Time counts for `SLOW_WORK_FACTOR` times less while something goes on that is known to take long: while a span named in
@@ -10,16 +11,17 @@ JAX only pass through as they compile.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from types import CodeType, FrameType
-from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.writer import mostly_idle
+from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.recorder import Recorder
 from stepspan.recording.scopes import Scope
 from stepspan.values import error_text
@@ -55,7 +57,7 @@ class StallWatch:
         recorder: Of the run that is watched.
         stall_after: Seconds without an event of training after which it counts as stalled.
         clock: Gives seconds that only grow.
-        start: False: no thread, `check()` is called each `every` seconds of `clock`.
+        start: False: no thread calls `check()` each `every` seconds of `clock`.
 
     """
 
@@ -66,27 +68,23 @@ class StallWatch:
         self._recorder = recorder
         self._stall_after = stall_after
         self._clock = clock
-        self._seen: tuple[Any, int] = (None, 0)
-        """The session that was written to, and how many events of training it held."""
+        self._seen: dict[object, int] = {}
+        """The sessions that are written to, and how many events of training they held."""
         self._checked_at = clock()
         self._silent = 0.0
         self._slow = 0.0
         """How much of that went by while something was known to take long."""
         self._reported_at: float | None = None
         self._stalled = False
-        self._stop = threading.Event()
         self._checking = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name=f"{THREAD_PREFIX}-stall", daemon=True)
         if start:
-            self._thread.start()
+            _THREAD.add(self)
 
     def stop(self) -> None:
         """End; a stall that is over is said to be."""
-        self._stop.set()
+        _THREAD.remove(self)
         if self._stalled:
             self.check()
-        if self._thread.ident is not None:
-            self._thread.join(0.5)
 
     def check(self) -> None:
         """Look once. Where another thread does, it will say what there is to say."""
@@ -98,11 +96,6 @@ class StallWatch:
             self._recorder.warn_once("stall", f"the stall watch failed: {error_text(error)}")
         finally:
             self._checking.release()
-
-    def _watch(self) -> None:
-        with mostly_idle():
-            while not self._stop.wait(self.every):
-                self.check()
 
     def _check(self) -> None:
         now = self._clock()
@@ -121,7 +114,7 @@ class StallWatch:
         scopes = self._recorder.scopes.open()
         ident = training_thread(scopes)
         frame = sys._current_frames().get(ident)
-        if is_slow_work(scopes, frame):
+        if is_slow_work(scopes, frame) or any(map(does_slow_work, self._others())):
             self._slow += passed
         counts = self._silent - self._slow + self._slow / SLOW_WORK_FACTOR
         if counts >= self._stall_after and not (self._reported_at and now - self._reported_at < REPEAT_INTERVAL_S):
@@ -131,8 +124,13 @@ class StallWatch:
             )
 
     def _went_on(self) -> bool:
-        (session, count), self._seen = self._seen, self._recorder.training_events()
-        return session is not self._seen[0] or count < self._seen[1]
+        before, self._seen = self._seen, dict(each.training_events() for each in (self._recorder, *self._others()))
+        ended = before.keys() - self._seen.keys()
+        return bool(ended) or any(count > before.get(session, -1) for session, count in self._seen.items())
+
+    def _others(self) -> list[Recorder]:
+        """Those of the other open runs."""
+        return [run._recorder for run in OPEN_RUNS.all() if run._recorder is not self._recorder]
 
     def _report(self, status: str, severity: str, attributes: Event, scopes: list[Scope]) -> None:
         labels = ("epoch", "step", "split")
@@ -153,10 +151,74 @@ class StallWatch:
         )
 
 
+class StallThread:
+    """The thread that looks after all watches of a process. There is none while there are no watches."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watches: list[StallWatch] = []
+        self._changed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, watch: StallWatch) -> None:
+        """Look after one more. RuntimeError: the system allows no further thread."""
+        with self._lock:
+            if self._thread is None:
+                thread = threading.Thread(target=self._work, name=f"{THREAD_PREFIX}-stall", daemon=True)
+                thread.start()
+                self._thread = thread
+            self._watches.append(watch)
+        self._changed.set()  # it may have to look more often now
+
+    def remove(self, watch: StallWatch) -> None:
+        """Look after one less."""
+        with self._lock:
+            if watch not in self._watches:
+                return
+            self._watches.remove(watch)
+            thread = None if self._watches else self._thread
+            if thread is not None:
+                self._thread = None
+        if thread is not None:
+            self._changed.set()
+            thread.join(0.5)
+
+    def _work(self) -> None:
+        with mostly_idle():
+            while True:
+                with self._lock:
+                    watches = list(self._watches) if self._thread is threading.current_thread() else []
+                if not watches:
+                    return
+                if self._changed.wait(min(watch.every for watch in watches)):
+                    self._changed.clear()
+                    continue
+                for watch in watches:
+                    watch.check()
+
+
+_THREAD = StallThread()
+
+
+def _after_fork_in_child() -> None:
+    global _THREAD
+    _THREAD = StallThread()  # the other one is the parent's
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 def training_thread(scopes: list[Scope]) -> int:
     """The thread that trains: which began the innermost of run, epoch and step. The main one where none is open."""
     found = [scope.thread for scope in scopes if scope.tag != "span"]
     return found[-1] if found else threading.main_thread().ident or 0
+
+
+def does_slow_work(recorder: Recorder) -> bool:
+    """Whether what goes on in a run is known to take long."""
+    scopes = recorder.scopes.open()
+    return is_slow_work(scopes, sys._current_frames().get(training_thread(scopes)))
 
 
 def is_slow_work(scopes: list[Scope], frame: FrameType | None) -> bool:

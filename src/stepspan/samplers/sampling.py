@@ -13,6 +13,8 @@ Each quantity is read by itself. One that fails is counted, warned of once and r
 on. What a machine does not have (a GPU, a counter that its driver lacks) is counted too, logged at INFO and not read
 again.
 
+Of several runs in a process the oldest has its samplers; when it ends, the next one goes on with them.
+
 A forked child has no such thread. NVML is initialised in this process and used by this thread alone; a child that wants
 NVML initialises its own.
 """
@@ -20,6 +22,7 @@ NVML initialises its own.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -227,23 +230,109 @@ def sampled_by(names: Sequence[str], local_rank: int) -> list[str]:
 
 
 def start_sampling(recorder: Recorder, names: Sequence[str], interval: float) -> None:
-    """Sample a run until it ends.
+    """Sample for a run until it ends, whatever no other run of this process has sampled already.
 
     Args:
         recorder: Takes the samples, and a warning where no thread can be started.
         names: The wanted samplers, keys of `SAMPLERS`.
-        interval: Seconds from sample to sample.
+        interval: Seconds between two samples.
 
     """
-    local_rank = recorder.identity.local_rank
-    openers = {name: partial(_open_by_name, name, local_rank) for name in sampled_by(names, local_rank)}
-    sampling = Sampling(recorder, openers, interval)
-    try:
-        sampling.start()
-    except RuntimeError as error:
-        recorder.warn_once("samplers", f"nothing is sampled: {error}")
-    else:
-        recorder.add_background_task(sampling)
+    wanted = sampled_by(names, recorder.identity.local_rank)
+    if wanted:
+        _SHARED.join(SamplingShare(recorder, wanted, interval))
+
+
+class SamplingShare:
+    """A background task: what a run has of the sampling of its process."""
+
+    def __init__(self, recorder: Recorder, wanted: Sequence[str], interval: float) -> None:
+        self.recorder = recorder
+        self.wanted = wanted
+        self._interval = interval
+        self._names: list[str] = []
+        self._sampling: Sampling | None = None
+
+    def assign(self, names: list[str]) -> Callable[[], None] | None:
+        """Give a run its samplers.
+
+        Args:
+            names: Of the samplers.
+
+        Returns:
+            Starts them, once those that other runs had have stopped; None where nothing changes.
+
+        """
+        if names == self._names:
+            return None
+        self._names = names
+        if self._sampling is not None:
+            self._sampling.stop()
+        self._sampling = None
+        return self._start
+
+    def stop(self) -> None:
+        """Take a last sample, and leave the samplers to the process's other runs."""
+        _SHARED.leave(self)
+
+    def _start(self) -> None:
+        if not self._names:
+            return
+        local_rank = self.recorder.identity.local_rank
+        openers = {name: partial(_open_by_name, name, local_rank) for name in self._names}
+        sampling = Sampling(self.recorder, openers, self._interval)
+        try:
+            sampling.start()
+        except RuntimeError as error:
+            self.recorder.warn_once("samplers", f"nothing is sampled: {error}")
+        else:
+            self._sampling = sampling
+
+
+class SharedSampling:
+    """Each sampler is read once a process: for the oldest of the open runs that want it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._shares: list[SamplingShare] = []
+
+    def join(self, share: SamplingShare) -> None:
+        """Sample for one more run."""
+        share.recorder.add_background_task(share)
+        with self._lock:
+            self._shares.append(share)
+            self._assign()
+
+    def leave(self, share: SamplingShare) -> None:
+        """Sample no more for a run, but for the others."""
+        with self._lock:
+            if share in self._shares:
+                self._shares.remove(share)
+                share.assign([])
+                if threading.main_thread().is_alive():  # otherwise the interpreter exits, and all of them end
+                    self._assign()
+
+    def _assign(self) -> None:
+        names = list(SAMPLERS)
+        starts = []
+        for share in self._shares:
+            own = [name for name in names if name in share.wanted]
+            names = [name for name in names if name not in own]
+            starts.append(share.assign(own))
+        for start in filter(None, starts):
+            start()
+
+
+_SHARED = SharedSampling()
+
+
+def _after_fork_in_child() -> None:
+    global _SHARED
+    _SHARED = SharedSampling()  # the other one is the parent's, and so are its threads
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _open_by_name(name: str, local_rank: int, emit: Emit) -> Sampler:

@@ -16,8 +16,8 @@ from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
 from stepspan.errors import ConfigError
 from stepspan.recording.scopes import Scope
-from stepspan.run import Run
-from stepspan.start import current_run, start_run
+from stepspan.run import Run, current_run
+from stepspan.start import start_run
 
 PARAMETERS = frozenset({"self", "name", "status", "collective"})
 """Names of arguments of a run's methods: as attributes they become `telemetry.<name>`."""
@@ -36,7 +36,7 @@ class OtelBackend:
 
     """
 
-    def __init__(self, path: object = None, *, endpoint: str | None = None, job_id: str | None = None) -> None:
+    def __init__(self, path: object = None, *, endpoint: str | None = None, job_id: str | int | None = None) -> None:
         try:
             self._directory = None if path is None else os.fsdecode(path)  # type: ignore[arg-type]
         except TypeError as error:
@@ -112,7 +112,7 @@ class OtelBackend:
                 directory=self._directory,
                 endpoint=self._endpoint,
                 resource=resource(record),
-            )
+            )._hold()
         return self._own
 
 

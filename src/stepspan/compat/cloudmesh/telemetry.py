@@ -100,7 +100,7 @@ class Telemetry(SharedByCopies):
         backend: str | Backend | None = None,
         path: str | os.PathLike[str] | None = None,
         endpoint: str | None = None,
-        job_id: str | None = None,
+        job_id: str | int | None = None,
         clock: Callable[[], int] = time.time_ns,
     ) -> None:
         if command_name is not None and not isinstance(command_name, str):
@@ -405,8 +405,8 @@ class Telemetry(SharedByCopies):
 
     def _who(self) -> Identity:
         """The job and rank that a record belongs to: the open run's, or else the launcher's."""
-        start = sys.modules.get("stepspan.start")  # where it was never imported, no run is open
-        run = start.current_run() if start else None
+        module = sys.modules.get("stepspan.run")  # where it was never imported, no run is open
+        run = module.current_run() if module else None
         return run.identity if run is not None and run._recorder.active else self._identity
 
     def _guard(self, kind: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

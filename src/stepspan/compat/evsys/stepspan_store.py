@@ -9,13 +9,16 @@ from typing import Any, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, create_model
 
+from stepspan import config
 from stepspan.compat.evsys.registry import register_log_store
 from stepspan.recording.log_store import RunLogStore
 from stepspan.start import start_run
 
+OBJECTS = {"processors", "exporters"}
+"""Arguments whose types include a typing.Protocol, which pydantic cannot check."""
 _ARGUMENTS: dict[str, Any] = {
-    name: (list[Any] | None if name == "processors" else kind, None)  # a Protocol is no type that pydantic can check
-    for name, kind in get_type_hints(start_run).items()
+    name: (list[Any] | None if name in OBJECTS else kind, None)
+    for name, kind in get_type_hints(start_run, localns=vars(config)).items()
     if name != "return"
 }
 
@@ -40,7 +43,7 @@ class StepspanLogStore(RunLogStore):
     """The parameters of the `stepspan` store in YAML: the arguments of `stepspan.start_run`."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(start_run(**arguments))
+        super().__init__(start_run(**arguments)._hold())
 
     def close(self) -> None:
         """End the run as completed. What is logged later is counted by the run, which warns once."""

@@ -209,7 +209,7 @@ def _open_run(directory: Path | None, resource: Resource) -> Run:
         "samplers": [],
     }
     settings = config.load(given, os.environ)
-    return start.open_run(settings, exporters=()) if settings.enabled else DISABLED
+    return start.open_run(settings, exporters=(), label="opentelemetry") if settings.enabled else DISABLED
 
 
 def _after_fork_in_child() -> None:

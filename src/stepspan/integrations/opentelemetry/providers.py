@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
@@ -21,21 +21,26 @@ from stepspan.integrations.opentelemetry.processors import (
     JournalMetricExporter,
     JournalSpanProcessor,
 )
-from stepspan.run import DISABLED, Run
-from stepspan.start import current_run, start_run
+from stepspan.run import DISABLED, Run, current_run
+from stepspan.start import check_arguments, start_run
 
 
 class Configured(AbstractContextManager["Configured"]):
     """What `configure()` has set up: a context manager, which shuts it down.
 
+    Args:
+        run: The run whose journal is written; None: a new one.
+        arguments: Of `start_run`, for the new one.
+
     Attributes:
-        run: The run whose journal is written.
+        run: The run whose journal is written, as of the last `configure()`.
 
     """
 
-    def __init__(self, run: Run, owned: bool) -> None:
-        self.run = run
-        self._owned = owned
+    def __init__(self, run: Run | None, arguments: Mapping[str, Any]) -> None:
+        self._own: Run | None = None
+        """The run that `configure()` has begun, and that is ended here."""
+        self.run = run or self._begin(arguments)
         self._stopped = False
         self._follows = False
         """Whether it writes to whichever run is open."""
@@ -84,16 +89,17 @@ class Configured(AbstractContextManager["Configured"]):
         name = f"{type(provider).__module__}.{type(provider).__qualname__}"
         self.run._warn_once(name, f"{name} takes no further processor or reader: what it gets is not recorded")
 
-    def serves(self, run: Run | None) -> bool:
+    def serves(self, run: Run | None, arguments: Mapping[str, Any]) -> bool:
         """Whether what `configure(run)` would add is there already; if so, `self.run` becomes the run it asks for."""
         wanted = run or current_run()
         if self._stopped or wanted.closed or not (self.run is wanted or (self._follows and wanted is current_run())):
             return False
-        if wanted is DISABLED:
-            self.run, self._owned = start_run(), True
-        elif wanted is not self.run:
-            self.run, self._owned = wanted, False
+        self.run = self._begin(arguments) if wanted is DISABLED else wanted
         return True
+
+    def _begin(self, arguments: Mapping[str, Any]) -> Run:
+        self._own = start_run(**arguments)._hold()
+        return self._own
 
     def force_flush(self, timeout: float = 5.0) -> bool:
         """Collect the metrics now, and wait for delivery. Spans and logs are kept without it.
@@ -116,8 +122,8 @@ class Configured(AbstractContextManager["Configured"]):
         """
         atexit.unregister(self.stop)
         self.stop()
-        if self._owned:
-            self.run.close()
+        if self._own is not None:
+            self._own.close()
 
     def stop(self) -> None:
         """Shut down without ending the run: at exit the run itself learns what has ended the process."""
@@ -131,15 +137,15 @@ class Configured(AbstractContextManager["Configured"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._owned and error is not None:
-            self.run.__exit__(kind, error, traceback)
+        if self._own is not None and error is not None:
+            self._own.__exit__(kind, error, traceback)
         self.shutdown()
 
 
 _latest: Configured | None = None
 
 
-def configure(run: Run | None = None) -> Configured:
+def configure(run: Run | None = None, **arguments: Any) -> Configured:
     """Put what OpenTelemetry instrumentation emits in this process on the journal of a run.
 
     ```python
@@ -157,8 +163,9 @@ def configure(run: Run | None = None) -> Configured:
     last collection (OTEL_METRIC_EXPORT_INTERVAL, 60 s).
 
     Args:
-        run: The run whose journal is written; None: whichever is open, or a new one with the defaults of
-            `stepspan.start_run()`, which ends with the process or with `shutdown()`.
+        run: The run whose journal is written; None: whichever is `current_run()` where a span ends or a line is logged,
+            or a new one, which ends with the process or with `shutdown()`.
+        **arguments: Of `stepspan.start_run`, for the new one.
 
     Returns:
         What was set up. Called again before its `shutdown()`, by a notebook's cell or by a library and its application,
@@ -166,16 +173,18 @@ def configure(run: Run | None = None) -> Configured:
 
     Raises:
         ConfigError: As `start_run` does.
+        TypeError: An argument is none of `start_run`'s.
 
     """
     global _latest
-    if _latest is not None and _latest.serves(run):
+    check_arguments(arguments)
+    if _latest is not None and _latest.serves(run, arguments):
         return _latest
     tracer_provider = _provider(
         trace.get_tracer_provider, trace.set_tracer_provider, trace.ProxyTracerProvider, TracerProvider
     )
     wanted = run or current_run()
-    configured = Configured(wanted, owned=False) if wanted is not DISABLED else Configured(start_run(), owned=True)
+    configured = Configured(None if wanted is DISABLED else wanted, arguments)
     if configured.run is not DISABLED:
         configured.add(run, tracer_provider)
         _latest = configured

@@ -14,8 +14,7 @@ from opentelemetry.sdk.resources import Resource
 
 from stepspan.events import Event
 from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
-from stepspan.run import DISABLED, Run
-from stepspan.start import current_run
+from stepspan.run import DISABLED, Run, current_run
 from stepspan.values import error_text
 
 
