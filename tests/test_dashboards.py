@@ -226,7 +226,7 @@ SUFFIXES = {
 }  # fmt: skip
 LOGGED = {
     "loss": 0.5, "lr": 0.1, "learning_rate": 0.1, "grad_norm": 1.0, "accuracy": 0.9, "reward": 1.0, "train_loss": 0.5,
-    "loss_step": 0.5, "loss_epoch": 0.5,
+    "loss_step": 0.5, "train_loss_step": 0.5, "loss_epoch": 0.5, "train_loss_epoch": 0.5,
 }  # fmt: skip
 """What users log, as far as a panel has it by name."""
 THEIRS = {
@@ -274,7 +274,7 @@ def ours() -> dict[str, set[str]]:
                     with run.span("all_reduce", collective=True):
                         pass
                     run.log_metrics(LOGGED)
-        run.log_metrics({"loss": math.nan})
+        run.log_metrics({"loss": math.nan}, step=1)
         run.log_error(ValueError("v"))
         counters = {"allocated": 1, "reserved": 2, "active": 1, "inactive": 1}
         run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})

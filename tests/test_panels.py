@@ -113,9 +113,9 @@ def one(shown: Shown, name: str, title: str) -> grafana.Query:
         (
             "Loss",
             {"loss train": None, "train/loss train": 100.0, "train_loss_step train": 200.0, "loss_epoch train": 300.0,
-             "loss val": 1.0, "val/loss val": 400.0},
+             "loss val": 1.0, "val/loss val": 400.0, "test/loss test": 500.0},
         ),
-        ("Validation", {"loss val": 1.0, "val/loss val": 400.0, "accuracy val": 0.5}),
+        ("Validation", {"loss val": 1.0, "val/loss val": 400.0, "accuracy val": 0.5, "test/loss test": 500.0}),
         ("Learning rate", {"lr train": 0.1, "lr-SGD/pg1 train": 0.2}),
         ("Other metrics of rank 0", {"reward train": 0.5, "train/reward train": 2.5, "accuracy val": 0.5}),
     ],
@@ -134,6 +134,20 @@ def test_each_key_is_a_line_of_its_own(shown: Shown, title: str, drawn: dict[str
         assert {name: value for name, value in found.items() if drawn[name] is not None} == {
             name: value for name, value in drawn.items() if value is not None
         }
+
+
+def test_a_loss_is_drawn_over_the_step_that_it_was_logged_with(shown: Shown) -> None:
+    query = one(shown, "run", "Loss by step")
+    for at in (shown.now, shown.earlier):
+        steps = {
+            (series["metric"]["key"], series["metric"]["split"]): dict(series["values"])
+            for series in shown.ask(query.filled(**shown.values(raw=".*")), instant=False, at=at)
+        }
+        assert len(steps) == 7
+        late, last = (max(map(float, steps[of].values())) for of in (("test/loss", "test"), ("train/loss", "train")))
+        assert late % 10 == 2, "logged after each tenth step, for the one seven steps before"
+        assert steps["val/loss", "val"].items() <= steps["train/loss", "train"].items()
+        assert late < last
 
 
 def test_the_straggler_panel_names_the_slow_rank_although_step_times_are_equal(shown: Shown) -> None:

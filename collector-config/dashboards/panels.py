@@ -6,6 +6,7 @@ where a dashboard is put together, so that nobody counts by hand.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any, TypeAlias, TypeVar
@@ -195,13 +196,32 @@ def histogram(title: str, about: str, unit: str, *queries: Query, width: int = 1
 
 
 def against(
-    title: str, about: str, unit: str, x: prometheus.Dataquery, *queries: Query, width: int = 12
+    title: str,
+    about: str,
+    unit: str,
+    x: prometheus.Dataquery,
+    *queries: prometheus.Dataquery,
+    axis: str,
+    by: Sequence[str],
+    width: int = 12,
 ) -> xychart.Panel:
-    """Points of the queries over the values of `x`, whose legend is the axis's name. Joined by time."""
-    panel = _panel(xychart.Panel(), title, about, unit, (x, *queries), width, 9, ())
-    panel = panel.with_transformation(transformation("joinByField", {"byField": "Time", "mode": "outer"}))
-    axis = xychart.MatcherConfig().id("byName").options(x.build().legend_format)
-    series = xychart.XYSeriesConfig().x(xychart.XychartXYSeriesConfigX().matcher(axis))
+    """Points of the queries over the values of `x`, on an axis named `axis`. Joined by time and the labels `by`."""
+    asked = [query.format(PromQueryFormat.TABLE) for query in (x, *queries)]
+    panel = _panel(xychart.Panel(), title, about, unit, asked, width, 9, ())
+    legends = [query.build().legend_format or "" for query in asked]
+    names = [axis, *(re.sub(r"[{}]", "", legend) for legend in legends[1:])]
+    # One table of all, and then a frame for each of what the labels tell apart: it is drawn over its own steps.
+    panel = panel.with_transformation(transformation("merge", {}))
+    hidden = dict.fromkeys(("job_id", "__name__"), True)
+    renamed = {f"Value #{letter}": name for letter, name in zip(ascii_uppercase, names, strict=False)}
+    panel = panel.with_transformation(transformation("organize", {"excludeByName": hidden, "renameByName": renamed}))
+    parts = {"fields": list(by), "naming": {"asLabels": True}}
+    panel = panel.with_transformation(transformation("partitionByValues", parts))
+    for name, legend in zip(names[1:], legends[1:], strict=True):
+        shown = re.sub(r"{{(\w+)}}", r"${__field.labels.\1}", legend)
+        panel = panel.override_by_name(name, [model.DynamicConfigValue(id_val="displayName", value=shown)])
+    steps = xychart.MatcherConfig().id("byName").options(axis)
+    series = xychart.XYSeriesConfig().x(xychart.XychartXYSeriesConfigX().matcher(steps))
     panel = panel.mapping(xy.SeriesMapping.AUTO).series([series]).show(xy.XYShowMode.POINTS)
     return panel.point_size(xychart.XychartFieldConfigPointSize().fixed(4)).legend(_legend(table=False))
 

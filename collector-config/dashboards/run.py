@@ -26,9 +26,10 @@ from dashboards.panels import (
     rows,
 )
 from dashboards.panels import dashboard as _dashboard
-from dashboards.rules import LOGGED, LOSS_NAMES, keyed, raw, recorded, recorded_alone
+from dashboards.rules import LOGGED, LOSS_KEYS, LOSS_NAMES, keyed, raw, recorded, recorded_alone
 
-START = f'training_run_start_time_seconds{{{JOB},rank="0"}}'
+RANK_0 = f'{JOB},rank="0"'
+START = f"training_run_start_time_seconds{{{RANK_0}}}"
 """When this attempt began. Rank 0 speaks for all: its value changes once for each restart, at any number of ranks."""
 BEGUN = f"max by (job_id) ({START})"
 """The same as one series, also where an attempt runs on another host than the one before, and so is another series."""
@@ -37,6 +38,19 @@ EARLIER = f"(max by (job_id) ({START}) < on (job_id) max by (job_id) (max_over_t
 
 STEP = recorded("job:training_step_number:max", TRAIN)
 LOSS = recorded("job:training_loss:avg", SPLIT)
+LOGGED_AT = " or ".join(
+    f'label_replace(timestamp(training_{name}{{{RANK_0},{SPLIT},key=""}}), "key", "{name}", "", "") '
+    f'or timestamp(training_{name}{{{RANK_0},{SPLIT},key!=""}})'
+    for name in ("loss", "loss_step", "loss_epoch")
+)
+"""When rank 0's last value of each loss was logged."""
+OWN_STEP = f"training_step_logged{{{RANK_0},{SPLIT},{LOSS_KEYS}}}"
+"""The step that a value of rank 0 was logged with, where that isn't the step at that time."""
+STEP_OF_LOSS = (
+    f"(max by (job_id, split, key) ({OWN_STEP} and timestamp({OWN_STEP}) >= ({LOGGED_AT}))"
+    f" or 0 * {LOSS} + on (job_id) group_left () {STEP})"
+)
+"""The step of each loss: its own if it has one, else the training's."""
 CHECKPOINT = (
     f"((max_over_time({recorded_alone('job:training_run_checkpoint_time_seconds:max')}[1d]) "
     f"or max by (job_id) (max_over_time({raw('training_run_checkpoint_time_seconds{}')}[1d]))) "
@@ -163,13 +177,16 @@ def learning() -> list[Panel]:
     """Whether it is learning."""
     against_step = against(
         "Loss by step",
-        "The same losses over the training step: attempts that repeat steps lie over each other, the earlier ones "
-        "faint, and must agree there; where they part, the restart did not restore everything (optimizer, data order, "
-        "seed). Joined by time, one point for each of the time range's intervals: zoom in for more.",
+        "The same losses over the training step, or over the step that they were logged with (an evaluation that comes "
+        "late): attempts that repeat steps lie over each other, the earlier ones faint, and must agree there; where "
+        "they part, the restart did not restore everything (optimizer, data order, seed). Joined by time, one point "
+        "for each of the time range's intervals: zoom in for more.",
         "none",
-        lines(STEP, "step"),
+        lines(STEP_OF_LOSS, "step of {{key}} {{split}}"),
         lines(latest(LOSS), "{{key}} {{split}}"),
         lines(earlier(LOSS), "{{key}} {{split}}, earlier attempt"),
+        axis="step",
+        by=("key", "split"),
     )
     return [
         faint(

@@ -77,6 +77,7 @@ def train(run: Any, rank: int, pause: Any, goes_on: Callable[[int], bool], meet:
             if step % 10 == 9:
                 for _ in run.steps([0], split="val"):
                     run.log_metrics({"loss": 1.0, "val/loss": 400.0, "accuracy": 0.5})
+                run.log_metrics({"test/loss": 500.0}, step=step - 7)
                 run.log_artifact("model", f"/checkpoints/{step}", kind="checkpoint")
             if step % 20 == 10 and rank == SLOW:
                 run.log_error(RuntimeError("a bad batch"))

@@ -250,14 +250,22 @@ class Drawn:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: time.strftime("%H:%M:%S", time.gmtime(at))))
 
     def xychart(self) -> None:
-        axis, *lines = self.lines()
+        parts = next(one["options"] for one in self.panel["transformations"] if one["id"] == "partitionByValues")
+        named = self.panel["options"]["series"][0]["x"]["matcher"]["options"]
+        over: dict[tuple[str | None, ...], Line] = {}
+        lines: list[Line] = []
+        for line in self.lines():
+            part = tuple(line.labels.get(label) for label in parts["fields"])
+            if over.setdefault(part, line) is not line:  # the first query has what the others are drawn over
+                lines.append(line)
         for number, line in enumerate(lines):
-            line.look = {"color": CLASSIC[number], **self.overridden(line.name)}
+            line.look = {"color": CLASSIC[number % len(CLASSIC)], **self.overridden(line.name)}
         axes = self.plot(lines, foot=12)
         for line in lines:
-            axes.plot(axis.values, line.values, ".", color=line.look["color"], markersize=5, alpha=0.6)
+            x = over[tuple(line.labels.get(label) for label in parts["fields"])]
+            axes.plot(x.values, line.values, ".", color=line.look["color"], markersize=5, alpha=0.6)
         self.scale(axes, np.concatenate([line.values for line in lines]))
-        axes.set_xlabel(axis.name, fontsize=8, color=FAINT)
+        axes.set_xlabel(named, fontsize=8, color=FAINT)
 
     # -------------------------------------------------------------------------------------------- cells, buckets
 
