@@ -18,7 +18,7 @@ from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
 from stepspan.deliver.deliverer import SILENCE_LIMIT_S, Deliverer, caught_up
 from stepspan.deliver.ledgers import cursors, first_pending_time, session_ledger
-from stepspan.deliver.lock import DeliveryLock
+from stepspan.deliver.lock import UNKNOWN, DeliveryLock
 from stepspan.deliver.options import Options
 from stepspan.errors import ConfigError, JournalError
 from stepspan.exporters.otlp import OtlpExporter
@@ -167,6 +167,7 @@ class Sync:
             for root in sorted(roots):
                 lock = DeliveryLock(root, self._host, self._exporter.destination)
                 _wait_for(lock)
+                lock.report(UNKNOWN)  # what a run's deliverer has said there holds no more
                 locks.callback(lock.release)
             yield
 

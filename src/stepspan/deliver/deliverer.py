@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from stepspan.deliver.health import REQUEST_TIMEOUT_S, Health
+from stepspan.deliver.lock import Outlook
 from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.exporters import Exporter
@@ -59,12 +60,14 @@ class Deliverer:
             if health is not None and isinstance(e, OtlpExporter) and "metrics" in e.signals
         ]
         self._pace = pace
+        self._started_at = 0.0  # Unix seconds
         self._stop, self._stop_health = threading.Event(), threading.Event()
         self._threads = [_thread(f"{s.exporter.destination}-{s.signal}", self._run, s) for s in self.schedulers]
         self._health_threads = [_thread("health", report.run, self._stop_health) for report in self._health]
 
     def start(self) -> None:
         """Begin delivering, on threads."""
+        self._started_at = time.time()
         for thread in (*self._threads, *self._health_threads):
             thread.start()
 
@@ -98,6 +101,18 @@ class Deliverer:
     def has_seen_all(self) -> bool:
         """Whether every signal has found all sessions that there are now."""
         return all(scheduler.has_seen_all() for scheduler in self.schedulers)
+
+    def outlook(self, destination: str) -> Outlook:
+        """What is known of a destination's receiver by now."""
+        schedulers = [s for s in self.schedulers if s.exporter.destination == destination]
+        asked = [s.asked_at for s in schedulers if s.asked_at is not None]
+        if any(s.answers for s in schedulers):
+            return Outlook("answering")
+        if not asked:
+            return Outlook("starting", self._started_at)
+        if all(s.answers is False for s in schedulers):
+            return Outlook("away")
+        return Outlook("asking", min(asked))
 
     def interrupt(self) -> None:
         """End `wait` at once; may be called from a signal handler."""

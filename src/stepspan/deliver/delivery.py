@@ -6,22 +6,25 @@ of it only reads cursors; what is sent, and when, is the deliverer's.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver import ledgers
-from stepspan.deliver.lock import DeliveryLock
+from stepspan.deliver.lock import STARTING_LIMIT_S, UNKNOWN, DeliveryLock, Outlook
 from stepspan.deliver.spawn import log_path, spawn, with_absolute_paths
 from stepspan.errors import Warn
-from stepspan.journal.cursor import CursorState
+from stepspan.journal.cursor import CursorState, cursor_name
 from stepspan.journal.layout import SessionPath, find_sessions
+from stepspan.journal.liveness import is_alive_here, quiet_for
 
 if TYPE_CHECKING:
     from stepspan.exporters import Exporter
@@ -36,6 +39,14 @@ CLOSING_CHECK_INTERVAL_S = 0.25
 """The same while a run waits for its end to be delivered."""
 ANSWER_TIMEOUT_S = 5.0
 """A receiver that took something this recently counts as answering."""
+FIRST_ANSWER_TIMEOUT_S = 0.5
+"""For which the end of a run waits for the answer to a first request."""
+EXIT_TIMEOUT_S = 5.0
+"""For which the end of the process waits for sessions that no deliverer had found as their runs ended."""
+MAX_UNFOUND = 1000
+"""Of such sessions, the latest."""
+WORKER_LIMIT_S = 10.0
+"""A forked worker's session that ended longer ago has been found."""
 WARN_AFTER_S = 30.0
 """A signal that has failed for so long is worth a warning."""
 MAX_RESTART_DELAY_S = 300.0
@@ -50,8 +61,8 @@ class Delivery:
 
     """
 
-    CONNECT_GRACE_S = 0.0
-    """For how long `close` waits for a receiver that has not answered yet."""
+    _waits_to_be_found = True
+    """Whether the end of a run waits for a deliverer at work that has not found the session yet."""
 
     def __init__(self, targets: Iterable[tuple[str, str]] = ()) -> None:
         self.targets = frozenset(targets)
@@ -74,29 +85,10 @@ class Delivery:
             Whether they have it.
 
         """
-        return self._wait(session, lambda state: state.position.seq >= seq, timeout, only_while_answering=False)
-
-    def _wait(
-        self, session: Path, done: Callable[[CursorState], bool], timeout: float, *, only_while_answering: bool
-    ) -> bool:
-        begun = time.monotonic()
-        while True:
-            states = self._states(session)
-            complete = len(states) == len(self.targets)
-            waiting = [state for state in states if not done(state)]
-            if complete and not waiting:
-                return True
-            waited = time.monotonic() - begun
-            if waited >= timeout:
-                return False
-            patient = waited < self.CONNECT_GRACE_S or not only_while_answering
-            if not patient and not _any_answers(waiting if complete else states):
-                return False
-            self.watch()  # a deliverer may die as the run ends, when no log call looks after it any more
-            time.sleep(POLL_INTERVAL_S)
+        return self._wait(session, lambda state: state.position.seq >= seq, timeout)
 
     def close(self, session: Path | None, timeout: float) -> None:
-        """Wait until the end of the run is delivered, as long as the receivers answer.
+        """Wait until the end of the run is delivered, as long as the receivers answer, or may be about to.
 
         Args:
             session: The directory of the run's session; None where it has none.
@@ -104,7 +96,54 @@ class Delivery:
 
         """
         if session is not None and self.targets:
-            self._wait(session, lambda state: state.position.finished, timeout, only_while_answering=True)
+            begun = time.time()
+            self._wait(session, _is_finished, timeout, lambda states: self._is_worthwhile(session, states, begun))
+
+    def _wait(
+        self,
+        session: Path,
+        done: Callable[[CursorState], bool],
+        timeout: float,
+        worthwhile: Callable[[Mapping[tuple[str, str], CursorState]], bool] = lambda _: True,
+    ) -> bool:
+        deadline = time.monotonic() + timeout
+        while True:
+            states = self._states(session)
+            if len(states) == len(self.targets) and all(map(done, states.values())):
+                return True
+            if time.monotonic() >= deadline or not worthwhile(states):
+                return False
+            self.watch()  # a deliverer may die as the run ends, when no log call looks after it any more
+            time.sleep(POLL_INTERVAL_S)
+
+    def _is_worthwhile(self, session: Path, states: Mapping[tuple[str, str], CursorState], begun: float) -> bool:
+        """Whether the end of a session may soon be delivered to a target that has not got it.
+
+        Args:
+            session: The session.
+            states: What the cursors say that there are.
+            begun: Since when it is waited for, Unix seconds.
+
+        """
+        waiting = {target for target in self.targets if target not in states or not _is_finished(states[target])}
+        of_waiting = [states[target] for target in waiting if target in states]
+        if _any_answers(of_waiting if len(states) == len(self.targets) else states.values()):
+            return True
+        untried = [target for target in waiting if target not in states or states[target].state == "ok"]
+        return any(self._may_answer(session, *target, begun) for target in untried)
+
+    def _may_answer(self, session: Path, destination: str, signal: str, begun: float) -> bool:
+        """Whether a receiver may soon take what it has not refused: it has not been asked for long."""
+        state, since = self._outlook(destination)
+        if state == "asking":
+            return time.time() - since < FIRST_ANSWER_TIMEOUT_S
+        if state == "answering" and (session / "cursors" / cursor_name(destination, signal)).exists():
+            return time.time() - begun < FIRST_ANSWER_TIMEOUT_S
+        return state == "starting" or (state == "answering" and self._waits_to_be_found)
+
+    def _outlook(self, _destination: str) -> Outlook:
+        """What the deliverer says of a receiver."""
+        return UNKNOWN
 
     def after_fork(self) -> None:
         """Forget the parent's deliverer, in a forked child."""
@@ -115,9 +154,13 @@ class Delivery:
         destinations: dict[str, Any] = ledgers.session_ledger(found)["destinations"] if found else {}
         return destinations
 
-    def _states(self, session: Path) -> list[CursorState]:
+    def _states(self, session: Path) -> dict[tuple[str, str], CursorState]:
         found = ledgers.cursors(session)
-        return [found[d][s] for d, s in self.targets if s in found.get(d, {})]
+        return {(d, s): found[d][s] for d, s in self.targets if s in found.get(d, {})}
+
+
+def _is_finished(state: CursorState) -> bool:
+    return state.position.finished
 
 
 def _any_answers(states: Iterable[CursorState]) -> bool:
@@ -142,6 +185,7 @@ class ProcessDelivery(Delivery):
     """
 
     check_interval_s = CHECK_INTERVAL_S
+    _waits_to_be_found = False
 
     def __init__(
         self,
@@ -165,6 +209,7 @@ class ProcessDelivery(Delivery):
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0  # Unix seconds
+        self._cannot_start = False
         self._restart_delay = self._restart_at = 0.0
         self._failing_since: dict[tuple[str, str], float] = {}
         self._next_check = 0.0
@@ -177,10 +222,11 @@ class ProcessDelivery(Delivery):
             self._next_check += self.check_interval_s
             return
         try:
+            self._cannot_start = True
             free = self._exporters_without_deliverer()
             if free:
-                self._spawned_at = time.time()
                 self._process = spawn(self._directory, self._host, free, health=self._health, env=self._env)
+            self._cannot_start = False
         except Exception as error:  # a run that can't start a process still has its journal
             self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
 
@@ -195,12 +241,35 @@ class ProcessDelivery(Delivery):
         return super().wait(session, seq, timeout)
 
     def close(self, session: Path | None, timeout: float) -> None:
-        """As the base; keeps looking whether a deliverer is at work, for afterwards no rank may."""
+        """As the base; keeps looking whether a deliverer is at work, for afterwards no rank may.
+
+        A session that a deliverer at work has not found yet is waited for as the process ends, not here: that would
+        cost each of many short runs a second.
+        """
         self.check_interval_s, self._restart_at = CLOSING_CHECK_INTERVAL_S, 0.0
+        self._leaves_it_to_first_rank = False
         self._check()
         super().close(session, timeout)
+        if session is not None:
+            for each in (session, *_ended_workers(session)):
+                if not self._is_delivered(each):
+                    _unfound.append((self, each))
         self._warn_of_failures(session)
         self.after_fork()
+
+    def await_found(self, session: Path, timeout: float) -> None:
+        """As `close`, for a session that the deliverer had not found then."""
+        self._waits_to_be_found = True
+        super().close(session, timeout)
+
+    def _is_delivered(self, session: Path) -> bool:
+        states = self._states(session)
+        return len(states) == len(self.targets) and all(map(_is_finished, states.values()))
+
+    def _outlook(self, destination: str) -> Outlook:
+        if self._cannot_start or self._restart_delay:  # it died without having delivered anything
+            return UNKNOWN
+        return DeliveryLock(self._directory, self._host, destination).outlook()
 
     def after_fork(self) -> None:
         """As the base: the deliverer is no child of this process, or outlives it."""
@@ -252,13 +321,18 @@ class ProcessDelivery(Delivery):
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
 
     def _exporters_without_deliverer(self) -> list[OtlpExporter]:
-        """Those whose destination has no deliverer on this host: its lock is free. OSError."""
-        free = []
+        """Those whose destination has no deliverer on this host: its lock is free, and none is starting. OSError."""
+        free, now = [], time.time()
         for exporter in self._exporters:
             lock = DeliveryLock(self._directory, self._host, exporter.destination)
             if lock.acquire():
-                free.append(exporter)
+                state, since = lock.outlook()
+                if not (state == "starting" and 0 <= now - since < STARTING_LIMIT_S) or since == self._spawned_at:
+                    lock.report(Outlook("starting", now))
+                    free.append(exporter)
                 lock.release()
+        if free:
+            self._spawned_at = now
         return free
 
 
@@ -274,7 +348,6 @@ class ThreadDelivery(Delivery):
 
     BATCH_BYTES = 16 << 10
     CPU_SHARE = 0.1
-    CONNECT_GRACE_S = 0.4  # nothing outlives the process, so a short run would end before its first request
     STOP_TIMEOUT_S = 0.4
 
     def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
@@ -284,6 +357,7 @@ class ThreadDelivery(Delivery):
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._session = session
         self._closing = threading.Event()
+        self._cannot_start = False
         options = Options(boot_id=boot_id, batch_bytes=self.BATCH_BYTES)
         self._deliverer = Deliverer(exporters, self._sessions, options, pace=self._pace)
 
@@ -292,6 +366,7 @@ class ThreadDelivery(Delivery):
         try:
             self._deliverer.start()
         except RuntimeError as error:  # no more threads: the run still has its journal
+            self._cannot_start = True
             log.warning("stepspan: delivery cannot be started: %s", error)
 
     def close(self, session: Path | None, timeout: float) -> None:
@@ -304,6 +379,9 @@ class ThreadDelivery(Delivery):
         """As the base: the threads are the parent's, and so are their cursors."""
         self._deliverer.after_fork()
 
+    def _outlook(self, destination: str) -> Outlook:
+        return UNKNOWN if self._cannot_start else self._deliverer.outlook(destination)
+
     def _sessions(self, _destination: str) -> list[SessionPath]:
         """Those of this rank of the job that were written on this host: of this run, its workers, earlier attempts."""
         path = self._session()
@@ -314,3 +392,30 @@ class ThreadDelivery(Delivery):
 
     def _pace(self, busy: float) -> None:
         self._closing.wait(busy * (1 / self.CPU_SHARE - 1))
+
+
+_unfound: deque[tuple[ProcessDelivery, Path]] = deque(maxlen=MAX_UNFOUND)
+"""What was not delivered as its run ended, perhaps because no deliverer had found it."""
+
+
+def _ended_workers(session: Path) -> Iterator[Path]:
+    """The sessions of a run's forked workers that have ended just now. `session`: the run's own."""
+    own = SessionPath.of(session)
+    for found in find_sessions(session.parent) if own else ():
+        is_worker = own is not None and found.rank == own.rank and "worker" in found.path.name
+        if is_worker and quiet_for(found.path) < WORKER_LIMIT_S and not is_alive_here(found.path):
+            yield found.path
+
+
+def _await_unfound() -> None:
+    """As the process ends: wait for what no deliverer had found yet, for it may end with this process."""
+    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    while _unfound:
+        delivery, session = _unfound.popleft()
+        with suppress(Exception):
+            delivery.await_found(session, deadline - time.monotonic())
+
+
+atexit.register(_await_unfound)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unfound.clear)

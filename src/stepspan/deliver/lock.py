@@ -1,12 +1,13 @@
 """The right to deliver: one lock for each host and destination, and the directory where deliverers keep their files.
 
-    <directory>/.deliverers/<host>-<destination>.lock   empty; flock'ed by the one deliverer that is at work
+    <directory>/.deliverers/<host>-<destination>.lock   flock'ed by the one deliverer at work, whose `Outlook` it holds
     <directory>/.deliverers/<host>.log                  what the deliverers of that host log
 
 Only the holder of a destination's lock moves cursors of that destination for sessions of that host: two at once would
 send everything twice and overwrite each other's positions. The lock is an flock, so the kernel lets go of it however
-its holder ends; a crash leaves the file, which means nothing while nobody holds it. It is never removed: two processes
-could otherwise lock two files of one name.
+its holder ends; a crash leaves the file, which means nothing while nobody holds it, but that a deliverer is starting:
+that is written by the rank that starts it, and holds for `STARTING_LIMIT_S`. It is never removed: two processes could
+otherwise lock two files of one name.
 """
 
 from __future__ import annotations
@@ -14,12 +15,30 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Literal, NamedTuple
 
-from stepspan.journal.layout import open_path, slug
+from stepspan.journal.layout import open_path, read_file, slug
 
 DELIVERERS_DIRECTORY = ".deliverers"
 RETRY_INTERVAL_S = 0.1
+STARTING_LIMIT_S = 5.0
+"""A deliverer that was started longer ago, and has no lock, will not come any more."""
+OUTLOOK_BYTES = 64
+
+
+class Outlook(NamedTuple):
+    """What a deliverer says of a receiver, for runs that end."""
+
+    state: Literal["", "starting", "asking", "answering", "away"]
+    """The deliverer is starting; its first request is on its way; the receiver takes something; it does not. "": nobody
+    says anything."""
+    since: float = 0.0
+    """Unix seconds: when the deliverer was started, or its first request began."""
+
+
+UNKNOWN = Outlook("")
 
 
 class DeliveryLock:
@@ -36,6 +55,7 @@ class DeliveryLock:
         self._directory = directory
         self._name = f"{slug(host)}-{destination}.lock"
         self._fd = -1
+        self._reported: Outlook | None = None
 
     def acquire(self, timeout: float = 0.0) -> bool:
         """Take the lock if it is free.
@@ -64,8 +84,43 @@ class DeliveryLock:
         except OSError:
             os.close(fd)
             return False
-        self._fd = fd
+        self._fd, self._reported = fd, None
         return True
+
+    def report(self, outlook: Outlook) -> None:
+        """Say how things stand, for others to read; only the holder may. Raises nothing."""
+        if outlook != self._reported:
+            self._reported = outlook
+            with suppress(OSError):  # a full disk: runs wait as if nothing was known
+                text = f"{outlook.state} {outlook.since!r}".encode()
+                os.pwrite(self._fd, text.ljust(OUTLOOK_BYTES), 0)
+
+    def outlook(self) -> Outlook:
+        """What its holder said last, or else who has just started one; unknown where there is neither.
+
+        Whoever holds it itself reads what was said before.
+        """
+        path = self._directory / DELIVERERS_DIRECTORY / self._name
+        try:
+            state, since = (read_file(path, OUTLOOK_BYTES) or b"").decode().split()
+            found = Outlook(state, float(since))  # type: ignore[arg-type] # the holder wrote it
+        except ValueError:
+            return UNKNOWN
+        recent = found.state == "starting" and 0 <= time.time() - found.since < STARTING_LIMIT_S
+        return found if recent or self._fd >= 0 or self._is_held() else UNKNOWN
+
+    def _is_held(self) -> bool:
+        try:
+            fd = open_deliverers_file(self._directory, self._name, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def release(self) -> None:
         """Let go of the lock, if it is held."""

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def serve(
         deliverer = Deliverer(exporters, sessions, options, health=host if health else None)
         interrupt_on_signal(deliverer)
         deliverer.start()
-        over = deliverer.wait(run_is_over)
+        over = deliverer.wait(run_is_over, partial(_report, deliverer, locks))
         deliverer.stop()
         for lock in locks.values():
             lock.release()
@@ -64,6 +65,12 @@ def serve(
         if not over or (deliverer.has_seen_all() and run_is_over(deliverer)):
             return
         exporters = [e for e in exporters if locks[e.destination].acquire()]
+
+
+def _report(deliverer: Deliverer, locks: Mapping[str, DeliveryLock]) -> None:
+    """Say in the lock files how things stand: runs that end read it there."""
+    for destination in {scheduler.exporter.destination for scheduler in deliverer.schedulers}:
+        locks[destination].report(deliverer.outlook(destination))
 
 
 def main() -> None:

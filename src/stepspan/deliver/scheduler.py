@@ -82,6 +82,10 @@ class Scheduler:
         """Whether every session is at its end for now, or held. As of the last run that moved nothing, as `over` is."""
         self.over = False
         """Whether nothing is left to do that time alone would bring: no session lives, and the rest is held."""
+        self.asked_at: float | None = None
+        """When the first request began, Unix seconds."""
+        self.answers: bool | None = None
+        """Whether the receiver took what was last sent; None: it has not answered yet, or nothing was sent."""
         self.broken = False
         """Whether a defect has ended the thread."""
         self._find = find
@@ -135,10 +139,17 @@ class Scheduler:
             horizon = _horizon(task, reached)
             if task.time > horizon or task.not_before > now:
                 continue
+            if self.asked_at is None:
+                self.asked_at = self._options.wall_clock()
+            answered = task.state.answered
             try:
                 if task.advance(horizon):
                     moved = True
                     self._record(task, moved=True)
+                    if task.state.answered != answered:
+                        self.answers = True
+                elif task.failing_since is not None:
+                    self.answers = False
             except Exception as error:  # also a defect that only this journal meets
                 self._give_up(task.session.path, error)
                 continue
