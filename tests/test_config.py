@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from harness import runs
-from harness.runs import events
+from harness.runs import events, path_of
 
+import stepspan
 from stepspan import ConfigError
 from stepspan.config import Settings, load
+from stepspan.integrations.opentelemetry import configure
 from stepspan.journal.disk import Limits
 from stepspan.run import Run
 
@@ -244,6 +249,125 @@ def test_a_refusal_is_a_value_error_and_short(tmp_path: Path) -> None:
 
 
 # in force
+
+
+def test_every_field_is_a_documented_argument_of_start_run() -> None:
+    """None is "not given", so that no default stands twice."""
+    parameters = inspect.signature(stepspan.start_run).parameters
+    identity = {"job_id", "rank", "local_rank", "world_size", "attempt"}
+    assert parameters.keys() == Settings.model_fields.keys() | identity | {"config"}
+    assert {(each.kind, each.default) for each in parameters.values()} == {(inspect.Parameter.KEYWORD_ONLY, None)}
+    documented = re.findall(r"^    (\w+): \S", inspect.getdoc(stepspan.start_run) or "", re.M)
+    assert set(documented) - {"ConfigError"} == parameters.keys()
+
+
+def test_every_field_can_be_given_as_an_argument(start: Callable[..., Run], tmp_path: Path) -> None:
+    """As a program that is checked by types gives them."""
+    elsewhere = tmp_path / "elsewhere"
+    with stepspan.start_run(
+        job_id=np.int64(7),
+        name="baseline",
+        group="sweep",
+        tags=("vision", "large"),
+        service_name="trainer",
+        resource={"team": "vision"},
+        directory=elsewhere,
+        endpoint="http://127.0.0.1:9",
+        protocol="http/json",
+        delivery="off",
+        health=False,
+        durability="disk",
+        sync_every=0,
+        segment_bytes=4096,
+        session_bytes=1 << 20,
+        free_bytes=0,
+        free_ratio=0.0,
+        group_readable=True,
+        redact=True,
+        redact_names=["codeword"],
+        propagate=False,
+        interruptions=[KeyError, "StopTraining"],
+        stall_after=0,
+        samplers=["process"],
+        sample_interval=0.5,
+        processors=[{"rename": {"metrics": {"acc": "accuracy"}}}],
+        exporters=[{"endpoint": "http://127.0.0.1:10"}],
+        enabled=True,
+    ) as run:
+        run.log_metrics({"acc": 1.0})
+        run.log_event("x", codeword="sesame")
+        for _ in range(100):
+            run.log_metrics({"loss": 1.0})
+    header, begin, *_ = events(run)
+    assert (header["job_id"], header["resource"]["service.name"], header["resource"]["team"]) == (
+        "7",
+        "trainer",
+        "vision",
+    )
+    assert (begin["name"], begin["group"], begin["tags"]) == ("baseline", "sweep", ["vision", "large"])
+    journal = path_of(run)
+    assert journal.is_relative_to(elsewhere)
+    assert journal.stat().st_mode & 0o777 == 0o750
+    assert len(list(journal.glob("0*.jsonl"))) > 1
+    assert events(run, "metrics")[0]["metrics"] == {"accuracy": 1.0}
+    assert "sesame" not in (journal / "000001.jsonl").read_text()
+    assert {event["source"] for event in events(run, "sample")} == {"process"}
+    assert run.stats()["delivery"] == {}
+    assert not (elsewhere / ".deliverers").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "sampled"),
+    [
+        pytest.param(None, {"host", "process"}, id="not given"),
+        pytest.param([], set(), id="empty list"),
+        pytest.param("none", set(), id="none"),
+        pytest.param("process", {"process"}, id="text"),
+        pytest.param("host, process", {"host", "process"}, id="text with commas"),
+        pytest.param(("host",), {"host"}, id="tuple"),
+    ],
+)
+def test_samplers_are_a_list_or_a_text(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, given: Any, sampled: set[str]
+) -> None:
+    monkeypatch.delenv("STEPSPAN_SAMPLERS", raising=False)
+    with start(samplers=given, stall_after=0) as run:
+        pass
+    assert {event["source"] for event in events(run, "sample")} - {"gpu", "torch"} == sampled
+
+
+def test_an_argument_that_is_none_of_them_is_a_type_error(start: Callable[..., Run]) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sampler'"):
+        start(sampler=[])
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sampler'"):
+        configure(sampler=[])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"delivery": "of"}, "delivery='of': Input should be 'process', 'thread' or 'off'"),
+        ({"samplers": "cpu"}, "samplers.0='cpu': Input should be 'host', 'process', 'gpu' or 'torch'"),
+        ({"stall_after": -1}, "stall_after=-1: Input should be greater than or equal to 0"),
+        ({"segment_bytes": 1}, "segment_bytes=1: Input should be greater than or equal to 4096"),
+        ({"durability": True}, "durability=True: Input should be 'process' or 'disk'"),
+        ({"exporters": [{"endpoint": "http://h"}, object()]}, "exporters="),
+        ({"processors": {"rename": {}}}, "processors="),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_field_value_and_fix(
+    start: Callable[..., Run], arguments: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        start(**arguments)
+    assert str(refused.value).startswith(says)
+
+
+def test_what_numpy_computed_is_a_number(start: Callable[..., Run]) -> None:
+    with start(
+        stall_after=np.float32(0), segment_bytes=np.int64(4096), health=np.bool_(False), rank=np.int8(0), delivery="off"
+    ) as run:
+        run.log_metrics({"x": 1.0})
 
 
 def test_start_run_takes_them_from_all_three(
