@@ -233,6 +233,7 @@ class Run:
         """
         if self._unused:
             self._begin_use()
+        self._scopes.follow()
         self._recorder.record("hyperparams", lambda: self._recorder.json_fields("hyperparams", "params", params))
 
     def log_artifact(self, name: str, path: str | os.PathLike[str], *, kind: str = "file") -> None:
@@ -249,11 +250,11 @@ class Run:
             self._begin_use()
 
         def fields() -> Event:
-            self._scopes.follow()
             number = self._scopes.training_step()
             step = {} if number is None else {"step": number}
             return {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
 
+        self._scopes.follow()
         self._recorder.record("artifact", fields)
 
     def log_event(self, name: str, /, *, status: str | None = None, **attributes: Any) -> None:

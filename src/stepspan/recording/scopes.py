@@ -211,8 +211,10 @@ class Scopes:
         """Whether the main thread has begun an epoch or a step."""
         self._branches: dict[Scope, None] = {}
         """The open spans of all threads, and steps that are detached, in the order of their beginning."""
+        self._loop_steps: dict[Scope, LoopStep] = {}
+        """The open steps of loops in all threads, by themselves."""
         self._adjacent: dict[Scope, LoopStep] = {}
-        """The open steps that are detached, by themselves."""
+        """Those that are detached."""
         self._laps: dict[str, tuple[int, int, int]] = {}
         """Split -> epoch, step and lap of its last step."""
         self._next_epoch = 0
@@ -269,6 +271,8 @@ class Scopes:
         loop.go_on()
         self.begin(scope)
         loop.step, loop.ts = scope, scope.ts
+        if scope.session is not None:
+            self._loop_steps[scope] = scope
         return scope
 
     def begin(self, scope: Scope) -> None:
@@ -303,7 +307,7 @@ class Scopes:
                 if scope.loop is not None:
                     scope.loop.ts = scope.ts
                 self._branches[scope] = None
-            elif isinstance(scope, LoopStep) and scope.detached:
+            elif scope.detached and isinstance(scope, LoopStep):
                 self._branches[scope], self._adjacent[scope] = None, scope
             elif self._is_in_main_thread(scope):
                 self._main = scope
@@ -373,14 +377,14 @@ class Scopes:
             for key in metrics:
                 if loop.has(split_of(key) or split):
                     return loop
-            loop.follow(EVALUATION)
+            self._follow(loop, EVALUATION)
         return None
 
     def follow(self) -> None:
         """Something is recorded that is not of a step: an artifact, hyperparameters."""
         loop = self.open_loop()
         if loop is not None:
-            loop.follow(EVALUATION)
+            self._follow(loop, EVALUATION)
 
     def open_loop(self) -> StepLoop | None:
         """The loop in whose open step the code here is."""
@@ -511,6 +515,7 @@ class Scopes:
         self._run_thread, self._trains = 0, False
         self._branches.clear()
         self._adjacent.clear()
+        self._loop_steps.clear()
         self._exits.clear()
         self._current.set(None)
 
@@ -533,8 +538,11 @@ class Scopes:
             if error is None or not (ended or loop.followed):
                 ended = loop.maybe_left_at if loop.followed else max(loop.maybe_left_at, loop.ts)
         try:
-            for adjacent in [step for step in self._adjacent.values() if step.parent is scope]:
-                self._close(adjacent, error)
+            for step in [step for step in self._adjacent.values() if step.parent is scope]:
+                self._close(step, error)
+            if scope.tag == "run":  # and what was left in threads that nothing was recorded in since
+                for step in [step for step in self._loop_steps.values() if step.abandoned_at or _may_be_left(step)]:
+                    self._close(step, None)
             for call in scope.on_exit:
                 call()
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
@@ -573,6 +581,7 @@ class Scopes:
                 self._main = scope.parent
             if loop is not None:
                 loop.step = None
+                self._loop_steps.pop(scope, None)
             if scope.token is not None:
                 token, scope.token = scope.token, None
                 self._propagation.detach(token)
@@ -608,19 +617,26 @@ class Scopes:
         """A scope begins within a loop's step, or after the loop was left. Returns what it lies in."""
         if scope.tag == "span":
             if scope.begin.get("name") in EVALUATION_SPANS:
-                loop.follow(EVALUATION)
+                self._follow(loop, EVALUATION)
             return parent
         step, inner, split = loop.step, parent, scope.split or ""
         while inner.tag == "epoch" and inner.parent is not None:
             inner = inner.parent
         if scope.tag == "step" and split == loop.split and loop.followed == EVALUATION and inner is step:
             for adjacent in [each for each in self._adjacent.values() if each.adjacent_to is step]:
-                adjacent.abandoned_at = adjacent.abandoned_at or max(loop.maybe_left_at, adjacent.ts)
                 self._close(adjacent, None)
             self._close(step, None)
             return self.innermost()
-        loop.follow(NESTED if scope.tag == "epoch" or loop.has(split) else EVALUATION)
+        self._follow(loop, NESTED if scope.tag == "epoch" or loop.has(split) else EVALUATION)
         return parent
+
+    def _follow(self, loop: StepLoop, by: int) -> None:
+        """Something follows the last thing in a loop's step, and in those that go on side by side with it."""
+        loop.follow(by)
+        for step in self._adjacent.values():
+            if step.adjacent_to is loop.step and step.loop is not None:
+                step.loop.ts = max(step.ts, loop.maybe_left_at)
+                step.loop.follow(by)
 
     def _find_adjacent(self, scope: LoopStep, loop: StepLoop, inner: Scope | None, begun: int) -> None:
         """Detach a step that goes on side by side with another loop's: one that began after its own loop had.
