@@ -27,6 +27,8 @@ def test_what_a_run_recorded_can_be_asked_after_it() -> None:
         train(recording.run)
     assert recording.values("training.loss") == [1.0, 0.5, 1 / 3]
     assert recording.values("training.loss", split="val") == []
+    assert recording.values("training.loss", key=None) == [1.0, 0.5, 1 / 3]
+    assert recording.values("training.loss", key="train/loss") == []
     assert [span.attributes["step"] for span in recording.spans("training.step")] == [0, 1, 2]
     assert [span.name for span in recording.spans()] == ["training.step"] * 3 + ["training.run"]
     assert [log.event_name for log in recording.logs()] == ["training.hyperparams", "training.artifact"]

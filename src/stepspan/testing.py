@@ -132,7 +132,8 @@ class Recording:
 
         Args:
             name: The metric, such as "training.loss".
-            **attributes: Only values of series with these attributes, such as `split="val"`.
+            **attributes: Only values of series with these attributes, such as `split="val"`; None: without this one,
+                as `key=None` for `loss` itself beside `train/loss`.
 
         Returns:
             Values in time order, without the ends of series.
@@ -141,7 +142,7 @@ class Recording:
         return [
             value
             for series, _, value in self.points(name)
-            if value is not None and attributes.items() <= dict(series.attributes).items()
+            if value is not None and all(series.attributes.get(name) == of for name, of in attributes.items())
         ]
 
     def spans(self, name: str | None = None) -> list[Span]:

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 
 from stepspan.conversion import TEXTS, preview
 from stepspan.events import Event
-from stepspan.mapping.names import metric_name
+from stepspan.mapping.names import split_in_key
 from stepspan.recording import device_copies
 from stepspan.recording.scopes import Emit
 from stepspan.values import json_number, to_text
@@ -300,8 +300,8 @@ class DeferredMetrics:
         """
         with self._changed:
             values, split = event["metrics"], event["split"]
-            names: dict[str, Hashable] = {key: metric_name(key, split) for key in values}
-            behind = {key: value for key, value in values.items() if value is not None and names[key] in self._series}
+            series: dict[str, Hashable] = {key: (key, split_in_key(key)[0] or split) for key in values}
+            behind = {key: value for key, value in values.items() if value is not None and series[key] in self._series}
             copies = self._start_copies(pending)
             values.update(dict.fromkeys(behind))
             written = WrittenAt()
@@ -311,7 +311,7 @@ class DeferredMetrics:
             if follows:
                 kept = PAST_VALUES_OF if "time" in event else VALUES_OF
                 fields: Event = {name: event[name] for name in kept if name in event}
-                self.add(DeferredCall(fields, written, behind, copies, {names[key] for key in follows}, self._drop))
+                self.add(DeferredCall(fields, written, behind, copies, {series[key] for key in follows}, self._drop))
 
     def add(self, deferred: DeferredEvent) -> None:
         """Have an event follow when it is ready."""
