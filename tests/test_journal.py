@@ -241,7 +241,7 @@ def test_threads_that_find_their_session_closed_meet_in_one_new_session(tmp_path
     def close_session() -> None:
         assert exporter.session is not None
         taken(exporter.session)
-        exporter._next_check = 0  # due
+        exporter._next_check = exporter._next_maintenance = 0  # due
 
     def work(thread: int) -> None:
         for turn in range(rounds):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from harness import runs
 from harness.journals import (
     ROOMY,
     FaultyDisk,
     HandClock,
     assert_ordered,
+    closed_of,
     fill,
     header,
     lines,
@@ -24,7 +26,9 @@ from harness.journals import (
     session_of,
     small_file_system,
 )
+from harness.runs import path_of
 
+from stepspan import JsonlExporter
 from stepspan.journal import writer as writer_module
 from stepspan.journal.cursor import Cursor, CursorState
 from stepspan.journal.disk import Disk, Limits
@@ -32,6 +36,11 @@ from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions, open_directory, open_file, read_file, segment_name, slug
 from stepspan.journal.liveness import Closed, write_closed
 from stepspan.journal.writer import SessionWriter
+from stepspan.reading.session_summary import SessionSummary
+from stepspan.run import Run
+
+start = runs.start
+Start = Callable[..., Run]
 
 
 @pytest.fixture
@@ -159,12 +168,15 @@ def test_what_waits_at_the_end_is_written_or_counted(tmp_path: Path) -> None:
 def test_a_rotation_on_a_full_disk_keeps_order_and_sizes(tmp_path: Path) -> None:
     disk, clock = FaultyDisk(), HandClock()
     writer = open_writer(tmp_path, disk=disk, clock=clock, limits=replace(ROOMY, segment_bytes=1000))
-    numbers = iter(range(1000))
-    while session_of(writer.path).segments() == [1]:
+    for number in range(20):
         disk.space = 130  # a line fits, and the next segment's header does not
-        writer.append(metrics(next(numbers)))
-    writer.append(metrics(last := next(numbers)))
+        writer.append(metrics(number))
+    assert session_of(writer.path).segments() == [1], "the old one goes on"
+    assert sorted(os.listdir(writer.path)) == ["000001.jsonl", "lock"]
+    last = 40
     disk.space = None
+    log(writer, range(20, last + 1))
+    assert len(session_of(writer.path).segments()) > 1
     writer.close("completed")
     raw = b"".join((writer.path / segment_name(n)).read_bytes() for n in session_of(writer.path).segments())
     events = [decode(line) for line in raw.splitlines() if line.endswith(b"}")]
@@ -174,38 +186,129 @@ def test_a_rotation_on_a_full_disk_keeps_order_and_sizes(tmp_path: Path) -> None
         assert abs(size - (writer.path / segment_name(number)).stat().st_size) <= 140
 
 
-def test_low_free_disk_stops_writing_before_the_disk_is_full(tmp_path: Path) -> None:
-    disk, clock = FaultyDisk(), HandClock()
-    writer = open_writer(tmp_path, disk=disk, clock=clock, limits=Limits(free_bytes=1 << 30))
-    log(writer, range(3))
-    disk.is_low = True
-    clock.skip(1.1)
-    log(writer, range(3, 6))
-    assert logged(lines(writer.path)) == [0, 1, 2]
-    assert "less free disk than max(1073741824 B, 2%)" in str(writer.error)
-    disk.is_low = False
-    clock.skip(1.1)
-    log(writer, range(6, 8))
-    assert logged(lines(writer.path)) == list(range(8))
-    assert_ordered(lines(writer.path))
+# ---------------------------------------------------------------- a disk that is low
 
 
-def test_low_free_disk_is_measured_on_the_real_disk(tmp_path: Path) -> None:
+GIB, TIB, PIB = 1 << 30, 1 << 40, 1 << 50
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "low"),
+    [
+        pytest.param(2 * TIB, 30 * GIB, False, id="2 TB with 30 GiB free"),
+        pytest.param(2 * TIB, 9 * GIB, True, id="2 TB with 9 GiB free"),
+        pytest.param(10 * PIB, 150 * TIB, False, id="10 PB with 150 TB free"),
+        pytest.param(10 * PIB, 11 * GIB, False, id="10 PB with 11 GiB free"),
+        pytest.param(100 * 10**9, 15 * 10**8, True, id="100 GB with 1.5 GB free"),
+        pytest.param(100 * 10**9, 3 * 10**9, False, id="100 GB with 3 GB free"),
+        pytest.param(20 * GIB, GIB - 1, True, id="20 GiB with less than 1 GiB free"),
+        pytest.param(1 * GIB, 200 << 20, False, id="1 GiB with 200 MiB free"),
+        pytest.param(64 << 20, 60 << 20, False, id="64 MiB of shared memory"),
+        pytest.param(64 << 20, 6 << 20, True, id="64 MiB of shared memory with 6 MiB free"),
+    ],
+)
+def test_what_is_kept_free_is_a_share_with_a_cap(size: int, free: int, low: bool) -> None:
+    assert (free < Limits().kept_free(size)) == low
+
+
+def test_what_a_user_wants_to_be_kept_free_is_kept_free() -> None:
+    assert Limits(free_ratio=0.1).kept_free(2 * TIB) == pytest.approx(0.1 * 2 * TIB, abs=1)
+    assert Limits(free_bytes=5 * GIB).kept_free(GIB) == 5 * GIB
+    assert Limits(free_bytes=0, free_ratio=0.0).kept_free(PIB) == 0
+
+
+def test_what_is_free_is_measured_on_the_real_disk(tmp_path: Path) -> None:
     fd = open_directory(tmp_path)
     try:
         found = os.statvfs(tmp_path)
-        free, size = found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize
-        assert Disk().low(fd, Limits(free_bytes=2 * free))
-        assert not Disk().low(fd, Limits(free_bytes=free // 2, free_ratio=0.0))
-        assert Disk().low(fd, Limits(free_bytes=0, free_ratio=min(1.0, 1.5 * free / size)))
+        free, size = Disk().free_and_size(fd)
+        assert size == found.f_blocks * found.f_frsize
+        assert abs(free - found.f_bavail * found.f_frsize) < GIB
     finally:
         os.close(fd)
 
 
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> int:
+    """How much of a session is always written, here."""
+    monkeypatch.setattr(writer_module, "ALWAYS_BYTES", 8000)
+    return 8000
+
+
+def test_the_first_bytes_of_a_session_are_written_however_little_is_free(tmp_path: Path, always: int) -> None:
+    disk, clock = FaultyDisk(), HandClock()
+    disk.is_low = True
+    writer = open_writer(tmp_path, disk=disk, clock=clock)
+    number = 0
+    while writer.writer._size() < always:
+        writer.append(metrics(number))
+        assert logged(lines(writer.path))[-1] == number
+        number += 1
+    assert writer.error is None
+    assert writer.writer.journaled == len(lines(writer.path)) == writer.seq
+    log(writer, range(number, number + 10))
+    assert writer.writer.waiting == 10
+    assert writer.writer.journaled == len(lines(writer.path)) == writer.seq - 10
+    clock.skip(1.1)
+    writer.append(metrics(number + 10))
+    assert "are kept free" in str(writer.error)
+    assert writer.writer.waiting == 11
+    disk.is_low = False
+    clock.skip(1.1)
+    log(writer, range(number + 11, number + 13))
+    assert logged(lines(writer.path)) == list(range(number + 13))
+    assert_ordered(lines(writer.path))
+    assert writer.lost == 0
+
+
+def test_a_session_that_is_large_when_the_disk_becomes_low_stops_growing(tmp_path: Path, always: int) -> None:
+    disk, clock = FaultyDisk(), HandClock()
+    writer = open_writer(tmp_path, disk=disk, clock=clock)
+    log(writer, range(200))
+    size = writer.writer._size()
+    assert size > always
+    disk.is_low = True
+    clock.skip(1.1)
+    log(writer, range(200, 300))
+    assert writer.writer._size() < size + 600, "a header at most"
+    assert writer.writer.waiting == 100
+    for _ in range(5):
+        clock.skip(1.1)
+        writer.append(metrics(0))
+    assert len(session_of(writer.path).segments()) == 2, "it waits quietly"
+
+
+def test_on_a_low_disk_delivered_segments_make_room_for_what_comes(tmp_path: Path, always: int) -> None:
+    """A run that is delivered as it goes loses nothing while the disk is low, and its session does not grow."""
+    disk, clock = FaultyDisk(), HandClock()
+    writer = open_writer(tmp_path, disk=disk, clock=clock)
+    log(writer, range(200))
+    largest = writer.writer._size() + 600
+    disk.is_low = True
+    (writer.path / "cursors").mkdir()
+    cursor = Cursor(writer.path / "cursors" / "a.metrics")
+    seen: dict[int, None] = {}
+    waited = []
+    for number in range(200, 1200):
+        writer.append(metrics(number))
+        waited.append(writer.writer.waiting)
+        if number % 20 == 0:
+            clock.skip(1.1)
+            seen |= dict.fromkeys(logged(lines(writer.path)))
+            cursor.write(CursorState(needs=session_of(writer.path).segments()[-1]))
+            assert writer.writer._size() < largest
+    cursor.close()
+    writer.close("completed")
+    seen |= dict.fromkeys(logged(lines(writer.path)))
+    assert list(seen) == list(range(1200))
+    assert writer.lost == 0
+    assert sum(1 for waiting in waited[100:] if waiting) < len(waited) / 2, "room is made before it is needed"
+
+
 def test_a_low_disk_takes_delivered_segments_first(tmp_path: Path) -> None:
     class FullUntilSegmentsGo(FaultyDisk):
-        def low(self, fd: int, limits: Limits) -> bool:
-            return len([name for name in os.listdir(fd) if name.endswith(".jsonl")]) > 3
+        def free_and_size(self, fd: int) -> tuple[int, int]:
+            return 3 - len([name for name in os.listdir(fd) if name.endswith(".jsonl")]), 1 << 50
 
     clock = HandClock()
     writer = open_writer(tmp_path, disk=FullUntilSegmentsGo(), clock=clock, limits=replace(ROOMY, segment_bytes=1000))
@@ -229,7 +332,7 @@ def test_a_low_disk_takes_delivered_segments_first(tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_asked_is_written_to(tmp_path: Path) -> None:
     class Stale(FaultyDisk):
-        def low(self, fd: int, limits: Limits) -> bool:
+        def free_and_size(self, fd: int) -> tuple[int, int]:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
     writer = open_writer(tmp_path, disk=Stale())
@@ -261,7 +364,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
 def test_a_session_on_a_full_disk_leaves_nothing_behind(small_disk: Path) -> None:
     fill(small_disk)
     with pytest.raises(OSError, match="No space left"):
-        SessionWriter(small_disk, header(), limits=ROOMY, clock=HandClock())
+        SessionWriter(small_disk, header(), limits=ROOMY, clock=HandClock()).open()
     assert os.listdir(small_disk) == ["ballast"]
     with pytest.raises(OSError, match="No space left"):
         write_closed(small_disk, Closed(1, 1, "interrupted"), by="test")
@@ -381,3 +484,64 @@ def test_any_name_makes_one_harmless_folder(tmp_path: Path, name: str) -> None:
 def test_names_that_differ_lie_apart() -> None:
     names = ["a/b", "a:b", "a-b", "a b", "..", ".", "", "x" * 300, "x" * 301, "x" * 64, "A", "ü", "ö"]
     assert len({slug(name) for name in names}) == len(names)
+
+
+# ---------------------------------------------------------------- what a run says of it
+
+
+def test_what_waits_in_memory_is_not_journaled_and_not_durable(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, clock = FaultyDisk(), HandClock()
+    run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=clock, disk=disk)])
+    run.log_metrics({"n": 0})
+    before = run.stats()
+    assert (before["journaled"], before["waiting"], before["lost"], before["durable"]) == (3, 0, 0, True)
+    assert run.flush(0)
+    disk.space = 0
+    for number in range(1, 6):
+        run.log_metrics({"n": number})
+    full = run.stats()
+    assert (full["journaled"], full["waiting"], full["lost"], full["durable"]) == (3, 5, 0, False)
+    assert len(lines(path_of(run))) == 3, "what a SIGKILL would leave"
+    assert not run.flush(0), "there is no destination, but they would not survive the process"
+    clock.skip(1.1)
+    run.log_metrics({"n": 6})
+    assert [r.getMessage() for r in caplog.records if "6 lines wait in memory" in r.getMessage()]
+    disk.space = None
+    assert run.flush(0), "and it sees to it, if the disk takes them again"
+    after = run.stats()
+    assert (after["journaled"], after["waiting"], after["durable"]) == (9, 0, True)
+    assert logged(lines(path_of(run))) == list(range(7))
+
+
+def test_what_is_lost_at_the_end_is_told_by_the_run_its_journal_and_its_report(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = FaultyDisk()
+    run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=HandClock(), disk=disk)])
+    run.log_metrics({"n": 0})
+    disk.space = 0
+    run.log_metrics({"n": 1})
+    run.close()
+    stats = run.stats()
+    assert (stats["journaled"], stats["waiting"], stats["lost"]) == (3, 0, 2)
+    assert [r.getMessage() for r in caplog.records if "2 events could not be written" in r.getMessage()]
+    assert closed_of(path_of(run)).lost == 2
+    summary = SessionSummary.read(session_of(path_of(run)), boot_id="")
+    assert (summary.lines.dropped, summary.lines.damaged) == (2, 0)
+
+
+def test_a_gap_in_the_middle_is_not_journaled(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer_module, "MAX_BACKLOG_BYTES", 300)
+    disk, clock = FaultyDisk(), HandClock()
+    run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=clock, disk=disk)])
+    disk.space = 0
+    for number in range(10):
+        run.log_metrics({"n": number})
+    disk.space = None
+    clock.skip(1.1)
+    run.log_metrics({"n": 10})
+    stats = run.stats()
+    assert stats["journaled"] == len(lines(path_of(run)))
+    assert stats["lost"] == next(e["dropped"] for e in lines(path_of(run)) if e["tag"] == "gap") > 0

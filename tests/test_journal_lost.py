@@ -62,7 +62,8 @@ def test_a_run_whose_journal_is_taken_away_goes_on_in_a_new_session(
     closed = read_closed(path_of(run))
     assert closed is not None
     assert closed.status == "completed"
-    (told,) = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    told, summary = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+    assert summary.endswith("warnings of this run: journal_gone 1")
     assert str(first.path) in told
     assert gap["why"] in told
 

@@ -287,10 +287,10 @@ def test_what_a_run_tells_may_wait_for_a_thread_that_logs(start: Start, tmp_path
     run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=clock, disk=disk)])
     logging.getLogger("stepspan").addHandler(waiting)
     try:
-        disk.is_low = True
+        disk.space = 0
         clock.skip(2)
         run.log_metrics({"x": 1.0})
-        disk.is_low = False
+        disk.space = None
         run.close()
     finally:
         logging.getLogger("stepspan").removeHandler(waiting)

@@ -154,6 +154,7 @@ def test_stats_are_the_ledgers(start: Start) -> None:
     run.log_metrics({"x": 1.0})
     assert {key: value for key, value in run.stats().items() if key != "journal"} == {
         "journaled": 3,  # header, run_begin, metrics
+        "waiting": 0,
         "lost": 0,
         "durable": True,
         "warnings": {},
@@ -291,6 +292,7 @@ def test_the_disabled_run_does_nothing(disabled: Run, tmp_path: Path) -> None:
     run.close()
     assert run.stats() == {
         "journaled": 0,
+        "waiting": 0,
         "lost": 0,
         "durable": True,
         "journal": None,

@@ -123,10 +123,11 @@ class Settings(_Strict):
     """Size at which a journal's segment is complete and the next one begins."""
     session_bytes: int = Field(default=10 << 30, ge=65536)
     """Size of a session beyond which its oldest segments are removed."""
-    free_bytes: int = Field(default=1 << 30, ge=0)
-    """The journal stops growing while less than this is free on its disk."""
-    free_ratio: float = Field(default=0.02, ge=0, lt=1)
-    """The same, as a share of the disk."""
+    free_bytes: int | None = Field(default=None, ge=0)
+    """A journal stops growing while less than this is free on its disk; its first 16 MiB are always written. None:
+    1 GiB, or a tenth of a smaller disk."""
+    free_ratio: float | None = Field(default=None, ge=0, lt=1)
+    """The same, as a share of the disk, however large that is. None: 2%, and no more than 10 GiB."""
     group_readable: bool = False
     """Whether the user's group may read journals."""
     redact: bool = True

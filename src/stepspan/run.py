@@ -403,7 +403,7 @@ class Run:
             timeout: Seconds.
 
         Returns:
-            False where that did not suffice.
+            False where that did not suffice, or events wait in memory for a disk that does not take them.
 
         """
         session = self._session
@@ -414,8 +414,11 @@ class Run:
             seconds = max(0.0, seconds or 0.0)
             deadline = time.monotonic() + seconds
             arrived = not self._recorder.defers or self._recorder.deferred.drain(seconds)
+            stored = self._pipeline is None or self._pipeline.journal.stored()
             left = max(0.0, deadline - time.monotonic())
-            return (session is None or self._delivery.wait(session.path, session.seq, left)) and arrived
+            return (
+                (session is None or self._delivery.wait(session.path, session.stored_seq, left)) and arrived and stored
+            )
         except Exception as error:
             self._warn_once("flush", f"delivery could not be waited for: {error_text(error)}")
             return False
@@ -461,9 +464,11 @@ class Run:
         """The ledgers of the run.
 
         Returns:
-            `journaled` and `lost` events, whether the journal is `durable`, the `journal`'s path, `warnings` by kind
-            and `warning_keys` by kind and key (the metric, the parameter, the exception …), and `delivery`: for each
-            destination and signal what became of the lines and records.
+            `journaled` events: those that stand in the journal's files; those `waiting` in memory, for a disk that does
+            not take them; and those `lost`. Whether all is `durable`: nothing waits, and the journal does not lie in
+            memory. The `journal`'s path, `warnings` by kind and `warning_keys` by kind and key (the metric, the
+            parameter, the exception …), and `delivery`: for each destination and signal what became of the lines and
+            records.
 
         """
         session, delivery = self._session, {}
@@ -472,9 +477,10 @@ class Run:
         except Exception as error:
             self._warn_once("stats", f"the ledgers of delivery cannot be read: {error_text(error)}")
         return {
-            "journaled": session.seq if session else 0,
+            "journaled": session.journaled if session else 0,
+            "waiting": session.waiting if session else 0,
             "lost": self._recorder.lost_events(),
-            "durable": self._pipeline.journal.durable if self._pipeline else True,
+            "durable": self._pipeline.journal.durable and not (session and session.waiting) if self._pipeline else True,
             "journal": str(session.path) if session else None,
             "warnings": dict(self._recorder.warnings.counts),
             "warning_keys": self._recorder.warnings.key_counts(),

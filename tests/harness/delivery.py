@@ -111,6 +111,7 @@ class Training:
         resource = {"service.name": "training", "service.instance.id": f"job-{rank}", "job_id": "job", "rank": rank}
         about = header(session, rank=rank, world_size=2, started=self.now, resource=resource, **fields)
         self.writer = SessionWriter(place, about, limits=limits, clock=self._clock)
+        self.writer.open()
         self.path = session_of(self.writer.path)
         self.run = self.emit("run_begin", **RUN)
 

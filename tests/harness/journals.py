@@ -211,9 +211,9 @@ class FaultyDisk(Disk):
     def sync(self, fd: int) -> None:
         self.synced.append(os.fstat(fd).st_ino)
 
-    def low(self, fd: int, limits: Limits) -> bool:
+    def free_and_size(self, fd: int) -> tuple[int, int]:
         os.fstat(fd)
-        return self.is_low
+        return -1 if self.is_low else 1 << 40, 1 << 50
 
 
 def log(writer: Journal, numbers: range) -> None:

@@ -139,6 +139,7 @@ class SessionImport:
         limits = Limits(session_bytes=1 << 62, free_bytes=0, free_ratio=0.0)
         header = self._redact(imported.header())
         self._writer = SessionWriter(parent, header, limits=limits, clock=lambda: self._now)
+        self._writer.open()
         if (partial / "cursors").exists():
             (partial / "cursors").rename(self.path / "cursors")
         shutil.rmtree(partial, ignore_errors=True)

@@ -98,7 +98,9 @@ class BatchReader:
         counts, position = batch.counts, replace(batch.position, held_until=fold.held[1])
         if finishing and closed is not None:
             records = [*records, *fold.finish(closed)]
-            counts.damaged += max(0, closed.seq - position.seq)  # the end was damaged: no later line shows the hole
+            missing = max(0, closed.seq - position.seq)  # at the end, where no later line shows the hole
+            counts.dropped += min(missing, closed.lost)
+            counts.damaged += max(0, missing - closed.lost)
             position = replace(position, seq=max(closed.seq, position.seq), finished=True, held_until=0)
         counts.filtered, counts.thinned = fold.filtered - filtered, fold.thinned - thinned
         counts.mapped = len(records) + counts.filtered + counts.thinned

@@ -6,6 +6,11 @@ import ctypes
 import os
 from dataclasses import dataclass
 
+FREE_BYTES = 1 << 30
+FREE_RATIO = 0.02
+MAX_SHARE_BYTES = 10 << 30
+"""Of a file system's share that is kept free: a large one would be low while there is room for a thousand runs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -15,14 +20,20 @@ class Limits:
     """Size at which a segment is complete and the next one begins."""
     session_bytes: int = 10 << 30
     """Size of a session beyond which its oldest segments are removed."""
-    free_bytes: int = 1 << 30
-    """Nothing is written while less than this is free."""
-    free_ratio: float = 0.02
-    """Nor while less than this share of the file system is free."""
+    free_bytes: int | None = None
+    """A session does not grow while less than this is free; None: 1 GiB, or a tenth of a smaller file system."""
+    free_ratio: float | None = None
+    """Nor while less than this share of the file system is free; None: 2%, and no more than 10 GiB."""
     sync_every: float | None = None
     """Seconds between fdatasync calls; 0: each event; None: never (survives the process, not a power cut)."""
     group_readable: bool = False
     """Whether the user's group may read the files."""
+
+    def kept_free(self, size: int) -> int:
+        """How many bytes are kept free on a file system of `size` bytes: a share, but no more than anybody needs."""
+        least = min(FREE_BYTES, size // 10) if self.free_bytes is None else self.free_bytes
+        share = min(int(FREE_RATIO * size), MAX_SHARE_BYTES) if self.free_ratio is None else int(self.free_ratio * size)
+        return max(least, share)
 
 
 class Disk:
@@ -41,8 +52,7 @@ class Disk:
         """Wait until the data of a file is on the disk. OSError."""
         getattr(os, "fdatasync", os.fsync)(fd)
 
-    def low(self, fd: int, limits: Limits) -> bool:
-        """Whether less is free on the file system of `fd` than the limits allow. OSError."""
+    def free_and_size(self, fd: int) -> tuple[int, int]:
+        """Bytes that are free on the file system of `fd`, and its size. OSError."""
         found = os.fstatvfs(fd)
-        free = found.f_bavail * found.f_frsize
-        return free < max(limits.free_bytes, limits.free_ratio * found.f_blocks * found.f_frsize)
+        return found.f_bavail * found.f_frsize, found.f_blocks * found.f_frsize

@@ -12,41 +12,34 @@ is time order. What a session can come to is one state machine, in one class:
   lie in it lies in nothing there (`parent` 0).
 - A thread that is interrupted in here by a signal handler that logs would wait for itself: the handler's event waits in
   a list, and the thread that was interrupted writes it before its own call returns.
+- A handler that raises (Ctrl-C, an alarm) may do so at any call in here. What it interrupted is done all the same, by
+  `SessionWriter.settle` and a second try, before the exception goes on its way.
 - Maintenance (is the session still ours, is the disk filling up, do lines wait) is done at most once a second of event
   time, by the call that crosses it; there is no thread. The owner's `upkeep` comes once the lock is released, because
   it may take others' locks.
+- The journal's clock is compared with the wall clock by the same call: soon after the start, then once a minute
+  (`journal.clock`). A `clock` line says when it was set.
 """
 
 from __future__ import annotations
 
 import enum
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
 from stepspan.events import SECOND_NS, Event
+from stepspan.journal.clock import Clock
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.layout import slug
 from stepspan.journal.liveness import exclusive
 from stepspan.journal.location import choose_location, directory_mode
 from stepspan.journal.writer import Begun, SessionWriter
 
-
-class Clock:
-    """The wall clock when it was made plus the time since, a laptop's sleep included: never goes back, never jumps."""
-
-    def __init__(self) -> None:
-        with_sleep = getattr(time, "CLOCK_BOOTTIME", None)
-        self._since = time.monotonic_ns if with_sleep is None else partial(time.clock_gettime_ns, with_sleep)
-        self._offset = time.time_ns() - self._since()
-
-    def __call__(self) -> int:
-        """The time now, in Unix nanoseconds."""
-        return self._offset + self._since()
+MAX_INTERRUPTIONS = 10
+"""Exceptions that the end of a session outlasts."""
 
 
 class State(enum.Enum):
@@ -87,13 +80,19 @@ class Journal:
         self.session: SessionWriter | None = None
         """The session that events go to now; None where the next event opens the first one of this process."""
         self.state = State.UNOPENED
+        self.clock_ahead = 0
+        """By how many ns the clock was last found ahead (negative: behind), until whoever reports it clears it."""
         self._disk = disk
         self._header: Callable[[], Event] | None = None
         self._job = self._host = ""
         self._lock = threading.RLock()
         self._busy = self._upkeep_due = False
+        """Whether a call is at work on the session; whether the owner's upkeep is due."""
         self._interrupting: deque[tuple[Event, Begun | None, SessionWriter | None]] = deque()
-        self._next_check = 0
+        self._next_check = self._next_maintenance = 0
+        """When an event is looked at more closely; when the session and its disk are. Unix ns."""
+        self._clock_line: Event | None = None
+        """What is to be written of the clock."""
 
     def open(self, header: Callable[[], Event], *, job_id: str, host: str) -> None:
         """Open the first session.
@@ -130,7 +129,7 @@ class Journal:
             yield
 
     def append(self, event: Event, begun: Begun | None = None) -> None:
-        """Write one event; when this returns it survives the process.
+        """Write one event; when this returns it survives the process, unless it waits for a disk (`stored`).
 
         Args:
             event: Gets its `ts` and `seq`, and an end event its `begin`.
@@ -141,10 +140,10 @@ class Journal:
 
         """
         session = self.session
+        if self._busy and self._lock._is_owned():  # type: ignore[attr-defined] # a signal handler of this thread logs
+            self._interrupting.append((event, begun, session))
+            return
         with self._lock:
-            if self._busy:  # by this thread, in which a signal handler logs
-                self._interrupting.append((event, begun, session))
-                return
             self._busy = True
             try:
                 ts = self.clock()
@@ -152,13 +151,37 @@ class Journal:
                     ts = self._admit(event, session, ts)
                 if ts:
                     self.session.write(event, ts, begun)  # type: ignore[union-attr] # `_admit` sees to it
+                while self._interrupting:
+                    self._write_interrupting()
+            except BaseException:
+                self._recover(event, begun, session)
+                raise
             finally:
                 self._busy = False
-            while self._interrupting:  # after `_busy` is down: a handler that comes now writes for itself
-                self._append_interrupting(*self._interrupting.popleft())
         if self._upkeep_due and self.upkeep and not self._lock._is_owned():  # type: ignore[attr-defined] # by a caller
             self._upkeep_due = False
             self.upkeep()
+
+    def stored(self) -> bool:
+        """Write what waits for the disk, if that takes it now.
+
+        Returns:
+            Whether nothing waits, so that all events survive the process.
+
+        """
+        with self._lock:
+            if self._busy or self.session is None:
+                return not (self.session and self.session.waiting)
+            self._busy = True
+            try:
+                if self.state is State.OPEN and (self.session.waiting or self.session.unsettled):
+                    self.session.maintain()
+            except BaseException:
+                self.session.unsettled = True
+                raise
+            finally:
+                self._busy = False
+            return not self.session.waiting
 
     def close(self, status: str) -> None:
         """End the session, if one is open, and take nothing more.
@@ -168,15 +191,29 @@ class Journal:
 
         """
         with self._lock:
-            if self.session is None or self.session.closed:
+            session = self.session
+            if session is None or session.closed:
                 return
             busy, self._busy, self.state, self._next_check = self._busy, True, State.CLOSED, 0
+            session.unsettled |= busy  # a handler ends the run in the midst of a write
+            interruption: BaseException | None = None
             try:
-                self.session.close(status, self._drain())
-            finally:  # an event of a signal handler may be one that cannot be encoded
-                self.session.lost += len(self._interrupting)
+                for _ in range(MAX_INTERRUPTIONS):
+                    try:
+                        while self._interrupting:
+                            self._write_interrupting(closing=True)
+                        session.finish(status)
+                        session.forget()
+                        break
+                    except BaseException as error:  # Ctrl-C: the end is written all the same
+                        interruption, session.unsettled = interruption or error, True
+            finally:  # whatever it was: a free lock says that the session has ended
+                session.lost += len(self._interrupting)
                 self._interrupting.clear()
+                session.forget()
                 self._busy = busy
+            if interruption is not None:
+                raise interruption
 
     def after_fork(self) -> None:
         """In a forked child: release the parent's session; the first event opens another one."""
@@ -185,7 +222,7 @@ class Journal:
         self._lock = threading.RLock()
         self._busy = self._upkeep_due = False
         self._interrupting.clear()
-        self.session, self.state, self._next_check = None, State.UNOPENED, 0
+        self.session, self.state, self._next_check, self._next_maintenance = None, State.UNOPENED, 0, 0
 
     def _admit(self, event: Event, session: SessionWriter | None, ts: int) -> int:
         """See to it that a session is open for an event that was made in `session`.
@@ -197,7 +234,10 @@ class Journal:
         if self.state is State.CLOSED:
             self.session.lost += 1  # type: ignore[union-attr] # it was open once
             return 0
-        if self.state is State.OPEN and ts >= self._next_check:
+        clock = self.clock if isinstance(self.clock, Clock) else None
+        if clock is not None:
+            clock.compare_if_due()
+        if self.state is State.OPEN and ts >= self._next_maintenance:
             self._check(ts)
         if session is not None and (self.state is State.ENDED or session is not self.session):
             if "begin" in event:  # what began in a session that has ended, ended with it
@@ -207,26 +247,70 @@ class Journal:
         if self.state is not State.OPEN:
             self._open_session()
             self._check(self.clock())
-        return self.clock()
+            if clock is not None:
+                self._write_clock(clock, clock.ahead)
+        elif clock is not None and clock.correction:
+            self._write_clock(clock, clock.correction)
+        ts = self.clock()
+        self._next_check = self._next_maintenance if clock is None else min(self._next_maintenance, ts + clock.interval)
+        return ts
 
     def _check(self, ts: int) -> None:
         """Once a second: is the session still ours, and what does its disk say."""
         session = self.session
         assert session is not None
         if session.is_taken() or session.is_gone():
-            self.state, self._next_check = State.ENDED, 0
+            self.state, self._next_check, self._next_maintenance = State.ENDED, 0, 0
             return
-        self._next_check = ts + min(SECOND_NS, int((self.limits.sync_every or 1) * SECOND_NS))
+        self._next_maintenance = ts + min(SECOND_NS, int((self.limits.sync_every or 1) * SECOND_NS))
         session.maintain()
         self._upkeep_due = True
+
+    def _write_clock(self, clock: Clock, ahead: int) -> None:
+        """Write down that the clock is ahead by so many ns or, negative, was behind; nothing for 0."""
+        assert self.session is not None
+        if ahead:
+            if self._clock_line is None:
+                field = {"ahead": ahead} if ahead > 0 else {"forward": -ahead}
+                self._clock_line = {"ts": 0, "seq": 0, "tag": "clock", **field}
+            if not 0 < self._clock_line["seq"] <= self.session.seq:  # or it was written before an exception came
+                self.session.write(self._clock_line, clock())
+        if clock.correction:
+            self.clock_ahead, self._upkeep_due = clock.correction, True
+        clock.correction, self._clock_line = 0, None
+
+    def _recover(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
+        """Write an event whose call was left by an exception, unless that came after it was written, or comes again."""
+        writer, self._next_check = self.session, 0
+        if writer is None or self.state is not State.OPEN:
+            return
+        writer.unsettled = True
+        with suppress(BaseException):  # the first one is on its way
+            writer.settle()
+            self._write_once(event, begun, session)
+            while self._interrupting:
+                self._write_interrupting()
+
+    def _write_once(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
+        """Write an event unless that was done before an exception came."""
+        if not (self.session and 0 < event["seq"] <= self.session.seq):
+            ts = self._admit(event, session, self.clock())
+            if ts:
+                self.session.write(event, ts, begun)  # type: ignore[union-attr] # `_admit` sees to it
 
     def _open_session(self) -> None:
         assert self._header is not None, "open() comes first"
         host_directory = self._make_directory(self._job, self._host)
         fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
-        if self.session is not None:
-            fresh.take_over(self.session)
-        self.session, self.state = fresh, State.OPEN
+        try:
+            fresh.open()
+            if self.session is not None:
+                fresh.take_over(self.session)
+            self.session, self.state = fresh, State.OPEN
+        except BaseException:
+            if self.session is not fresh:
+                fresh.discard()
+            raise
 
     def _make_directory(self, job: str, host: str) -> Path:
         """Make the directory of a host in a job, where it is missing. OSError."""
@@ -238,12 +322,22 @@ class Journal:
             directory.mkdir(mode=mode, exist_ok=True)
         return directory
 
-    def _drain(self) -> Iterator[tuple[Event, Begun | None]]:
-        while self._interrupting:
-            event, begun, _ = self._interrupting.popleft()
-            yield event, begun
+    def _write_interrupting(self, *, closing: bool = False) -> None:
+        """Write the next event of a signal handler, which stays in the list until it has its place.
 
-    def _append_interrupting(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
-        if session is not self.session and "parent" in event:
-            event["parent"] = 0
-        self.append(event, begun)
+        Args:
+            closing: Whether the session is about to end: nothing more is admitted, and no other one is opened.
+
+        """
+        event, begun, session = self._interrupting[0]
+        assert self.session is not None
+        try:
+            if session is not self.session and "parent" in event:
+                event["parent"] = 0
+            if not closing:
+                self._write_once(event, begun, session)
+            elif not 0 < event["seq"] <= self.session.seq:
+                self.session.write(event, self.clock(), begun)
+        except Exception:  # it cannot be encoded: its handler has returned
+            self.session.lost += 1
+        self._interrupting.popleft()

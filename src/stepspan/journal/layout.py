@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -52,7 +52,7 @@ def open_file(name: str, flags: int, *, dir_fd: int, mode: int = 0o600) -> int:
     fd = _open(name, flags | os.O_NONBLOCK, mode, dir_fd=dir_fd)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise OSError(f"{name} is not a regular file")
+        raise OSError(errno.EINVAL, "not a regular file", name)
     return fd
 
 
@@ -103,14 +103,21 @@ class Descriptors:
 
     def close(self, fd: int) -> None:
         """Close a descriptor, unless its number belongs to other code by now."""
-        opened = self._opened.pop(fd)
-        with contextlib.suppress(OSError):
-            if _leads_to(fd)[:2] == opened[:2]:
+        try:
+            if _leads_to(fd)[:2] == self._opened[fd][:2]:
                 os.close(fd)
+        except OSError as error:
+            if error.errno is None:  # of a signal handler, not of the system
+                raise
+        del self._opened[fd]
 
     def close_all(self) -> None:
         """Close every descriptor that is still the one that was opened."""
-        for fd in list(self._opened):
+        self.close_others(())
+
+    def close_others(self, kept: Collection[int]) -> None:
+        """The same, but for those in `kept`."""
+        for fd in [fd for fd in self._opened if fd not in kept]:
             self.close(fd)
 
 

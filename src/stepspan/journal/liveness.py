@@ -31,11 +31,15 @@ LOCK = "lock"
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """The end of a session: its last event's `seq` and `ts` (Unix ns), and its status."""
+    """The end of a session: its last event's `seq` and `ts` (Unix ns), and its status.
+
+    `lost`: how many of the last events could not be written, and stand nowhere.
+    """
 
     seq: int
     ts: int
     status: str
+    lost: int = 0
 
 
 def take_lock(directory: Path) -> int:
@@ -110,14 +114,15 @@ def read_closed(directory: Path) -> Closed | None:
         return None
     try:
         content = orjson.loads(raw)
-        return Closed(int(content["seq"]), int(content["ts"]), str(content["status"]))
+        return Closed(int(content["seq"]), int(content["ts"]), str(content["status"]), int(content.get("lost", 0)))
     except (ValueError, KeyError, TypeError):
         return None
 
 
 def write_closed(directory: Path, closed: Closed, *, by: str, mode: int = 0o600) -> Closed:
     """Say that a session has ended, unless somebody has; returns what stands there now. OSError: it cannot be said."""
-    content = orjson.dumps({"seq": closed.seq, "ts": closed.ts, "status": closed.status, "by": by})
+    lost = {"lost": closed.lost} if closed.lost else {}
+    content = orjson.dumps({"seq": closed.seq, "ts": closed.ts, "status": closed.status, "by": by, **lost})
     create_file(directory / CLOSED, content, mode=mode)
     return read_closed(directory) or closed
 

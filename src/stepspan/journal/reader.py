@@ -204,7 +204,7 @@ def last_event(session: SessionPath) -> tuple[int, int]:
         for number in reversed(session.segments()):
             with contextlib.suppress(OSError):
                 with open(open_file(segment_name(number), os.O_RDONLY, dir_fd=directory), "rb") as file:
-                    event = _last_line(file.fileno())
+                    event = last_line(file.fileno())
                 if event:
                     return event["seq"], event["ts"]
     finally:
@@ -212,7 +212,7 @@ def last_event(session: SessionPath) -> tuple[int, int]:
     return 0, 0
 
 
-def _last_line(fd: int) -> Event | None:
+def last_line(fd: int) -> Event | None:
     """The last whole line of a segment; it may have any length, and any number of damaged ones may follow it."""
     end, size = os.fstat(fd).st_size, 1 << 16
     while True:

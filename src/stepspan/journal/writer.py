@@ -15,11 +15,12 @@ follows a session that has ended: nothing here locks, and nothing here starts an
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -27,16 +28,20 @@ from typing import Protocol
 from stepspan.events import Event
 from stepspan.journal.cursor import read_cursor
 from stepspan.journal.disk import Disk, Limits
-from stepspan.journal.format import encode
+from stepspan.journal.format import decode, encode
 from stepspan.journal.layout import Descriptors, open_directory, open_file, segment_name, session_name
 from stepspan.journal.liveness import CLOSED, Closed, take_lock, write_closed
 from stepspan.journal.location import directory_mode
+from stepspan.journal.reader import last_line
 
 THREADS = threading._active  # type: ignore[attr-defined] # what active_count() counts, without its lock and its cost
 IDLE_THREADS: set[int] = set()
 """The idents of those that are hardly ever awake: beside them alone the GIL may be given up."""
+SEGMENT_FLAGS = os.O_RDWR | os.O_APPEND
 MAX_BACKLOG_BYTES = 16 << 20
 """Of lines that wait for the disk."""
+ALWAYS_BYTES = 16 << 20
+"""Of a session, which are written however little is free: until the disk itself refuses."""
 
 
 class SessionGone(OSError):
@@ -51,7 +56,7 @@ class Begun(Protocol):
 
 
 class SessionWriter:
-    """A session being written.
+    """A session being written; `open` comes first.
 
     Args:
         parent_directory: The directory of the job's host, which the session's own directory is made in.
@@ -59,9 +64,6 @@ class SessionWriter:
         limits: What it may take of the disk.
         clock: Gives Unix ns, for the lines that the writer makes itself (headers and gaps).
         disk: The system calls.
-
-    Raises:
-        OSError: The session could not be made; nothing is left of it.
 
     """
 
@@ -83,13 +85,19 @@ class SessionWriter:
         """Events that no line holds."""
         self.error: OSError | None = None
         """The latest, until whoever reports it clears it."""
+        self.unsettled = False
+        """Whether an exception came in the midst of a call: `settle` finds out how far that got."""
         self._gap_reason: OSError | None = None
         self._header = header
         self._disk = disk or Disk()
         self._clock = clock
         self._backlog: deque[bytes] = deque()
-        self._backlog_bytes = self._dropped = 0
+        self._backlog_bytes = 0
+        self._dropped = self._dropped_before = self._holes = 0
+        """Lines that were left out since the last gap line; those of an earlier session; and all of this session."""
         self._torn = self._low = False
+        self._bound: int | None = None
+        """While the disk is low: how many bytes the session may hold."""
         self._sizes: dict[int, int] = {}
         """Segment -> its bytes; the open one counts as full."""
         self._sync_each = limits.sync_every == 0
@@ -98,30 +106,50 @@ class SessionWriter:
         self._write, self._write_keeping_gil = self._disk.write, self._disk.write_keeping_gil
         self._segment_room = 0
         """Bytes until the next segment."""
-        self._descriptors, self._fd = Descriptors(), -1
+        self._descriptors, self._fd, self._directory, self._lock = Descriptors(), -1, -1, -1
         self._mode = 0o640 if limits.group_readable else 0o600
 
-        draft = parent_directory / f".{self.path.name}"
-        draft.mkdir(mode=directory_mode(limits))
-        self._directory = self._descriptors.hold(open_directory(draft))
+    def open(self) -> None:
+        """Make the session.
+
+        Raises:
+            OSError: It could not be made; nothing is left of it.
+
+        """
+        self._draft.mkdir(mode=directory_mode(self.limits))
         try:
-            self._descriptors.hold(take_lock(draft))
+            self._directory = self._descriptors.hold(open_directory(self._draft))
+            self._lock = self._descriptors.hold(take_lock(self._draft))
             self._rotate()
-            if self._backlog or not self._sizes:
+            if not self._sizes:
                 raise self.error or OSError("the header could not be written")
-            os.rename(draft, self.path)
+            os.rename(self._draft, self.path)
             parent = open_directory("..", dir_fd=self._directory)
             self._sync(parent)
             os.close(parent)
         except BaseException:
-            self.forget()
-            shutil.rmtree(draft, ignore_errors=True)
+            self.discard()
             raise
 
     @property
     def closed(self) -> bool:
         """Whether nothing more can be written."""
         return self._fd < 0
+
+    @property
+    def waiting(self) -> int:
+        """Lines that are only in memory."""
+        return len(self._backlog)
+
+    @property
+    def stored_seq(self) -> int:
+        """The number of the last line that stands in the files."""
+        return max(0, self.seq - self._dropped - len(self._backlog))
+
+    @property
+    def journaled(self) -> int:
+        """Lines that stand in the files: they survive the process."""
+        return max(0, self.seq - self._holes - len(self._backlog))
 
     def write(self, event: Event, ts: int, begun: Begun | None = None) -> None:
         """Write one event.
@@ -132,6 +160,9 @@ class SessionWriter:
             begun: What begins or ends by this event.
 
         """
+        if self.unsettled:
+            with contextlib.suppress(OSError):
+                self.settle()
         if ts <= self.ts:
             ts = self.ts + 1
         self.ts = ts
@@ -145,8 +176,7 @@ class SessionWriter:
                 begun.seq, begun.ts = seq, ts
         line = encode(event)
         length = len(line)
-        self.seq = seq
-        if self._backlog or self._torn or self._low:
+        if self._backlog or self._torn or self._low or self.unsettled:
             self._enqueue(line)
             return
         try:
@@ -154,15 +184,45 @@ class SessionWriter:
                 written = self._write_keeping_gil(self._fd, line, length)
             else:
                 written = self._write(self._fd, line)
-        except OSError:
+        except OSError as error:
+            if error.errno is None:  # of a signal handler, which may raise any exception of its own
+                raise
             written = -1
         if written != length and not self._complete(line, max(written, 0)):
             return
+        self.seq = seq  # not before the line has its place: `settle` can tell
         self._segment_room -= length
         if self._segment_room <= 0:
             self._rotate()
         if self._sync_each:
             self._sync(self._fd)
+
+    def settle(self) -> None:
+        """After an exception in the midst of a call: see what reached the disk, write what did not, go on from there.
+
+        Raises:
+            OSError: That cannot be seen now; lines wait.
+
+        """
+        if self._fd < 0:
+            return
+        self._descriptors.close_others({self._fd, self._directory, self._lock})
+        size = os.fstat(self._fd).st_size
+        self._segment_room = self._sizes[max(self._sizes)] - size
+        self._torn = os.pread(self._fd, 1, size - 1) != b"\n" if size else False
+        last = last_line(self._fd)
+        if last is not None:
+            while self._backlog and decode(self._backlog[0][:-1])["seq"] <= last["seq"]:
+                self._backlog.popleft()
+            newest = decode(self._backlog[-1][:-1]) if self._backlog else last
+            self.seq, self.ts = max(self.seq, newest["seq"]), max(self.ts, newest["ts"])
+            self._dropped = self.seq - newest["seq"]
+        self._backlog_bytes = sum(map(len, self._backlog))
+        self.unsettled = False
+        if _exists(segment_name(max(self._sizes) + 1), self._directory):
+            self._rotate()
+        if not self._low:
+            self._write_backlog()
 
     def is_taken(self) -> bool:
         """Whether somebody found this session silent for so long that they closed it."""
@@ -177,18 +237,26 @@ class SessionWriter:
         if not self._descriptors.gone():
             return False
         unread = max(0, self.seq - self._last_seen - len(self._backlog) - self._dropped)
+        gone = SessionGone(f"{self.path} was deleted, or somebody closed its descriptors")
         self._last_seen, self._dropped, self.lost = self.seq, self._dropped + unread, self.lost + unread
-        self._gap_reason = self.error = SessionGone(f"{self.path} was deleted, or somebody closed its descriptors")
+        self._holes, self._gap_reason, self.error = self.seq - len(self._backlog), gone, gone
         return True
 
     def maintain(self) -> None:
         """Look at the disk, and write what waits for it; about once a second."""
         self._last_seen = self.seq
-        self._low = self._is_low() and not self._prune_delivered()
-        if self._low:
-            least = f"max({self.limits.free_bytes} B, {self.limits.free_ratio:.0%})"
-            self.error = self._gap_reason = OSError(f"less free disk than {least}")
-        elif self._backlog or self._torn or self._dropped:
+        if self.unsettled:
+            with contextlib.suppress(OSError):
+                self.settle()
+        shortage = self._shortage()
+        if shortage is not None:
+            self._remove_delivered()
+            shortage = self._shortage()
+        if shortage is None:
+            self._bound, self._low = None, False
+        else:
+            self._stop_growth(shortage)
+        if not self._low and not self.unsettled:
             self._write_backlog()
         if self.limits.sync_every:
             self._sync(self._fd)
@@ -197,35 +265,60 @@ class SessionWriter:
         """Go on after a session that was ended by others: lines that waited there are lost, and counted here."""
         waiting = len(ended._backlog)
         self.lost = ended.lost + waiting
-        self._dropped, self._gap_reason = ended._dropped + waiting, ended._gap_reason
+        self._dropped_before, self._gap_reason = ended._dropped_before + ended._dropped + waiting, ended._gap_reason
         self.error = ended.error or self.error
         ended.forget()
 
-    def close(self, status: str, interrupting: Iterable[tuple[Event, Begun | None]] = ()) -> None:
+    def close(self, status: str) -> None:
+        """End the session, and let go of it. Arguments as `finish`."""
+        try:
+            self.finish(status)
+        finally:
+            self.forget()
+
+    def finish(self, status: str) -> None:
         """End the session: everything that waits is written if it can be, and `closed.json` says the end.
+
+        It can be called again where an exception has come in its midst.
 
         Args:
             status: "completed", "failed" or "interrupted".
-            interrupting: What signal handlers have logged meanwhile.
 
         """
-        self._low = False
+        self._low, self._bound = False, None
+        if self._fd < 0 or self.is_gone():
+            return
+        if self.unsettled:
+            with contextlib.suppress(OSError):
+                self.settle()
+        self._write_backlog()
+        self._sync(self._fd)
+        closed = Closed(self.seq, self.ts, status, lost=len(self._backlog) + self._dropped)
         try:
-            if not self.is_gone():
-                self._write_backlog()
-                for event, begun in interrupting:
-                    self.write(event, self._clock(), begun)
-                self._sync(self._fd)
-                with contextlib.suppress(OSError):
-                    write_closed(self.path, Closed(self.seq, self.ts, status), by="writer", mode=self._mode)
-        finally:  # whatever an event raises that cannot be encoded: a free lock says that the session has ended
-            self.lost += len(self._backlog)
-            self.forget()
+            write_closed(self.path, closed, by="writer", mode=self._mode)
+        except OSError as error:
+            if error.errno is None:
+                raise
 
     def forget(self) -> None:
         """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""
-        self._fd = self._directory = -1
+        waiting = len(self._backlog)
+        self.lost, self._holes, self._fd, self._directory = self.lost + waiting, self._holes + waiting, -1, -1
+        self._backlog.clear()
         self._descriptors.close_all()
+
+    def discard(self) -> None:
+        """Leave nothing of a session that was only just made."""
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(self.path), os.fstat(self._directory)):
+                shutil.rmtree(self.path, ignore_errors=True)
+        self.forget()
+        shutil.rmtree(self._draft, ignore_errors=True)
+
+    @property
+    def _draft(self) -> Path:
+        """Where the session lies until it can be read."""
+        return self.path.with_name(f".{self.path.name}")
 
     def _complete(self, line: bytes, written: int) -> bool:
         """After a short or failed write: the rest of the line or, failing that, a memory of the whole."""
@@ -233,6 +326,8 @@ class SessionWriter:
             while written < len(line):
                 written += self._disk.write(self._fd, line[written:])
         except OSError as error:
+            if error.errno is None:
+                raise
             self.error = self._gap_reason = error
             self._torn = written > 0
             self._enqueue(line)
@@ -240,12 +335,14 @@ class SessionWriter:
         return True
 
     def _enqueue(self, line: bytes) -> None:
-        if self._dropped or self._fd < 0 or self._backlog_bytes + len(line) > MAX_BACKLOG_BYTES:
-            self._dropped += 1
-            self.lost += 1
+        """Have the next line wait, or count it where there is no room for that."""
+        size = self._backlog_bytes + len(line)
+        if self._dropped or self._fd < 0 or size > MAX_BACKLOG_BYTES:
+            self._dropped, self._holes, self.lost = self._dropped + 1, self._holes + 1, self.lost + 1
         else:
+            self._backlog_bytes = size
             self._backlog.append(line)
-            self._backlog_bytes += len(line)
+        self.seq += 1
 
     def _write_backlog(self) -> None:
         """Write what waits; stops at the first line that the disk does not take."""
@@ -262,56 +359,139 @@ class SessionWriter:
                 self._backlog_bytes -= len(line)
                 self._segment_room -= len(line)
         except OSError as error:
+            if error.errno is None:
+                raise
             self.error = self._gap_reason = error
             return
-        if self._dropped:
-            dropped, self._dropped = self._dropped, 0
+        dropped = self._dropped + self._dropped_before
+        if dropped:
+            self._dropped = self._dropped_before = 0
             gap = {"ts": 0, "seq": 0, "tag": "gap", "dropped": dropped, "why": str(self._gap_reason)}
             self.write(gap, self._clock())
 
     def _rotate(self) -> None:
-        """Begin the next segment, and remove the oldest ones beyond the session's limit."""
-        number = max(self._sizes, default=0) + 1
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND
-        try:
-            fd = open_file(segment_name(number), flags, dir_fd=self._directory, mode=self._mode)
-        except OSError as error:  # no room for a new file: the old one goes on
-            self.error = error
-            return
-        if self._fd >= 0:
-            self._sizes[number - 1] -= self._segment_room
-            self._sync(self._fd)
-            self._descriptors.close(self._fd)
-        self._fd = self._descriptors.hold(fd)
-        self._sizes[number] = self._segment_room = self.limits.segment_bytes
-        self.ts, self.seq = max(self._clock(), self.ts + 1), self.seq + 1
-        line = encode({**self._header, "ts": self.ts, "seq": self.seq})
-        if self._complete(line, 0):
-            self._segment_room -= len(line)
-        self._sync(self._directory)
-        while sum(self._sizes.values()) - self._segment_room > self.limits.session_bytes and len(self._sizes) > 1:
-            self._remove(min(self._sizes))
+        """Begin the next segment, and remove the oldest ones beyond the session's limit.
 
-    def _prune_delivered(self) -> bool:
-        """Remove the segments that no cursor needs; whether the disk is no longer low."""
+        A reader takes a segment for complete once there is another one: from then on nothing is written to the old one.
+        So what an exception has left of a rotation is not undone, but `settle` does the rest, here.
+        """
+        number = max(self._sizes, default=0) + 1
+        name, fd, length = segment_name(number), -1, 0
+        try:
+            try:
+                fd = open_file(name, SEGMENT_FLAGS | os.O_CREAT | os.O_EXCL, dir_fd=self._directory, mode=self._mode)
+            except FileExistsError:
+                fd, length = self._adopt(name)
+            self._descriptors.hold(fd)
+            ts, seq = max(self._clock(), self.ts + 1), self.seq + 1
+            if not length:
+                line = encode({**self._header, "ts": ts, "seq": seq})
+                while length < len(line):
+                    length += self._disk.write(fd, line[length:])
+        except OSError as error:  # no room for a new file: the old one goes on
+            if error.errno is None:
+                raise
+            self.error = error
+            if fd >= 0:
+                self._abandon(name, fd)
+            return
+        old = self._fd
+        if old >= 0:
+            self._sync(old)
+            self._sizes[number - 1] -= self._segment_room
+        self._sizes[number] = self.limits.segment_bytes
+        self._segment_room = self.limits.segment_bytes - length
+        self.ts, self.seq, self._fd = ts, seq, fd
+        if old >= 0:
+            self._descriptors.close(old)
+        self._sync(self._directory)
+        while self._size() > self.limits.session_bytes and len(self._sizes) > 1:
+            self._remove(min(self._sizes))
+        if self._bound is not None:
+            self._low = self._size() >= self._bound
+            self._shrink_room()
+
+    def _adopt(self, name: str) -> tuple[int, int]:
+        """Open a segment that an exception has kept us from beginning.
+
+        Returns:
+            Its descriptor, and the bytes of its header; 0 where that is not whole.
+
+        Raises:
+            OSError: It is not ours.
+
+        """
+        fd = open_file(name, SEGMENT_FLAGS, dir_fd=self._directory)
+        found = last_line(fd)
+        if found is None:
+            os.ftruncate(fd, 0)
+        elif found["seq"] != self.seq + 1 or found.get("session") != self.id:
+            os.close(fd)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path / name))
+        return fd, os.fstat(fd).st_size
+
+    def _abandon(self, name: str, fd: int) -> None:
+        """Take back a segment whose header could not be written."""
+        try:
+            os.unlink(name, dir_fd=self._directory)
+        except OSError:
+            self.unsettled = True
+        self._descriptors.close(fd)
+
+    def _size(self) -> int:
+        """The bytes of the session's segments."""
+        return sum(self._sizes.values()) - self._segment_room
+
+    def _stop_growth(self, shortage: OSError) -> None:
+        """The disk is low: the session may hold what it holds now, or its first bytes; beyond that lines wait.
+
+        A segment that was delivered makes room: so each ends where a quarter of the bound is reached, or all of it.
+        """
+        if self._bound is None:
+            self._bound = max(self._size(), ALWAYS_BYTES)
+        full = self._size() >= self._bound
+        if full and (not self._low or len(self._sizes) == 1):
+            self._write_backlog()
+            if not self._backlog:
+                self._rotate()
+        self._low = full and self._size() >= self._bound
+        if self._low:
+            self.error = self._gap_reason = shortage
+        else:
+            self._shrink_room()
+
+    def _shrink_room(self) -> None:
+        """End the open segment early, where the session would grow beyond its bound or could not make room again."""
+        assert self._bound is not None
+        number = max(self._sizes)
+        used = self._sizes[number] - self._segment_room
+        room = max(0, min(self._bound - self._size(), self._bound // 4 - used, self.limits.segment_bytes - used))
+        self._sizes[number], self._segment_room = used + room, room
+
+    def _remove_delivered(self) -> None:
+        """Remove the segments that no cursor needs."""
         states = [read_cursor(path) for path in (self.path / "cursors").glob("*.*") if path.suffix != ".state"]
         needed = min((state.needs for state in states if state), default=0)
         for number in sorted(self._sizes)[:-1]:
             if number < needed:
                 self._remove(number)
-        return not self._is_low()
 
-    def _is_low(self) -> bool:
+    def _shortage(self) -> OSError | None:
+        """Why the session must not grow: what is free on its disk, and what is to stay free; None where it may."""
         try:
-            return self._disk.low(self._directory, self.limits)
+            free, size = self._disk.free_and_size(self._directory)
         except OSError as error:
             self.error = error
-            return False
+            return None
+        kept = self.limits.kept_free(size)
+        if free >= kept:
+            return None
+        return OSError(f"{_in_gib(free)} of {_in_gib(size)} are free, and {_in_gib(kept)} are kept free")
 
     def _remove(self, number: int) -> None:
-        del self._sizes[number]
         with contextlib.suppress(OSError):
             os.unlink(segment_name(number), dir_fd=self._directory)
+        del self._sizes[number]
 
     def _sync(self, fd: int) -> None:
         if self.limits.sync_every is not None:
@@ -319,6 +499,19 @@ class SessionWriter:
                 self._disk.sync(fd)
             except OSError as error:
                 self.error = error
+
+
+def _exists(name: str, dir_fd: int) -> bool:
+    """Whether a directory has an entry of this name, a link that leads nowhere included. OSError."""
+    try:
+        os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _in_gib(size: int) -> str:
+    return f"{size / (1 << 30):.3g} GiB"
 
 
 @contextmanager

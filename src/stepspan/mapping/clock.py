@@ -53,10 +53,15 @@ class EventTime:
         return passed
 
 
-def clock_text(event: Event) -> str:
-    """What a `clock` event says, in words."""
-    if event.get("ahead"):
-        ahead = format_seconds(event["ahead"] / SECOND_NS)
-        return f"the clock is {ahead} ahead: event time runs at half speed until it is right"
-    behind = format_seconds(event["forward"] / SECOND_NS)
-    return f"the clock was {behind} behind: event time goes on at the right one, and durations do not count the jump"
+def seconds_ahead(event: Event) -> float:
+    """By how many seconds a `clock` event says that the clock was ahead; negative: behind."""
+    return float(event.get("ahead") or -event["forward"]) / SECOND_NS
+
+
+def clock_text(ahead: float) -> str:
+    """What it means, in words, that a clock was ahead by so many seconds or, negative, was behind."""
+    if ahead > 0:
+        return f"the clock is {format_seconds(ahead)} ahead: event time runs at half speed until it is right"
+    return (
+        f"the clock was {format_seconds(-ahead)} behind: event time is right from here on, durations do not count that"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from stepspan.events import SECOND_NS, Event
+from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import (
     MAX_TEXT_CHARS,
@@ -16,7 +16,7 @@ from stepspan.mapping.attributes import (
     exception_attributes,
     flatten,
 )
-from stepspan.mapping.clock import clock_text
+from stepspan.mapping.clock import clock_text, seconds_ahead
 from stepspan.mapping.dispatch import NothingAhead, dispatch
 from stepspan.mapping.open_scopes import OpenScopes
 from stepspan.mapping.records import Log, Record, SdkRecord
@@ -111,8 +111,8 @@ class LogMapper(NothingAhead):
         self._add(event, WARN, "stepspan.gap", body, {"dropped": event["dropped"]})
 
     def _clock(self, event: Event) -> None:
-        offset = (event.get("ahead") or -event["forward"]) / SECOND_NS
-        self._add(event, WARN, "stepspan.clock", clock_text(event), {"ahead": offset})
+        ahead = seconds_ahead(event)
+        self._add(event, WARN, "stepspan.clock", clock_text(ahead), {"ahead": ahead})
 
     def _dropped(self, event: Event) -> None:
         count = event["count"]

@@ -164,7 +164,9 @@ class SessionSummary:
             self.lines = self.lines.plus(batch.counts)
             self.last_event, last_seq = batch.position.ts, batch.position.seq
         if reader.closed is not None:  # lines before the end that no later line shows to be missing
-            self.lines.damaged += max(0, reader.closed.seq - last_seq)
+            missing, lost = max(0, reader.closed.seq - last_seq), reader.closed.lost
+            self.lines.dropped += min(missing, lost)
+            self.lines.damaged += max(0, missing - lost)
         if self._steps.time.corrections:  # the clock was set: it had begun earlier, or later, than it thought
             self.started = self.last_event - self._steps.time.elapsed(self.started, self.last_event)
         self._steps.give_up_device_times()

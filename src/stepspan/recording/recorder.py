@@ -15,10 +15,11 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.conversion import MAX_ENTRIES, Conversion
-from stepspan.events import SCHEMA, Event
+from stepspan.events import SCHEMA, SECOND_NS, Event
 from stepspan.journal.layout import slug
 from stepspan.journal.numbers import WorkerNumber, take_worker_number
 from stepspan.journal.writer import Begun, SessionGone
+from stepspan.mapping.clock import clock_text
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.outcomes import Outcomes
 from stepspan.recording.predecessors import first_free_time
@@ -166,6 +167,7 @@ class JournalRecorder:
         self._boot_id = boot_id
         self._destinations = sorted(set(destinations))
         self._deferred: DeferredMetrics | None = None
+        self._lost_reported = 0
 
     def open(self) -> None:
         """Open the journal. OSError where none can be kept."""
@@ -288,15 +290,24 @@ class JournalRecorder:
 
     def report_journal_errors(self) -> None:
         """Warn of what the journal has met since the last time."""
-        session = self._journal.session
-        if session is None or session.error is None:
+        journal, session = self._journal, self._journal.session
+        if journal.clock_ahead:
+            ahead, journal.clock_ahead = journal.clock_ahead / SECOND_NS, 0
+            self.warn_once("clock", f"{clock_text(ahead)}: see that this host's clock is set before a run starts")
+        if session is None:
             return
         error, session.error = session.error, None
         if isinstance(error, SessionGone):
             self.warn_once("journal_gone", f"{error}: its latest lines are counted as lost")
-        else:
-            message = f"the journal at {session.path} cannot be written: {error}; lines wait in memory"
-            self.warn_once("journal", message, key=error.strerror or type(error).__name__)
+            self._lost_reported = session.lost
+        elif error is not None:
+            waiting = f"; {session.waiting} lines wait in memory, and would not survive the process"
+            problem = f"the journal at {session.path} cannot be written: {error}"
+            key = error.strerror or type(error).__name__
+            self.warn_once("journal", problem + (waiting if session.waiting else ""), key=key)
+        if session.closed and session.lost > self._lost_reported:
+            lost = f"{session.lost - self._lost_reported} events could not be written to {session.path}, and are lost"
+            self.warn_once("lost", lost)
 
     def after_fork(self) -> None:
         """In a forked child, whose first event opens a session of its own, and takes a worker's number."""
