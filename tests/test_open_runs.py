@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -568,3 +569,14 @@ def test_log_lines_go_to_the_run_of_their_context(start: Start) -> None:
         logger.warning("in a")
     assert [event["message"] for event in events(a, "log")] == ["in a"]
     assert [event["message"] for event in events(b, "log")] == ["in b", "in a thread of b"]
+
+
+@pytest.mark.parametrize("module", ["asyncio", "multiprocessing.process", "multiprocessing.util"])
+def test_a_module_that_another_thread_is_importing_stops_no_run(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    with start() as run:
+        run.log_metrics({"loss": 1.0})
+        monkeypatch.undo()
+    assert run.stats()["warnings"] == {}

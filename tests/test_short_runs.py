@@ -78,6 +78,19 @@ def test_what_ends_at_once_in_a_container_has_arrived(contained: Any, how: str) 
         assert span["attributes"]["status"] == ("failed" if found.returncode else "completed")
 
 
+@pytest.mark.parametrize("delivery", ["process", "thread"])
+def test_what_ends_at_once_has_arrived_over_grpc_whose_import_takes_longer_than_a_request(
+    tmp_path: Path, contained: Any, delivery: str
+) -> None:
+    with ScriptedReceiver() as receiver:
+        settings = f"delivery={delivery!r}, endpoint={receiver.grpc_target!r}, protocol='grpc'"
+        code = f"import stepspan\nwith stepspan.start_run({settings}) as run:\n    run.log_metrics({{'loss': 1}})"
+        found = contained(code, "")
+        assert found.returncode == 0, found.stderr
+        assert losses(receiver) == {1.0}
+        assert len(receiver.spans("training.run")) == 1
+
+
 def test_short_runs_one_after_the_other_in_a_container_have_all_arrived(contained: Any) -> None:
     code = """
     import stepspan

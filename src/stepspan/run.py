@@ -551,10 +551,11 @@ class Run:
 
     def _close_with_worker(self) -> None:
         """A worker of multiprocessing leaves past atexit: close the run by its own way of ending."""
-        process = sys.modules.get("multiprocessing.process")
-        util = sys.modules.get("multiprocessing.util")
-        if process and util and process.parent_process():  # an exception that ends the worker is still on its way
-            util.Finalize(None, lambda: self._close_at_exit(sys.exc_info()[1]), exitpriority=0)
+        # Another thread may be importing them just now: then they lack what would be needed.
+        parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
+        finalize = getattr(sys.modules.get("multiprocessing.util"), "Finalize", None)
+        if parent and finalize and parent():  # an exception that ends the worker is still on its way
+            finalize(None, lambda: self._close_at_exit(sys.exc_info()[1]), exitpriority=0)
 
     def _set_time(self, event: Event, time: Any) -> None:
         """Give an event's values the time that they are of."""

@@ -125,6 +125,9 @@ class Deliverer:
                 scheduler.close()
 
     def _run(self, scheduler: Scheduler) -> None:
+        if isinstance(scheduler.exporter, OtlpExporter):
+            with contextlib.suppress(Exception):  # it is said when something is sent
+                scheduler.exporter.prepare(scheduler.signal)
         try:
             while not self._stop.is_set():
                 before = time.thread_time()

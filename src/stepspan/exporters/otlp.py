@@ -81,6 +81,14 @@ class OtlpExporter:
         other._transports = {}
         return other
 
+    def prepare(self, signal: Signal) -> None:
+        """Import what sends a signal, which may take longer than the first request; nothing is sent."""
+        self._transport(signal)
+        if self.endpoints[signal].protocol == "http/json":
+            from stepspan.otlp import json  # noqa: F401
+        else:
+            from stepspan.otlp import protobuf  # noqa: F401
+
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Send one request, once.
 
@@ -124,9 +132,12 @@ class OtlpExporter:
         return self._send(signal, request)
 
     def _send(self, signal: Signal, body: bytes) -> Outcome:
+        return self._transport(signal).send(body)
+
+    def _transport(self, signal: Signal) -> Transport:
         if signal not in self._transports:
             self._transports[signal] = open_transport(self.endpoints[signal])
-        return self._transports[signal].send(body)
+        return self._transports[signal]
 
     def close(self) -> None:
         """Close the connections. A later `export` opens new ones."""

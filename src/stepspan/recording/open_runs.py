@@ -68,7 +68,7 @@ class Opener(NamedTuple):
         """The thread and task that call."""
         asyncio, task = sys.modules.get("asyncio"), None
         if asyncio is not None:
-            with suppress(RuntimeError):  # no loop runs in this thread
+            with suppress(RuntimeError, AttributeError):  # no loop runs here; another thread is importing it just now
                 task = asyncio.current_task()
         return cls(threading.current_thread(), task)
 
