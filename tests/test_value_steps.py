@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
+import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -370,3 +373,64 @@ def test_no_key_is_looked_at_while_one_split_steps(monkeypatch: pytest.MonkeyPat
         with run.step(0, split="labeled"):
             run.log_metrics({"loss": 1.0})
         assert looked_at == ["loss"]
+
+
+def test_runs_that_are_open_in_one_context_do_not_hide_each_other(tmp_path: Path) -> None:
+    with recorded_run(job_id="study", directory=tmp_path / "study") as study:
+        with study.run.step(3, split="trial"):
+            with recorded_run(job_id="trial", directory=tmp_path / "trial") as trial:
+                for number in trial.run.steps(range(2)):
+                    trial.run.log_metrics({"loss": number})
+                    study.run.log_metrics({"seen": number})
+                    with study.run.span("inner"):
+                        trial.run.log_metrics({"within": number})
+                study.run.log_metrics({"between": 1.0})
+                trial.run.log_metrics({"val/accuracy": 1.0})
+            study.run.log_metrics({"score": 1.0})
+        study.run.log_metrics({"best": 1.0})
+    assert steps(trial) == [
+        *(("loss", "train", number, number, None) for number in range(1)),
+        ("within", "train", 0.0, 0, None),
+        ("loss", "train", 1.0, 1, None),
+        ("within", "train", 1.0, 1, None),
+        ("val/accuracy", "val", 1.0, 1, None),
+    ]
+    assert steps(study) == [
+        ("seen", "trial", 0.0, 3, None),
+        ("seen", "trial", 1.0, 3, None),
+        ("between", "trial", 1.0, 3, None),
+        ("score", "trial", 1.0, 3, None),
+        ("best", "train", 1.0, 3, None),
+    ]
+    (begun,) = study.events("step_begin")
+    assert {event["parent"] for event in study.events("span_begin")} == {begun["seq"]}
+
+
+def test_interleaved_runs_keep_their_own_scopes(tmp_path: Path) -> None:
+    with (
+        recorded_run(job_id="a", directory=tmp_path / "a") as a,
+        recorded_run(job_id="b", directory=tmp_path / "b") as b,
+    ):
+        first, second = a.run.step(1, split="x"), b.run.step(2, split="y")
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        third = a.run.step(2, split="x")
+        third.__enter__()
+        b.run.log_metrics({"inside": 1.0})
+        second.__exit__(None, None, None)
+        a.run.log_metrics({"inside": 1.0})
+        third.__exit__(None, None, None)
+        b.run.log_metrics({"after": 1.0})
+    assert steps(a) == [("inside", "x", 1.0, 2, None)]
+    assert steps(b) == [("inside", "y", 1.0, 2, None), ("after", "train", 1.0, 2, None)]
+
+
+def test_a_context_keeps_no_run_that_has_ended() -> None:
+    with recorded_run() as recording:
+        scopes = weakref.ref(recording.run._scopes)
+        with recording.run.step(0):
+            pass
+    del recording
+    gc.collect()
+    assert scopes() is None

@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -203,6 +203,8 @@ class Scopes:
         self.steps = StepsInForce()
         self._current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
         """The innermost scope of a thread or task. Each run has a variable, as several may be open in one context."""
+        self._before: Token[Scope | None] | None = None
+        """What that was where the run began: nothing, so that no context keeps a run that has ended."""
         self._main: Scope | None = None
         """The innermost run, epoch or step of the main thread."""
         self._main_thread = self._run_thread = 0
@@ -313,7 +315,9 @@ class Scopes:
                 self._main = scope
             if scope.detached:
                 return
-            self._current.set(scope)
+            before = self._current.set(scope)
+            if tag == "run":
+                self._before = before
             if self._propagate is not False and "opentelemetry.trace" in sys.modules:
                 self._attach(scope)
         except Exception as error:
@@ -573,7 +577,7 @@ class Scopes:
         finally:
             scope.session = None
             if self._current.get() is scope:
-                self._current.set(scope.parent)
+                self._set_current(scope.parent)
             if scope.tag == "span" or scope.detached:
                 self._branches.pop(scope, None)
                 self._adjacent.pop(scope, None)
@@ -585,6 +589,14 @@ class Scopes:
             if scope.token is not None:
                 token, scope.token = scope.token, None
                 self._propagation.detach(token)
+
+    def _set_current(self, scope: Scope | None) -> None:
+        if scope is None and self._before is not None:
+            before, self._before = self._before, None
+            with suppress(ValueError):  # the run ends in another context than it began in
+                self._current.reset(before)
+                return
+        self._current.set(scope)
 
     def _end_inside(self, scope: Scope, error: BaseException | None) -> None:
         inside, inner = [], self._current.get()
