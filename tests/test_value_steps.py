@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from harness.runs import path_of
+from harness.stack import Prometheus
 
+import stepspan
 from stepspan.journal.liveness import Closed, write_closed
 from stepspan.recording.steps_in_force import StepsInForce
 from stepspan.run import Run
@@ -434,3 +436,48 @@ def test_a_context_keeps_no_run_that_has_ended() -> None:
     del recording
     gc.collect()
     assert scopes() is None
+
+
+@pytest.mark.stack
+def test_what_prometheus_holds_is_every_value_at_its_step(
+    prometheus: Prometheus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected: set[tuple[str, str, float, int]] = set()
+
+    def log(key: str, value: float, of: int, split: str = "train", **given: Any) -> None:
+        run.log_metrics({key: value}, **given)
+        expected.add((key, split, value, of))
+
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{prometheus.otlp_endpoint}/v1/metrics")
+    with stepspan.start_run(job_id="by-step", directory=tmp_path / "runs") as run:
+        for epoch in range(3):
+            with run.epoch(epoch):
+                bar = enumerate(run.steps(range(100)))
+                for number, _ in bar:
+                    step = 10 * epoch + number
+                    log("loss", 1000.0 + step, step)
+                    if number == 5:
+                        log("gsm8k", 2000.0 + step, epoch, step=epoch)
+                        log("test/loss", 3000.0 + step, epoch, "test", step=epoch)
+                    if number == 9:
+                        break
+                for batch in run.steps(range(4), split="val"):
+                    log("loss", 4000.0 + 10 * epoch + batch, 10 * epoch + 9, "val")
+                log("val/accuracy", 5000.0 + epoch, 10 * epoch + 9, "val")
+        assert run.flush(30)
+
+    # As the dashboards do: the own step where there is one at the value's time, else the step number of its split.
+    selector = '{job_id="by-step",__name__=~"training_(loss|gsm8k|accuracy|step_number|step_logged)"}[1h]'
+    series = prometheus.series(selector)
+    at: dict[tuple[str, str, int], float] = {}
+    for labels, samples in series:
+        if labels["__name__"].startswith("training_step_"):
+            at.update({(labels["split"], labels.get("key", ""), ms): value for ms, value in samples})
+    held = set()
+    for labels, samples in series:
+        if not labels["__name__"].startswith("training_step_"):
+            key, split = labels.get("key", labels["__name__"].removeprefix("training_")), labels["split"]
+            held |= {(key, split, value, at.get((split, key, ms), at[split, "", ms])) for ms, value in samples}
+    assert held == expected
+    (progress,) = prometheus.query('max_over_time(training_step_number{job_id="by-step",split="train"}[1h])')
+    assert progress["value"][1] == "29"
