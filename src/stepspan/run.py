@@ -153,7 +153,8 @@ class Run:
                 of that key: `val/loss`, `val.loss` and `val_loss` are the loss of split "val", each a series with the
                 whole key as its attribute `key`. Prefixes are train, val, valid and validation (both are "val"), eval
                 and test; `valid_` in `valid_loss` only.
-            step: The step's number; by default that of the step that is open.
+            step: The step that the values belong to, of any time: the score of a checkpoint may come late. By default
+                the training step that is open or was last, also in a validation.
             split: The split of all keys; by default that of the step that is open, else "train".
             time: When they were measured, if that is not now: a datetime (local if it has no time zone), or Unix
                 nanoseconds. Such points go out as they are: a receiver that does not take points of that age refuses
@@ -218,7 +219,7 @@ class Run:
         Args:
             key: Of the series `training.<key>`.
             value: As a value of `log_metrics`.
-            step: The step's number; by default that of the step that is open.
+            step: As of `log_metrics`.
 
         """
         self.log_metrics({key if type(key) is str else to_text(key): value}, step)
@@ -357,6 +358,9 @@ class Run:
         tokens: Amount = None,
     ) -> Steps[T]:
         """Iterate over batches, one step for each `accumulate` of them, timing the wait for data and then the step.
+
+        A step ends as the next batch is asked for, and as the loop is left, also where a progress bar holds it. The
+        loops in a `zip` make steps side by side; what is logged without a split is of the first.
 
         Args:
             iterable: The batches. What it raises leaves the loop.

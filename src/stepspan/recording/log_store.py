@@ -28,7 +28,8 @@ class RunLogStore:
         Args:
             key: Its name. A leading `train/`, `val/`, `eval/` or `test/` is its split.
             value: The number, or an array of one element, also on a device.
-            step: The training step it belongs to: not a label, but `training.step.number` at the same time.
+            step: The training step it belongs to: not a label, but `training.step.number` at the same time; where
+                another step is open, `training.step.logged`.
 
         """
         self.run.log_scalar(key, value, step)
