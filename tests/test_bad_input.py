@@ -359,10 +359,11 @@ def test_an_epoch_without_a_number_takes_the_next(run: Run, number: Any) -> None
 
 
 @pytest.mark.parametrize("number", [n for n in NO_NUMBER if n.id != "None"])
-def test_metrics_of_no_step_are_recorded_without_one(run: Run, number: Any) -> None:
+def test_metrics_of_no_step_take_the_one_in_force(run: Run, number: Any) -> None:
     with run.step(3):
         run.log_metrics({"x": 1.0}, step=number)
-    assert events(run, "metrics")[0].get("step") is None
+    assert events(run, "metrics")[0].get("step") == 3
+    assert "own_step" not in events(run, "metrics")[0]
     assert run.stats()["warnings"] == {"step": 1}
 
 

@@ -423,6 +423,19 @@ def test_a_failed_span() -> None:
     }
 
 
+def test_what_was_dropped_is_counted_in_both_encodings() -> None:
+    span = Span(TRACE_ID, SPAN_ID, None, "s", 1, 2, {}, None, [SpanEvent("e", 1, {}, 3)], [], 400, 2)
+    log = Log(START, 9, "", "training.hyperparams", {}, None, None, 72)
+    (encoded,) = body_of("traces", [span])["spans"]
+    assert (encoded["droppedAttributesCount"], encoded["droppedEventsCount"]) == (400, 2)
+    assert encoded["events"][0]["droppedAttributesCount"] == 3
+    (record,) = body_of("logs", [log])["logRecords"]
+    assert record["droppedAttributesCount"] == 72
+    for signal, records in (("traces", [span]), ("logs", [log])):
+        as_json = parse_json(signal, otlp_json.encode(signal, RESOURCE, records))  # type: ignore[arg-type]
+        assert parse_protobuf(signal, otlp_protobuf.encode(signal, RESOURCE, records)) == as_json  # type: ignore[arg-type]
+
+
 def test_an_event_within_a_span() -> None:
     log = Log(START, 13, {"lr": 3e-4, "name": "a\ud800b"}, "training.hyperparams", {"n": None}, TRACE_ID, SPAN_ID)  # type: ignore[dict-item]
     assert body_of("logs", [log]) == {

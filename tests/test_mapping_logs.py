@@ -178,3 +178,49 @@ def test_a_restart_in_the_middle_of_everything_changes_no_log() -> None:
         fold = mapper("logs", s.header)
         first = fold.map(s.events[:cut])
         assert first + restored("logs", s.header, fold.state()).map(s.events[cut:]) == s.records("logs")
+
+
+def test_attributes_beyond_their_number_are_counted() -> None:
+    params = {"model": {f"layer{n}": n for n in range(200)}, "none": None}
+    s = SessionEvents()
+    s.emit("hyperparams", params=params)
+    s.emit("event", name="e", attributes=params, status="ok")
+    s.emit("error", type="ValueError", message="m", stack="s", attributes=params)
+    s.emit("log", severity="info", logger="l", message="m", attributes=params)
+    s.emit("hyperparams", params={"lr": 0.5}, cut=240_000)
+    assert [(len(log.attributes), log.dropped_attributes) for log in s.records("logs")] == [
+        (128, 72), (129, 72), (131, 72), (129, 72), (1, 240_000),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {f"key{n}": "x" * 100 for n in range(1000)},
+        {"prompt": '"quoted" \\ é\n' * 10_000, "lr": 0.5},
+        {"layers": list(range(100_000)), "lr": 0.5},
+        {"k" * 50_000: 1, "lr": 0.5},
+        {"deep": {"er": {"still": ["x" * 200] * 1000}}, "lr": 0.5},
+    ],
+    ids=["many", "long text", "long list", "long key", "nested"],
+)
+def test_the_body_of_hyperparameters_stays_json_whatever_they_are(params: dict[str, Any]) -> None:
+    s = SessionEvents()
+    s.emit("hyperparams", params=params)
+    (log,) = s.records("logs")
+    assert len(log.body) <= 16 << 10
+    body = json.loads(log.body)
+    if "lr" in params:
+        assert body["lr"] == 0.5
+    else:
+        assert (body["key0"], body["..."]) == ("x" * 100, f"{1000 - len(body) + 1} more")
+
+
+def test_what_was_dropped_is_an_event_by_its_key() -> None:
+    s = SessionEvents()
+    s.emit("dropped", key="loss", count=1, why="metric loss='0.5': not a number")
+    s.emit("dropped", key="hyperparams.dir", count=4, why="hyperparams dir: missing")
+    assert [(log.event_name, log.severity, log.body, log.attributes) for log in s.records("logs")] == [
+        ("stepspan.dropped_value", 13, "metric loss='0.5': not a number (1 value)", {"key": "loss", "count": 1}),
+        ("stepspan.dropped_value", 13, "hyperparams dir: missing (4 values)", {"key": "hyperparams.dir", "count": 4}),
+    ]

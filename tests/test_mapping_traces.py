@@ -604,3 +604,21 @@ def test_spans_have_the_ids_that_their_process_gave_to_opentelemetry(tmp_path: P
                     warn("attention")
     assert {span.name: (span.trace_id, span.span_id) for span in recording.spans() if span.name in given} == given
     assert len(given) == 4
+
+
+def test_what_a_span_cannot_hold_is_counted() -> None:
+    s = SessionEvents()
+    run = s.run()
+    s.emit("hyperparams", params={f"p{n}": n for n in range(150)})
+    s.emit("hyperparams", params={**{f"p{n}": -n for n in range(150)}, "lr": 0.5}, cut=7)
+    for number in range(130):
+        s.emit("event", parent=run, name="e", attributes={f"a{n}": number for n in range(129)})
+    span = s.emit("span_begin", parent=run, name="phase", attributes={f"a{n}": n for n in range(140)}, cut=1)
+    s.emit("span_end", begin=span)
+    phase, whole = s.records("traces", status="completed")
+    assert (len(phase.attributes), phase.dropped_attributes) == (128, 13)
+    params = {name: value for name, value in whole.attributes.items() if name.startswith("hyperparams.")}
+    assert params == {f"hyperparams.p{n}": -n for n in range(128)}, "the later value of a name, and no name moves"
+    assert whole.dropped_attributes == 22 + 1 + 7
+    assert (len(whole.events), whole.dropped_events) == (128, 2)
+    assert {event.dropped_attributes for event in whole.events} == {1}

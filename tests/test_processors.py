@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import orjson
@@ -190,6 +191,64 @@ def test_a_long_text_takes_time_in_proportion_to_its_length(head: str, piece: An
 def test_redaction_takes_anything_and_is_done_after_once(value: Any) -> None:
     once = hyperparams({"x": value})
     assert hyperparams(once) == once
+
+
+def test_what_is_not_looked_at_is_cut_and_counted() -> None:
+    secret, many = "hunter2!", 250_000
+    params = {f"key{n}": f"value{n}" for n in range(many)} | {"password": secret, "note": f"password={secret}"}
+    begin = time.thread_time()
+    event = Redact()({"tag": "hyperparams", "params": params})
+    event_of_list = Redact()({"tag": "event", "attributes": {"words": ["password=x"] * many}})
+    assert time.thread_time() - begin < 1.5
+    assert secret.encode() not in orjson.dumps(event)
+    assert 0 < len(event["params"]) < 20_000
+    assert event["cut"] == many + 2 - len(event["params"])
+    assert event_of_list["cut"] == many - len(event_of_list["attributes"]["words"])
+    assert Redact()(event) == event
+
+
+@pytest.mark.parametrize(
+    "filler",
+    ["key and value: " * 100_000, "x" * 20_000_000, "token: " + "x" * 2_000_000],
+    ids=["hints", "plain", "word"],
+)
+def test_a_text_is_cut_where_it_is_not_looked_at_any_more(filler: str) -> None:
+    secret = "hf_" + "abc1" * 8
+    text = f"{filler} {secret} password=hunter2!"
+    begin = time.thread_time()
+    event = Redact()({"tag": "hyperparams", "params": {"text": text, "more": text}})
+    assert time.thread_time() - begin < 1.5
+    found = event["params"]["text"]
+    kept, _, told = found.rpartition("[cut: ")
+    assert filler.startswith(kept)
+    assert told == f"{len(text) - len(kept)} characters]"
+    assert "hunter2" not in str(event)
+    assert secret not in str(event)
+    assert event["cut"] == 2
+
+
+@pytest.mark.parametrize("size", range(-40, 40, 7))
+def test_a_credential_at_the_cut_is_not_written_in_part(size: int) -> None:
+    credential = "sk-" + "abcdef0123456789" * 2
+    text = "key " * ((256 * 1024 + size) // 4 - 8) + credential + " and " * 10_000
+    found = redacted(text)
+    assert "sk-" not in found
+    assert "abcdef" not in found
+
+
+def test_otlp_keeps_its_form_where_attributes_are_cut() -> None:
+    attributes = [{"key": f"k{n}", "value": {"stringValue": "password=hunter2!"}} for n in range(30_000)]
+    record = {"name": "s", "traceId": "00" * 16, "attributes": attributes}
+    event = Redact()({"tag": "otel", "signal": "traces", "scope": {}, "record": record})
+    kept = event["record"]["attributes"]
+    assert kept[0] == {"key": "k0", "value": {"stringValue": "password=[redacted]"}}
+    assert event["cut"] == 30_000 - len(kept) > 0
+    assert event["record"]["traceId"] == "00" * 16
+
+
+def test_objects_that_another_processor_added_are_looked_into() -> None:
+    event = Redact()({"tag": "event", "attributes": {"login": SimpleNamespace(user="ann", password="hunter2!")}})
+    assert event["attributes"] == {"login": {"user": "ann", "password": REDACTED}}
 
 
 # --- the others

@@ -29,7 +29,7 @@ from stepspan.values import error_text, json_number, str_of, utf8
 
 MAX_NESTING = 32
 """Levels of nesting that are kept."""
-MAX_ENTRIES = 50_000
+MAX_ENTRIES = 10_000
 """Of mappings and lists within one event, all in all: what users log at once, and what redaction looks at."""
 MAX_ENTRIES_OF_ANY = 10_000_000
 """Where nothing else bounds what is converted: only what never ends is cut."""
@@ -44,6 +44,7 @@ MAX_PREVIEW_ENTRIES = 20
 MAX_PREVIEW_CHARS = 80
 MAX_TRIES = 3
 
+SIMPLE = frozenset({str, int, float, bool, type(None)})
 SEQUENCES = (Sequence, AbstractSet, ValuesView)
 TEXTS = (str, bytes, bytearray, memoryview)
 
@@ -158,12 +159,15 @@ class Conversion:
         if kind is dict:  # its items are taken at once, whatever other threads do with it
             items = list(islice(value.items(), limit))
         else:
-            items = [(key, None) for key in _first_items(value.keys(), limit)]
+            items = [(key, value) for key in _first_items(value.keys(), limit)]
         converted: dict[str, Any] = {}
         for key, item in items:
             if not self._admit(value, len(converted)):
                 break
             name = key if type(key) is str and key.isascii() else str_of(key)
+            if type(item) in SIMPLE and name not in converted:
+                converted[name] = self.value(item, name)
+                continue
             where = f"{path}.{name}" if path else name
             if kind is not dict:
                 try:
@@ -198,7 +202,8 @@ class Conversion:
             for item in _first_items(value, self._left + 1):
                 if not self._admit(value, len(converted)):
                     break
-                converted.append(self.value(item, f"{path}[{len(converted)}]", parents))
+                where = "" if type(item) in SIMPLE else f"{path}[{len(converted)}]"
+                converted.append(self.value(item, where, parents))
             return converted
         for position in range(len(value)):
             if not self._admit(value, position):
@@ -215,6 +220,8 @@ class Conversion:
     def _array(self, value: Any, kind: type[Any], shape: tuple[int, ...], path: str, parents: tuple[int, ...]) -> Any:
         dtype = attribute_of(value, "dtype")
         to_list = attribute_of(value, "tolist")
+        if not shape and not callable(to_list):  # numpy's dtype
+            return self._text(value, path)
         few = math.prod(shape) <= MAX_ARRAY_VALUES and not objects.is_on_another_device(value)
         if callable(to_list) and few:
             if attribute_of(dtype, "kind") in TIMES:

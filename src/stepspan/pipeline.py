@@ -91,11 +91,15 @@ class Pipeline:
             What they made of it; None where one dropped it.
 
         """
+        cut = event.get("cut")
         for processor in self._stages[event["tag"]]:
             processed = apply(processor, event, self._warn_of_processor)
             if processed is None:
                 return None
             event = processed
+        if event.get("cut") != cut:
+            message = f"{event['tag']}: more than redaction looks at was logged at once, and the rest was left out"
+            self._warn("cut", message, key=event["tag"])
         return event
 
     def close(self, status: str) -> None:

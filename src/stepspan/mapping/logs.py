@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import orjson
-
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import (
@@ -15,6 +13,7 @@ from stepspan.mapping.attributes import (
     event_attributes,
     exception_attributes,
     flatten,
+    json_text,
 )
 from stepspan.mapping.clock import clock_text, seconds_ahead
 from stepspan.mapping.dispatch import NothingAhead, dispatch
@@ -72,18 +71,21 @@ class LogMapper(NothingAhead):
         """Go on from what `state` returned, of an equal journal."""
         self._scopes.restore(state["scopes"])
 
-    def _add(self, event: Event, severity: int, name: str, body: str, attributes: dict[str, Any]) -> None:
+    def _add(
+        self, event: Event, severity: int, name: str, body: str, attributes: dict[str, Any], dropped: int = 0
+    ) -> None:
         scope = self._scopes.open.get(event.get("parent", 0))
         ids = self._scopes.run_ids or ()
         if scope is not None:
             self._scopes.name(scope)
             ids = scope.trace_id, scope.span_id
         body = shorten(body, MAX_TEXT_CHARS)
-        self._logs.append(Log(event["ts"], severity, body, name, attributes, *map(bytes.fromhex, ids)))
+        trace_id, span_id = map(bytes.fromhex, ids) if ids else (None, None)
+        self._logs.append(Log(event["ts"], severity, body, name, attributes, trace_id, span_id, dropped))
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]
-        self._add(event, INFO, "training.hyperparams", orjson.dumps(params).decode(), flatten(params))
+        self._add(event, INFO, "training.hyperparams", json_text(params), *flatten(params, cut=event.get("cut", 0)))
 
     def _artifact(self, event: Event) -> None:
         body = f"{event['kind']} {event['name']}: {event['path']}"
@@ -94,17 +96,18 @@ class LogMapper(NothingAhead):
         severity = ERROR if status is not None and status.lower() in FAILED_STATUSES else INFO
         severity = SEVERITIES.get(event.get("severity", ""), severity)
         body = event["name"] if status is None else f"{event['name']}: {status}"
-        self._add(event, severity, event["name"], body, event_attributes(event))
+        self._add(event, severity, event["name"], body, *event_attributes(event))
 
     def _error(self, event: Event) -> None:
-        self._add(event, ERROR, "exception", f"{event['type']}: {event['message']}", exception_attributes(event))
+        self._add(event, ERROR, "exception", f"{event['type']}: {event['message']}", *exception_attributes(event))
 
     def _log(self, event: Event) -> None:
         severity = SEVERITIES.get(event["severity"], INFO)
-        attributes = {**flatten(event.get("attributes", {})), "logger": shorten(event["logger"], MAX_TEXT_CHARS)}
+        attributes, dropped = flatten(event.get("attributes", {}), cut=event.get("cut", 0))
+        attributes["logger"] = shorten(event["logger"], MAX_TEXT_CHARS)
         if "exception" in event:
-            attributes |= exception_attributes(event["exception"])
-        self._add(event, severity, "", event["message"], attributes)
+            attributes |= exception_attributes(event["exception"]).attributes
+        self._add(event, severity, "", event["message"], attributes, dropped)
 
     def _gap(self, event: Event) -> None:
         body = f"{event['dropped']} events could not be written: {event['why']}"

@@ -39,8 +39,10 @@ class ScopeState:
         duration: How long it took, s, once it has ended.
         error: What was raised in it: "ValueError: boom". None where nothing was.
         thinned: Whether it belongs to a step that has ended, and whose trace does not go out.
-        events: Name, time (Unix ns) and attributes of each event of its span.
-        hyperparams: Of a run: attributes of its span.
+        events: Name, time (Unix ns), attributes of each event of its span, and how many more of these there were.
+        dropped_events: How many more events there were.
+        hyperparams: Of a run: attributes of its span; None for those that are too many.
+        cut_hyperparams: How many the journal could not hold.
 
     """
 
@@ -55,8 +57,10 @@ class ScopeState:
     duration: float = field(default=0.0, init=False)
     error: str | None = field(default=None, init=False)
     thinned: bool = field(default=False, init=False)
-    events: list[tuple[str, int, Attributes]] | None = field(default=None, init=False)
+    events: list[tuple[str, int, Attributes, int]] | None = field(default=None, init=False)
+    dropped_events: int = field(default=0, init=False)
     hyperparams: dict[str, Any] | None = field(default=None, init=False)
+    cut_hyperparams: int = field(default=0, init=False)
 
     @property
     def failed(self) -> bool:

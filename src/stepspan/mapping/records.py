@@ -121,6 +121,7 @@ class SpanEvent:
     name: str
     time: int
     attributes: Attributes
+    dropped_attributes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,10 @@ class Span:
         start: Unix ns.
         end: Unix ns, not before `start`.
         attributes: Flat.
+        dropped_attributes: How many more there were.
         error: The status message of a failed span ("" without text); None for one that has not failed.
         events: In the order of their times.
+        dropped_events: How many more there were.
         links: To other traces.
 
     """
@@ -160,6 +163,8 @@ class Span:
     error: str | None = None
     events: Sequence[SpanEvent] = ()
     links: Sequence[Link] = ()
+    dropped_attributes: int = 0
+    dropped_events: int = 0
 
 
 @dataclass(slots=True)
@@ -172,6 +177,7 @@ class Log:
         body: The message.
         event_name: What makes it an event; "" for a line of a log.
         attributes: Flat.
+        dropped_attributes: How many more there were.
         trace_id: Of the span that it was logged in, if there is one.
         span_id: Likewise.
 
@@ -184,6 +190,7 @@ class Log:
     attributes: Attributes
     trace_id: bytes | None = None
     span_id: bytes | None = None
+    dropped_attributes: int = 0
 
 
 @dataclass(slots=True, eq=False)

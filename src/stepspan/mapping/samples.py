@@ -56,5 +56,5 @@ def sampled_values(event: Event) -> Iterator[tuple[str, Attributes, str, Kind, f
     for name, value, *attributes in event["values"]:
         number: float | None = to_float(value)
         if number is not None:
-            flat: dict[str, Any] = flatten(attributes[0]) if attributes else {}
+            flat: dict[str, Any] = flatten(attributes[0]).attributes if attributes else {}
             yield name, flat, *METRICS.get(name, OTHER), number

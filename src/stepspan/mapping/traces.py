@@ -15,10 +15,13 @@ from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import (
     MAX_ATTRIBUTES,
     MAX_TEXT_CHARS,
+    Flat,
     artifact_attributes,
+    attribute_value,
     event_attributes,
     exception_attributes,
     flatten,
+    leaves,
 )
 from stepspan.mapping.dispatch import MALFORMED, NothingAhead, dispatch, warn_unmappable
 from stepspan.mapping.open_scopes import ScopeState, StepState
@@ -170,6 +173,7 @@ class TraceMapper(NothingAhead):
             events = [replace(event, time=time) for event, time in zip(events, times, strict=True)]
         kind = begin["tag"].removesuffix("_begin")
         self._steps.name(scope)
+        attributes, dropped = self._attributes(kind, scope)
         return Span(
             trace_id=bytes.fromhex(scope.trace_id),
             span_id=bytes.fromhex(scope.span_id),
@@ -177,13 +181,16 @@ class TraceMapper(NothingAhead):
             name=shorten(begin["name"], MAX_TEXT_CHARS) if kind == "span" else f"training.{kind}",
             start=start,
             end=end,
-            attributes=self._attributes(kind, scope),
+            attributes=attributes,
             error=None if not scope.failed else status if scope.error is None else scope.error,
             events=events,
             links=[] if kind == "run" or (kind == "span" and scope.parent_id) else self._links(),
+            dropped_attributes=dropped,
+            dropped_events=scope.dropped_events,
         )
 
-    def _attributes(self, kind: str, scope: ScopeState) -> Attributes:
+    def _attributes(self, kind: str, scope: ScopeState) -> tuple[Attributes, int]:
+        """The attributes of a scope's span, and how many more there were."""
         begin, end = scope.begin, scope.end
         if kind == "step":
             fields: dict[str, Any] = {name: begin[name] for name in STEP_FIELDS if name in begin}
@@ -191,11 +198,13 @@ class TraceMapper(NothingAhead):
                 fields["data_wait"] = end["data_wait"]
             if isinstance(scope, StepState) and scope.wait is not None:
                 fields["wait"] = scope.wait
-            return fields
+            return fields, 0
         if kind == "epoch":
-            return {"epoch": begin["epoch"]}
+            return {"epoch": begin["epoch"]}, 0
         if kind == "run":
-            return {
+            params = scope.hyperparams or {}
+            kept = {name: value for name, value in params.items() if value is not None}
+            about = {
                 "name": shorten(begin["name"], MAX_TEXT_CHARS),
                 **({"group": begin["group"]} if begin.get("group") else {}),
                 "tags": [shorten(str(tag), MAX_TEXT_CHARS) for tag in begin.get("tags", ())],
@@ -203,10 +212,12 @@ class TraceMapper(NothingAhead):
                 "session": self._header["session"],
                 "process.pid": self._header["pid"],
                 "status": end.get("status", ""),
-                **(scope.hyperparams or {}),
             }
-        collective = {"collective": True} if begin.get("collective") else {}
-        return {**flatten(begin.get("attributes", {})), **collective}
+            return {**about, **kept}, len(params) - len(kept) + scope.cut_hyperparams
+        flat = flatten(begin.get("attributes", {}), cut=begin.get("cut", 0))
+        if begin.get("collective"):
+            flat.attributes["collective"] = True
+        return flat
 
     def _links(self) -> list[Link]:
         """Each span that begins a part of a trace leads to its run."""
@@ -222,12 +233,16 @@ class TraceMapper(NothingAhead):
 
     def _hyperparams(self, event: Event) -> None:
         run = self._run
-        if run is not None:
-            params = {f"hyperparams.{key}": value for key, value in flatten(event["params"]).items()}
-            run.hyperparams = dict(list({**(run.hyperparams or {}), **params}.items())[:MAX_ATTRIBUTES])
+        if run is None:
+            return
+        params = run.hyperparams = run.hyperparams or {}
+        for key, value in leaves(event["params"], "hyperparams."):
+            kept = params[key] is not None if key in params else len(params) < MAX_ATTRIBUTES
+            params[key] = attribute_value(value) if kept else None
+        run.cut_hyperparams = max(run.cut_hyperparams, event.get("cut", 0))
 
     def _artifact(self, event: Event) -> None:
-        self._add_event(self._run, "training.artifact", event["ts"], artifact_attributes(event))
+        self._add_event(self._run, "training.artifact", event["ts"], Flat(artifact_attributes(event), 0))
 
     def _event(self, event: Event) -> None:
         self._add_event(self._run, event["name"], event["ts"], event_attributes(event))
@@ -236,9 +251,12 @@ class TraceMapper(NothingAhead):
         self._add_event(self._steps.error(event), "exception", event["ts"], exception_attributes(event))
 
     @staticmethod
-    def _add_event(scope: ScopeState | None, name: str, ts: int, attributes: Attributes) -> None:
-        if scope is not None:
-            if scope.events is None:
-                scope.events = []
-            if len(scope.events) < MAX_EVENTS:
-                scope.events.append((name, ts, attributes))
+    def _add_event(scope: ScopeState | None, name: str, ts: int, flat: Flat) -> None:
+        if scope is None:
+            return
+        if scope.events is None:
+            scope.events = []
+        if len(scope.events) < MAX_EVENTS:
+            scope.events.append((name, ts, *flat))
+        else:
+            scope.dropped_events += 1

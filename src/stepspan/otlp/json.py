@@ -156,7 +156,12 @@ def _span(span: Span) -> _Json:
         encoded["parentSpanId"] = span.parent_id.hex()
     if span.events:
         encoded["events"] = [
-            {"timeUnixNano": str(event.time), "name": event.name, "attributes": key_values(event.attributes)}
+            {
+                "timeUnixNano": str(event.time),
+                "name": event.name,
+                "attributes": key_values(event.attributes),
+                **({"droppedAttributesCount": event.dropped_attributes} if event.dropped_attributes else {}),
+            }
             for event in span.events
         ]
     if span.links:
@@ -169,6 +174,10 @@ def _span(span: Span) -> _Json:
             }
             for link in span.links
         ]
+    if span.dropped_attributes:
+        encoded["droppedAttributesCount"] = span.dropped_attributes
+    if span.dropped_events:
+        encoded["droppedEventsCount"] = span.dropped_events
     if span.error is not None:
         encoded["status"] = {"code": _STATUS_ERROR, "message": span.error}
     return encoded
@@ -185,6 +194,8 @@ def _log(log: Log) -> _Json:
         "eventName": log.event_name,
         "attributes": key_values(log.attributes),
     }
+    if log.dropped_attributes:
+        encoded["droppedAttributesCount"] = log.dropped_attributes
     if log.trace_id is not None:
         encoded.update(traceId=log.trace_id.hex(), flags=rules.SAMPLED)
     if log.span_id is not None:

@@ -165,12 +165,15 @@ def _span(span: Span) -> bytes:
         _two_fixed64(0x39, span.start, 0x41, span.end),
         _key_values(b"\x4a", span.attributes),
         _SPAN_FLAGS,
+        _count(b"\x50", span.dropped_attributes),
+        _count(b"\x60", span.dropped_events),
     ]
     if span.parent_id is not None:
         encoded.append(_bytes_field(b"\x22", span.parent_id))
     for event in span.events:
         named = _fixed64(0x09, event.time) + _string_field(b"\x12", event.name)
-        encoded.append(_bytes_field(b"\x5a", named + _key_values(b"\x1a", event.attributes)))
+        dropped = _count(b"\x20", event.dropped_attributes)
+        encoded.append(_bytes_field(b"\x5a", named + _key_values(b"\x1a", event.attributes) + dropped))
     for link in span.links:
         ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
         encoded.append(_bytes_field(b"\x6a", ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS))
@@ -193,6 +196,7 @@ def _log(log: Log) -> bytes:
         _bytes_field(b"\x2a", _any_value(log.body)),
         _key_values(b"\x32", log.attributes),
         _string_field(b"\x62", log.event_name),
+        _count(b"\x38", log.dropped_attributes),
     ]
     if log.trace_id is not None:
         encoded.append(_LOG_FLAGS + _bytes_field(b"\x4a", log.trace_id))
@@ -283,6 +287,11 @@ def _double_field(tag: int, value: float) -> bytes:
 def _zigzag(number: int) -> bytes:
     """A sint32 as a varint that is short where the absolute value is small."""
     return _varint(number << 1 ^ number >> 31)
+
+
+def _count(tag: bytes, number: int) -> bytes:
+    """A uint32 field; nothing where it is 0."""
+    return tag + _varint(number) if number else b""
 
 
 def _varint(number: int) -> bytes:
