@@ -23,6 +23,7 @@ from stepspan.journal.liveness import CLOSED
 
 REUSE_AFTER_S = 10.0
 MAX_NAME_BYTES = 255
+"""Of a session's directory."""
 
 
 class WorkerNumber:
@@ -33,47 +34,58 @@ class WorkerNumber:
 
     """
 
-    def __init__(self, number: int, descriptors: Descriptors) -> None:
+    def __init__(self, number: int, directory: Path, fd: int) -> None:
         self.number = number
-        self._descriptors = descriptors
+        self._directory, self._fd = directory, fd
+        self._descriptors = Descriptors()
+        self._descriptors.hold(fd)
 
     @property
     def is_held(self) -> bool:
         """Whether it still is: its file may be deleted with the journal, or somebody close our descriptor."""
         return not self._descriptors.gone()
 
+    def begin(self, session: str) -> SessionPath | None:
+        """Note that a session begins. OSError.
+
+        Args:
+            session: The name of its directory.
+
+        Returns:
+            The one before it that went by this number.
+
+        """
+        before = _last_session(self._directory, self._fd)
+        os.pwrite(self._fd, session.encode().ljust(MAX_NAME_BYTES), 0)
+        return before
+
     def forget(self) -> None:
         """Close our copy of the descriptor: in a forked child, which must not keep its parent's number."""
         self._descriptors.close_all()
 
 
-def take_worker_number(directory: Path, rank: int, role: str, session: str) -> WorkerNumber | None:
+def take_worker_number(directory: Path, rank: int, role: str) -> WorkerNumber | None:
     """Take the smallest number that is free.
 
     Args:
-        directory: Of the host, in the job's: where the session will lie.
+        directory: Of the host, in the job's: where the worker's sessions lie.
         rank: Of this process.
         role: Of the process that began the run; the worker's own goes on with "worker" and the number.
-        session: The id of the session that is about to be opened.
 
     Returns:
         The number; None where files can't be locked.
 
     """
     for number in count(1):
-        name = session_name(rank, f"{role}worker{number}", session)
+        name = session_name(rank, f"{role}worker{number}", "").rstrip("-")
         try:
-            fd = open_path(directory / f".{name.removesuffix('-' + session)}", os.O_RDWR | os.O_CREAT)
+            fd = open_path(directory / f".{name}", os.O_RDWR | os.O_CREAT)
         except OSError:
             return None
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _quiet_for(directory, fd) >= REUSE_AFTER_S:
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, name.encode(), 0)
-                descriptors = Descriptors()
-                descriptors.hold(fd)
-                return WorkerNumber(number, descriptors)
+                return WorkerNumber(number, directory, fd)
         except BlockingIOError:
             pass
         except OSError:
@@ -83,15 +95,18 @@ def take_worker_number(directory: Path, rank: int, role: str, session: str) -> W
     return None
 
 
+def _last_session(directory: Path, fd: int) -> SessionPath | None:
+    name = os.pread(fd, MAX_NAME_BYTES, 0).decode("utf-8", "replace").strip()
+    return SessionPath.of(directory / name)
+
+
 def _quiet_for(directory: Path, fd: int) -> float:
-    """Seconds since the last owner of a number took it, or wrote anything; infinite where there was none."""
-    name = os.pread(fd, MAX_NAME_BYTES, 0).decode("utf-8", "replace")
-    if not name:
+    """Seconds since the last owner of a number began a session, or wrote anything; infinite where there was none."""
+    session = _last_session(directory, fd)
+    if session is None:
         return math.inf
     written = [os.fstat(fd).st_mtime]
-    session = SessionPath.of(directory / name)
-    if session is not None:
-        for file in (*map(segment_name, session.segments()[-1:]), CLOSED):
-            with suppress(OSError):
-                written.append((session.path / file).stat().st_mtime)
+    for file in (*map(segment_name, session.segments()[-1:]), CLOSED):
+        with suppress(OSError):
+            written.append((session.path / file).stat().st_mtime)
     return time.time() - max(written)

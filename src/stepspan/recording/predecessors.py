@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,7 +36,9 @@ ROWS = frozenset({b"metrics", b"step_end", b"span_end"})
 """Tags of events that are a row of points."""
 
 
-def first_free_time(directory: Path, job_id: str, rank: int, role: str, now: int) -> int | None:
+def first_free_time(
+    directory: Path, job_id: str, rank: int, role: str, now: int, *, among: Iterable[SessionPath] | None = None
+) -> int | None:
     """The time at which points of a session that begins now may begin.
 
     Args:
@@ -44,6 +47,7 @@ def first_free_time(directory: Path, job_id: str, rank: int, role: str, now: int
         rank: Its rank.
         role: What it is beside the rank's own process.
         now: When it begins, Unix ns.
+        among: The sessions to look at; None: all of the job.
 
     Returns:
         Unix ns; None where it is not later than `now`.
@@ -51,7 +55,7 @@ def first_free_time(directory: Path, job_id: str, rank: int, role: str, now: int
     """
     prefix = session_name(rank, role, "")
     latest = now
-    for session in find_sessions(directory / slug(job_id)):
+    for session in find_sessions(directory / slug(job_id)) if among is None else among:
         if session.path.name.startswith(prefix):
             with suppress(OSError, JournalError):
                 end = _end_of_points(session)

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.conversion import MAX_ENTRIES, Conversion
 from stepspan.events import SCHEMA, SECOND_NS, Event
-from stepspan.journal.layout import slug
+from stepspan.journal.layout import SessionPath, session_name, slug
 from stepspan.journal.numbers import WorkerNumber, take_worker_number
 from stepspan.journal.writer import Begun, SessionGone
 from stepspan.mapping.clock import clock_text
@@ -324,8 +325,7 @@ class JournalRecorder:
     def _header(self) -> Event:
         """The header of a session that begins now, in this process."""
         session = os.urandom(8).hex()
-        if self._is_worker:
-            self._become_worker(session)
+        before = self._become_worker(session) if self._is_worker else None
         me = self.identity
         if me.role:
             self.on_worker_session()
@@ -350,20 +350,27 @@ class JournalRecorder:
             "destinations": self._destinations,
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
-        not_before = first_free_time(self._journal.directory, me.job_id, me.rank, me.role, header["started"])
+        directory, started = self._journal.directory, header["started"]
+        not_before = first_free_time(directory, me.job_id, me.rank, me.role, started, among=before)
         if not_before is not None:
             header["not_before"] = not_before
         return self._process(header) or header
 
-    def _become_worker(self, session: str) -> None:
-        """Go by a worker's number, which is kept while this process lives."""
-        if self._worker_number is not None and self._worker_number.is_held:
-            return
-        origin = self._origin
-        directory = self._journal.directory / slug(origin.job_id) / slug(origin.host)
-        self._worker_number = take_worker_number(directory, origin.rank, origin.role, session)
-        number = self._worker_number.number if self._worker_number else os.getpid()
-        self.identity = self.scopes.identity = origin.for_worker(number)
+    def _become_worker(self, session: str) -> list[SessionPath]:
+        """Go by a worker's number, which is kept while this process lives; the last session that went by it.
+
+        There are many of such sessions, and each one begins behind the one before it.
+        """
+        origin, number = self._origin, self._worker_number
+        if number is None or not number.is_held:
+            directory = self._journal.directory / slug(origin.job_id) / slug(origin.host)
+            number = self._worker_number = take_worker_number(directory, origin.rank, origin.role)
+            self.identity = self.scopes.identity = origin.for_worker(number.number if number else os.getpid())
+        before = None
+        if number is not None:
+            with suppress(OSError):  # a full disk: then there will be no session either
+                before = number.begin(session_name(origin.rank, self.identity.role, session))
+        return [before] if before else []
 
 
 class NullRecorder:
