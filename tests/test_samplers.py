@@ -21,7 +21,9 @@ from harness.scripted_nvml import GPU, ScriptedNvml
 
 import stepspan
 from stepspan.errors import ConfigError
+from stepspan.journal.layout import find_sessions
 from stepspan.mapping.samples import METRICS
+from stepspan.run import Run
 from stepspan.samplers import Absent, Gone, Sampler, Sampling, sampled_by
 from stepspan.samplers.cgroup import Cgroup, Cpu, MemoryUse
 from stepspan.samplers.host import host, process
@@ -481,6 +483,58 @@ def test_local_rank_0_samples_the_host(start: Any, monkeypatch: pytest.MonkeyPat
         last = samples(run, "host")[-1]
     assert {name for name, *_ in last["values"]} >= {"system.cpu.utilization", "system.memory.usage"}
     assert {name for name, *_ in last["values"]} <= METRICS.keys()
+
+
+def sources(run: Run) -> set[str]:
+    return {event["source"] for event in runs.events(run, "sample")}
+
+
+def samplers_at_work() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "stepspan-samplers"]
+
+
+def test_a_process_is_sampled_once_for_the_oldest_of_its_runs(start: Callable[..., Run]) -> None:
+    """And for the next one when that one has ended."""
+    with start(job_id="none", samplers="none"), start(job_id="a", samplers=["process"], sample_interval=0.1) as a:
+        with start(job_id="b", samplers=["process"], sample_interval=0.1) as b:
+            with start(job_id="c", samplers=["process"], sample_interval=0.1) as c:
+                until(lambda: sources(a))
+                assert len(samplers_at_work()) == 1
+            a.close()
+            until(lambda: sources(b))
+            assert len(samplers_at_work()) == 1
+        assert samplers_at_work() == []
+    assert [sources(run) for run in (a, b, c)] == [{"process"}, {"process"}, set()]
+    times = [[event["ts"] for event in runs.events(run, "sample")] for run in (a, b)]
+    assert max(times[0]) < min(times[1])
+
+
+def test_each_run_has_the_samplers_that_no_older_one_has(start: Callable[..., Run]) -> None:
+    with start(job_id="a", samplers=["process"]) as a, start(job_id="b", samplers=["process", "host"]) as b:
+        until(lambda: sources(a) and sources(b))
+        assert [sources(run) for run in (a, b)] == [{"process"}, {"host"}]
+        a.close()
+        until(lambda: len(sources(b)) == 2)
+
+
+def test_a_child_that_starts_a_run_samples_it(tmp_path: Path) -> None:
+    told = runs.python(
+        """
+        import os, stepspan
+        with stepspan.start_run(job_id="parent", samplers="process"):
+            child = os.fork()
+            if child == 0:
+                with stepspan.start_run(job_id="child", samplers="process"):
+                    pass
+                os._exit(0)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        """,
+        tmp_path,
+    )
+    assert told.returncode == 0, told.stderr
+    found = [runs.events(session.path) for session in find_sessions(tmp_path / "stepspan-runs")]
+    sampled = {lines[0]["job_id"]: any(event["tag"] == "sample" for event in lines) for lines in found}
+    assert sampled == {"parent": True, "child": True}
 
 
 def test_the_run_starts_before_any_sampler_is_imported(tmp_path: Path) -> None:

@@ -87,6 +87,38 @@ def test_what_samplers_write_is_no_sign_of_training(watched: Watched) -> None:
     assert watched.told == [("stalled", 600.0)]
 
 
+def test_a_run_has_not_stalled_while_another_one_of_its_process_goes_on(start: Start) -> None:
+    """A study waits for its trials, each of which is a run of its own and ends."""
+    study = Watched(start(job_id="study", stall_after=0).__enter__())
+    for number in range(4):
+        with start(job_id=f"trial-{number}", stall_after=0) as trial:
+            study.passes(AFTER / 2)
+            trial.log_metrics({"loss": 1.0})
+            study.passes(AFTER / 2)
+    assert study.told == []
+    study.passes(AFTER + 20)
+    assert study.told == [("stalled", 600.0)]
+    with start(job_id="trial", stall_after=0):
+        study.passes(10)
+    assert [status for status, _ in study.told] == ["stalled", "recovered"]
+
+
+def test_runs_stall_together_and_each_says_where_it_stands(start: Start) -> None:
+    both = [Watched(start(job_id=name, stall_after=0).__enter__()) for name in ("study", "trial")]
+    with both[1].run.step(7):
+        for watched in both:
+            watched.passes(AFTER + 20)
+    assert [watched.told for watched in both] == [[("stalled", 600.0)]] * 2
+    assert [events(each.run, "event")[0]["attributes"].get("step") for each in both] == [None, 7]
+
+
+def test_a_checkpoint_of_another_run_takes_its_time(start: Start) -> None:
+    study = Watched(start(job_id="study", stall_after=0).__enter__())
+    with start(job_id="trial", stall_after=0) as trial, trial.span("checkpoint"):
+        study.passes(3 * AFTER)
+        assert study.told == []
+
+
 class DropSamples:
     tags = frozenset({"sample"})
 
