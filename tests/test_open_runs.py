@@ -550,6 +550,43 @@ def test_a_journal_s_settings_serve_several_runs(start: Start, tmp_path: Path) -
     assert (len(values(a, "x")), len(values(b, "x"))) == (2, 1)
 
 
+class Counting(stepspan.MemoryExporter):
+    """Says how it was used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = 0
+        self.signal_in_use: set[str] = set()
+
+    def export(self, signal: Any, resource: Any, records: Any) -> Any:
+        assert not self.closed
+        assert signal not in self.signal_in_use
+        self.signal_in_use.add(signal)
+        outcome = super().export(signal, resource, records)
+        self.signal_in_use.discard(signal)
+        return outcome
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_an_exporter_of_several_runs_is_closed_by_the_last(start: Start) -> None:
+    exporter = Counting()
+    with start(job_id="a", exporters=[exporter]) as a:
+        with start(job_id="b", exporters=[exporter]) as b:
+            for run in (a, b):
+                run.log_metrics({"loss": 1.0})
+        assert exporter.closed == 0
+        a.log_metrics({"loss": 2.0})
+        assert a.flush(30)
+        assert exporter.closed == 0
+    assert exporter.closed == 1
+    points: list[Any] = exporter.records["metrics"]
+    kept = [(resource["service.instance.id"], value) for resource, (series, _, value) in points
+            if series.name == "training.loss" and value is not None]  # fmt: skip
+    assert sorted(kept) == [("a-0", 1.0), ("a-0", 2.0), ("b-0", 1.0)]
+
+
 def test_recorded_runs_side_by_side() -> None:
     with recorded_run(job_id="a") as a, recorded_run(job_id="b") as b:
         stepspan.current_run().log_metrics({"loss": 1.0})

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -512,6 +513,24 @@ def test_the_wait_in_ddp_is_from_the_last_launch_to_the_last_arrival_on_the_devi
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="all_reduce") == [pytest.approx(0.75)] * 2
     assert gpu.waits == []
+
+
+def test_a_hook_that_a_thread_of_torch_calls_records_to_the_run_that_it_was_made_in(gpu: Gpu) -> None:
+    """A thread of C++ code has no current run, and several are open."""
+    made = watched(lambda state, bucket: bucket)
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(len, "").result()
+        with recorded_run(job_id="a") as a, recorded_run(job_id="b") as b:
+            hook = watched(lambda state, bucket: bucket)
+            for number, (recording, call) in enumerate(((b, hook), (a, made))):  # the other was made in no run
+                with recording.run.step(number):
+                    bucket = Bucket(gpu, 0, 1)
+                    thread.submit(call, None, bucket).result()
+                    gpu.catch_up()
+                    bucket.complete()
+                gpu.catch_up()
+            until(lambda: not any(each.run._recorder.defers for each in (a, b)))
+    assert [len(each.spans("all_reduce")) for each in (a, b)] == [1, 1]
 
 
 def test_the_wait_in_fsdp_is_what_all_collectives_of_a_step_take_on_the_device(gpu: Gpu) -> None:

@@ -5,6 +5,7 @@ In the training process:
 delivery      what a run holds of it: none, a deliverer process, or threads
 lock          the right to deliver to a destination from a host
 spawn         starting a deliverer process
+shared_exporter  an exporter object that several runs of the process were given
 
 In the deliverer:
 

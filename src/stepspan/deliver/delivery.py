@@ -353,13 +353,15 @@ class ThreadDelivery(Delivery):
     def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
         from stepspan.deliver.deliverer import Deliverer
         from stepspan.deliver.options import Options
+        from stepspan.deliver.shared_exporter import SharedExporter
 
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._session = session
         self._closing = threading.Event()
         self._cannot_start = False
         options = Options(boot_id=boot_id, batch_bytes=self.BATCH_BYTES)
-        self._deliverer = Deliverer(exporters, self._sessions, options, pace=self._pace)
+        shared = [SharedExporter(exporter) for exporter in exporters]
+        self._deliverer = Deliverer(shared, self._sessions, options, pace=self._pace)
 
     def start(self) -> None:
         """Start a thread for each destination and signal."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from sys import modules
 from typing import Any, TypeVar
+from weakref import ref
 
 from stepspan.recording.cuda_spans import SPAN_BEGIN, DeviceTimer, Timer
 from stepspan.recording.recorder import Recorder
@@ -39,7 +40,8 @@ def watch_collectives(model: Any, run: Run | None = None) -> None:
             that has a hook already keeps it by `model.register_comm_hook(state, watched(hook))` instead); or a model
             sharded by `fully_shard`, whose modules get communications that do as FSDP's own. Custom ones
             (`set_custom_all_gather`, symmetric memory) are set afterwards, and are not timed.
-        run: The run to record to; by default the one that is open in the process.
+        run: The run to record to; by default the one that is current here, and once it has ended the one that is
+            current where the model is trained.
 
     Raises:
         TypeError: The model is neither (the older `FullyShardedDataParallel` has nowhere to measure).
@@ -98,10 +100,25 @@ class Wait:
             self._span.owner.end(self._span, None)
 
 
-def active_recorder(run: Run | None) -> Recorder | None:
-    """The recorder of a run, by default of the open one; None where nothing is recorded."""
-    recorder = (run or current_run())._recorder
-    return recorder if recorder.active else None
+def following(run: Run | None) -> Callable[[], Recorder | None]:
+    """Find out later where to record: hooks are called by threads of torch's own, which have no current run.
+
+    Args:
+        run: The run to record to; None: the one that is current now, while it is open, else the one that is then.
+
+    Returns:
+        Gives the recorder; None where nothing is recorded.
+
+    """
+    here = ref(run or current_run())
+
+    def active_recorder() -> Recorder | None:
+        found = run or here()
+        if found is None or (run is None and (found.closed or not found._recorder.active)):
+            found = current_run()
+        return found._recorder if found._recorder.active else None
+
+    return active_recorder
 
 
 def device_timer(recorder: Recorder, tensor: Any) -> Timer | None:
@@ -124,19 +141,19 @@ def watched(hook: Callable[[Any, Any], Any], run: Run | None = None) -> Callable
 
     Args:
         hook: What the returned hook does.
-        run: The run to record to; by default the one that is open.
+        run: The run to record to; by default as `watch_collectives` says.
 
     Returns:
         A hook for `model.register_comm_hook`, timed as `watch_collectives` says.
 
     """
-    backward = BackwardPass()
+    backward, recorder = BackwardPass(), following(run)
 
     def timed(state: Any, bucket: Any) -> Any:
         nonlocal backward
         if bucket.index() == 0:  # the first bucket; a pass before, which may have failed, leaves nothing behind
             backward = BackwardPass()
-        backward.launch(bucket, run)
+        backward.launch(bucket, recorder)
         return hook(state, bucket).then(backward.reduced)
 
     # DDP checks both, and does not take them for what `from __future__ import annotations` makes of them.
@@ -156,14 +173,14 @@ class BackwardPass:
         """Buckets that are being reduced."""
         self._wait: Wait | None = None
 
-    def launch(self, bucket: Any, run: Run | None) -> None:
+    def launch(self, bucket: Any, active_recorder: Callable[[], Recorder | None]) -> None:
         """Begin the wait with the last bucket that is handed over."""
         with self._lock:
             self._in_flight += 1
         if bucket.is_last():
             recorder = None
             try:
-                recorder = active_recorder(run)
+                recorder = active_recorder()
                 if recorder is not None:
                     timer = device_timer(recorder, bucket.buffer())
                     if timer is not None:
@@ -194,6 +211,7 @@ class StepWaits:
 
     def __init__(self, run: Run | None) -> None:
         self._run = run
+        self._active_recorder = following(run)
         self._step: Scope | None = None
         self._wait: Wait | None = None
 
@@ -223,7 +241,7 @@ class StepWaits:
     def _timer(self, tensor: Any) -> Timer | None:
         recorder = None
         try:
-            recorder = active_recorder(self._run)
+            recorder = self._active_recorder()
             step = None if recorder is None else recorder.scopes.innermost()
             while step is not None and step.tag != "step":
                 step = step.parent

@@ -11,6 +11,7 @@ import contextvars
 import os
 from collections.abc import Mapping
 from typing import Any
+from weakref import WeakSet
 
 from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
@@ -46,8 +47,10 @@ class OtelBackend:
         self._endpoint = endpoint
         self._job_id = job_id
         self._own: Run | None = None
-        self._shared: Run | None = None
+        self._latest: Run | None = None
         """The last open run that this backend did not start."""
+        self._introduced: WeakSet[Run] = WeakSet()
+        """Those of them that know the machine and the user."""
         self._spans: dict[str, tuple[Scope, contextvars.Context | None]] = {}
 
     def emit(self, record: Mapping[str, Any], *, error: BaseException | None = None, inside: bool = False) -> None:
@@ -99,12 +102,14 @@ class OtelBackend:
     def _run(self, record: Mapping[str, Any]) -> Run:
         run = current_run()
         if run._recorder.active:
-            if run is not self._own and run is not self._shared:
-                self._shared = run
+            if run is not self._own:
+                self._latest = run
+            if run is not self._own and run not in self._introduced:
+                self._introduced.add(run)
                 run.log_event("telemetry.context", system=record.get("system"), user=record.get("user"))
             return run
-        if self._shared is not None:
-            return self._shared  # it has ended, and counts records that come after that
+        if self._latest is not None:
+            return self._latest  # it has ended, and counts records that come after that
         if self._own is None:
             self._own = start_run(
                 name=str(record.get("command")),
