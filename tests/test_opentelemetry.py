@@ -460,6 +460,78 @@ def test_configure_again_before_shutdown_adds_nothing(start: Start, tmp_path: Pa
     assert sorted(event["signal"] for event in events(path, "otel")) == ["logs", "metrics", "traces"]
 
 
+SIDE_BY_SIDE = """
+import stepspan, threading
+from opentelemetry import _logs, trace
+from stepspan.integrations.opentelemetry import configure
+
+def work(name):
+    tracer = trace.get_tracer("user")
+    tracer.start_span(f"span of {name}").end()
+    _logs.get_logger("user").emit(body=f"line of {name}")
+
+def in_thread(name):
+    thread = threading.Thread(target=work, args=[name])
+    thread.start()
+    thread.join()
+
+"""
+ONE = """
+configured = configure(job_id="own", samplers="process")
+work("own")
+with stepspan.start_run(job_id="a", samplers="process") as a:
+    with stepspan.start_run(job_id="b") as b:
+        work("b")
+        in_thread("b")
+        assert configure() is configured
+    work("a")
+    in_thread("a")
+work("own")
+configured.shutdown()
+work("nobody")
+"""
+EACH = """
+own = stepspan.start_run(job_id="own")
+with stepspan.start_run(job_id="a") as a, configure(a):
+    with stepspan.start_run(job_id="b") as b:
+        with configure(b):
+            work("b")
+            in_thread("b")
+        work("a")  # nothing is configured for b any more, and a takes all
+    work("a")
+"""
+FOLLOWED = """
+with configure(job_id="own") as outermost:
+    work("own")
+    with stepspan.start_run(job_id="a") as a:
+        with configure(a):
+            work("a")
+        work("a")
+    with stepspan.start_run(job_id="b") as b:
+        work("b")
+        in_thread("b")
+    work("own")
+"""
+
+
+@pytest.mark.parametrize("code", [ONE, EACH, FOLLOWED], ids=["one for all", "one for each", "one in another"])
+def test_what_is_emitted_goes_to_the_run_that_it_was_emitted_in(start: Start, tmp_path: Path, code: str) -> None:
+    found = python(SIDE_BY_SIDE + code, tmp_path)
+    assert found.returncode == 0, found.stderr
+    jobs = {events(session.path)[0]["job_id"]: session.path for session in find_sessions(tmp_path / "stepspan-runs")}
+    assert jobs.keys() == {"own", "a", "b"}
+    for name, path in jobs.items():
+        records = [event["record"] for event in events(path, "otel")]
+        spans = [record["name"] for record in records if "name" in record]
+        lines = [record["body"]["stringValue"] for record in records if "body" in record]
+        expected = 0 if (code, name) == (EACH, "own") else 2
+        assert (spans, lines) == ([f"span of {name}"] * expected, [f"line of {name}"] * expected), name
+        assert runs.status_of(path) == "completed"
+    if code == ONE:
+        sampled = {name for name, path in jobs.items() if events(path, "sample")}
+        assert "a" in sampled, "not the substitute, which was there before"
+
+
 def test_a_program_that_fails_is_a_failed_run_with_its_metrics(start: Start, tmp_path: Path) -> None:
     found = python(
         """

@@ -524,9 +524,16 @@ class Run:
         self._unused = False
         OPEN_RUNS.end_bare_before(self)
 
-    def _hold(self) -> Self:
-        """Be looked after by what has started it and will close it: no other run ends it, and it ends no other."""
+    def _hold(self, *, is_substitute: bool = False) -> Self:
+        """Be looked after by what has started it and will close it: no other run ends it, and it ends no other.
+
+        Args:
+            is_substitute: It was begun for want of another one: one that the program starts has the samplers.
+
+        """
         self._unused = False
+        if isinstance(self._recorder, JournalRecorder):
+            self._recorder.is_substitute = is_substitute
         OPEN_RUNS.hold(self)
         return self
 

@@ -116,11 +116,16 @@ class OpenRuns(Generic[RunT]):
             if not self._all:
                 self._unwrap_thread_start()
 
+    def here(self) -> RunT | None:
+        """The run that is current in this context, or was so where this thread was started; None where none is."""
+        current = _here()
+        return None if current is None else current.run()  # type: ignore[return-value] # put there by `add` or `enter`
+
     def current(self) -> RunT | None:
         """The run that is current here; None where none is open."""
-        current = _here()
-        if current is not None:
-            return current.run()  # type: ignore[return-value] # it was put there by `add` or `enter`
+        here = self.here()
+        if here is not None:
+            return here
         found = self._all
         if len(found) > 1:
             oldest = found[0].identity

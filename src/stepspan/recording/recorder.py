@@ -49,6 +49,8 @@ class Recorder(Protocol):
 
     active: bool
     """False where nothing is recorded: what is costly to find out need not be found out."""
+    is_substitute: bool
+    """Whether the run was begun for want of another one: a program's own has the samplers before it."""
     scopes: Scopes
     """What is open: run, epoch, step, spans."""
 
@@ -121,6 +123,7 @@ class JournalRecorder:
     """
 
     active = True
+    is_substitute = False
 
     def __init__(
         self,
@@ -377,6 +380,7 @@ class NullRecorder:
     """Records nothing: of a run that is switched off, and of a process where none is open."""
 
     active = False
+    is_substitute = False
     defers = False
     session = None
     warnings = WarningSink(audible=False)

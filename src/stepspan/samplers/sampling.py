@@ -290,7 +290,7 @@ class SamplingShare:
 
 
 class SharedSampling:
-    """Each sampler is read once a process: for the oldest of the open runs that want it."""
+    """Each sampler is read once a process: for the oldest of the open runs that want it, substitutes last."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -315,7 +315,7 @@ class SharedSampling:
     def _assign(self) -> None:
         names = list(SAMPLERS)
         starts = []
-        for share in self._shares:
+        for share in sorted(self._shares, key=lambda share: share.recorder.is_substitute):
             own = [name for name in names if name in share.wanted]
             names = [name for name in names if name not in own]
             starts.append(share.assign(own))

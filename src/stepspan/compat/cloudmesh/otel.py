@@ -117,7 +117,7 @@ class OtelBackend:
                 directory=self._directory,
                 endpoint=self._endpoint,
                 resource=resource(record),
-            )._hold()
+            )._hold(is_substitute=True)
         return self._own
 
 

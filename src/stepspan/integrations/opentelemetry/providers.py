@@ -6,7 +6,7 @@ import atexit
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry import _logs, metrics, trace
 from opentelemetry._logs._internal import ProxyLoggerProvider
@@ -23,6 +23,9 @@ from stepspan.integrations.opentelemetry.processors import (
 )
 from stepspan.run import DISABLED, Run, current_run
 from stepspan.start import check_arguments, start_run
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Configured(AbstractContextManager["Configured"]):
@@ -42,6 +45,8 @@ class Configured(AbstractContextManager["Configured"]):
         """The run that `configure()` has begun, and that is ended here."""
         self.run = run or self._begin(arguments)
         self._stopped = False
+        self._blocks = 0
+        """How many `with` blocks go on that it was entered for."""
         self._follows = False
         """Whether it writes to whichever run is open."""
         self._processors: list[JournalSpanProcessor | JournalLogRecordProcessor] = []
@@ -98,7 +103,7 @@ class Configured(AbstractContextManager["Configured"]):
         return True
 
     def _begin(self, arguments: Mapping[str, Any]) -> Run:
-        self._own = start_run(**arguments)._hold()
+        self._own = start_run(**arguments)._hold(is_substitute=True)
         return self._own
 
     def force_flush(self, timeout: float = 5.0) -> bool:
@@ -134,9 +139,16 @@ class Configured(AbstractContextManager["Configured"]):
         for processor in self._processors:
             processor.shutdown()
 
+    def __enter__(self) -> Self:
+        self._blocks += 1
+        return self
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self._blocks -= 1
+        if self._blocks > 0:  # of other runs, or around this one
+            return
         if self._own is not None and error is not None:
             self._own.__exit__(kind, error, traceback)
         self.shutdown()

@@ -7,15 +7,21 @@ as background events, which are no sign that training goes on, and lies in no sc
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
+from weakref import WeakSet
 
 from opentelemetry.sdk.resources import Resource
 
 from stepspan.events import Event
 from stepspan.integrations.reentrancy import MAX_RECORDING_DEPTH, recording_depth
+from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.run import DISABLED, Run, current_run
 from stepspan.values import error_text
+
+_GIVEN: defaultdict[type, WeakSet[Run]] = defaultdict(WeakSet)
+"""Class of a processor -> the runs that one of it is for: what is emitted in one of them does not go to another."""
 
 
 class JournalSink:
@@ -30,17 +36,24 @@ class JournalSink:
         super().__init__()  # the SDK's base, which stands behind this one
         self._given = run
         self._shut_down = False
+        if run is not None:
+            _GIVEN[type(self)].add(run)
 
     def _run(self, resource: Resource | None = None, *, nested: bool = False) -> Run | None:
         """The run to write to, if any. `nested`: whether this thread is already writing, or opening that run."""
         run = self._given or current_run()
         return None if run is DISABLED or run.closed else run
 
+    def _is_of_another(self, run: Run) -> bool:
+        """Whether what is emitted here goes to another run, or to this one by a processor that is for it alone."""
+        given = _GIVEN[type(self)]
+        return run in given if self._given is None else (here := OPEN_RUNS.here()) is not run and here in given
+
     def _record(self, fields: Callable[[], Event]) -> None:
         """Write one record that was emitted in this thread just now."""
         with recording_depth as depth:
             run = None if self._shut_down or depth >= MAX_RECORDING_DEPTH else self._run()
-            if run is not None:
+            if run is not None and not self._is_of_another(run):
                 scopes = run._recorder.scopes
                 run._recorder.record("otel", lambda: {"parent": scopes.parent_without_closing(), **fields()})
 
@@ -77,6 +90,8 @@ class JournalSink:
     def shutdown(self, *args: Any, **options: Any) -> None:
         """Take nothing more. The arguments, which differ between SDK versions, are not needed."""
         self._shut_down = True
+        if self._given is not None:
+            _GIVEN[type(self)].discard(self._given)
 
     def force_flush(self, timeout_millis: float = 30_000) -> bool:
         """Return True at once: nothing is held back."""
