@@ -4,22 +4,17 @@ cost."""
 from __future__ import annotations
 
 import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 from harness import processes
-from harness.delivery import DAY, Training, assert_true
+from harness.delivery import DAY, Training, assert_true, sync
 from harness.journals import NOON, SECOND, closed_of
 from harness.processes import Ranks, until
 from harness.stack import Collector, Prometheus
 
-from stepspan.deliver.deliverer import Deliverer, caught_up
-from stepspan.deliver.ledgers import cursors
-from stepspan.deliver.options import Options
-from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions
 
 pytestmark = pytest.mark.stack
@@ -34,19 +29,6 @@ def ago(seconds: float) -> Any:
 
 def endpoint(way: Any, prometheus: Prometheus, collector: Collector) -> Any:
     return collector.http_endpoint if way == "through the collector" else prometheus.otlp_endpoint
-
-
-def sync(directory: Path, where: Any, protocol: Any = None, **fields: Any) -> dict[Any, Any]:
-    """Deliver the metrics; session's rank -> the cursor's state."""
-    env = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
-    with closing(OtlpExporter(where, protocol=protocol, env=env, destination="there")) as exporter:
-        deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="boot", **fields))
-        deliverer.start()
-        deliverer.wait(caught_up)
-        deliverer.stop()
-        assert not any(scheduler.broken or scheduler.unreadable for scheduler in deliverer.schedulers)
-    home = lambda session: fields["state_directory"] / session.path.name if fields else session.path  # noqa: E731
-    return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}  # type: ignore[no-untyped-call]
 
 
 def training(directory: Path, rank: int, started: Any, steps: Any, every: Any) -> Any:

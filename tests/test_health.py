@@ -129,7 +129,7 @@ def test_the_report_as_otlp(tmp_path: Path) -> None:
     which = {**whose, "signal": "metrics"}
     gauge = lambda value: {"dataPoints": [{"timeUnixNano": now, "asDouble": value, "attributes": text(**which)}]}  # noqa: E731
     cumulative = {"aggregationTemporality": 2, "isMonotonic": True}
-    outcomes = {"delivered": ledger.delivered, "rejected": 0, "filtered": ledger.filtered}
+    outcomes = {"delivered": ledger.delivered, "rejected": 0, "filtered": ledger.filtered, "thinned": 0}
     states = {"read": read, "damaged": 0, "dropped": 0, "pruned": 0}
     request = json.loads(reporting.otlp())
     (resource,) = request["resourceMetrics"]

@@ -115,7 +115,7 @@ def test_the_job_folder_of_a_session(tmp_path: Path) -> None:
 
 
 def test_delivery_is_summed_over_sessions() -> None:
-    state = {"delivered": 5, "rejected": 0, "filtered": 1, "pending": 2, "finished": False, "lag": 1.5}
+    state = {"delivered": 5, "rejected": 0, "filtered": 1, "thinned": 3, "pending": 2, "finished": False, "lag": 1.5}
     held = {**state, "lag": 3.0, "finished": True, "state": "hold", "message": "404"}
     ledgers = [
         {"destinations": {"d": {"metrics": {**state, "state": "ok", "message": ""}}}},
@@ -123,7 +123,8 @@ def test_delivery_is_summed_over_sessions() -> None:
         {"destinations": {}},
     ]
     assert delivery_totals(ledgers) == [  # type: ignore[arg-type]
-        {"destination": "d", "signal": "metrics", "delivered": 10, "rejected": 0, "filtered": 2, "pending": 4,
+        {"destination": "d", "signal": "metrics", "delivered": 10, "rejected": 0, "filtered": 2, "thinned": 6,
+         "pending": 4,
          "sessions": 2, "finished": 1, "held": 1, "lag": 3.0, "messages": ["404"]}
     ]  # fmt: skip
 

@@ -61,7 +61,8 @@ def delivery() -> list[Panel]:
         graph(
             "Delivered",
             "Records a second, by signal and outcome. Rejected: see the reason in `stepspan status`; filtered: left "
-            "out on purpose (thinned traces, two points of a series in one millisecond).",
+            "out on purpose (thinned traces, a state that was told twice in one millisecond); thinned: values logged "
+            "faster than one a millisecond for over 10 s.",
             "suffix: /s",
             lines(recorded("job:stepspan_delivery_records:sum"), "{{signal}} {{outcome}}"),
             width=8,

@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from harness.journals import NOON, ROOMY, RUN, SECOND, header, session_of
+from stepspan.deliver.deliverer import Deliverer, caught_up
+from stepspan.deliver.ledgers import cursors
 from stepspan.deliver.options import Options
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.task import DeliveryTask
+from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.disk import Limits
-from stepspan.journal.layout import SessionPath
+from stepspan.journal.layout import SessionPath, find_sessions
 from stepspan.journal.writer import SessionWriter
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -185,6 +189,19 @@ def run_to_end(scheduler: Scheduler, rounds: int = 100_000) -> None:
     raise AssertionError("it never ends")
 
 
+def sync(directory: Path, where: str, protocol: Any = None, **fields: Any) -> dict[Any, Any]:
+    """Deliver the metrics below a directory to a receiver; a session's rank -> the cursor's state."""
+    env = {"OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
+    with closing(OtlpExporter(where, protocol=protocol, env=env, destination="there")) as exporter:
+        deliverer = Deliverer([exporter], lambda _: find_sessions(directory), Options(boot_id="boot", **fields))
+        deliverer.start()
+        deliverer.wait(caught_up)
+        deliverer.stop()
+        assert not any(scheduler.broken or scheduler.unreadable for scheduler in deliverer.schedulers)
+    home = lambda session: fields["state_directory"] / session.path.name if fields else session.path  # noqa: E731
+    return {s.rank: cursors(home(s))["there"]["metrics"] for s in find_sessions(directory)}  # type: ignore[no-untyped-call]
+
+
 def copy(session: SessionPath, place: Path) -> SessionPath:
     """The journal alone, as nobody has delivered it yet."""
     to = place / "job" / "node" / session.path.name
@@ -195,7 +212,7 @@ def copy(session: SessionPath, place: Path) -> SessionPath:
 def assert_true(ledger: Any, journaled: int, *, pending: int = 0) -> None:
     """Both equations of a ledger."""
     assert ledger.read + ledger.damaged + ledger.pruned + ledger.dropped + pending == journaled
-    assert ledger.mapped == ledger.delivered + ledger.rejected + ledger.filtered
+    assert ledger.mapped == ledger.delivered + ledger.rejected + ledger.filtered + ledger.thinned
 
 
 def everything(session: SessionPath) -> dict[Signal, list[tuple[Any, ...]]]:

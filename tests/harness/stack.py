@@ -177,6 +177,7 @@ class Prometheus(Server):
 
     def __init__(self, directory: Path, out_of_order_time_window: str = "48h") -> None:
         super().__init__(directory)
+        self.window = out_of_order_time_window
         self._binary = binary("prometheus")
         self._address = free_address()
         config = {

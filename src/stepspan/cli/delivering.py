@@ -53,6 +53,11 @@ def delivery_failures(deliverer: Deliverer) -> list[str]:
     return sorted(unreadable | broken)
 
 
+def thinned_text(points: int) -> str:
+    """Of a summary, what it says of points that were thinned; nothing where there are none."""
+    return f"; thinned {points:,} (logged faster than one a millisecond, for over 10 s)" if points else ""
+
+
 @contextmanager
 def _progress(deliverer: Deliverer, total: int | None, verb: str, stream: TextIO) -> Iterator[Callable[[], None]]:
     """What shows how many lines of `total` are done: a bar on a terminal, a line now and then in a log."""

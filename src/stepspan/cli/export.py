@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from stepspan.cli.delivering import deliver_until, delivery_failures
+from stepspan.cli.delivering import deliver_until, delivery_failures, thinned_text
 from stepspan.cli.options import require_directories, require_sessions
 from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import session_ledger
@@ -117,7 +117,9 @@ def _export(paths: Sequence[Path], exporter: JsonLinesExporter, state_directory:
             f"stepspan: {exporter.too_long} records fill over 1 MiB each, which the Collector does not take",
             file=sys.stderr,
         )
-    print("stepspan: exported", ", ".join(f"{exporter.written[s]:,} {s}" for s in exporter.signals), file=sys.stderr)
+    written = ", ".join(f"{exporter.written[s]:,} {s}" for s in exporter.signals)
+    thinned = sum(progress.ledger.thinned for s in deliverer.schedulers for progress in s.progress.values())
+    print(f"stepspan: exported {written}{thinned_text(thinned)}", file=sys.stderr)
     return 1 if failures else 0
 
 

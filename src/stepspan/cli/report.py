@@ -180,13 +180,15 @@ class Page:
             self.line("sent nowhere: `stepspan sync` does that")
             return
         self.table(
-            "destination, signal, >delivered, >filtered, >rejected, >lines waiting, >lag, >sessions done, >held",
+            "destination, signal, >delivered, >filtered, >thinned, >rejected, >lines waiting, >lag, "
+            ">sessions done, >held",
             (
                 (
                     row["destination"],
                     row["signal"],
                     f"{row['delivered']:,}",
                     row["filtered"] or None,
+                    row["thinned"] or None,
                     row["rejected"] or None,
                     f"{row['pending']:,}",
                     format_seconds(row["lag"]) if row["lag"] else "",

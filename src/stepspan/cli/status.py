@@ -15,7 +15,7 @@ from stepspan.deliver.ledgers import session_ledger
 from stepspan.reading.sessions import job_folder, state_path
 from stepspan.values import format_seconds
 
-COUNTS = ("delivered", "filtered", "rejected", "pending", "damaged", "pruned", "dropped")
+COUNTS = ("delivered", "filtered", "thinned", "rejected", "pending", "damaged", "pruned", "dropped")
 
 
 def show_status(path: Path, *, as_json: bool, state_directory: Path | None) -> None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from stepspan.cli.delivering import deliver_until, delivery_failures
+from stepspan.cli.delivering import deliver_until, delivery_failures, thinned_text
 from stepspan.cli.options import require_directories, require_sessions
 from stepspan.compat.stormlog.reader import Follower
 from stepspan.compat.stormlog.sink import SEGMENTS
@@ -31,7 +31,7 @@ from stepspan.values import format_seconds
 LOCK_TIMEOUT_S = SILENCE_LIMIT_S + 5.0
 """How long to wait for another deliverer, which gives up a silent receiver within this time."""
 IMPORT_INTERVAL_S = 1.0
-NOT_BEGUN = {"delivered": 0, "rejected": 0, "state": "", "message": ""}
+NOT_BEGUN = {"delivered": 0, "rejected": 0, "thinned": 0, "state": "", "message": ""}
 """What the ledger says of a signal whose delivery has not begun."""
 
 
@@ -88,7 +88,8 @@ class Sync:
             after = self._totals()
         sent = [f"{after[f'{s} delivered'] - before[f'{s} delivered']:,} {s}" for s in self._exporter.signals]
         rejected = after["rejected"] - before["rejected"]
-        print(f"delivered {', '.join(sent)}; rejected {rejected:,}; {after['pending']:,} lines wait")
+        thinned = thinned_text(after["thinned"] - before["thinned"])
+        print(f"delivered {', '.join(sent)}; rejected {rejected:,}{thinned}; {after['pending']:,} lines wait")
         problems = [key for key, count in after.items() if count and (": hold: " in key or ": retry: " in key)]
         problems += delivery_failures(deliverer)
         for problem in problems:
@@ -143,7 +144,7 @@ class Sync:
         return session_ledger(session, state_path(session, self._state_directory))
 
     def _totals(self) -> Counter[str]:
-        """Records delivered and rejected, lines pending, and how many signals wait for what reason, of all sessions."""
+        """Of all sessions: records by what became of them, lines pending, how many signals wait for what reason."""
         totals: Counter[str] = Counter()
         for session in self._sessions():
             ledger = self._ledger(session)
@@ -152,6 +153,7 @@ class Sync:
                 state = states.get(signal, NOT_BEGUN | {"pending": ledger["journaled"]})
                 totals[f"{signal} delivered"] += state["delivered"]
                 totals["rejected"] += state["rejected"]
+                totals["thinned"] += state["thinned"]
                 totals["pending"] += state["pending"]
                 totals[f"{signal}: {state['state']}: {state['message']}"] += state["state"] in {"hold", "retry"}
         return totals

@@ -74,7 +74,7 @@ class Delivery:
         """Restart what `start` started, if it died; called about once a second by the thread that logs."""
 
     def wait(self, session: Path, seq: int, timeout: float) -> bool:
-        """Wait until all targets have everything up to an event.
+        """Wait until all targets have everything up to an event, points that run ahead of it included.
 
         Args:
             session: The directory of the run's session.
@@ -85,7 +85,7 @@ class Delivery:
             Whether they have it.
 
         """
-        return self._wait(session, lambda state: state.position.seq >= seq, timeout)
+        return self._wait(session, lambda state: _has_all(state, seq), timeout)
 
     def close(self, session: Path | None, timeout: float) -> None:
         """Wait until the end of the run is delivered, as long as the receivers answer, or may be about to.
@@ -163,6 +163,10 @@ def _is_finished(state: CursorState) -> bool:
     return state.position.finished
 
 
+def _has_all(state: CursorState, seq: int) -> bool:
+    return state.position.seq >= seq and not state.position.held_until
+
+
 def _any_answers(states: Iterable[CursorState]) -> bool:
     """Whether a receiver took something just now, for a signal that is not held."""
     answered = max((state.answered for state in states if state.state != "hold"), default=0.0)
@@ -213,6 +217,7 @@ class ProcessDelivery(Delivery):
         self._restart_delay = self._restart_at = 0.0
         self._failing_since: dict[tuple[str, str], float] = {}
         self._next_check = 0.0
+        self._told_of_thinned = False
 
     def start(self) -> None:
         """Start the deliverer process where none is at work; a rank that is not its host's first leaves it time to."""
@@ -292,6 +297,9 @@ class ProcessDelivery(Delivery):
         now = time.monotonic()
         for destination, signal in self.targets:
             target, state = (destination, signal), found.get(destination, {}).get(signal)
+            if state is not None and state.ledger.thinned and not self._told_of_thinned:
+                self._told_of_thinned = True
+                self._warn("thinned", f"{state.ledger.thinned} {ledgers.THINNED}")
             if state is None or state.state not in {"retry", "hold"}:
                 self._failing_since.pop(target, None)
                 continue

@@ -67,7 +67,7 @@ LINES = Metric(
     "stepspan.journal.lines", "{line}", "sum", "Journal lines by what a reader found; of several signals, the most.",
     "state",
 )  # fmt: skip
-OUTCOMES = ("delivered", "rejected", "filtered")
+OUTCOMES = ("delivered", "rejected", "filtered", "thinned")
 STATES = ("read", "damaged", "dropped", "pruned")
 
 

@@ -15,6 +15,10 @@ from stepspan.journal.liveness import read_closed
 from stepspan.journal.reader import JournalReader, last_event
 from stepspan.mapping.records import SIGNALS
 
+THINNED = (
+    "points were thinned: they were logged faster than one a millisecond for over 10 s, and receivers tell no finer "
+    "times apart; the journal has all of them, and the last of each curve goes out"
+)
 SEARCH_BYTES = 4096
 """In which the next line's time is looked for."""
 LINE_TIME = re.compile(rb'^\{"ts":(\d+),', re.MULTILINE)

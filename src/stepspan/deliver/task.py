@@ -25,6 +25,7 @@ from stepspan.deliver import dead_letters
 from stepspan.deliver.backoff import Backoff
 from stepspan.deliver.batches import Batch, BatchReader
 from stepspan.deliver.isolation import Isolation
+from stepspan.deliver.ledgers import THINNED
 from stepspan.deliver.options import Options
 from stepspan.deliver.session_end import SessionEnd
 from stepspan.errors import JournalError
@@ -191,6 +192,8 @@ class DeliveryTask:
                 session=self.session.session,
             )
         )
+        if batch.counts.thinned and not state.ledger.thinned:
+            log.warning("stepspan: %s: %d %s", self.session.path, batch.counts.thinned, THINNED)
         if self._batches.save_if_due(state.position, batch.position):
             self._cursor.state.needs = batch.position.segment
 

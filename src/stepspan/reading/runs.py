@@ -17,7 +17,7 @@ from stepspan.journal.layout import SessionPath
 from stepspan.reading.session_summary import MAX_LISTED, MetricValues, SessionSummary, metric_labels
 from stepspan.reading.sessions import state_path
 
-RECORD_COUNTS = ("delivered", "rejected", "filtered", "pending")
+RECORD_COUNTS = ("delivered", "rejected", "filtered", "thinned", "pending")
 
 
 def summarise(
