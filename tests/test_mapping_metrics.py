@@ -697,7 +697,7 @@ def test_values_of_the_past_keep_their_time_and_their_step_and_move_nothing() ->
     s = SessionEvents()
     s.metrics({"loss": 1.0}, step=7)
     s.metrics({"loss": 2.0}, 1e-5, step=7, own_step=3, time=START - SECOND + 1)
-    s.metrics({"loss": 3.0}, 1e-5, step=4, time=START - SECOND + 2)
+    s.metrics({"loss": 3.0}, 1e-5, own_step=4, time=START - SECOND + 2)
     s.metrics({"loss": 4.0, "lr": None}, 1e-5, time=s.ts)
     s.metrics({"loss": 5.0}, 1e-5, step=7)
     points = by_series(s.records("metrics"))

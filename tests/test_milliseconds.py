@@ -138,9 +138,12 @@ class Schedule:
 
     def threads(self, run: Run) -> None:
         """Two threads with a series each."""
-        pair = [
-            threading.Thread(target=lambda k=key: [self.log(run, k) for _ in range(5)]) for key in ("lr", "test.f1")
-        ]
+
+        def work(key: str) -> None:
+            for _ in range(5):
+                self.log(run, key)
+
+        pair = [threading.Thread(target=work, args=[key]) for key in ("lr", "test.f1")]
         for thread in pair:
             thread.start()
         for thread in pair:
@@ -201,7 +204,7 @@ def test_what_exceeds_ten_seconds_of_a_burst_is_missing_and_counted(
     start: Start, tmp_path: Path, prometheus: Prometheus
 ) -> None:
     keys, calls = ("loss", "val_loss"), []
-    keeper = JsonlExporter(tmp_path / "runs", clock=FixedClock(time.time_ns() - 60 * S, step_ns=10))
+    keeper = JsonlExporter(tmp_path / "runs", clock=FixedClock((time.time_ns() // S - 60) * S, step_ns=10))
     with start(job_id="job", exporters=[keeper]) as run:
         for step in range(10_500):
             for sign, key in zip((1, -1), keys, strict=True):

@@ -62,3 +62,19 @@ def test_a_time_that_is_none_is_told_and_the_values_are_of_the_present(
     (message,) = [record.getMessage() for record in caplog.records if "time=" in record.getMessage()]
     assert re.search(fix, message)
     assert "recorded at the present" in message
+
+
+def test_a_step_of_the_past_is_the_values_own_and_not_in_force(start: Start) -> None:
+    with start() as run:
+        run.log_metrics({"loss": 0.5}, step=3, time=NOW)
+        run.log_metrics({"loss": 0.25})
+        with run.step(7):
+            run.log_metrics({"loss": 0.5}, time=NOW)
+            run.log_metrics({"loss": 0.5}, step=4, time=NOW, split="val")
+        fields = ("split", "step", "own_step", "time")
+        assert [[event.get(name) for name in fields] for event in events(run, "metrics")] == [
+            ["train", None, 3, NOW_NS],
+            ["train", None, None, None],
+            ["train", None, None, NOW_NS],
+            ["val", None, 4, NOW_NS],
+        ]

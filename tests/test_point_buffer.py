@@ -8,8 +8,8 @@ import pytest
 
 from stepspan.events import MILLISECOND_NS as MS
 from stepspan.mapping.columns import Points
-from stepspan.mapping.point_buffer import MAX_LEAD_MS, PointBuffer, Table
-from stepspan.mapping.records import Series
+from stepspan.mapping.point_buffer import PointBuffer, Table
+from stepspan.mapping.records import MAX_LEAD_MS, Series
 from stepspan.otlp import json, protobuf
 from stepspan.otlp.rules import by_metric
 

@@ -21,7 +21,7 @@ from stepspan.events import MILLISECOND_NS as MS
 from stepspan.events import SECOND_NS as SECOND
 from stepspan.events import Event
 from stepspan.journal.layout import find_sessions
-from stepspan.mapping.point_buffer import MAX_LEAD_MS
+from stepspan.mapping.records import MAX_LEAD_MS
 from stepspan.reading.sessions import read_session
 from stepspan.recording.predecessors import first_free_time
 from stepspan.run import Run

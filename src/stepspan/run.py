@@ -194,10 +194,15 @@ class Run:
             number = None if step is None else self._integer("step", step)
             named = split if split is None or type(split) is str else to_text(split)
             event: Event = {"ts": 0, "seq": 0, "tag": "metrics"}
-            written = self._scopes.attribute(event, values, number, named)
+            past = None if time is None else self._past_time(time)
+            if past is None:
+                written = self._scopes.attribute(event, values, number, named)
+            else:  # of no step but their own, and without a say in what is in force
+                written = self._scopes.attribute(event, values, None, named)
+                event = {**{name: event[name] for name in ("ts", "seq", "tag", "split")}, "time": past}
+                if number is not None:
+                    event["own_step"] = number
             event["metrics"] = values
-            if time is not None:
-                self._set_time(event, time)
             if pending or self._recorder.defers:
                 self._recorder.deferred.write_metrics(event, pending)
             else:
@@ -568,14 +573,13 @@ class Run:
         if parent and finalize and parent():  # an exception that ends the worker is still on its way
             finalize(None, lambda: self._close_at_exit(sys.exc_info()[1]), exitpriority=0)
 
-    def _set_time(self, event: Event, time: Any) -> None:
-        """Give an event's values the time that they are of."""
+    def _past_time(self, time: Any) -> int | None:
+        """The time before now that values are given, Unix ns; None where it is the present, or none."""
         try:
-            ns = past_time(time, self._scopes.clock())
-            if ns is not None:
-                event["time"] = ns
+            return past_time(time, self._scopes.clock())
         except ValueError as error:
             self._warn_once("time", f"time={to_text(time):.80}: {error}; recorded at the present")
+            return None
 
     def _integer(self, field: str, value: Any) -> int | None:
         if type(value) is int and 0 <= value < MAX_INTEGER:

@@ -129,8 +129,9 @@ class Tail:
     def _step_of(self, event: Event | None) -> Any:
         """The number of the step that an event belongs to; None for none."""
         while event is not None:
-            if "step" in event:
-                return event.get("own_step", event["step"])
+            step = event.get("own_step", event.get("step"))
+            if step is not None:
+                return step
             event = self._begun.get(event.get("parent", 0))
         return None
 

@@ -217,7 +217,7 @@ class ProcessDelivery(Delivery):
         self._restart_delay = self._restart_at = 0.0
         self._failing_since: dict[tuple[str, str], float] = {}
         self._next_check = 0.0
-        self._told_of_thinned = False
+        self._warned_of_thinned = False
 
     def start(self) -> None:
         """Start the deliverer process where none is at work; a rank that is not its host's first leaves it time to."""
@@ -297,8 +297,8 @@ class ProcessDelivery(Delivery):
         now = time.monotonic()
         for destination, signal in self.targets:
             target, state = (destination, signal), found.get(destination, {}).get(signal)
-            if state is not None and state.ledger.thinned and not self._told_of_thinned:
-                self._told_of_thinned = True
+            if state is not None and state.ledger.thinned and not self._warned_of_thinned:
+                self._warned_of_thinned = True
                 self._warn("thinned", f"{state.ledger.thinned} {ledgers.THINNED}")
             if state is None or state.state not in {"retry", "hold"}:
                 self._failing_since.pop(target, None)

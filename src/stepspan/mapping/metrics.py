@@ -286,8 +286,8 @@ class MetricMapper:
         own: dict[Series, Any] = {}
         for name, key in zip(names, event["metrics"], strict=True):
             step, own_step = other_splits.get(name.split) or (event.get("step"), event.get("own_step"))
-            if is_past:  # what is in force is in force at present
-                step, own_step = None, step if own_step is None else own_step
+            if is_past:  # what is in force is so at present
+                step = None
             if step is not None:
                 in_force[self._of("training.step.number", {**about, "split": name.split})] = step
             if own_step is not None and own_step != step:

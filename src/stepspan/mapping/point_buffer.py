@@ -35,15 +35,11 @@ from typing import Any
 
 from stepspan.events import MILLISECOND_NS
 from stepspan.mapping.columns import Column, Points
-from stepspan.mapping.records import Point, Record, SdkRecord, Series
+from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING, Point, Record, SdkRecord, Series
 from stepspan.values import to_float
 
 ALL_FLOATS, ALL_INTEGERS = {float}, {int}
 STEP_NUMBER = "training.step.number"
-MAX_LEAD_MS = 10_000
-"""How far ahead of its line a row may be placed."""
-MAX_WAITING = 1000
-"""Rows that wait in a timeline: one of each table."""
 MAX_TABLES = 1000
 MAX_RESERVED = 16_384
 """Rows whose missing values may still come."""

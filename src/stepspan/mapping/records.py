@@ -25,6 +25,12 @@ METRIC_DATA = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "s
 """The fields of an OTLP JSON Metric that hold data points; a Metric has one of them."""
 
 
+MAX_LEAD_MS = 10_000
+"""How far ahead of its line a row of points may be placed, in `point_buffer`."""
+MAX_WAITING = 1000
+"""Rows that wait there for a place: one of each table, in each of three timelines."""
+
+
 @dataclass(slots=True, eq=False)
 class Series:
     """What all points of one series share. Compared by identity: a mapper keeps one object for each series.

@@ -44,7 +44,7 @@ MAX_KNOWN_TYPES = 1000
 VALUES_OF = ("split", "step", "own_step", "over", "steps")
 """What a line says of its values; the one that follows says it again."""
 PAST_VALUES_OF = ("split", "time")
-"""The same of values that have a time of their own; their steps are known by then."""
+"""The same of values that have a time of their own: their steps are with the first line."""
 
 LISTS = (list, tuple)
 MAX_LISTS = 8

@@ -20,7 +20,7 @@ from stepspan.errors import JournalError
 from stepspan.events import MILLISECOND_NS, SECOND_NS
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name, session_name, slug
 from stepspan.journal.reader import JournalReader
-from stepspan.mapping.point_buffer import MAX_LEAD_MS, MAX_WAITING
+from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING
 
 RECENT_S = 600.0
 """A session that was written longer ago by the file system's clock has no points in the future."""
