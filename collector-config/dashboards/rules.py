@@ -50,18 +50,23 @@ def smooth(record: str, of: str, by: str) -> Rule:
     return Rule(record, f"avg by ({by}) (avg_over_time({of}[1m]) or {of})", instead=f"avg by ({by}) ({of})")
 
 
-LOSS_NAMES = '__name__=~"training_loss(_step|_epoch)?"'
-"""A loss: of a call, or as frameworks call a step's and an epoch's."""
-LOSS_KEYS = 'key=~"((train|val|valid|validation|eval|test)[/._])?[^a-zA-Z0-9]*loss([^a-zA-Z0-9]+(step|epoch))?"'
-"""The same by attribute `key`, as `training_nonfinite_total` has it."""
+LOSS = "loss(_step|_epoch)?"
+"""As a call names it, or frameworks a step's and an epoch's."""
+LEARNING_RATE = "(.+_)?(?i:lr|learning_rate)(_.+)?"
+"""`lr`, `learning_rate`, `charts/learning_rate`, Lightning's `lr-Adam` and `lr-SGD/pg1`."""
+GRADIENT_NORM = "grad_(norm|2_0_norm_total)"
+"""`grad_norm`, and `grad_2.0_norm_total` of Lightning's `grad_norm()`."""
 LOGGED = (
     '__name__=~"training_.+",'
     '__name__!~"training_(step_(number|logged|time_seconds|wait_seconds|duration_seconds)|throughput_per_second|'
     'nonfinite_total)",split!=""'
 )
 """What users log: stepspan's other metrics have no split."""
-LEARNING_RATE = '__name__=~"training_(.+_)?(?i:lr|learning_rate)(_.+)?",__name__!~".+_(momentum|weight_decay)"'
-"""`lr`, `learning_rate`, `charts/learning_rate`, Lightning's `lr-Adam` and `lr-SGD/pg1`; not its `lr-SGD-momentum`."""
+LOSSES = f'__name__=~"training_{LOSS}"'
+LOSS_KEYS = 'key=~"((train|val|valid|validation|eval|test)[/._])?[^a-zA-Z0-9]*loss([^a-zA-Z0-9]+(step|epoch))?"'
+"""The same by attribute `key`, as `training_nonfinite_total` has it."""
+OTHERS = f'{LOGGED},__name__!~"training_({LOSS}|{LEARNING_RATE}|{GRADIENT_NORM})"'
+"""What is logged and has no panel of its own."""
 
 
 def keyed(operation: str, of: str, by: str) -> str:
@@ -136,10 +141,12 @@ SPREADS: tuple[tuple[str, str, str, str], ...] = (
     ("stepspan_journal_lines", "stepspan_journal_lines_total{}", "job_id, state", "sum"),
 )  # fmt: skip
 
+LEARNING_RATES = f'{{__name__=~"training_{LEARNING_RATE}",__name__!~".+_(momentum|weight_decay)"}}'
+"""Without what Lightning's monitor logs beside them: `lr-SGD-momentum`."""
 KEYED = (
-    ("training_loss", f"{{{LOSS_NAMES}}}", "min avg p50 p99 max"),
-    ("training_grad_norm", "training_grad_norm{}", "p50 max"),
-    ("training_learning_rate", f"{{{LEARNING_RATE}}}", "max"),
+    ("training_loss", f"{{{LOSSES}}}", "min avg p50 p99 max"),
+    ("training_grad_norm", f'{{__name__=~"training_{GRADIENT_NORM}"}}', "p50 max"),
+    ("training_learning_rate", LEARNING_RATES, "max"),
     ("training_validation", f'{{{LOGGED},split=~"val|valid|validation|eval|test"}}', "avg"),
 )
 """Metrics of users, by split and key: metric, of what, operations."""

@@ -26,7 +26,7 @@ from dashboards.panels import (
     rows,
 )
 from dashboards.panels import dashboard as _dashboard
-from dashboards.rules import LOGGED, LOSS_KEYS, LOSS_NAMES, keyed, raw, recorded, recorded_alone
+from dashboards.rules import LOSS_KEYS, LOSSES, OTHERS, keyed, raw, recorded, recorded_alone
 
 RANK_0 = f'{JOB},rank="0"'
 START = f"training_run_start_time_seconds{{{RANK_0}}}"
@@ -48,9 +48,9 @@ OWN_STEP = f"training_step_logged{{{RANK_0},{SPLIT},{LOSS_KEYS}}}"
 """The step that a value of rank 0 was logged with, where that isn't the step at that time."""
 STEP_OF_LOSS = (
     f"(max by (job_id, split, key) ({OWN_STEP} and timestamp({OWN_STEP}) >= ({LOGGED_AT}))"
-    f" or 0 * {LOSS} + on (job_id) group_left () {STEP})"
+    f" or 0 * {LOSS} + on (job_id) group_left () ({STEP} and on (job_id) {BEGUN}))"
 )
-"""The step of each loss: its own if it has one, else the training's."""
+"""The step of each loss: its own if it has one, else the training's; as long as rank 0 is there to tell."""
 CHECKPOINT = (
     f"((max_over_time({recorded_alone('job:training_run_checkpoint_time_seconds:max')}[1d]) "
     f"or max by (job_id) (max_over_time({raw('training_run_checkpoint_time_seconds{}')}[1d]))) "
@@ -61,8 +61,6 @@ HOUR = 3600
 EXCEPTION = 'event_name="exception"'
 ARTIFACT = 'event_name="training.artifact" | kind="checkpoint"'
 HYPERPARAMETERS = 'event_name="training.hyperparams"'
-OTHERS = f'{LOGGED},__name__!~"training_(loss(_step|_epoch)?|grad_norm|(.+_)?(?i:lr|learning_rate)(_.+)?)"'
-"""What is logged and has no panel of its own."""
 EARLIER_NAMES = "/earlier attempt/"
 
 
@@ -227,8 +225,8 @@ def learning() -> list[Panel]:
         ),
         graph(
             "Gradient norm",
-            "The logged grad_norm: the median rank and the largest. A spike comes before a diverging loss: clip, or "
-            "lower the learning rate.",
+            "What is logged as grad_norm: the median rank and the largest. A spike comes before a diverging loss: "
+            "clip, or lower the learning rate.",
             "none",
             lines(recorded("job:training_grad_norm:p50"), "{{key}} {{split}}, median rank"),
             lines(recorded("job:training_grad_norm:max"), "{{key}} {{split}}, largest"),
@@ -343,8 +341,8 @@ def what() -> list[Panel]:
 
 def by_rank() -> list[Panel]:
     """Drill down."""
-    loss = keyed("avg", f"{{{LOSS_NAMES},{JOB},{RANK},{SPLIT}}}", "rank, split")
-    chosen = f"max by (rank) (last_over_time({{{LOSS_NAMES},{JOB},{RANK},{SPLIT}}}[$__range] @ end()))"
+    loss = keyed("avg", f"{{{LOSSES},{JOB},{RANK},{SPLIT}}}", "rank, split")
+    chosen = f"max by (rank) (last_over_time({{{LOSSES},{JOB},{RANK},{SPLIT}}}[$__range] @ end()))"
     return [
         graph(
             "Loss over ranks",
