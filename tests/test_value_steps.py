@@ -213,17 +213,18 @@ def test_a_helper_thread_takes_the_main_threads_split_and_not_that_of_whoever_be
 
 
 def test_where_the_runs_thread_trains_nothing_the_first_that_does_is_the_main_one() -> None:
-    def train(run: Run) -> None:
-        with run.step(3, split="learner"):
+    def train(run: Run, split: str) -> None:
+        with run.step(3, split=split):
             thread = threading.Thread(target=run.log_metrics, args=({"queue": 1.0},))
             thread.start()
             thread.join()
 
     with recorded_run() as recording:
-        thread = threading.Thread(target=train, args=(recording.run,))
-        thread.start()
-        thread.join()
-    assert steps(recording) == [("queue", "learner", 1.0, 3, None)]
+        for split in ("fold0", "fold1"):  # and once that has ended, the next one
+            thread = threading.Thread(target=train, args=(recording.run, split))
+            thread.start()
+            thread.join()
+    assert steps(recording) == [("queue", f"fold{number}", 1.0, 3, None) for number in range(2)]
 
 
 def test_threads_that_step_at_once_log_at_their_own_step() -> None:

@@ -175,7 +175,8 @@ def test_a_run_of_the_users_stays_open(start: Start) -> None:
     names = [event["name"] for event in events(run, "span_begin")]
     assert names == ["test", "predict"]
     assert steps_of(run, "test") == [0, 1]
-    assert [event["split"] for event in events(run, "metrics")][-1] == "test"
+    tested = events(run, "metrics")[-1]
+    assert (tested["split"], tested["step"], "own_step" in tested) == ("test", steps_of(run)[-1], False)
     assert status_of(runs.path_of(run)) == "completed"
 
 

@@ -199,7 +199,7 @@ class StepspanCallback(FrameworkCallback):
             if name.endswith(dropped) and (plain := name.removesuffix(dropped)) in found:
                 del found[name if dropped == STEP else plain]
         if found:
-            self.loop.log(found, self._step, split)
+            self.loop.log(found, None, split)
 
     def _is_new(self, name: str, value: Any) -> bool:
         before = self._logged.get(name)

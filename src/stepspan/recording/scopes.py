@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar, Token
+from threading import enumerate as enumerate_threads
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -541,6 +542,8 @@ class Scopes:
                 error = None  # it has come by after the loop
             if error is None or not (ended or loop.followed):
                 ended = loop.maybe_left_at if loop.followed else max(loop.maybe_left_at, loop.ts)
+            if error is not None:
+                loop.go_on()  # until this
         try:
             for step in [step for step in self._adjacent.values() if step.parent is scope]:
                 self._close(step, error)
@@ -706,9 +709,16 @@ class Scopes:
         thread = scope.thread
         if scope.tag == "run":
             self._run_thread = self._main_thread = thread
-        elif thread == self._run_thread or not self._trains:
+        elif thread == self._run_thread or not self._trains or self._main_thread_is_over():
             self._main_thread, self._trains = thread, True
         return thread == self._main_thread
+
+    def _main_thread_is_over(self) -> bool:
+        """Whether the first thread that trained has ended, where the run's own trains nothing."""
+        main = self._main_thread
+        if main in {self._run_thread, get_ident()} or self._main is None or self._main.tag != "run":
+            return False
+        return all(thread.ident != main for thread in enumerate_threads())
 
     def _number_step(self, number: int | None, split: str) -> Event:
         """The begin event of a step; None: the one after the last of this split."""
