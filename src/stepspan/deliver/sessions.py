@@ -15,6 +15,7 @@ Everything else in the directory is other people's, or was to stay offline.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Mapping
 from contextlib import closing
@@ -57,7 +58,7 @@ class LiveSessions:
         self._directory, self._host, self._options = directory, host, options
         self._begun: dict[Path, _Begun] = {}
         self._elsewhere: dict[Path, tuple[float, list[SessionPath]]] = {}
-        """Job's folder -> when it was looked through, by the options' clock, and what was found."""
+        """Session of a rank 0 here -> when to look again, by the options' clock, and what its job had elsewhere."""
         self._lock = threading.Lock()
         self._left_logged: set[str] = set()
         """The destinations for which it was logged how many sessions they don't get."""
@@ -95,9 +96,10 @@ class LiveSessions:
 
         """
         now = self._options.clock()
-        looked_at, found = self._elsewhere.get(job, (0.0, []))
-        if job in self._elsewhere and (now - looked_at < ELSEWHERE_INTERVAL_S or read_closed(path)):
+        look_at, found = self._elsewhere.get(path, (now, []))
+        if now < look_at:
             return found
+        look_at = math.inf if read_closed(path) else now + ELSEWHERE_INTERVAL_S
         by_host: dict[str, list[tuple[SessionPath, _Begun]]] = {}
         for session in find_sessions(job):
             if session.path.parent.name != slug(self._host) and (begun := _read_begun(session)):
@@ -106,7 +108,7 @@ class LiveSessions:
         for sessions in by_host.values():
             if all(begun.started < first.started and begun.run_key != first.run_key for _, begun in sessions):
                 found += [session for session, begun in sessions if self._is_dead(session, begun)]
-        self._elsewhere[job] = now, found
+        self._elsewhere[path] = look_at, found
         return found
 
     def _is_dead(self, session: SessionPath, begun: _Begun) -> bool:
