@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
 
 JOB = "scale"
+DESTINATION = "agent"
+"""The name by which deliverers find what is theirs."""
 PERIOD = 10  # seconds between samples, as the samplers have it
 LOCAL = 8  # ranks a node: one of them samples the host
 METRICS = ("loss", "lr", "grad_norm", "accuracy", "tokens_seen", "aux_loss", "z_loss", "weight_norm", "mfu", "beta")
@@ -56,8 +58,9 @@ class Rank:
         pipeline = Pipeline([], [exporter])
         emit, process = pipeline.emit, pipeline.process
         recorder = JournalRecorder(
-            me, resource_of, exporter.journal, emit, process, warnings=warnings, boot_id=facts.boot_id
-        )
+            me, resource_of, exporter.journal, emit, process, warnings=warnings, boot_id=facts.boot_id,
+            destinations=[DESTINATION],
+        )  # fmt: skip
         recorder.open()
         self.run = Run(recorder, pipeline, name=JOB)
         self.run.log_hyperparams({"lr": 3e-4, "batch_size": 32, "model": "none"})
