@@ -214,6 +214,12 @@ def ten_of_ten(run: Run) -> None:
     ten_steps(run)
 
 
+def logged(run: Run) -> None:
+    run.set_total_steps(10)
+    for step in range(10):
+        run.log_metrics({"loss": 1.0}, step=step)
+
+
 def ten_of_eleven(run: Run) -> None:
     run.set_total_steps(11)
     ten_steps(run)
@@ -252,6 +258,7 @@ def exit_after_a_caught_one(run: Run) -> None:
         (lambda run: None, "completed"),
         (ten_steps, "completed"),
         (ten_of_ten, "completed"),
+        (logged, "completed"),
         (exit_after_a_caught_one, "completed"),
         (ten_of_eleven, "interrupted"),
         (validated_more, "interrupted"),
@@ -380,5 +387,5 @@ def test_a_status_of_another_name_is_told(start: Start, caplog: pytest.LogCaptur
     run = start()
     run.close("finished")
     assert status_of(path_of(run)) == outline(run)[-1].rpartition(" ")[2] == "completed"
-    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    message, _ = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert "close(status='finished'): not one of completed, failed, interrupted; taken as completed" in message

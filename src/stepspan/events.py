@@ -56,6 +56,7 @@ class Header(Line):
     attempt: NotRequired[Annotated[list[int], "how often the scheduler, and the launcher, restarted the job"]]
     launcher: NotRequired[Annotated[str, "the launcher that the identity came from"]]
     started: Annotated[int, "Unix ns"]
+    ended: NotRequired[Annotated[str, "how the run had ended before this session, which takes what is evaluated later"]]
     not_before: NotRequired[
         Annotated[int, "Unix ns: where points of this session begin, behind those of the instance's session before"]
     ]
@@ -96,6 +97,7 @@ class RunEnd(Line):
     tag: Literal["run_end"]
     begin: BeginSeq
     status: Annotated[str, "completed, failed or interrupted"]
+    rests: NotRequired[Annotated[bool, "the session stays open for what is evaluated after the training"]]
 
 
 class EpochBegin(Begin):

@@ -65,6 +65,8 @@ class Run:
 
     """
 
+    _rests = False
+    """Whether it has ended, and takes what is evaluated afterwards."""
     _unused = False
     """Whether `start_run` has just made it: the first use tells whether a `with` block is around it."""
 
@@ -88,7 +90,7 @@ class Run:
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         self._trace_id = ""
         if pipeline is not None and isinstance(recorder, JournalRecorder):
-            recorder.on_worker_session = self._close_with_worker
+            recorder.on_session = self._begin_session
             pipeline.journal.upkeep = self._upkeep
             identity = recorder.identity
             about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
@@ -124,7 +126,11 @@ class Run:
         rank = f"rank {me.rank} of {me.world_size}{me.role and f' ({me.role})'}"
         session = self._session
         where = session.path if session else self.directory
-        return f"<Run {me.job_id!r}: {rank}, {'closed' if self.closed else 'open'}, {where}>"
+        return f"<Run {me.job_id!r}: {rank}, {self._state}, {where}>"
+
+    @property
+    def _state(self) -> str:
+        return "closed" if self.closed else "open" if self._recorder.ended is None else self._recorder.ended
 
     def __copy__(self) -> Self:
         return self
@@ -451,10 +457,12 @@ class Run:
             self.closed = True
         self._recorder.stop_background_tasks()
         try:
-            status, is_known = to_status(given)
+            status, is_known = to_status(self._recorder.ended or given)
             if not is_known:
                 known = ", ".join(STATUSES)
                 self._warn_once("status", f"close(status={preview(given):.40}): not one of {known}; taken as {status}")
+            if self._rests:
+                self._end_evaluation(error)
             self._recorder.close_warnings()
             self._scopes.end(self._scope, error, status)
             self._scopes.closed = True
@@ -468,6 +476,45 @@ class Run:
         finally:
             OPEN_RUNS.remove(self)
         self._recorder.warnings.log_summary()
+
+    def _rest(self, error: BaseException | None = None, status: str | None = None) -> None:
+        """The training has ended; what is evaluated afterwards is taken until the process ends or another run begins.
+
+        Args:
+            error: The exception that ended the training, if any.
+            status: How it ended; None: by that exception, or well.
+
+        """
+        if not self._active:
+            return
+        with self._lock:
+            if self.closed or self._rests:
+                return
+            self._rests = True
+        try:
+            self._recorder.rest()
+            ended = status or self._scopes.leave(self._scope, error)
+            self._recorder.ended = ended
+            self._scopes.end(self._scope, error, ended, rests=True)
+            OPEN_RUNS.rest(self)
+            if ended != "completed":  # an evaluation would be a surprise
+                self._park()
+        except Exception as failure:
+            self._warn_once("close", f"the run was not ended well: {error_text(failure)}")
+
+    def _park(self) -> None:
+        """End the session of a run that rests: nobody waits for more. If more comes it opens another one."""
+        try:
+            OPEN_RUNS.park(self)
+            if self._pipeline is not None and self._recorder.ended is not None:
+                self._pipeline.journal.close(self._recorder.ended, for_good=False)
+        except Exception as error:
+            self._warn_once("close", f"the session was not ended well: {error_text(error)}")
+
+    def _end_evaluation(self, error: BaseException | None) -> None:
+        """End what is open after the end of the training, and record what has ended the process."""
+        for scope in reversed(self._scopes.open()):
+            self._scopes.end(scope, error)
 
     def stats(self) -> dict[str, Any]:
         """The ledgers of the run.
@@ -564,6 +611,13 @@ class Run:
             self._delivery.watch()
         finally:
             self._in_upkeep.release()
+
+    def _begin_session(self) -> None:
+        """Another session begins than the run's first one."""
+        if self._rests:  # it is evaluated after it was parked
+            OPEN_RUNS.rest(self)
+        if self.identity.role:
+            self._close_with_worker()
 
     def _close_with_worker(self) -> None:
         """A worker of multiprocessing leaves past atexit: close the run by its own way of ending."""

@@ -165,6 +165,8 @@ def start_run(
     if not settings.enabled:
         return DISABLED
     try:
+        for resting in OPEN_RUNS.resting():
+            resting._park()
         run = open_run(settings, who, objects["processors"] or [], objects["exporters"])
     except OSError as error:
         log.warning("stepspan: no journal can be kept, so nothing is recorded: %s", error)
@@ -391,7 +393,7 @@ def _close_at_exit() -> None:
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
     if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
         error = None
-    for run in reversed(OPEN_RUNS.all()):
+    for run in reversed((*OPEN_RUNS.resting(), *OPEN_RUNS.all())):
         run._close_at_exit(error)
 
 
@@ -399,7 +401,7 @@ def _after_fork_in_child() -> None:
     global _starting
     _starting = threading.RLock()
     OPEN_RUNS.after_fork()
-    for run in OPEN_RUNS.all():
+    for run in OPEN_RUNS.that_may_record():
         run._after_fork()
 
 

@@ -33,7 +33,7 @@ import stepspan
 from stepspan.integrations.huggingface import StepspanCallback
 from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions
-from stepspan.run import DISABLED, Run
+from stepspan.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 start = runs.start
@@ -150,6 +150,7 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
         *("    span checkpoint", "    end span", "artifact"),
         *("train 3: train_runtime", "  end epoch", "end run completed"),
     ]
+    assert events(journal, "run_end")[0]["status"] == "completed"
     (begin,), (params,) = events(journal, "run_begin"), events(journal, "hyperparams")
     assert begin["name"] == "words"
     chosen = ("model", "batch_size", "learning_rate", "max_steps", "warmup_steps")
@@ -166,7 +167,24 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     ends = events(journal, "step_end")
     assert {event["samples"] for event in ends} == {2.0}
     assert all(0 < event["data_wait"] < 10 for event in ends)
-    assert stepspan.current_run() is DISABLED
+
+
+def test_what_is_evaluated_after_the_training_is_its_runs(start: Start, tmp_path: Path) -> None:
+    training = trainer(StepspanCallback())
+    training.train()
+    training.evaluate(metric_key_prefix="test")
+    training.predict(Words(4))
+    stepspan.current_run().close()
+    journal = only_session(tmp_path / "stepspan-runs")
+    told = [line.partition("=")[0] for line in outline(journal) if line != "sample"]
+    score = ["span validation", "end span", "test 3: test_loss"]
+    assert told[told.index("end run completed") :] == [
+        "end run completed",
+        *("span validation", "test 3: test_loss", "train 3: epoch", "end span"),
+        *score,
+    ]
+    assert status_of(journal) == "completed"
+    assert len(events(journal, "run_end")) == 1
 
 
 def test_a_run_of_the_users_stays_open_and_takes_what_follows(start: Start) -> None:
@@ -185,9 +203,15 @@ def test_a_run_of_the_users_stays_open_and_takes_what_follows(start: Start) -> N
     assert status_of(runs.path_of(run)) == "completed"
 
 
-def test_what_is_evaluated_without_a_run_starts_none(start: Start, tmp_path: Path) -> None:
-    trainer(StepspanCallback()).evaluate()
+def test_what_is_evaluated_without_a_run_starts_none_and_is_told(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    training = trainer(StepspanCallback())
+    for _ in range(2):
+        training.evaluate()
     assert not (tmp_path / "stepspan-runs").exists()
+    (message,) = [record.getMessage() for record in caplog.records if record.name == "stepspan"]
+    assert message.startswith("stepspan: an evaluation is not recorded")
 
 
 def test_switched_off_it_does_nothing(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,6 +304,7 @@ def test_an_exception_that_was_caught_leaves_an_interrupted_run(start: Start, tm
     with pytest.raises(ValueError, match="no such word"):
         trainer(callback, train=Broken(4)).train()
     trainer(callback).train()
+    stepspan.current_run().close()
     assert Counter(status_of(session.path) for session in find_sessions(tmp_path / "stepspan-runs")) == {
         "interrupted": 1,
         "completed": 1,
@@ -299,6 +324,7 @@ def test_a_training_that_was_interrupted_takes_none_of_the_next(start: Start, tm
         trainer(StepspanCallback(), Stop()).train()
     trainer(StepspanCallback()).train()
     trainer(StepspanCallback()).train()
+    stepspan.current_run().close()
     assert Counter(status_of(session.path) for session in find_sessions(tmp_path / "stepspan-runs")) == {
         "interrupted": 1,
         "completed": 2,

@@ -30,7 +30,7 @@ import stepspan
 from stepspan.integrations.lightning import StepspanCallback
 from stepspan.journal.format import decode
 from stepspan.journal.layout import find_sessions
-from stepspan.run import DISABLED, Run
+from stepspan.run import Run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 start = runs.start
@@ -163,7 +163,27 @@ def test_a_training_without_a_run_is_one(start: Start, tmp_path: Path) -> None:
     assert (params["params"]["model"], params["params"]["rate"]) == ("Line", 0.1)
     assert {event["samples"] for event in events(journal, "step_end")} == {2.0}
     assert all(0 < event["data_wait"] < 10 for event in events(journal, "step_end"))
-    assert stepspan.current_run() is DISABLED
+
+
+def test_what_is_tested_after_the_training_is_its_runs(start: Start, tmp_path: Path) -> None:
+    training = trainer(StepspanCallback())
+    training.fit(Line(), loader(4))
+    training.test(Line(), loader(4), verbose=False)
+    training.validate(Line(), loader(4), verbose=False)
+    training.predict(Line(), loader(4))
+    stepspan.current_run().close()
+    journal = only_session(tmp_path / "stepspan-runs")
+    told = [line.partition("=")[0] for line in outline(journal) if line != "sample"]
+    told = told[told.index("end run completed") :]
+    assert [line for line in told if "span" in line] == [
+        "span test",
+        "end span",
+        "span validation",
+        "end span",
+        "span predict",
+        "end span",
+    ]
+    assert status_of(journal) == "completed"
 
 
 def test_a_run_of_the_users_stays_open(start: Start) -> None:

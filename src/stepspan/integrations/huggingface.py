@@ -14,7 +14,7 @@ SPLITS = ("eval", "test")
 
 @hooks
 class StepspanCallback(FrameworkCallback):
-    """Records a training by the `Trainer` in the open run; without one it starts one and ends it.
+    """Records a training by the `Trainer` in the open run; without one it starts one.
 
     - An epoch; a step for each optimizer step, numbered by `global_step` as it begins, so that resuming goes on.
       `data_wait` (s) is the time from the end of the last hook to the step: loader, collation and transfer of all its
@@ -22,8 +22,9 @@ class StepspanCallback(FrameworkCallback):
     - `validation` and `checkpoint` as spans, which begin where the step before ends; a checkpoint as an artifact of
       kind "checkpoint", too.
     - All metrics that the Trainer logs, at its step: `loss` is its mean since the last one, and `mean_train_loss` what
-      it logs as `train_loss` at the end: the mean of the whole training. `eval_loss` is `loss` of split `eval`. What is
-      evaluated outside of `train()` is recorded if a run is open.
+      it logs as `train_loss` at the end: the mean of the whole training. `eval_loss` is `loss` of split `eval`.
+    - A run that it has started ends with `train()`, and rests: it takes what `evaluate()` and `predict()` find then,
+      until another training begins or the process ends. What is evaluated before is recorded if a run is open.
     - Hyperparameters, total steps; samples (batch size times batches: too many in an epoch's last step), and tokens
       where `include_num_input_tokens_seen` is on.
 
@@ -126,7 +127,7 @@ class StepspanCallback(FrameworkCallback):
             self.loop.run.log_artifact(name, path, kind="checkpoint")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Called as `train()` ends: ends what is open, and the run if `on_train_begin` started it."""
+        """Called as `train()` ends: so does what is open, and the training of the run that `on_train_begin` started."""
         self.loop.end()
 
     def _end_step(self, control: Any) -> None:

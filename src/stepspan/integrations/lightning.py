@@ -20,7 +20,7 @@ STEP, EPOCH = "_step", "_epoch"
 
 @hooks
 class StepspanCallback(FrameworkCallback):
-    """Records a Lightning training in the open run; without one it starts one and ends it.
+    """Records a Lightning training in the open run; without one it starts one.
 
     - An epoch; a step for each optimizer step, numbered by `trainer.global_step` as it begins, so that resuming goes
       on. `data_wait` (s) is the time from the end of the last hook to the batch: loader and transfer to the device, and
@@ -28,6 +28,8 @@ class StepspanCallback(FrameworkCallback):
     - `validation`, `test`, `predict` and `sanity_check` as spans, with a step for each batch of `val` and `test`.
     - Every value of `self.log`, at its step, each step (not each `log_every_n_steps`): `loss`, its epoch's mean as
       `loss_epoch`; `val_loss` of a validation is `loss` of split `val`. What is given to a logger itself is not seen.
+    - A run that it has started ends with `fit()`, and rests: it takes what `test()`, `validate()` and `predict()` find
+      after it, until another training begins or the process ends.
     - Hyperparameters, total steps, samples (the first dimension of the batch's tensors, where all have the same),
       checkpoints (span and artifact of kind "checkpoint"), exceptions.
 
@@ -162,7 +164,7 @@ class StepspanCallback(FrameworkCallback):
         self.loop.end(exception)
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Called last of all: ends what is open, and the run if `setup` started it."""
+        """Called last of all: ends what is open, and the training of the run if `setup` started it."""
         _restore(trainer)
         self.loop.end()
 

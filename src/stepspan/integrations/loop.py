@@ -6,7 +6,9 @@ inside it. Nothing that goes wrong in a hook reaches training; only wrong argume
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +17,11 @@ from importlib import import_module
 from itertools import islice
 from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from weakref import WeakSet
 
+from stepspan.environment import switched_off
 from stepspan.errors import ConfigError
+from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.scopes import Scope
 from stepspan.run import DISABLED, Run, current_run
 from stepspan.start import check_arguments, start_run
@@ -24,6 +29,8 @@ from stepspan.values import error_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+log = logging.getLogger("stepspan")
 
 LEVELS = ("epoch", "phase", "step", "part")
 """Outermost first: a `phase` lies between steps, a `part` within one."""
@@ -45,6 +52,10 @@ class Loop:
         self.run: Run = DISABLED
         self._arguments = arguments
         self._owns_run = False
+        self._trained: Run = DISABLED
+        """The run of the last training that `begin` started one for: it rests, and takes what is evaluated."""
+        self._has_begun = False
+        """Whether a training has begun, or it was said that what is evaluated without a run is not recorded."""
         self._state: object = None
         """`state` of what trains, where the framework does not report exceptions."""
         self._open: dict[str, Scope] = {}
@@ -67,22 +78,34 @@ class Loop:
         """
         if self.run is not DISABLED:  # an exception ended the last training, and the framework did not report it
             self.end(status="interrupted")
-        if (unfinished := _STARTED.get(id(current_run()))) is not None and unfinished._was_interrupted():
-            unfinished.end(status="interrupted")
-        self.run = current_run()
+        for loop in list(_STARTED.values()):
+            if not loop._goes_on():
+                loop.end(status="interrupted")
+        self.run = OPEN_RUNS.here() or self._run_elsewhere(evaluates=identity is None)
+        if not self._has_begun:
+            self._has_begun = True
+            if self.run is DISABLED and identity is None and not switched_off(os.environ):
+                log.warning("stepspan: an evaluation is not recorded: put `with stepspan.start_run():` around it")
         if self.run is DISABLED and identity is not None:
             self.run, self._owns_run = start_run(**{**identity(), **self._arguments})._hold(), True
+            _OWNED.add(self.run)
             if state is not None and self.run is not DISABLED:
                 self._state, _STARTED[id(self.run)] = state, self
 
     def follow(self) -> bool:
-        """Outside of a training: follow the open run, and return whether there is one."""
-        if self.run is DISABLED or self.run.closed:
+        """Outside of a training: follow the run of the last training or else the open one.
+
+        Returns:
+            Whether there is one.
+
+        """
+        left = self._state is not None and self.scope_at("phase") is None and not self._goes_on("train")
+        if left or self.run is DISABLED or self.run.closed:
             self.begin(None)
         return self.run is not DISABLED
 
     def end(self, error: BaseException | None = None, *, status: str | None = None) -> None:
-        """Close all scopes, and the run if `begin` started it.
+        """Close all scopes, and let the run rest if `begin` started it: an evaluation may follow.
 
         Args:
             error: The exception that ended the training: the open scopes and the run have failed with it.
@@ -94,10 +117,9 @@ class Loop:
         run, owned = self.run, self._owns_run
         self.run, self._owns_run, self._state = DISABLED, False, None
         _STARTED.pop(id(run), None)
-        if owned and status is not None:
-            run.close(status)
-        elif owned:
-            _exit(run, error)
+        if owned:
+            self._trained = run
+            run._rest(error, status)
 
     def enter(self, level: str, scope: Scope) -> None:
         """Open a scope at a level, after closing what is open at that level and inside it.
@@ -169,22 +191,35 @@ class Loop:
         if total is not None:
             self.run.set_total_steps(total)
 
-    def _was_interrupted(self) -> bool:
-        """Whether no thread is in a method of the trainer any more."""
+    def _run_elsewhere(self, *, evaluates: bool) -> Run:
+        """The run to follow where none is open around this code: of another loop only one that rests."""
+        if evaluates and self._trained._rests and not self._trained.closed:
+            return self._trained
+        run = current_run()
+        if run._rests:
+            return run if evaluates else DISABLED
+        return DISABLED if run in _OWNED else run
+
+    def _goes_on(self, method: str | None = None) -> bool:
+        """Whether a thread is in this method of the trainer; None: in any."""
         for frame in sys._current_frames().values():
             inner: FrameType | None = frame
             while inner is not None:
-                if getattr(inner.f_locals.get("self"), "__dict__", {}).get("state") is self._state:
-                    return False
+                if method in {None, inner.f_code.co_name} and (
+                    getattr(inner.f_locals.get("self"), "__dict__", {}).get("state") is self._state
+                ):
+                    return True
                 inner = inner.f_back
-        return True
+        return False
 
 
+_OWNED: WeakSet[Run] = WeakSet()
+"""The runs that loops have started."""
 _STARTED: dict[int, Loop] = {}
 """`id` of an open run -> the loop that started it, whose framework does not report exceptions."""
 
 
-def _exit(scope: Scope | Run, error: BaseException | None) -> None:
+def _exit(scope: Scope, error: BaseException | None) -> None:
     scope.__exit__(type(error) if error else None, error, error.__traceback__ if error else None)
 
 

@@ -5,7 +5,8 @@ is time order. What a session can come to is one state machine, in one class:
 
     UNOPENED ──► OPEN ──► CLOSED                 by `close`; what comes later is counted as lost
        ▲          │
-       │          ├─────► ENDED ──► OPEN         others closed it, or deleted it: the next event opens another one
+       │          ├─────► ENDED ──► OPEN         others closed it, or deleted it, or its run rests: the next event
+       │          │                              opens another one
        └──────────┘                              by `after_fork`, in a child: its first event opens one of its own
 
 - What began in a session that has ended, ended with it: its end line is not written to the next session, and what would
@@ -183,18 +184,20 @@ class Journal:
                 self._busy = False
             return not self.session.waiting
 
-    def close(self, status: str) -> None:
-        """End the session, if one is open, and take nothing more.
+    def close(self, status: str, *, for_good: bool = True) -> None:
+        """End the session, if one is open.
 
         Args:
             status: "completed", "failed" or "interrupted"; `closed.json` keeps it.
+            for_good: Take nothing more. False: the next event opens another session.
 
         """
         with self._lock:
             session = self.session
             if session is None or session.closed:
                 return
-            busy, self._busy, self.state, self._next_check = self._busy, True, State.CLOSED, 0
+            busy, self._busy, self._next_check = self._busy, True, 0
+            self.state = State.CLOSED if for_good else State.ENDED
             session.unsettled |= busy  # a handler ends the run in the midst of a write
             interruption: BaseException | None = None
             try:

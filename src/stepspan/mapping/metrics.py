@@ -107,7 +107,7 @@ class MetricMapper:
             "epoch_begin": self._epoch_begin,
             "epoch_end": self._steps.close,
             "run_begin": self._run_begin,
-            "run_end": self._steps.close,
+            "run_end": self._run_end,
             "hyperparams": self._hyperparams,
             "error": self._error,
             "dropped": self._dropped,
@@ -404,6 +404,11 @@ class MetricMapper:
         self._set_info(event["ts"], {"name": event["name"], "group": event["group"]})
         self._progress.begin(self._start)
         self._add_progress(event["ts"])
+
+    def _run_end(self, event: Event) -> None:
+        self._steps.close(event)
+        if event.get("rests"):  # the last event for long, maybe: nothing may wait for the next one
+            self._add_cumulative(event["ts"])
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]

@@ -7,7 +7,7 @@ version of stepspan wrote, is refused with `JournalError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from stepspan.events import Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import DEAD_AFTER_S, Closed, read_closed, writer_is_dead
-from stepspan.journal.reader import EventBatch, JournalReader
+from stepspan.journal.reader import EventBatch, JournalReader, last_status
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Record, Signal
 
@@ -34,7 +34,7 @@ class Session:
     events: list[Event]
     """All events, the header first."""
     closed: Closed | None
-    """Its end; None while it is open, and after a crash until somebody has found it dead."""
+    """Its end, or that of a run that rests; None while it is open, and after a crash until it was found dead."""
 
     def records(self, signal: Signal) -> list[Record]:
         """The events as the records of one signal, with those of the session's end if it has ended."""
@@ -79,7 +79,9 @@ class SessionReader(AbstractContextManager["SessionReader"]):
         return read_batches(self._reader, Position(), closed=self.closed or ALL_LINES, size=size)
 
     def status(self, boot_id: str) -> str:
-        """How the session ended: as `closed.json` has it, else "interrupted" if its writer is dead, else "running".
+        """How the session ended: as `closed.json` has it, else as its run did.
+
+        One whose run has not ended is "interrupted" if its writer is dead, else "running".
 
         Args:
             boot_id: This host's boot. The lock of a session of the same boot tells whether its writer lives; any other
@@ -92,6 +94,9 @@ class SessionReader(AbstractContextManager["SessionReader"]):
         """
         if self.closed is not None:
             return self.closed.status
+        ended = last_status(self.path)
+        if ended is not None:
+            return ended
         dead = writer_is_dead(self.path, self.header, boot_id=boot_id, dead_after=DEAD_AFTER_S)
         return "interrupted" if dead else "running"
 
@@ -106,7 +111,13 @@ def read_session(path: SessionPath) -> Session:
     """
     with SessionReader(path) as reader:
         events = [event for batch in reader.batches() for event in batch.events]
-        return Session(reader.header, events, reader.closed)
+        return Session(reader.header, events, reader.closed or _end_of_run(events))
+
+
+def _end_of_run(events: Sequence[Event]) -> Closed | None:
+    """The end, for now, of a session whose run has ended and rests."""
+    status = next((event["status"] for event in reversed(events) if event["tag"] == "run_end"), None)
+    return None if status is None else Closed(events[-1]["seq"], events[-1]["ts"], status)
 
 
 def read_batches(

@@ -22,7 +22,7 @@ from contextvars import ContextVar
 from functools import wraps
 from threading import get_ident
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
-from weakref import ref
+from weakref import WeakSet, ref
 
 from stepspan.identity import Identity
 from stepspan.journal.writer import THREADS
@@ -34,6 +34,9 @@ INHERITED = "_stepspan_run"
 
 class OpenRun(Protocol):
     """What there is to know of a run here."""
+
+    _rests: bool
+    """Whether it has ended, and takes what is evaluated afterwards."""
 
     closed: bool
     _recorder: Recorder
@@ -93,6 +96,12 @@ class OpenRuns(Generic[RunT]):
         self._all: tuple[RunT, ...] = ()
         self._thread_start: tuple[Callable[..., None], Callable[..., None]] | None = None
         """`Thread.start` as it was, and what wraps it; None where nothing does."""
+        self._resting: tuple[RunT, ...] = ()
+        self._parked: WeakSet[RunT] = WeakSet()
+
+    def resting(self) -> tuple[RunT, ...]:
+        """Those that have ended and whose session is open for what is evaluated, the latest last."""
+        return self._resting
 
     def all(self) -> tuple[RunT, ...]:
         """All of them, the oldest first."""
@@ -107,9 +116,27 @@ class OpenRuns(Generic[RunT]):
             self._wrap_thread_start()
         self._make_current(run)
 
+    def rest(self, run: RunT) -> None:
+        """A run has ended and rests: it is current only where no other one is open."""
+        with self._lock:
+            self.remove(run)
+            self._resting = *self._resting, run
+
+    def park(self, run: RunT) -> None:
+        """A run that rests has no open session any more."""
+        with self._lock:
+            self.remove(run)
+            self._parked.add(run)
+
+    def that_may_record(self) -> tuple[RunT, ...]:
+        """All that something may be recorded in yet: open, resting and parked ones."""
+        return *self._all, *self._resting, *self._parked
+
     def remove(self, run: RunT) -> None:
         """Forget a run that has ended."""
         with self._lock:
+            self._resting = tuple(each for each in self._resting if each is not run)
+            self._parked.discard(run)
             self._openers.pop(run, None)
             self._bare.discard(run)
             self._all = tuple(self._openers)
@@ -134,7 +161,7 @@ class OpenRuns(Generic[RunT]):
                 f"current_run() is {oldest.job_id}, the oldest of {len(found)} open runs, in a thread that none of them"
                 " was opened in or around: log to the run itself, or start the thread within the run's `with` block",
             )
-        return found[0] if found else None
+        return found[0] if found else next(reversed(self._resting), None)
 
     def hold(self, run: RunT) -> None:
         """Something looks after a run, and will end it: no other run does."""
@@ -211,7 +238,7 @@ def _here() -> Current | None:
     for current in (_current.get(), getattr(thread, INHERITED, None)):
         while current is not None:
             run = current.run()
-            if run is not None and not run.closed:
+            if run is not None and not run.closed and not run._rests:
                 return current
             current = current.previous
     return None

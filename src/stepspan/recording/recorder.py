@@ -152,8 +152,10 @@ class JournalRecorder:
         """Stopped before the run ends; a forked child has none."""
         self.background_events = 0
         """How many events of the session came from background tasks."""
-        self.on_worker_session: Callable[[], None] = lambda: None
-        """Called as a forked worker opens a session of its own."""
+        self.on_session: Callable[[], None] = lambda: None
+        """Called as another session is opened: by a forked worker, or where the one before has ended."""
+        self.ended: str | None = None
+        """How the run has ended, where more is recorded afterwards."""
         self.scopes = Scopes(
             identity,
             journal,
@@ -283,6 +285,12 @@ class JournalRecorder:
         """Write to the journal how many values were dropped in all."""
         self._dropped.close()
 
+    def rest(self) -> None:
+        """Do what is due as the training ends, so that an evaluation may follow."""
+        self.stop_background_tasks()
+        self._deferred = None
+        self._dropped.flush()
+
     def training_events(self) -> tuple[object | None, int]:
         """The session, and how many of its events came from training."""
         session = self._journal.session
@@ -330,8 +338,8 @@ class JournalRecorder:
         session = os.urandom(8).hex()
         before = self._become_worker(session) if self._is_worker else None
         me = self.identity
-        if me.role:
-            self.on_worker_session()
+        if me.role or self._journal.session is not None:
+            self.on_session()
         header: Event = {
             "ts": 0,
             "seq": 0,
@@ -347,6 +355,7 @@ class JournalRecorder:
             "attempt": list(me.attempt),
             "launcher": me.launcher,
             "started": self.clock(),
+            **({} if self.ended is None else {"ended": self.ended}),
             "pid": os.getpid(),
             "host": me.host,
             "boot_id": self._boot_id,
@@ -382,6 +391,7 @@ class NullRecorder:
     active = False
     is_substitute = False
     defers = False
+    ended: str | None = None
     session = None
     warnings = WarningSink(audible=False)
     scopes: Scopes = NullScopes()
@@ -430,6 +440,9 @@ class NullRecorder:
 
     def stop_background_tasks(self) -> None:
         """Do nothing: there are no background tasks."""
+
+    def rest(self) -> None:
+        """Do nothing: there is nothing to stop, and nothing to begin anew."""
 
     def report_journal_errors(self) -> None:
         """Do nothing: there is no journal."""

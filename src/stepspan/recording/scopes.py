@@ -324,20 +324,21 @@ class Scopes:
         except Exception as error:
             self._warn("begin", f"a {scope.tag} could not be begun: {error_text(error)}", key=scope.tag)
 
-    def end(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
+    def end(self, scope: Scope, error: BaseException | None, status: str | None = None, *, rests: bool = False) -> None:
         """Close a scope and whatever is still open inside it.
 
         Args:
             scope: What ends; nothing is done where it is not open.
             error: The exception that leaves it, if any.
             status: Of one that no exception has failed.
+            rests: Whether it is a run that takes more afterwards.
 
         """
         if scope.session is None:
             return
         if self._current.get() is not scope:
             self._end_inside(scope, error)
-        self._close(scope, error, status)
+        self._close(scope, error, status, rests=rests)
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
@@ -455,8 +456,11 @@ class Scopes:
         """Whether a step or epoch is open, or training steps are missing."""
         if any(scope.tag in {"epoch", "step"} and not _may_be_left(scope) for scope in self.open()):
             return True
-        done = [number + 1 for split, (_, number, _) in self._laps.items() if split not in EVALUATION_SPLITS]
-        return self.total_steps is not None and self.total_steps > max(done, default=0)
+        if self.total_steps is None:
+            return False
+        trained = [number for split, (_, number, _) in self._laps.items() if split not in EVALUATION_SPLITS]
+        last = max(trained) if trained else self.steps.training_step(None)
+        return last is None or last + 1 < self.total_steps
 
     def parent_seq(self) -> int:
         """The `seq` of the innermost scope's begin line; 0 for none in this session."""
@@ -534,7 +538,9 @@ class Scopes:
                 return
         self._record_error(error)
 
-    def _close(self, scope: Scope, error: BaseException | None, status: str | None = None) -> None:
+    def _close(
+        self, scope: Scope, error: BaseException | None, status: str | None = None, *, rests: bool = False
+    ) -> None:
         """Close a scope alone, with the steps that go on side by side within it."""
         loop, ended = scope.loop if _is_loop_step(scope) else None, scope.abandoned_at
         if loop is not None and loop.maybe_left_at:
@@ -571,6 +577,8 @@ class Scopes:
                 self._exits.pop(get_ident(), None)  # one that was caught
             if status is not None:
                 event["status"] = status
+            if rests:
+                event["rests"] = True
             if scope.session is self._journal.session:
                 self._emit(event, scope)
                 if scope.tag == "span" and scope.loop is not None:

@@ -147,8 +147,12 @@ class DroppedValues:
 
     def close(self) -> None:
         """Write what is not written yet; nothing is written afterwards."""
+        self._closed = True
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
         with self._lock:
-            self._closed = True
             events = [self._event(key) for key in list(self._unwritten)]
         for event in events:
             self._write(event)
