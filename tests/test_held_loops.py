@@ -170,6 +170,22 @@ def test_a_validation_within_a_step_is_a_part_of_it(hold: Callable[..., Iterable
     assert len(durations(recording, "val")) == 6
 
 
+def test_a_held_validation_that_was_left_within_a_step(hold: Callable[..., Iterable[int]]) -> None:
+    clock = FixedClock()
+    with recorded_run(clock=clock) as recording:
+        run = recording.run
+        for _ in hold(run.steps(range(3))):
+            run.log_metrics({"loss": 1.0})
+            for batch in hold(run.steps(range(9), split="val")):
+                run.log_metrics({"loss": 2.0})
+                if batch == 1:
+                    break
+            clock.advance(VALIDATION_S)
+    assert max(durations(recording, "val")) < 10
+    assert [duration // 1000 for duration in durations(recording)] == [10, 10, 10]
+    assert recording.values("training.step.number", split="val") == [0, 0, 1, 1, 2, 2]
+
+
 def test_nested_loops_are_nested_whatever_their_splits() -> None:
     clock = FixedClock()
     with recorded_run(clock=clock) as recording:

@@ -616,6 +616,9 @@ class Scopes:
             inner = inner.parent
         if inner is scope:  # otherwise this is another thread or task, whose scopes are its own
             for left_open in inside:
+                loop = left_open.loop
+                if loop is not None and loop is not scope.loop and error is None and _is_loop_step(scope):
+                    self._follow(loop, NESTED)  # the loop around it goes on
                 if left_open.session is not None:
                     self._close(left_open, error)
 
