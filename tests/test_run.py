@@ -124,7 +124,7 @@ def test_what_comes_after_close_is_counted_and_told_once(start: Start, caplog: p
         lambda: run.log_metrics({"x": 1.0}),
         lambda: run.log_scalar("x", 1.0),
         lambda: run.log_hyperparams({"lr": 1}),
-        lambda: run.log_artifact("a", "b"),
+        lambda: run.log_artifact("a", __file__),
         lambda: run.log_event("late"),
         lambda: run.log_error(ValueError("late")),
         lambda: run.epoch(1).__enter__(),

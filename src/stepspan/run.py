@@ -27,6 +27,7 @@ from stepspan.recording.outcomes import STATUSES, to_status
 from stepspan.recording.past import past_time
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
 from stepspan.recording.scopes import Scope
+from stepspan.recording.spelling import nearest_parameter
 from stepspan.recording.steps import Amount, Steps
 from stepspan.values import error_text, to_float, to_integer, to_text
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SPAN_PARAMETERS = ("collective", "cuda")
+EVENT_PARAMETERS = ("status",)
+"""What attributes may have been meant for, by their type."""
 CLOSE_TIMEOUT_S = 5.0
 """How long the end of a run waits for a receiver that answers."""
 MAX_INTEGER = 1 << 63
@@ -253,7 +257,7 @@ class Run:
 
         Args:
             name: What it is.
-            path: Where it lies.
+            path: Where it lies. A path, not a URL, at which there is nothing is recorded with a warning.
             kind: Any word. `kind="checkpoint"` feeds `training.run.checkpoint_time`, the metric behind the dashboards'
                 age of the last checkpoint and its alert.
 
@@ -264,7 +268,11 @@ class Run:
         def fields() -> Event:
             number = self._scopes.training_step()
             step = {} if number is None else {"step": number}
-            return {"name": to_text(name), "path": os.fsdecode(path), "kind": to_text(kind), **step}
+            where = os.fsdecode(path)
+            if "://" not in where and not os.path.exists(where):
+                message = f"artifact {to_text(name):.80}: there is no {where:.200}; recorded all the same"
+                self._warn_once("artifact", message, key=to_text(name))
+            return {"name": to_text(name), "path": where, "kind": to_text(kind), **step}
 
         self._scopes.follow()
         self._recorder.record("artifact", fields)
@@ -281,6 +289,7 @@ class Run:
         if self._unused:
             self._begin_use()
         state = {} if status is None else {"status": to_text(status)}
+        self._check_spelling("event", str, attributes, EVENT_PARAMETERS)
         self._recorder.record(
             "event",
             lambda: {"name": to_text(name), **state, **self._recorder.json_fields("event", "attributes", attributes)},
@@ -349,6 +358,7 @@ class Run:
                 begin["collective"] = True
             if attributes:
                 begin |= self._recorder.json_fields("span", "attributes", attributes)
+                self._check_spelling("span", bool, attributes, SPAN_PARAMETERS)
             if cuda and self._active:
                 from stepspan.recording.cuda_spans import device_span
 
@@ -618,6 +628,13 @@ class Run:
             OPEN_RUNS.rest(self)
         if self.identity.role:
             self._close_with_worker()
+
+    def _check_spelling(self, tag: str, kind: type, attributes: Mapping[str, Any], parameters: tuple[str, ...]) -> None:
+        """Warn of an attribute of a parameter's type whose name is nearly that of the parameter."""
+        for name, value in attributes.items():
+            if type(value) is kind and (meant := nearest_parameter(name, parameters)) is not None:
+                message = f"{tag} attribute {name}={value!r:.40}: did you mean {meant}={value!r:.40}? Recorded as it is"
+                self._warn_once(tag, message, key=name)
 
     def _close_with_worker(self) -> None:
         """A worker of multiprocessing leaves past atexit: close the run by its own way of ending."""

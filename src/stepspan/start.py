@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
-from stepspan.environment import switched_off
+from stepspan.environment import switched_off, unknown_variables
 from stepspan.errors import ConfigError
 from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
@@ -247,7 +247,9 @@ def open_run(
     run = Run(recorder, pipeline, delivery, name=settings.name, tags=settings.tags)
     _start_background_tasks(run, settings)
     for warning in (*identity_warnings, *resource_warnings):
-        run._warn_once(warning, warning)
+        run._warn_once("identity", warning, key=warning)
+    for variable, warning in unknown_variables(os.environ, type(settings).model_fields).items():
+        run._warn_once("environment", warning, key=variable)
     _announce(run, settings.directory, journal)
     return run
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from stepspan._version import __version__
 from stepspan.config import Settings, load
+from stepspan.environment import unknown_variables
 from stepspan.errors import ConfigError
 from stepspan.events import SCHEMA
 from stepspan.identity import host_facts, resolve, resource_attributes
@@ -94,7 +95,7 @@ def _identity(findings: Findings, directory: Path, service_name: str | None) -> 
         findings.fact(field, f"{getattr(identity, field)}  ({identity.sources[field]})")
     findings.fact("launcher", identity.launcher)
     findings.fact("service.name", attributes["service.name"])
-    for warning in (*identity.warnings, *warnings):
+    for warning in (*identity.warnings, *warnings, *unknown_variables(os.environ, Settings.model_fields).values()):
         findings.fact("warning", warning)
     if identity.may_merge:
         findings.failure(
