@@ -7,9 +7,11 @@ import itertools
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import pytest
+from harness import runs
 
 from stepspan.run import Run
 from stepspan.testing import FixedClock, Recording, recorded_run
@@ -472,3 +474,26 @@ def test_a_held_zip_ends_on_both_sides_where_it_was_left() -> None:
             run.log_metrics({"val/accuracy": 0.5})
     assert len(durations(recording, "a")) == len(durations(recording, "b")) == 4
     assert max(durations(recording, "a") + durations(recording, "b")) < 20
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ('run.log_metrics({"val/loss": 1.0}); sys.exit(0)', "interrupted"),  # within the step, as a SIGTERM handler may
+        ("break", "completed"),
+    ],
+    ids=["exit", "break"],
+)
+def test_the_end_of_a_program_that_holds_its_loop(tmp_path: Path, body: str, status: str) -> None:
+    code = f"""
+        import sys, stepspan
+        run = stepspan.start_run(job_id="job")
+        held = enumerate(run.steps(range(9)))
+        for _ in held:
+            run.log_metrics({{"loss": 1.0}})
+            {body}
+    """
+    done = runs.python(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (session,) = runs.sessions(tmp_path / "stepspan-runs").values()
+    assert runs.status_of(session) == status

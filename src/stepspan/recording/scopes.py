@@ -442,19 +442,22 @@ class Scopes:
             status, _ = self._exits[thread]
         else:
             status = self._outcomes.of(error)
-            if status == "completed" and self.is_unfinished():
+            if status == "completed" and self._is_unfinished(self.open()):
                 status = "interrupted"
         self._exits[thread] = status, None if error.__traceback__ else error
 
     def exit_here(self) -> tuple[Status, BaseException | None]:
         """How the run ends where this thread ends the program, and the exit where it is still to be recorded."""
-        if get_ident() in self._exits:
-            return self._exits[get_ident()]
-        return "interrupted" if self.is_unfinished() else "completed", None
+        thread = get_ident()
+        if thread in self._exits:
+            return self._exits[thread]
+        # The program's code has come to its end, so no loop of this thread goes on, whoever holds it.
+        left_open = [scope for scope in self.open() if scope.thread != thread or not _is_loop_step(scope)]
+        return "interrupted" if self._is_unfinished(left_open) else "completed", None
 
-    def is_unfinished(self) -> bool:
+    def _is_unfinished(self, left_open: list[Scope]) -> bool:
         """Whether a step or epoch is open, or training steps are missing."""
-        if any(scope.tag in {"epoch", "step"} and not _may_be_left(scope) for scope in self.open()):
+        if any(scope.tag in {"epoch", "step"} for scope in left_open):
             return True
         if self.total_steps is None:
             return False
