@@ -139,6 +139,28 @@ def test_ranks_that_end_at_once_have_all_arrived(contained: Any, tmp_path: Path)
         assert losses(receiver) == {0.0, 1.0, 2.0, 3.0}
 
 
+def test_a_process_of_multiprocessing_waits_for_a_deliverer_at_work_as_it_ends(contained: Any, tmp_path: Path) -> None:
+    code = """
+    import multiprocessing, os, stepspan
+    def rank(number):
+        with stepspan.start_run(job_id="pod", rank=number, local_rank=number, world_size=2) as run:
+            run.log_metrics({"loss": number})
+    if __name__ == "__main__":
+        with stepspan.start_run(job_id="pod", rank=0, local_rank=0, world_size=2) as run:
+            run.log_metrics({"loss": 0})
+            assert run.flush(20)
+            process = multiprocessing.get_context("spawn").Process(target=rank, args=(1,))
+            process.start()
+            process.join()
+            os._exit(0)  # and the deliverer with it
+    """
+    with ScriptedReceiver() as receiver:
+        (tmp_path / "ranks.py").write_text(textwrap.dedent(code))
+        found = contained("import runpy; runpy.run_path('ranks.py', run_name='__main__')", receiver.url)
+        assert found.returncode == 0, found.stderr
+        assert losses(receiver) == {0.0, 1.0}
+
+
 TIMED = """
 import stepspan, time
 run = stepspan.start_run(job_id="pod")

@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -255,10 +256,9 @@ class ProcessDelivery(Delivery):
         self._leaves_it_to_first_rank = False
         self._check()
         super().close(session, timeout)
-        if session is not None:
-            for each in (session, *_ended_workers(session)):
-                if not self._is_delivered(each):
-                    _unfound.append((self, each))
+        for each in _with_ended_workers(session):
+            if not self._is_delivered(each):
+                _await_at_exit(self, each)
         self._warn_of_failures(session)
         self.after_fork()
 
@@ -382,7 +382,9 @@ class ThreadDelivery(Delivery):
     def close(self, session: Path | None, timeout: float) -> None:
         """As the base, at full speed; then the threads end."""
         self._closing.set()
-        super().close(session, timeout)
+        deadline = time.monotonic() + timeout
+        for each in _with_ended_workers(session):
+            super().close(each, deadline - time.monotonic())
         self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
 
     def after_fork(self) -> None:
@@ -408,13 +410,25 @@ _unfound: deque[tuple[ProcessDelivery, Path]] = deque(maxlen=MAX_UNFOUND)
 """What was not delivered as its run ended, perhaps because no deliverer had found it."""
 
 
-def _ended_workers(session: Path) -> Iterator[Path]:
-    """The sessions of a run's forked workers that have ended just now. `session`: the run's own."""
-    own = SessionPath.of(session)
-    for found in find_sessions(session.parent) if own else ():
-        is_worker = own is not None and found.rank == own.rank and "worker" in found.path.name
+def _with_ended_workers(session: Path | None) -> Iterator[Path]:
+    """A run's session, if it has one, and those of its forked workers that have ended just now."""
+    own = SessionPath.of(session) if session else None
+    if session is None or own is None:
+        return
+    yield session
+    for found in find_sessions(session.parent):
+        is_worker = found.rank == own.rank and found.role.startswith(f"{own.role}worker")
         if is_worker and quiet_for(found.path) < WORKER_LIMIT_S and not is_alive_here(found.path):
             yield found.path
+
+
+def _await_at_exit(delivery: ProcessDelivery, session: Path) -> None:
+    if not _unfound:  # a process of multiprocessing leaves past atexit, once its own finalizers have run
+        parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
+        finalize = getattr(sys.modules.get("multiprocessing.util"), "Finalize", None)
+        if parent and finalize and parent():
+            finalize(None, _await_unfound, exitpriority=-1)
+    _unfound.append((delivery, session))
 
 
 def _await_unfound() -> None:
