@@ -270,6 +270,7 @@ def test_a_training_process_imports_what_starts_a_deliverer_and_nothing_that_del
         "deliver.spawn",
     }
     assert {name for name in below if name.startswith("mapping.")} <= {
+        "mapping.clock",
         "mapping.ids",
         "mapping.names",
         "mapping.records",
