@@ -554,10 +554,12 @@ class Scopes:
             if error is not None:
                 loop.go_on()  # until this
         try:
-            for step in [step for step in self._adjacent.values() if step.parent is scope]:
+            for step in [step for step in list(self._adjacent.values()) if step.parent is scope]:
                 self._close(step, error)
             if scope.tag == "run":  # and what was left in threads that nothing was recorded in since
-                for step in [step for step in self._loop_steps.values() if step.abandoned_at or _may_be_left(step)]:
+                for step in [
+                    step for step in list(self._loop_steps.values()) if step.abandoned_at or _may_be_left(step)
+                ]:
                     self._close(step, None)
             for call in scope.on_exit:
                 call()
@@ -652,7 +654,7 @@ class Scopes:
         while inner.tag == "epoch" and inner.parent is not None:
             inner = inner.parent
         if scope.tag == "step" and split == loop.split and loop.followed == EVALUATION and inner is step:
-            for adjacent in [each for each in self._adjacent.values() if each.adjacent_to is step]:
+            for adjacent in [each for each in list(self._adjacent.values()) if each.adjacent_to is step]:
                 self._close(adjacent, None)
             self._close(step, None)
             return self.innermost()
@@ -662,7 +664,7 @@ class Scopes:
     def _follow(self, loop: StepLoop, by: int) -> None:
         """Something follows the last thing in a loop's step, and in those that go on side by side with it."""
         loop.follow(by)
-        for step in self._adjacent.values():
+        for step in list(self._adjacent.values()):
             if step.adjacent_to is loop.step and step.loop is not None:
                 step.loop.ts = max(step.ts, loop.maybe_left_at)
                 step.loop.follow(by)
@@ -688,7 +690,7 @@ class Scopes:
 
     def _end_abandoned(self) -> None:
         """End the detached steps whose loop was left: no scope around them will notice soon."""
-        for step in [step for step in self._adjacent.values() if step.abandoned_at]:
+        for step in [step for step in list(self._adjacent.values()) if step.abandoned_at]:
             self._close(step, None)
 
     def _innermost_of_main(self) -> Scope | None:
