@@ -223,3 +223,14 @@ def test_a_curve_of_the_past_waits_for_a_receiver_that_is_away() -> None:
     isolation = Isolation(lambda records: Outcome(Verdict.RETRY, "away"))
     assert isolation.run(past(10, PAST_A)).verdict is Verdict.RETRY
     assert not isolation.rejected
+
+
+def test_points_of_a_wrong_clock_are_rejected_where_they_are_too_old_and_hold_nothing() -> None:
+    receiver = PastReceiver({"a": 10**9, "live": 50})
+    isolation = Isolation(receiver, wrong_before=60)
+    points: list[Any] = [(LIVE, 40, 1.0), (PAST_A, 41, 1.0), (LIVE, 55, 1.0), (LIVE, 100, 1.0)]
+    assert isolation.run(points).verdict is Verdict.DELIVERED
+    rejected: list[Any] = isolation.rejected
+    assert [(point.series.name, point.time) for point, _ in rejected] == [("live", 40), ("a", 41)]
+    assert all("the clock was wrong" in why for _, why in rejected)
+    assert isolation.delivered == 2

@@ -130,7 +130,12 @@ def test_a_wait_of_a_device_is_not_overdue_because_the_clock_was_set() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "ahead", "words"),
-    [({"forward": 259_200 * SECOND}, -259_200.0, "72 h"), ({"ahead": 1200 * SECOND}, 1200.0, "20 min")],
+    [
+        ({"forward": 259_200 * SECOND}, -259_200.0, "72 h 0 min behind"),
+        ({"ahead": 1200 * SECOND}, 1200.0, "20 min 0 s ahead"),
+        ({"before": 1200 * SECOND}, 1200.0, "20 min 0 s ahead"),
+        ({"before": -1200 * SECOND}, -1200.0, "20 min 0 s behind"),
+    ],
 )
 def test_a_log_record_says_by_how_much_the_clock_was_wrong(fields: dict[str, Any], ahead: float, words: str) -> None:
     s = SessionEvents()
@@ -139,7 +144,7 @@ def test_a_log_record_says_by_how_much_the_clock_was_wrong(fields: dict[str, Any
     (record,) = s.records("logs")
     assert (record.event_name, record.attributes) == ("stepspan.clock", {"ahead": ahead})
     assert words in record.body
-    assert record.body == clock_text(ahead)
+    assert record.body == clock_text(s.events[-1])
 
 
 def test_a_session_without_such_events_is_not_touched() -> None:

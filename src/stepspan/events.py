@@ -268,9 +268,12 @@ class Gap(Line):
 
 
 class ClockSet(Line):
-    """The wall clock turned out to be another one than the journal's, which was set right by one of the two."""
+    """The wall clock turned out to be another one than the journal's, which was set right in one of three ways."""
 
     tag: Literal["clock"]
+    before: NotRequired[
+        Annotated[int, "ns that it was ahead (negative: behind) as the session began; nothing shows it"]
+    ]
     forward: NotRequired[Annotated[int, "ns that event time skipped just before this line: the clock was behind"]]
     ahead: NotRequired[
         Annotated[int, "ns that the clock is ahead: event time takes twice as long for the next so many"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from stepspan.events import Event
-from stepspan.mapping.clock import clock_text, seconds_ahead
+from stepspan.mapping.clock import clock_text
 from stepspan.mapping.names import split_in_key
 from stepspan.values import format_seconds
 
@@ -124,5 +124,5 @@ ROWS: Mapping[str, EventText] = {
     "memory": lambda e, _: f"device {e['device_id']}: {format_fields(e['counters'])}",
     "otel": lambda e, _: f"OpenTelemetry {e['signal']}: {e['record'].get('name') or e['record'].get('body', '')}",
     "gap": lambda e, _: f"{e['dropped']} events before this one could not be written: {e['why']}",
-    "clock": lambda e, _: clock_text(seconds_ahead(e)),
+    "clock": lambda e, _: clock_text(e),
 }

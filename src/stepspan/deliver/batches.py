@@ -115,6 +115,16 @@ class BatchReader:
         position = replace(position, held_until=fold.held[1], released=now)
         return Batch(records, position, Ledger(mapped=len(records)))
 
+    def wrong_before(self, position: Position) -> int:
+        """The time before which the clock is known to have been wrong, by what follows a position; 0: it is not known.
+
+        Unix ns. It lies in the middle of what event time skipped: rows of points may run a little ahead of their lines.
+        """
+        if self._signal != "metrics":
+            return 0
+        jump = self._reader.next_jump(position)
+        return int(jump["ts"]) - int(jump["forward"]) // 2 if jump else 0
+
     def forget(self) -> None:
         """Give up the last batch: it will be read again, from the position where it began."""
         self._mapper = None

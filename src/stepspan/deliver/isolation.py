@@ -33,6 +33,7 @@ PAST = (
     "the program gave this point its time, and the receiver does not take it; "
     "`stepspan sync --rejected` sends it again: "
 )
+WRONG_CLOCK = "the clock was wrong when this point was recorded, and the receiver does not take its time: "
 STRIDE_DIVISOR = 8
 """Of points of one series that are too old, one is sent alone for every eighth part of those before it."""
 
@@ -48,6 +49,8 @@ class Isolation:
     """A record that the receiver has taken."""
     maybe_out_of_window: Callable[[Record], bool] = lambda record: False
     """Whether a record's time may be why it is refused."""
+    wrong_before: int = 0
+    """Unix ns: the clock of points before this is known to have been wrong. They go as those whose time was given."""
     delivered: int = 0
     dropped: int = 0
     """Records of accepted requests that the receiver says it did not take, without saying which."""
@@ -61,7 +64,7 @@ class Isolation:
 
     def run(self, records: Sequence[Record]) -> Outcome:
         """Send all of them; anything but DELIVERED means: nothing counts, do as it says."""
-        past, records = split_past(records)
+        past, records = split_past(records, self.wrong_before)
         stopped = (self._offer_past(past) if past else None) or (self._offer(records) if records else None)
         if stopped is not None:
             return stopped
@@ -132,7 +135,9 @@ class Isolation:
         return None
 
     def _reject_past(self, points: Sequence[PastPoint], outcome: Outcome) -> None:
-        self.rejected += [(point, PAST + outcome.message) for point in points]
+        self.rejected += [
+            (point, (WRONG_CLOCK if point.time < self.wrong_before else PAST) + outcome.message) for point in points
+        ]
         self._rejected_of_past += len(points)
 
     def _count_delivered(self, records: int, outcome: Outcome) -> bool:

@@ -71,6 +71,8 @@ class DeliveryTask:
         self._options = options
         self._backoff = Backoff(options.jitter)
         self._known_good_record: Record | None = None
+        self._wrong_before = 0
+        """The time (Unix ns) before which the journal's clock is known to have been wrong."""
         self._batch: Batch | None = None
         """The one that is tried again."""
         with ExitStack() as files:  # it is tried again and again: descriptors must not pile up
@@ -145,8 +147,15 @@ class DeliveryTask:
         batch = self._batch or self._batches.read(self.position, until, self._end)
         if batch is None:
             return False
-        isolation = Isolation(self._send, self._known_good_record, self._maybe_out_of_window)
+        isolation = self._isolation()
         outcome = isolation.run(batch.records) if batch.records else Outcome(Verdict.DELIVERED)
+        if (
+            outcome.verdict is Verdict.HOLD
+            and (wrong := self._batches.wrong_before(self.position)) > self._wrong_before
+        ):
+            self._wrong_before = wrong  # no window is too small for these: they need not be waited for
+            isolation = self._isolation()
+            outcome = isolation.run(batch.records)
         if outcome.verdict is Verdict.DELIVERED:
             self._batch = None
             if isolation.rejected:
@@ -163,6 +172,9 @@ class DeliveryTask:
     def close(self) -> None:
         """Close the journal's and the cursor's files; the next task goes on from the cursor."""
         self._files.close()
+
+    def _isolation(self) -> Isolation:
+        return Isolation(self._send, self._known_good_record, self._maybe_out_of_window, self._wrong_before)
 
     def _send(self, records: Sequence[Record]) -> Outcome:
         try:

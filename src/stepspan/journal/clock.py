@@ -10,6 +10,7 @@ that NTP makes all the time reach this clock by the kernel's.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 from stepspan.events import MILLISECOND_NS, SECOND_NS
@@ -27,6 +28,10 @@ MAX_READINGS = 10
 class Clock:
     """The time in Unix nanoseconds.
 
+    Args:
+        since: Gives nanoseconds since some moment; by default since the machine was started, its sleep included.
+        wall: Gives Unix nanoseconds, right or wrong; by default the system's.
+
     Attributes:
         since: Nanoseconds since some moment: what durations are measured with. It is never set.
         correction: What the clock was last found ahead of the wall clock by, ns; negative: behind. 0 once that has been
@@ -34,12 +39,14 @@ class Clock:
 
     """
 
-    def __init__(self) -> None:
+    def __init__(self, since: Callable[[], int] | None = None, wall: Callable[[], int] | None = None) -> None:
         with_sleep = getattr(time, "CLOCK_BOOTTIME", None)
-        self.since = time.monotonic_ns if with_sleep is None else partial(time.clock_gettime_ns, with_sleep)
+        default = time.monotonic_ns if with_sleep is None else partial(time.clock_gettime_ns, with_sleep)
+        self.since: Callable[[], int] = since or default
+        self._wall = wall or (lambda: time.time_ns())
         self.correction = 0
-        now, wall, _ = self._read()
-        self._setting = wall - now, 0
+        now, unix, _ = self._read()
+        self._setting = unix - now, 0
         """What is added to `since`, and until when (by `since`) the clock runs at half speed."""
         self.interval = FIRST_INTERVAL_NS
         """Until the next comparison, by `since`."""
@@ -58,21 +65,27 @@ class Clock:
         """Nanoseconds that are still to be made up."""
         return max(0, self._setting[1] - self.since()) // 2
 
-    def compare_if_due(self) -> None:
-        """Compare with the wall clock, where it is time to, and set this one right."""
-        if self.correction or self.since() < self._compare_at:
+    def set_back(self) -> None:
+        """Be right at once, although time goes back by that: where nothing is kept of the time so far."""
+        self._setting, self.correction = (self._setting[0], 0), 0
+
+    def compare_if_due(self, *, now: bool = False) -> None:
+        """Compare with the wall clock, where it is time to or `now`, and set this one right."""
+        due = self.since() >= self._compare_at
+        if self.correction or not (due or now):
             return
-        now, wall, at_once = self._read()
-        self._compare_at, self.interval = now + self.interval, min(2 * self.interval, LAST_INTERVAL_NS)
-        if not at_once or abs(self._setting[0] + now - wall) <= TOLERANCE_NS:
+        passed, wall, at_once = self._read()
+        if due:
+            self._compare_at, self.interval = passed + self.interval, min(2 * self.interval, LAST_INTERVAL_NS)
+        if not at_once or abs(self._setting[0] + passed - wall) <= TOLERANCE_NS:
             return
-        ahead = self._setting[0] + max(0, self._setting[1] - now) // 2 + now - wall
-        self._setting, self.correction = (wall - now, now + 2 * max(0, ahead)), ahead
+        ahead = self._setting[0] + max(0, self._setting[1] - passed) // 2 + passed - wall
+        self._setting, self.correction = (wall - passed, passed + 2 * max(0, ahead)), ahead
 
     def _read(self) -> tuple[int, int, bool]:
         """This moment by `since` and by the wall clock, and whether both were read at once."""
         for _ in range(MAX_READINGS):
-            before, wall, after = self.since(), time.time_ns(), self.since()
+            before, wall, after = self.since(), self._wall(), self.since()
             if after - before <= MAX_READING_NS:
                 break
         return (before + after) // 2, wall, after - before <= MAX_READING_NS

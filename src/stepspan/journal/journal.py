@@ -25,6 +25,8 @@ is time order. What a session can come to is one state machine, in one class:
 from __future__ import annotations
 
 import enum
+import errno
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -39,6 +41,10 @@ from stepspan.journal.liveness import exclusive
 from stepspan.journal.location import choose_location, directory_mode
 from stepspan.journal.writer import Begun, SessionWriter
 
+YOUNG_NS = SECOND_NS
+"""For so long a clock that turns out to be wrong is taken for one that was set as the run began."""
+MAX_YOUNG = 1000
+"""Events that are remembered meanwhile."""
 MAX_INTERRUPTIONS = 10
 """Exceptions that the end of a session outlasts."""
 
@@ -81,8 +87,8 @@ class Journal:
         self.session: SessionWriter | None = None
         """The session that events go to now; None where the next event opens the first one of this process."""
         self.state = State.UNOPENED
-        self.clock_ahead = 0
-        """By how many ns the clock was last found ahead (negative: behind), until whoever reports it clears it."""
+        self.clock_event: Event | None = None
+        """How the clock was set, until whoever reports it clears it."""
         self._disk = disk
         self._header: Callable[[], Event] | None = None
         self._job = self._host = ""
@@ -94,6 +100,9 @@ class Journal:
         """When an event is looked at more closely; when the session and its disk are. Unix ns."""
         self._clock_line: Event | None = None
         """What is to be written of the clock."""
+        self._young: list[tuple[Event, Begun | None]] | None = None
+        """What was written in the first moments; None once they are over."""
+        self._young_until = 0
 
     def open(self, header: Callable[[], Event], *, job_id: str, host: str) -> None:
         """Open the first session.
@@ -112,6 +121,8 @@ class Journal:
             self._busy = True
             try:
                 self._open_session()
+                if isinstance(self.clock, Clock):
+                    self._young, self._young_until = [], self.clock.since() + YOUNG_NS
             finally:
                 self._busy = False
 
@@ -149,7 +160,7 @@ class Journal:
             try:
                 ts = self.clock()
                 if ts >= self._next_check or session is not self.session:
-                    ts = self._admit(event, session, ts)
+                    ts = self._admit(event, begun, session, ts)
                 if ts:
                     self.session.write(event, ts, begun)  # type: ignore[union-attr] # `_admit` sees to it
                 while self._interrupting:
@@ -224,10 +235,11 @@ class Journal:
             self.session.forget()
         self._lock = threading.RLock()
         self._busy = self._upkeep_due = False
+        self._young = None
         self._interrupting.clear()
         self.session, self.state, self._next_check, self._next_maintenance = None, State.UNOPENED, 0, 0
 
-    def _admit(self, event: Event, session: SessionWriter | None, ts: int) -> int:
+    def _admit(self, event: Event, begun: Begun | None, session: SessionWriter | None, ts: int) -> int:
         """See to it that a session is open for an event that was made in `session`.
 
         Returns:
@@ -239,7 +251,7 @@ class Journal:
             return 0
         clock = self.clock if isinstance(self.clock, Clock) else None
         if clock is not None:
-            clock.compare_if_due()
+            clock.compare_if_due(now=self._young is not None)
         if self.state is State.OPEN and ts >= self._next_maintenance:
             self._check(ts)
         if session is not None and (self.state is State.ENDED or session is not self.session):
@@ -252,10 +264,15 @@ class Journal:
             self._check(self.clock())
             if clock is not None:
                 self._write_clock(clock, clock.ahead)
-        elif clock is not None and clock.correction:
+        elif clock is not None and clock.correction and not self._begin_anew(clock):
             self._write_clock(clock, clock.correction)
         ts = self.clock()
         self._next_check = self._next_maintenance if clock is None else min(self._next_maintenance, ts + clock.interval)
+        if clock is not None and self._young is not None:
+            self._young.append((event, begun))
+            self._next_check = 0
+            if clock.since() > self._young_until or len(self._young) > MAX_YOUNG:
+                self._young = None
         return ts
 
     def _check(self, ts: int) -> None:
@@ -271,16 +288,51 @@ class Journal:
 
     def _write_clock(self, clock: Clock, ahead: int) -> None:
         """Write down that the clock is ahead by so many ns or, negative, was behind; nothing for 0."""
+        if ahead and self._clock_line is None:
+            self._clock_line = _clock_event(**{"ahead": ahead} if ahead > 0 else {"forward": -ahead})
+        event, self._young = self._clock_line, None
         assert self.session is not None
-        if ahead:
-            if self._clock_line is None:
-                field = {"ahead": ahead} if ahead > 0 else {"forward": -ahead}
-                self._clock_line = {"ts": 0, "seq": 0, "tag": "clock", **field}
-            if not 0 < self._clock_line["seq"] <= self.session.seq:  # or it was written before an exception came
-                self.session.write(self._clock_line, clock())
+        if event is not None and not 0 < event["seq"] <= self.session.seq:  # or it was, before an exception came
+            self.session.write(event, clock())
         if clock.correction:
-            self.clock_ahead, self._upkeep_due = clock.correction, True
+            self.clock_event, self._upkeep_due = event, True
         clock.correction, self._clock_line = 0, None
+
+    def _begin_anew(self, clock: Clock) -> bool:
+        """Write all that was written until now again, in a session with right times, if nothing of it was delivered.
+
+        Returns:
+            Whether that could be done.
+
+        """
+        session, ahead, young, self._young = self.session, clock.correction, self._young, None
+        assert session is not None
+        if young is None or session.waiting or session.unsettled or session.is_delivered():
+            return False
+        started = session.header["started"] - ahead
+        header = {**session.header, "session": os.urandom(8).hex(), "started": started}
+        if ahead > 0:
+            header.pop("not_before", None)  # of the session that goes
+        fresh = SessionWriter(session.path.parent, header, limits=self.limits, clock=lambda: started, disk=self._disk)
+        try:
+            fresh.open()
+            for event, begun in young:
+                if event["seq"]:
+                    event.update((name, event[name] - ahead) for name in ("at", "ended") if name in event)
+                    fresh.write(event, event["ts"] - ahead, begun)
+            if (fresh.seq, fresh.waiting) != (session.seq, 0):
+                raise OSError(errno.EIO, "not all of it could be written")
+            event = _clock_event(before=ahead)
+            fresh.write(event, clock() - clock.ahead)
+        except BaseException as error:
+            fresh.discard()
+            if isinstance(error, OSError):
+                return False
+            raise
+        session.become(fresh)
+        clock.set_back()
+        self.clock_event, self._upkeep_due, self._next_maintenance = event, True, 0
+        return True
 
     def _recover(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
         """Write an event whose call was left by an exception, unless that came after it was written, or comes again."""
@@ -297,7 +349,7 @@ class Journal:
     def _write_once(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
         """Write an event unless that was done before an exception came."""
         if not (self.session and 0 < event["seq"] <= self.session.seq):
-            ts = self._admit(event, session, self.clock())
+            ts = self._admit(event, begun, session, self.clock())
             if ts:
                 self.session.write(event, ts, begun)  # type: ignore[union-attr] # `_admit` sees to it
 
@@ -344,3 +396,7 @@ class Journal:
         except Exception:  # it cannot be encoded: its handler has returned
             self.session.lost += 1
         self._interrupting.popleft()
+
+
+def _clock_event(**fields: int) -> Event:
+    return {"ts": 0, "seq": 0, "tag": "clock", **fields}

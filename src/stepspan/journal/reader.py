@@ -27,6 +27,8 @@ from stepspan.journal.liveness import Closed
 SETTLE_S = 0.2
 USUAL_HEADER_BYTES = 1 << 16
 RUN_END = b'"tag":"run_end"'
+JUMP = b'"tag":"clock"'
+JUMP_SEARCH_BYTES, CHUNK_BYTES = 64 << 20, 1 << 20
 
 
 @dataclass(slots=True)
@@ -122,6 +124,29 @@ class JournalReader:
             self._count_holes(start, events, numbers, counts)
         position = Position(numbers[len(events) - 1], ends[len(events) - 1], last["seq"], last["ts"])
         return EventBatch(events, position, counts, at_end, beyond)
+
+    def next_jump(self, start: Position) -> Event | None:
+        """The next event after a position that sets a clock forward, if that is near: all times before it were wrong.
+
+        Args:
+            start: Where to look from, for `JUMP_SEARCH_BYTES`.
+
+        """
+        left, number, offset, rest = JUMP_SEARCH_BYTES, start.segment or self._successor(0), start.offset, b""
+        while number and left > 0:
+            data = self.session.read(number, offset, CHUNK_BYTES)
+            offset, left = offset + len(data), left - CHUNK_BYTES
+            complete, _, rest = (rest + data).rpartition(b"\n")
+            if JUMP in complete:
+                for line in complete.split(b"\n"):
+                    if JUMP in line:
+                        with contextlib.suppress(Damaged):
+                            event = decode(line)
+                            if event["tag"] == "clock" and event.get("forward"):
+                                return event
+            if not data:
+                number, offset, rest = self._successor(number), 0, b""
+        return None
 
     def _count_holes(self, start: Position, events: list[Event], numbers: list[int], counts: Ledger) -> None:
         present = set(self.session.segments())

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Protocol
 
 from stepspan.events import Event
-from stepspan.journal.cursor import read_cursor
+from stepspan.journal.cursor import CursorState, read_cursor
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.format import decode, encode
 from stepspan.journal.layout import Descriptors, open_directory, open_file, segment_name, session_name
@@ -88,7 +88,7 @@ class SessionWriter:
         self.unsettled = False
         """Whether an exception came in the midst of a call: `settle` finds out how far that got."""
         self._gap_reason: OSError | None = None
-        self._header = header
+        self.header = header
         self._disk = disk or Disk()
         self._clock = clock
         self._backlog: deque[bytes] = deque()
@@ -232,6 +232,10 @@ class SessionWriter:
             return False
         return True
 
+    def is_delivered(self) -> bool:
+        """Whether anything of it has been."""
+        return any(state.position.seq for state in self._cursors())
+
     def is_gone(self) -> bool:
         """Whether the files were deleted. What was written since they were last seen is counted as lost then."""
         if not self._descriptors.gone():
@@ -306,6 +310,16 @@ class SessionWriter:
         self.lost, self._holes, self._fd, self._directory = self.lost + waiting, self._holes + waiting, -1, -1
         self._backlog.clear()
         self._descriptors.close_all()
+
+    def become(self, fresh: SessionWriter) -> None:
+        """Go on as another session, and remove this one's files: for those who know this object it is the same one."""
+        path, descriptors, fresh._clock = self.path, self._descriptors, self._clock
+        vars(self).update(vars(fresh))
+        descriptors.close_all()
+        hidden = path.with_name(f".{path.name}")
+        with contextlib.suppress(OSError):
+            os.rename(path, hidden)
+            shutil.rmtree(hidden, ignore_errors=True)
 
     def discard(self) -> None:
         """Leave nothing of a session that was only just made."""
@@ -385,7 +399,7 @@ class SessionWriter:
             self._descriptors.hold(fd)
             ts, seq = max(self._clock(), self.ts + 1), self.seq + 1
             if not length:
-                line = encode({**self._header, "ts": ts, "seq": seq})
+                line = encode({**self.header, "ts": ts, "seq": seq})
                 while length < len(line):
                     length += self._disk.write(fd, line[length:])
         except OSError as error:  # no room for a new file: the old one goes on
@@ -468,10 +482,13 @@ class SessionWriter:
         room = max(0, min(self._bound - self._size(), self._bound // 4 - used, self.limits.segment_bytes - used))
         self._sizes[number], self._segment_room = used + room, room
 
+    def _cursors(self) -> list[CursorState]:
+        paths = (path for path in (self.path / "cursors").glob("*.*") if path.suffix != ".state")
+        return [state for state in map(read_cursor, paths) if state is not None]
+
     def _remove_delivered(self) -> None:
         """Remove the segments that no cursor needs."""
-        states = [read_cursor(path) for path in (self.path / "cursors").glob("*.*") if path.suffix != ".state"]
-        needed = min((state.needs for state in states if state), default=0)
+        needed = min((state.needs for state in self._cursors()), default=0)
         for number in sorted(self._sizes)[:-1]:
             if number < needed:
                 self._remove(number)

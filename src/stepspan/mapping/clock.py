@@ -34,6 +34,8 @@ class EventTime:
         """
         ts: int = event["ts"]
         forward, ahead = int(event.get("forward", 0)), int(event.get("ahead", 0))
+        if not (forward or ahead):
+            return 0
         begin, end, weight = (ts, ts + ahead, 1) if ahead > 0 else (ts - forward, ts, -1)
         left = 0
         if self.corrections:
@@ -55,13 +57,15 @@ class EventTime:
 
 def seconds_ahead(event: Event) -> float:
     """By how many seconds a `clock` event says that the clock was ahead; negative: behind."""
-    return float(event.get("ahead") or -event["forward"]) / SECOND_NS
+    return float(event.get("ahead") or -event.get("forward", 0) or event["before"]) / SECOND_NS
 
 
-def clock_text(ahead: float) -> str:
-    """What it means, in words, that a clock was ahead by so many seconds or, negative, was behind."""
+def clock_text(event: Event) -> str:
+    """What a `clock` event says, in words."""
+    ahead = seconds_ahead(event)
+    amount = format_seconds(abs(ahead))
+    if "before" in event:
+        return f"the clock was {amount} {'ahead' if ahead > 0 else 'behind'} as the run began: its times were set right"
     if ahead > 0:
-        return f"the clock is {format_seconds(ahead)} ahead: event time runs at half speed until it is right"
-    return (
-        f"the clock was {format_seconds(-ahead)} behind: event time is right from here on, durations do not count that"
-    )
+        return f"the clock is {amount} ahead: event time runs at half speed until it is right"
+    return f"the clock was {amount} behind: event time is right from here on, and durations do not count that"

@@ -70,8 +70,16 @@ def merge_columns(columns: Sequence[Column]) -> Column:
     return columns[0][0], times, values
 
 
-def split_past(records: Sequence[Record]) -> tuple[list[PastPoint], Sequence[Record]]:
-    """The points whose time the user gave, those of a series together and in time order; and all other records."""
+def split_past(records: Sequence[Record], wrong_before: int = 0) -> tuple[list[PastPoint], Sequence[Record]]:
+    """The points whose time the user gave, those of a series together and in time order; and all other records.
+
+    Args:
+        records: Of a batch.
+        wrong_before: Points before this time (Unix ns) count as such, too: the clock is known to have been wrong.
+
+    """
+    if wrong_before:
+        records = [PastPoint(*r) if type(r) is tuple and r[1] < wrong_before else r for r in records]
     single = records.points if isinstance(records, Points) else records
     past = [point for point in single if type(point) is PastPoint]
     if not past:

@@ -114,8 +114,7 @@ class LogMapper(NothingAhead):
         self._add(event, WARN, "stepspan.gap", body, {"dropped": event["dropped"]})
 
     def _clock(self, event: Event) -> None:
-        ahead = seconds_ahead(event)
-        self._add(event, WARN, "stepspan.clock", clock_text(ahead), {"ahead": ahead})
+        self._add(event, WARN, "stepspan.clock", clock_text(event), {"ahead": seconds_ahead(event)})
 
     def _dropped(self, event: Event) -> None:
         count = event["count"]

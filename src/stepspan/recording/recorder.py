@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepspan.conversion import MAX_ENTRIES, Conversion
-from stepspan.events import SCHEMA, SECOND_NS, Event
+from stepspan.events import SCHEMA, Event
 from stepspan.journal.layout import SessionPath, session_name, slug
 from stepspan.journal.numbers import WorkerNumber, take_worker_number
 from stepspan.journal.writer import Begun, SessionGone
@@ -303,9 +303,9 @@ class JournalRecorder:
     def report_journal_errors(self) -> None:
         """Warn of what the journal has met since the last time."""
         journal, session = self._journal, self._journal.session
-        if journal.clock_ahead:
-            ahead, journal.clock_ahead = journal.clock_ahead / SECOND_NS, 0
-            self.warn_once("clock", f"{clock_text(ahead)}: see that this host's clock is set before a run starts")
+        if journal.clock_event is not None:
+            event, journal.clock_event = journal.clock_event, None
+            self.warn_once("clock", f"{clock_text(event)}; see that this host's clock is set before a run starts")
         if session is None:
             return
         error, session.error = session.error, None

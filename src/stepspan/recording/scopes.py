@@ -183,6 +183,8 @@ class Scopes:
         propagate: bool | None,
     ) -> None:
         self.clock: Callable[[], int] = journal.clock
+        self.stopwatch: Callable[[], int] = getattr(journal.clock, "since", journal.clock)
+        """What durations are measured with, ns: the clock may be set meanwhile."""
         self.identity = identity
         """Of this process; a forked worker has its own from its first event on."""
         self._journal = journal
@@ -771,7 +773,7 @@ class NullScopes(Scopes):
     """Of a run that records nothing: its scopes are never open."""
 
     def __init__(self) -> None:
-        self.clock = lambda: 0
+        self.clock = self.stopwatch = lambda: 0
         self._begin_counting()
 
     def begin(self, scope: Scope) -> None:

@@ -45,7 +45,7 @@ class Steps(Generic[T]):
         tokens: Amount = None,
     ) -> None:
         self._scopes = scopes
-        self._clock = scopes.clock
+        self._clock, self._stopwatch = scopes.clock, scopes.stopwatch
         self._loop = scopes.loop(split)
         self._iterable = iterable
         self._iterator: Iterator[T] | None = None
@@ -79,7 +79,7 @@ class Steps(Generic[T]):
         elif loop.step is not None:
             loop.go_on()
             loop.step.abandoned_at = 0
-        begun, before = scopes.begun, self._clock()
+        begun, before = scopes.begun, self._stopwatch()
         try:
             if self._iterator is None:
                 if self._exhausted:
@@ -93,7 +93,7 @@ class Steps(Generic[T]):
         except BaseException as error:
             self._finish(error)
             raise
-        waited = self._clock() - before
+        waited = self._stopwatch() - before
         self._batches += 1
         scope = loop.step
         if scope is None:
