@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import operator
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -497,3 +498,33 @@ def test_the_end_of_a_program_that_holds_its_loop(tmp_path: Path, body: str, sta
     assert done.returncode == 0, done.stderr
     (session,) = runs.sessions(tmp_path / "stepspan-runs").values()
     assert runs.status_of(session) == status
+
+
+def test_threads_that_go_side_by_side_end_each_step_once() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with recorded_run() as recording:
+            run = recording.run
+
+            def work(number: int) -> None:
+                for epoch in range(12):
+                    loops = (run.steps(range(9), split=f"{side}{number}") for side in "ab")
+                    for left, _ in zip(*loops, strict=True):
+                        run.log_metrics({"loss": 1.0})
+                        with run.span("forward"):
+                            run.log_metrics({"val/loss": 1.0})
+                        if left == epoch % 8:
+                            break
+                    run.log_hyperparams({"epoch": epoch})
+
+            threads = [threading.Thread(target=work, args=(number,)) for number in range(5)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    begun, ended = recording.events("step_begin"), recording.events("step_end")
+    assert len(begun) == 5 * sum(2 * (epoch % 8 + 1) for epoch in range(12))
+    assert sorted(event["seq"] for event in begun) == sorted(event["begin"] for event in ended)

@@ -556,12 +556,11 @@ class Scopes:
             if error is not None:
                 loop.go_on()  # until this
         try:
-            for step in [step for step in list(self._adjacent.values()) if step.parent is scope]:
-                self._close(step, error)
-            if scope.tag == "run":  # and what was left in threads that nothing was recorded in since
-                for step in [
-                    step for step in list(self._loop_steps.values()) if step.abandoned_at or _may_be_left(step)
-                ]:
+            for step in list(self._adjacent.values()):
+                if step.parent is scope and _has_begun_here(step):
+                    self._close(step, error)
+            for step in list(self._loop_steps.values()) if scope.tag == "run" else ():
+                if step.abandoned_at or _may_be_left(step):  # in a thread that nothing was recorded in since
                     self._close(step, None)
             for call in scope.on_exit:
                 call()
@@ -656,8 +655,9 @@ class Scopes:
         while inner.tag == "epoch" and inner.parent is not None:
             inner = inner.parent
         if scope.tag == "step" and split == loop.split and loop.followed == EVALUATION and inner is step:
-            for adjacent in [each for each in list(self._adjacent.values()) if each.adjacent_to is step]:
-                self._close(adjacent, None)
+            for adjacent in list(self._adjacent.values()):
+                if adjacent.adjacent_to is step:
+                    self._close(adjacent, None)
             self._close(step, None)
             return self.innermost()
         self._follow(loop, NESTED if scope.tag == "epoch" or loop.has(split) else EVALUATION)
@@ -691,9 +691,10 @@ class Scopes:
             inner = step.parent
 
     def _end_abandoned(self) -> None:
-        """End the detached steps whose loop was left: no scope around them will notice soon."""
-        for step in [step for step in list(self._adjacent.values()) if step.abandoned_at]:
-            self._close(step, None)
+        """End the detached steps of this thread whose loop was left: no scope around them will notice soon."""
+        for step in list(self._adjacent.values()):
+            if step.abandoned_at and _has_begun_here(step):
+                self._close(step, None)
 
     def _innermost_of_main(self) -> Scope | None:
         """The innermost open scope of the main thread, which alone ends what was left there."""
