@@ -228,6 +228,31 @@ def test_other_scopes_are_decorators_too(start: Start) -> None:
     assert [event.get("lap", 0) for event in events(run, "step_begin")] == [0, 1]
 
 
+def test_without_a_name_a_span_has_the_functions() -> None:
+    with recorded_run() as recording:
+
+        @recording.run.span
+        def forward(n: int) -> int:
+            return n
+
+        assert forward(3) == 3
+    (span,) = [span for span in recording.spans() if span.name.endswith("forward")]
+    assert span.attributes == {}
+
+
+def test_a_scope_is_short_in_print_and_in_hyperparameters(start: Start) -> None:
+    with start() as run:
+        step, span = run.step(3), run.span("forward")
+        run.log_hyperparams({"step": step})
+        assert (repr(step), repr(span), repr(run.epoch(0))) == (
+            "<step 3, not open>", "<span 'forward', not open>", "<epoch 0, not open>"
+        )  # fmt: skip
+        assert [name for name in dir(step) if not name.startswith("_")] == [
+            "epoch", "samples", "split", "step", "tokens"
+        ]  # fmt: skip
+    assert events(run, "hyperparams")[0]["params"] == {"step": "<step 3, not open>"}
+
+
 def test_a_decorator_of_a_run_that_records_nothing_calls_the_function() -> None:
     assert DISABLED.span("forward")(len)("ab") == 2
 

@@ -46,6 +46,22 @@ def test_eta_counts_what_lies_between_steps() -> None:
     assert eta(s) == [pytest.approx(8 * 3.0 - 4.0)]  # two steps took 6 s; 4 s of the rest have gone by
 
 
+def test_a_run_that_rests_needs_no_more_time_and_says_at_once_what_is_cumulative() -> None:
+    s = SessionEvents()
+    run = s.run()
+    s.emit("progress", 0.0, total_steps=100)
+    train(s, range(41), each=0.5)
+    s.emit("run_end", 0.001, begin=run, status="completed", rests=True)
+    ended = (s.ts - START) / 1e9
+    s.metrics({"accuracy": 0.5}, after=60.0, split="test")
+    points = by_series(s.records("metrics"))
+    (last,) = points[("training.run.eta",)][2:]
+    assert last[1] is None
+    assert last[0] == pytest.approx(ended, abs=0.001)
+    assert points[("training.run.total_steps",)][2:] == [(pytest.approx(ended, abs=0.001), 100.0), (80.0, 100.0)]
+    assert points[("training.step.duration", ("split", "train"))][2][1].count == 41
+
+
 def test_eta_of_a_resumed_run_starts_at_its_first_step() -> None:
     s = SessionEvents()
     s.emit("progress", 0.0, total_steps=1000)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from harness import runs
-from harness.processes import until
+from harness.processes import status_of_child, until
 from harness.received import bits
 from harness.receiver import ScriptedReceiver
 from harness.runs import command, events, outline, path_of, python, sessions, status_of
@@ -22,6 +22,7 @@ from harness.runs import command, events, outline, path_of, python, sessions, st
 import stepspan
 from stepspan.integrations.loop import Loop
 from stepspan.journal.layout import find_sessions
+from stepspan.journal.liveness import read_resting
 from stepspan.reading.sessions import read_session
 from stepspan.run import DISABLED, Run
 
@@ -117,7 +118,7 @@ def test_models_that_are_trained_first_and_evaluated_then_keep_their_scores_apar
     two.evaluate()
     assert outline(second) == [*TRAINED, *EVALUATED]
     assert outline(first) == EVALUATED, "in a session of its own"
-    assert events(first)[0]["ended"] == "completed"
+    assert read_resting(path_of(first)) == "completed"
     first.close()
     second.close()
     assert {
@@ -171,7 +172,6 @@ def test_a_training_that_failed_is_closed_at_once_and_evaluated_all_the_same(sta
     assert trainer.loop.run is run
     found = sorted(map(read_session, find_sessions(tmp_path / "stepspan-runs")), key=lambda s: int(s.header["started"]))
     assert [session.closed and session.closed.status for session in found] == ["interrupted", None]
-    assert found[1].header["ended"] == "interrupted"
     assert outline(run) == [*EVALUATED[:2], "train 0: test_loss=2.0"]
 
 
@@ -260,3 +260,17 @@ def test_the_end_of_the_training_arrives_while_it_rests_and_the_scores_after_it(
 def scores(receiver: ScriptedReceiver) -> list[float]:
     points = [point for point in receiver.points("training.loss") if ("split", "test") in point.attributes]
     return [point.number for point in points if point.value == bits(2.0)]
+
+
+def test_an_evaluation_in_a_forked_worker_has_a_session_of_its_own(start: Start, tmp_path: Path) -> None:
+    trainer = Trainer()
+    run = trainer.train()
+    pid = os.fork()
+    if not pid:
+        stepspan.current_run().log_metrics({"worker": 1.0})
+        os._exit(0)
+    assert status_of_child(pid) == 0
+    trainer.evaluate()
+    assert outline(run) == [*TRAINED, *EVALUATED]
+    worker = sessions(tmp_path / "stepspan-runs")["0-worker1"]
+    assert outline(worker) == ["train 1: worker=1.0"]

@@ -56,7 +56,6 @@ class Header(Line):
     attempt: NotRequired[Annotated[list[int], "how often the scheduler, and the launcher, restarted the job"]]
     launcher: NotRequired[Annotated[str, "the launcher that the identity came from"]]
     started: Annotated[int, "Unix ns"]
-    ended: NotRequired[Annotated[str, "how the run had ended before this session, which takes what is evaluated later"]]
     not_before: NotRequired[
         Annotated[int, "Unix ns: where points of this session begin, behind those of the instance's session before"]
     ]

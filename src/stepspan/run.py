@@ -11,14 +11,15 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from stepspan.conversion import json_value, preview
 from stepspan.deliver.delivery import Delivery
 from stepspan.events import Event
 from stepspan.journal.writer import SessionWriter
+from stepspan.recording.decorators import F
 from stepspan.recording.deferred import PENDING, metric_value, refusal
 from stepspan.recording.log_store import RunLogStore
 from stepspan.recording.nested import flatten, is_nested
@@ -339,17 +340,27 @@ class Run:
         scope.samples, scope.tokens = samples, tokens
         return scope
 
-    def span(self, name: str, /, *, collective: bool = False, cuda: bool = False, **attributes: Any) -> Scope:
+    @overload
+    def span(self, name: str, /, *, collective: bool = False, cuda: bool = False, **attributes: Any) -> Scope: ...
+
+    @overload
+    def span(self, name: F, /) -> F: ...
+
+    def span(
+        self, name: str | Callable[..., Any], /, *, collective: bool = False, cuda: bool = False, **attributes: Any
+    ) -> Any:
         """A phase of training: a span, and `training.phase.time` (s). To be entered by `with`, or as a decorator.
 
         Args:
-            name: Of the span, and the metric's attribute `phase`.
+            name: Of the span, and the metric's attribute `phase`. A function, as of `@run.span`, gives it its own name.
             collective: Whether its time is a wait for other ranks (`training.step.wait`).
             cuda: Whether what the current CUDA stream does in it is timed on the GPU, too: as
                 `training.phase.device_time` (s), which then is a collective one's wait. Nothing waits for the GPU.
             attributes: Of the span.
 
         """
+        if callable(name) and not isinstance(name, str):
+            return self.span(getattr(name, "__qualname__", type(name).__name__))(name)
         if self._unused:
             self._begin_use()
         begin: Event = {"name": to_text(name)}
@@ -504,8 +515,9 @@ class Run:
         try:
             self._recorder.rest()
             ended = status or self._scopes.leave(self._scope, error)
-            self._recorder.ended = ended
             self._scopes.end(self._scope, error, ended, rests=True)
+            if self._pipeline is not None:
+                self._pipeline.journal.rest(ended)
             OPEN_RUNS.rest(self)
             if ended != "completed":  # an evaluation would be a surprise
                 self._park()

@@ -11,8 +11,8 @@ from typing import Any
 from stepspan.errors import JournalError
 from stepspan.journal.cursor import CursorState, Position, read_cursor
 from stepspan.journal.layout import SessionPath
-from stepspan.journal.liveness import read_closed
-from stepspan.journal.reader import JournalReader, last_event, last_status
+from stepspan.journal.liveness import read_closed, read_resting
+from stepspan.journal.reader import JournalReader, last_event
 from stepspan.mapping.records import SIGNALS
 
 THINNED = (
@@ -65,7 +65,7 @@ def session_ledger(session: SessionPath, state_directory: Path | None = None) ->
         "session": session.session,
         "rank": session.rank,
         "path": str(session.path),
-        "status": closed.status if closed else last_status(session) or "open",
+        "status": closed.status if closed else read_resting(session.path) or "open",
         "journaled": seq,
         "last_event": ts,
         "begun_for": _begun_for(session),

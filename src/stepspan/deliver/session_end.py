@@ -7,8 +7,8 @@ from pathlib import Path
 from stepspan.deliver.options import Options
 from stepspan.events import Event
 from stepspan.journal.layout import SessionPath
-from stepspan.journal.liveness import Closed, read_closed, write_closed, writer_is_dead
-from stepspan.journal.reader import last_event, last_status
+from stepspan.journal.liveness import Closed, read_closed, read_resting, write_closed, writer_is_dead
+from stepspan.journal.reader import last_event
 
 CLOSED_INTERVAL_S = 0.1
 """Between looks for `closed.json`."""
@@ -48,6 +48,6 @@ class SessionEnd:
             boot_id, dead_after = self._options.boot_id, self._options.dead_after
             if writer_is_dead(self._session, self._header, boot_id=boot_id, dead_after=dead_after):
                 seq, ts = last_event(self._session)
-                end = Closed(seq, ts, last_status(self._session) or "interrupted")
+                end = Closed(seq, ts, read_resting(self._session.path) or "interrupted")
                 self._closed = write_closed(self._state_directory, end, by="deliverer")
         return self._closed

@@ -4,6 +4,7 @@
         000001.jsonl …   segments; lines of `journal.format`, the first of each a header
         lock             flock'ed by the writer while it lives
         closed.json      the end: last seq, its time, status; written once, by the writer or by whoever found it dead
+        rests.json       how the run has ended, where the session goes on: what is evaluated follows
         cursors/         a file of two slots for each destination and signal, and the checkpoint of its mapper
         rejected.jsonl   records that a receiver refused, with its words
 

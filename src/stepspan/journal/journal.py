@@ -37,7 +37,7 @@ from stepspan.events import SECOND_NS, Event
 from stepspan.journal.clock import Clock
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.layout import slug
-from stepspan.journal.liveness import exclusive
+from stepspan.journal.liveness import exclusive, write_resting
 from stepspan.journal.location import choose_location, directory_mode
 from stepspan.journal.writer import Begun, SessionWriter
 
@@ -89,6 +89,8 @@ class Journal:
         self.state = State.UNOPENED
         self.clock_event: Event | None = None
         """How the clock was set, until whoever reports it clears it."""
+        self.ended: str | None = None
+        """How the run has ended, where it rests and takes what is evaluated."""
         self._disk = disk
         self._header: Callable[[], Event] | None = None
         self._job = self._host = ""
@@ -194,6 +196,12 @@ class Journal:
             finally:
                 self._busy = False
             return not self.session.waiting
+
+    def rest(self, status: str) -> None:
+        """Say that the run has ended so, while its session goes on; what comes after it closes may open another one."""
+        with self._lock:
+            self.ended = status
+            self._mark_resting()
 
     def close(self, status: str, *, for_good: bool = True) -> None:
         """End the session, if one is open.
@@ -362,10 +370,16 @@ class Journal:
             if self.session is not None:
                 fresh.take_over(self.session)
             self.session, self.state = fresh, State.OPEN
+            self._mark_resting()
         except BaseException:
             if self.session is not fresh:
                 fresh.discard()
             raise
+
+    def _mark_resting(self) -> None:
+        if self.ended is not None and self.session is not None:
+            with suppress(OSError):  # readers take it for running, as long as it does
+                write_resting(self.session.path, self.ended, mode=0o640 if self.limits.group_readable else 0o600)
 
     def _make_directory(self, job: str, host: str) -> Path:
         """Make the directory of a host in a job, where it is missing. OSError."""

@@ -26,6 +26,7 @@ DEAD_AFTER_S = 900.0
 EXCLUSIVE_TIMEOUT_S = 5.0
 RETRY_INTERVAL_S = 0.005
 CLOSED = "closed.json"
+RESTS = "rests.json"
 LOCK = "lock"
 
 
@@ -125,6 +126,20 @@ def write_closed(directory: Path, closed: Closed, *, by: str, mode: int = 0o600)
     content = orjson.dumps({"seq": closed.seq, "ts": closed.ts, "status": closed.status, "by": by, **lost})
     create_file(directory / CLOSED, content, mode=mode)
     return read_closed(directory) or closed
+
+
+def read_resting(directory: Path) -> str | None:
+    """How the run of a session has ended that rests: its session takes what is evaluated. None: it has not ended."""
+    raw = read_file(directory / RESTS)
+    try:
+        return None if raw is None else str(orjson.loads(raw)["status"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def write_resting(directory: Path, status: str, *, mode: int) -> None:
+    """Say how the run of a session has ended that rests. OSError: it cannot be said."""
+    create_file(directory / RESTS, orjson.dumps({"status": status}), mode=mode)
 
 
 def is_dead(directory: Path, header: Mapping[str, Any], *, boot_id: str, quiet_for: float, dead_after: float) -> bool:

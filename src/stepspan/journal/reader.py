@@ -26,7 +26,6 @@ from stepspan.journal.liveness import Closed
 
 SETTLE_S = 0.2
 USUAL_HEADER_BYTES = 1 << 16
-RUN_END = b'"tag":"run_end"'
 JUMP = b'"tag":"clock"'
 JUMP_SEARCH_BYTES, CHUNK_BYTES = 64 << 20, 1 << 20
 
@@ -236,41 +235,6 @@ def last_event(session: SessionPath) -> tuple[int, int]:
     finally:
         os.close(directory)
     return 0, 0
-
-
-def last_status(session: SessionPath) -> str | None:
-    """How the run of a session without an end has ended, if it has: it may rest, or have died just then.
-
-    Args:
-        session: Where it lies. What follows the end of its run, if anything, is short: two segments are looked at.
-
-    """
-    with contextlib.suppress(OSError):
-        directory = open_directory(session.path)
-        try:
-            for number in sorted(session.segments(), reverse=True)[:2]:
-                with open(open_file(segment_name(number), os.O_RDONLY, dir_fd=directory), "rb") as file:
-                    status = _status_in(file.read())
-                if status is not None:
-                    return status
-        finally:
-            os.close(directory)
-    return None
-
-
-def _status_in(segment: bytes) -> str | None:
-    """The status of the last `run_end` line of a segment, or else what its header says."""
-    end = len(segment)
-    while (found := segment.rfind(RUN_END, 0, end)) >= 0:
-        begin = segment.rfind(b"\n", 0, found) + 1
-        with contextlib.suppress(Damaged):
-            event = decode(segment[begin:].partition(b"\n")[0])
-            if event["tag"] == "run_end":
-                return str(event.get("status"))
-        end = begin
-    with contextlib.suppress(Damaged):
-        return decode(segment.partition(b"\n")[0]).get("ended")
-    return None
 
 
 def last_line(fd: int) -> Event | None:

@@ -408,7 +408,10 @@ class MetricMapper:
     def _run_end(self, event: Event) -> None:
         self._steps.close(event)
         if event.get("rests"):  # the last event for long, maybe: nothing may wait for the next one
+            self._progress.ended = True
             self._add_cumulative(event["ts"])
+            if ("training.run.eta",) in self._series:
+                self._add(self._of("training.run.eta", {}, "s"), event["ts"], None)
 
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]

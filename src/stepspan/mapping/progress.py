@@ -29,6 +29,7 @@ class RunProgress:
         measured_step: The number of the step at which the pace was measured last.
         measured_at: When that ended, Unix ns.
         pace: Seconds for each training step, over all that lies between them: validation and checkpoints too.
+        ended: Whether the training has ended, and needs no more time.
 
     """
 
@@ -40,6 +41,7 @@ class RunProgress:
     measured_step: float | None = None
     measured_at: int = 0
     pace: float | None = None
+    ended: bool = False
 
     def begin(self, started: int) -> None:
         """A run has begun in a session that started then (Unix ns)."""
@@ -94,7 +96,7 @@ class RunProgress:
             yield "training.run.checkpoint_time", "s", self.checkpoint
         if self.total is not None:
             yield "training.run.total_steps", "", self.total
-            remaining = self._remaining(self.total, ts, time)
+            remaining = None if self.ended else self._remaining(self.total, ts, time)
             if remaining is not None:
                 yield "training.run.eta", "s", remaining
 

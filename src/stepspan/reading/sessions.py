@@ -15,8 +15,8 @@ from pathlib import Path
 from stepspan.events import Event
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath
-from stepspan.journal.liveness import DEAD_AFTER_S, Closed, read_closed, writer_is_dead
-from stepspan.journal.reader import EventBatch, JournalReader, last_status
+from stepspan.journal.liveness import DEAD_AFTER_S, Closed, read_closed, read_resting, writer_is_dead
+from stepspan.journal.reader import EventBatch, JournalReader
 from stepspan.mapping.mapper import mapper
 from stepspan.mapping.records import Record, Signal
 
@@ -94,7 +94,7 @@ class SessionReader(AbstractContextManager["SessionReader"]):
         """
         if self.closed is not None:
             return self.closed.status
-        ended = last_status(self.path)
+        ended = read_resting(self.path.path)
         if ended is not None:
             return ended
         dead = writer_is_dead(self.path, self.header, boot_id=boot_id, dead_after=DEAD_AFTER_S)

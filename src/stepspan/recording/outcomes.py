@@ -29,6 +29,10 @@ INTERRUPTIONS = frozenset(
         "lightning.pytorch.utilities.exceptions.SIGTERMException",
         "pytorch_lightning.utilities.exceptions.SIGTERMException",
         "ray.exceptions.TaskCancelledError",
+        "prefect.exceptions.CancelledRun",
+        "prefect.exceptions.TerminationSignal",
+        "airflow.exceptions.AirflowTaskTerminated",
+        "dagster._core.errors.DagsterExecutionInterruptedError",
     }
 )
 """Exceptions by module and qualified name, with all that derive from them: nothing is imported to know them."""

@@ -154,8 +154,6 @@ class JournalRecorder:
         """How many events of the session came from background tasks."""
         self.on_session: Callable[[], None] = lambda: None
         """Called as another session is opened: by a forked worker, or where the one before has ended."""
-        self.ended: str | None = None
-        """How the run has ended, where more is recorded afterwards."""
         self.scopes = Scopes(
             identity,
             journal,
@@ -178,6 +176,11 @@ class JournalRecorder:
     def open(self) -> None:
         """Open the journal. OSError where none can be kept."""
         self._journal.open(self._header, job_id=self.identity.job_id, host=self.identity.host)
+
+    @property
+    def ended(self) -> str | None:
+        """How the run has ended, where it rests."""
+        return self._journal.ended
 
     @property
     def session(self) -> object | None:
@@ -355,7 +358,6 @@ class JournalRecorder:
             "attempt": list(me.attempt),
             "launcher": me.launcher,
             "started": self.clock(),
-            **({} if self.ended is None else {"ended": self.ended}),
             "pid": os.getpid(),
             "host": me.host,
             "boot_id": self._boot_id,

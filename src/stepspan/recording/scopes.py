@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import enumerate as enumerate_threads
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
     from stepspan.journal.writer import Begun
+
+
+PUBLIC = ("epoch", "samples", "split", "step", "tokens")
+"""What is for users of a scope's attributes."""
 
 
 class Emit(Protocol):
@@ -104,6 +108,13 @@ class Scope:
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.owner.end(self, error)
+
+    def __repr__(self) -> str:
+        named = self.begin.get("name") if self.tag == "span" else self.step if self.tag == "step" else self.epoch
+        return f"<{self.tag} {'' if named is None else named!r}, {'open' if self.session is not None else 'not open'}>"
+
+    def __dir__(self) -> Iterable[str]:
+        return [*(name for name in super().__dir__() if name.startswith("__")), *PUBLIC]
 
     def __call__(self, function: F) -> F:
         """A function each of whose calls is a scope like this one.
