@@ -189,6 +189,23 @@ def test_where_nothing_answers_it_ends_within_a_second(tmp_path: Path, where: st
         assert second < under_load(0.5), "by then it is known"
 
 
+def test_a_silent_receiver_beside_one_that_answers_is_not_waited_for(tmp_path: Path) -> None:
+    with ScriptedReceiver() as receiver, ScriptedReceiver() as silent:
+        silent.script("all", lambda _: HANG)
+        code = f"""
+        import stepspan, time
+        run = stepspan.start_run(endpoint={receiver.url!r}, exporters=[{{"endpoint": {silent.url!r}}}])
+        run.log_metrics({{"loss": 1.0}})
+        begun = time.monotonic()
+        run.close()
+        print(time.monotonic() - begun)
+        """
+        found = program(code, tmp_path)
+        assert found.returncode == 0, found.stderr
+        assert float(found.stdout) < under_load(1.7), "the deliverer's start, and half a second"
+        assert losses(receiver) == {1.0}
+
+
 def test_a_slow_first_answer_is_waited_for_half_a_second(tmp_path: Path) -> None:
     with ScriptedReceiver() as receiver:
         receiver.script("all", lambda _: Answer(delay=0.3))

@@ -126,9 +126,16 @@ class Delivery:
             begun: Since when it is waited for, Unix seconds.
 
         """
-        waiting = {target for target in self.targets if target not in states or not _is_finished(states[target])}
-        of_waiting = [states[target] for target in waiting if target in states]
-        if _any_answers(of_waiting if len(states) == len(self.targets) else states.values()):
+        destinations = {destination for destination, _ in self.targets}
+        return any(self._destination_may_answer(session, each, states, begun) for each in destinations)
+
+    def _destination_may_answer(
+        self, session: Path, destination: str, states: Mapping[tuple[str, str], CursorState], begun: float
+    ) -> bool:
+        targets = {target for target in self.targets if target[0] == destination}
+        waiting = {target for target in targets if target not in states or not _is_finished(states[target])}
+        known = [states[target] for target in (waiting if targets <= states.keys() else targets & states.keys())]
+        if waiting and _any_answers(known):
             return True
         untried = [target for target in waiting if target not in states or states[target].state == "ok"]
         return any(self._may_answer(session, *target, begun) for target in untried)
