@@ -21,6 +21,7 @@ from harness import runs
 from harness.runs import events, is_ours, outline, path_of, python, sessions, status_of
 
 import stepspan
+from stepspan.deliver.delivery import Delivery
 from stepspan.journal.layout import find_sessions
 from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.run import DISABLED, Run
@@ -271,6 +272,38 @@ def test_a_cell_that_is_run_again_ends_its_earlier_run_as_it_is_used(
     assert first.stats()["warnings"] == {"replaced": 1}
 
 
+def test_a_cell_that_is_run_again_goes_on_with_the_series_of_its_job_id(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new run begins once it is known whether the earlier one ends, and takes its place."""
+    cells = []
+    for number in range(3):
+        run = start(job_id="job", samplers="process", sample_interval=0.1)
+        run.log_metrics({"x": number})
+        cells.append(run)
+    assert [run.identity.instance for run in cells] == ["job-0"] * 3
+    assert [run.closed for run in cells] == [True, True, False]
+    assert [outline(run)[:2] for run in cells] == [["run", f"train -: x={number}.0"] for number in range(3)]
+    assert not [line for line in caplog.messages if "twin" in line]
+    assert len({run.trace_id for run in cells}) == 3
+
+
+def test_a_run_in_a_block_beside_a_bare_one_of_its_job_id_has_series_of_its_own(start: Start) -> None:
+    bare = start(job_id="job")
+    bare.log_metrics({"x": 1.0})
+    with start(job_id="job") as run:
+        run.log_metrics({"x": 2.0})
+    assert (bare.closed, run.identity.instance) == (False, "job-0-twin1")
+    assert outline(run) == ["run", "train -: x=2.0", "end run completed"]
+    unused = start(job_id="job")
+    unused.close()
+    assert outline(unused) == ["run", "end run completed"]
+    never_used = start(job_id="job")
+    bare.close()
+    assert never_used.trace_id
+    assert (never_used.identity.instance, outline(never_used)) == ("job-0", ["run"])
+
+
 USES: dict[str, Callable[[Run], object]] = {
     "log_metrics": lambda run: run.log_metrics({"x": 1.0}),
     "log_scalar": lambda run: run.log_scalar("x", 1.0),
@@ -388,6 +421,33 @@ def test_all_open_runs_end_with_the_process(tmp_path: Path) -> None:
         for s in find_sessions(tmp_path / "stepspan-runs")
     }
     assert ended == dict.fromkeys(("study", "worker", "trial"), ("completed", "run_end"))
+
+
+class SlowDelivery(Delivery):
+    """A delivery whose receiver takes its time, which a test moves by hand."""
+
+    now = 1000.0
+
+    def __init__(self, runs: list[Run]) -> None:
+        super().__init__()
+        self.runs = runs
+        self.waited: list[float] = []
+
+    def close(self, session: Path | None, timeout: float) -> None:
+        assert [status_of(path_of(run)) for run in self.runs] == ["completed"] * len(self.runs)
+        self.waited.append(timeout)
+        SlowDelivery.now += 3.0
+
+
+def test_the_process_waits_for_all_deliveries_as_long_as_for_one(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And every journal has its end before."""
+    open_now = [start(job_id=f"job-{number}", stall_after=0, samplers="none") for number in range(3)]
+    delivery = SlowDelivery(open_now)
+    for run in open_now:
+        run._delivery = delivery
+    monkeypatch.setattr("stepspan.run.time.monotonic", lambda: SlowDelivery.now)
+    Run._close_at_exit(open_now, None)
+    assert delivery.waited == [5.0, 2.0, 0.0]
 
 
 def test_a_forked_child_goes_on_in_all_open_runs(start: Start, tmp_path: Path) -> None:

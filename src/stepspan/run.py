@@ -83,6 +83,8 @@ class Run:
         *,
         name: str | None = None,
         tags: Sequence[str] = (),
+        at_once: bool = True,
+        when_begun: Callable[[Run], None] = lambda run: None,
     ) -> None:
         self._recorder = recorder
         self._pipeline = pipeline
@@ -94,15 +96,19 @@ class Run:
         self._emit = recorder.emit
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         self._trace_id = ""
+        self._finalizer: Any = None
+        """Closes the run where a worker of multiprocessing ends."""
+        self._when_begun: Callable[[Run], None] | None = None
+        """What is to be done as the run begins; None: it has begun."""
         if pipeline is not None and isinstance(recorder, JournalRecorder):
             recorder.on_session = self._begin_session
             pipeline.journal.upkeep = self._upkeep
             identity = recorder.identity
             about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
             self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
-            self._scopes.begin(self._scope)
-            self._trace_id = self._scopes.ids(self._scope)[0].hex()
-            self._close_with_worker()
+            self._when_begun = when_begun
+            if at_once:
+                self._begin()
 
     @property
     def identity(self) -> Identity:
@@ -122,6 +128,8 @@ class Run:
     @property
     def trace_id(self) -> str:
         """The id of the trace of the run's span in this process, 32 hex digits; "" of a run that records nothing."""
+        if self._when_begun is not None:
+            self._begin_use()
         return self._trace_id
 
     def __repr__(self) -> str:
@@ -470,12 +478,18 @@ class Run:
 
     def _close(self, given: str, error: BaseException | None) -> None:
         """End the run with a status. `error`: what has left it."""
+        if self._end(given, error):
+            self._wait_for_delivery(CLOSE_TIMEOUT_S)
+
+    def _end(self, given: str, error: BaseException | None) -> bool:
+        """Write the end of the run, and return whether that was still to be done."""
         if not self._active:
-            return
+            return False
         with self._lock:
             if self.closed:
-                return
+                return False
             self.closed = True
+        self._begin()
         self._recorder.stop_background_tasks()
         try:
             status, is_known = to_status(self._recorder.ended or given)
@@ -487,15 +501,24 @@ class Run:
             self._recorder.close_warnings()
             self._scopes.end(self._scope, error, status)
             self._scopes.closed = True
-            session = self._session
             assert self._pipeline is not None
             self._pipeline.close(status)
             self._recorder.report_journal_errors()
-            self._delivery.close(session.path if session else None, CLOSE_TIMEOUT_S)
+        except Exception as error:
+            self._warn_once("close", f"the run was not closed well: {error_text(error)}")
+        return True
+
+    def _wait_for_delivery(self, timeout: float) -> None:
+        """Wait until the end of the run is delivered, while the receiver answers; then it is over."""
+        try:
+            session = self._session
+            self._delivery.close(session.path if session else None, timeout)
         except Exception as error:
             self._warn_once("close", f"the run was not closed well: {error_text(error)}")
         finally:
             OPEN_RUNS.remove(self)
+            if self._finalizer is not None:
+                self._finalizer.cancel()
         self._recorder.warnings.log_summary()
 
     def _rest(self, error: BaseException | None = None, status: str | None = None) -> None:
@@ -580,23 +603,48 @@ class Run:
     def __enter__(self) -> Self:
         self._unused = False
         OPEN_RUNS.enter(self)
+        self._begin()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self._close(self._scopes.leave(self._scope, error) if self._active else "", error)
         OPEN_RUNS.leave(self)
 
-    def _close_at_exit(self, error: BaseException | None) -> None:
-        """End the run with its process. `error`: the exception that ends the process, where it is known."""
+    def _end_at_exit(self, error: BaseException | None) -> bool:
+        """Write the end of the run with its process, and return whether that was still to be done.
+
+        Args:
+            error: The exception that ends the process, where it is known.
+
+        """
+        if not self._active:
+            return False
         if error is not None:
-            self.__exit__(type(error), error, None)
-        else:
-            self._close(*self._scopes.exit_here())
+            return self._end(self._scopes.leave(self._scope, error), error)
+        return self._end(*self._scopes.exit_here())
+
+    @classmethod
+    def _close_at_exit(cls, runs: Iterable[Run], error: BaseException | None) -> None:
+        """End runs with their process, which waits for the delivery of all of them as long as for that of one."""
+        ended = [run for run in runs if run._end_at_exit(error)]
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        for run in ended:
+            run._wait_for_delivery(max(0.0, deadline - time.monotonic()))
+
+    def _begin(self) -> None:
+        """Write the first event, and start what works beside the run."""
+        when_begun, self._when_begun = self._when_begun, None
+        if when_begun is not None:
+            self._scopes.begin(self._scope)
+            self._trace_id = self._scopes.ids(self._scope)[0].hex()
+            self._close_with_worker()
+            when_begun(self)
 
     def _begin_use(self) -> None:
         """Be used for the first time, and with no `with` block around it: what such a run replaces ends."""
         self._unused = False
         OPEN_RUNS.end_bare_before(self)
+        self._begin()
 
     def _hold(self, *, is_substitute: bool = False) -> Self:
         """Be looked after by what has started it and will close it: no other run ends it, and it ends no other.
@@ -609,11 +657,13 @@ class Run:
         if isinstance(self._recorder, JournalRecorder):
             self._recorder.is_substitute = is_substitute
         OPEN_RUNS.hold(self)
+        self._begin()
         return self
 
     def _after_fork(self) -> None:
         """Go on in a forked child, whose first event opens a session of its own."""
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
+        self._when_begun = self._finalizer = None
         try:
             self._delivery.after_fork()
             self._recorder.after_fork()
@@ -654,7 +704,7 @@ class Run:
         parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
         finalize = getattr(sys.modules.get("multiprocessing.util"), "Finalize", None)
         if parent and finalize and parent():  # an exception that ends the worker is still on its way
-            finalize(None, lambda: self._close_at_exit(sys.exc_info()[1]), exitpriority=0)
+            self._finalizer = finalize(None, lambda: self._close_at_exit([self], sys.exc_info()[1]), exitpriority=0)
 
     def _past_time(self, time: Any) -> int | None:
         """The time before now that values are given, Unix ns; None where it is the present, or none."""

@@ -13,10 +13,10 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from inspect import signature
 from itertools import count
 from pathlib import Path
@@ -52,8 +52,7 @@ IDENTITY = ("job_id", "rank", "local_rank", "world_size", "attempt")
 DUPLICATE = "twin"
 """What the role of a run begins with that has its job id and rank in common with another live one."""
 
-_starting = threading.RLock()
-"""Held while a run finds out who it is and opens its session: two that start at once must see each other."""
+_numbering_lock = threading.RLock()
 _numbers: dict[tuple[str, str | None], set[int]] = {}
 """Job id and name -> the numbers of this process's runs that had them."""
 _announced: set[Path] = set()
@@ -209,8 +208,8 @@ def open_run(
     jsonl, followers = _exporters(settings, exporters)
     journal = jsonl.journal
     redact = [Redact(settings.redact_names)] if settings.redact else []
-    with _starting, _numbering() as ordinal:
-        facts = identities.host_facts()
+    facts = identities.host_facts()
+    with _numbering() as ordinal:
         identity = identities.resolve(
             {**(who or {}), "group": settings.group},
             os.environ,
@@ -220,36 +219,39 @@ def open_run(
             name=label or settings.name,
             in_order=_starts_in_order(),
         )
-        with journal.claim(identity.job_id, identity.host):
-            identity, identity_warnings = _deduplicate_instance(identity, journal.directory)
-            resource, resource_warnings = identities.resource_attributes(
-                identity, os.environ, service_name=settings.service_name, resource=settings.resource
-            )
-            warnings = WarningSink(audible=identity.local_rank == 0)
-            pipeline = Pipeline(
-                [*redact, *build(settings.processors), *processors], [jsonl, *followers], warn=warnings.warn_once
-            )
-            recorder = JournalRecorder(
-                identity,
-                resource,
-                journal,
-                pipeline.emit,
-                pipeline.process,
-                warnings=warnings,
-                boot_id=facts.boot_id,
-                destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
-                propagate=settings.propagate,
-                outcomes=Outcomes(settings.interruptions),
-            )
-            recorder.open()
+        resource, resource_warnings = identities.resource_attributes(
+            identity, os.environ, service_name=settings.service_name, resource=settings.resource
+        )
+        warnings = WarningSink(audible=identity.local_rank == 0)
+        pipeline = Pipeline(
+            [*redact, *build(settings.processors), *processors], [jsonl, *followers], warn=warnings.warn_once
+        )
+        recorder = JournalRecorder(
+            identity,
+            resource,
+            journal,
+            pipeline.emit,
+            pipeline.process,
+            warnings=warnings,
+            boot_id=facts.boot_id,
+            destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
+            propagate=settings.propagate,
+            outcomes=Outcomes(settings.interruptions),
+            deduplicate=lambda identity: _deduplicate_instance(identity, journal.directory),
+        )
+        at_once = label is not None or not _replaces_its_own(identity, journal.directory)
+        recorder.open(at_once=at_once)
     delivery = _delivery(settings, recorder, pipeline, facts.boot_id)
     delivery.start()
-    run = Run(recorder, pipeline, delivery, name=settings.name, tags=settings.tags)
-    _start_background_tasks(run, settings)
-    for warning in (*identity_warnings, *resource_warnings):
-        run._warn_once("identity", warning, key=warning)
-    for variable, warning in unknown_variables(os.environ, type(settings).model_fields).items():
-        run._warn_once("environment", warning, key=variable)
+    run = Run(
+        recorder,
+        pipeline,
+        delivery,
+        name=settings.name,
+        tags=settings.tags,
+        at_once=at_once,
+        when_begun=lambda run: _complete_start(run, settings, resource_warnings),
+    )
     _announce(run, settings.directory, journal)
     return run
 
@@ -273,7 +275,7 @@ def _starts_in_order() -> bool:
     return opener.thread is threading.main_thread() and opener.task is None
 
 
-@cache
+@lru_cache(4096)
 def _earlier_sessions(directory: Path, job_id: str, rank: int) -> int:
     """How many sessions of a rank there were when this process first asked: those of its own runs are no restarts."""
     return len(sessions_of_rank(directory, job_id, rank))
@@ -287,9 +289,10 @@ def _numbering() -> Iterator[Callable[[str, str | None], int]]:
 
     def ordinal(job_id: str, name: str | None) -> int:
         nonlocal used, number
-        used = _numbers.setdefault((job_id, name), set())
-        number = next(free for free in count() if free not in used)
-        used.add(number)
+        with _numbering_lock:
+            used = _numbers.setdefault((job_id, name), set())
+            number = next(free for free in count() if free not in used)
+            used.add(number)
         return number
 
     try:
@@ -316,21 +319,35 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
     return otlp_exporters(os.environ, endpoint=settings.endpoint, protocol=settings.protocol, further=further)
 
 
-def _deduplicate_instance(identity: Identity, directory: Path) -> tuple[Identity, tuple[str, ...]]:
+def _alive(identity: Identity, directory: Path) -> dict[str, Path]:
+    """The live sessions of a job id and rank, by their roles."""
+    sessions = sessions_of_rank(directory, identity.job_id, identity.rank)
+    return {session.role: session.path for session in sessions if is_alive_here(session.path)}
+
+
+def _deduplicate_instance(identity: Identity, directory: Path) -> Identity:
     """A series identity of its own where another live run has this job id and rank: two would mix in one series."""
-    alive = {
-        session.role: session.path
-        for session in sessions_of_rank(directory, identity.job_id, identity.rank)
-        if is_alive_here(session.path)
-    }
+    alive = _alive(identity, directory)
     if "" not in alive:
-        return identity, identity.warnings
+        return identity
     role = next(role for role in (f"{DUPLICATE}{number}" for number in count(1)) if role not in alive)
-    sessions = [run._session.path for run in OPEN_RUNS.all() if run._session is not None]
-    other = "another open run" if alive[""] in sessions else "another live process"
+    other = "another open run" if alive[""] in _sessions(OPEN_RUNS.all()) else "another live process"
     duplicate = f"{other} is rank {identity.rank} of {identity.job_id}: {alive['']}"
-    fix = f"{duplicate}; this one goes by {role}: give each run a job_id of its own"
-    return replace(identity, role=role), (*identity.warnings, fix)
+    warning = f"{duplicate}; this one goes by {role}: give each run a job_id of its own"
+    return replace(identity, role=role, warnings=(*identity.warnings, warning))
+
+
+def _replaces_its_own(identity: Identity, directory: Path) -> bool:
+    """Whether what has this job id and rank is a bare run that ends when the new one is used, if that is one as well.
+
+    A notebook's cell that is run again goes on with the same series. So the new run begins when it is known.
+    """
+    bare = _sessions(OPEN_RUNS.bare_before(Opener.here()))
+    return bool(bare) and _alive(identity, directory).get("") in bare
+
+
+def _sessions(runs: Iterable[Run]) -> set[Path]:
+    return {run._session.path for run in runs if run._session is not None}
 
 
 def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline, boot_id: str) -> Delivery:
@@ -355,6 +372,15 @@ def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline,
             session=session,
         )
     return ThreadDelivery(followers, session, boot_id)
+
+
+def _complete_start(run: Run, settings: Settings, warnings: Iterable[str]) -> None:
+    """What is left to do when a run has begun: say what was noticed on the way, and start what works beside it."""
+    for warning in (*run.identity.warnings, *warnings):
+        run._warn_once("identity", warning, key=warning)
+    for variable, warning in unknown_variables(os.environ, type(settings).model_fields).items():
+        run._warn_once("environment", warning, key=variable)
+    _start_background_tasks(run, settings)
 
 
 def _start_background_tasks(run: Run, settings: Settings) -> None:
@@ -395,13 +421,12 @@ def _close_at_exit() -> None:
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
     if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
         error = None
-    for run in reversed((*OPEN_RUNS.resting(), *OPEN_RUNS.all())):
-        run._close_at_exit(error)
+    Run._close_at_exit(reversed((*OPEN_RUNS.resting(), *OPEN_RUNS.all())), error)
 
 
 def _after_fork_in_child() -> None:
-    global _starting
-    _starting = threading.RLock()
+    global _numbering_lock
+    _numbering_lock = threading.RLock()
     OPEN_RUNS.after_fork()
     for run in OPEN_RUNS.that_may_record():
         run._after_fork()

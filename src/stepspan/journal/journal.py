@@ -29,8 +29,8 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from stepspan.events import SECOND_NS, Event
@@ -106,19 +106,23 @@ class Journal:
         """What was written in the first moments; None once they are over."""
         self._young_until = 0
 
-    def open(self, header: Callable[[], Event], *, job_id: str, host: str) -> None:
+    def open(self, header: Callable[[], Event], *, job_id: str, host: str, at_once: bool = True) -> None:
         """Open the first session.
 
         Args:
             header: Makes the header of a new session, with a session id of its own; called again for each later one.
+                While it is called no other process or thread of this host opens a session of the job.
             job_id: Names the directory of the job.
             host: Names the directory of the host in it.
+            at_once: False: the first event opens it.
 
         Raises:
             OSError: No session can be made.
 
         """
         self._header, self._job, self._host = header, slug(job_id), slug(host)
+        if not at_once:
+            return
         with self._lock:
             self._busy = True
             try:
@@ -127,20 +131,6 @@ class Journal:
                     self._young, self._young_until = [], self.clock.since() + YOUNG_NS
             finally:
                 self._busy = False
-
-    @contextmanager
-    def claim(self, job_id: str, host: str) -> Iterator[None]:
-        """Keep others on this host out who claim the job, while one looks who is alive in it and opens a session.
-
-        Args:
-            job_id: Names the directory of the job.
-            host: Names the directory of the host in it.
-
-        """
-        with suppress(OSError):  # where it cannot be made, no session will be either
-            self._make_directory(slug(job_id), slug(host))
-        with exclusive(self.directory / slug(job_id) / slug(host)):
-            yield
 
     def append(self, event: Event, begun: Begun | None = None) -> None:
         """Write one event; when this returns it survives the process, unless it waits for a disk (`stored`).
@@ -364,17 +354,18 @@ class Journal:
     def _open_session(self) -> None:
         assert self._header is not None, "open() comes first"
         host_directory = self._make_directory(self._job, self._host)
-        fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
-        try:
-            fresh.open()
-            if self.session is not None:
-                fresh.take_over(self.session)
-            self.session, self.state = fresh, State.OPEN
-            self._mark_resting()
-        except BaseException:
-            if self.session is not fresh:
-                fresh.discard()
-            raise
+        with exclusive(host_directory):
+            fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
+            try:
+                fresh.open()
+                if self.session is not None:
+                    fresh.take_over(self.session)
+                self.session, self.state = fresh, State.OPEN
+                self._mark_resting()
+            except BaseException:
+                if self.session is not fresh:
+                    fresh.discard()
+                raise
 
     def _mark_resting(self) -> None:
         if self.ended is not None and self.session is not None:

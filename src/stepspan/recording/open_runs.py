@@ -153,7 +153,7 @@ class OpenRuns(Generic[RunT]):
         here = self.here()
         if here is not None:
             return here
-        found = self._all
+        found = [run for run in self._all if not run.closed]  # one may be waiting for its delivery
         if len(found) > 1:
             oldest = found[0].identity
             found[0]._warn_once(
@@ -185,16 +185,17 @@ class OpenRuns(Generic[RunT]):
         if current is not None:
             _current.set(current.previous)
 
+    def bare_before(self, opener: Opener) -> list[RunT]:
+        """The bare runs that one is in the place of, once it is used, that is opened there. Oldest first."""
+        with self._lock:
+            return [run for run, its in self._openers.items() if run in self._bare and its.is_replaced_by(opener)]
+
     def end_bare_before(self, run: RunT) -> None:
         """A run is used, and no `with` block is around it: end the bare ones that were opened there before it."""
         with self._lock:
             opener = self._openers.get(run)
-            earlier = []
-            for other, its_opener in self._openers.items():
-                if other is run or opener is None:
-                    break
-                if other in self._bare and its_opener.is_replaced_by(opener):
-                    earlier.append(other)
+            earlier = [] if opener is None else self.bare_before(opener)
+            earlier = earlier[: earlier.index(run)] if run in earlier else []
         for other in earlier:
             other._warn_once(
                 "replaced",

@@ -119,6 +119,7 @@ class JournalRecorder:
         propagate: Whether steps become parents of the user's own OpenTelemetry spans; None: unless a global
             TracerProvider is installed.
         outcomes: Tells which exceptions are failures.
+        deduplicate: Gives the identity of the first session, so that no other live one has its series.
 
     """
 
@@ -138,11 +139,13 @@ class JournalRecorder:
         destinations: Iterable[str] = (),
         propagate: bool | None = None,
         outcomes: Outcomes | None = None,
+        deduplicate: Callable[[Identity], Identity] | None = None,
     ) -> None:
         self.identity = identity
         """Of this process. A forked worker has its own from its first event on."""
         self._origin = identity
         """Of the process that began the run."""
+        self._deduplicate = deduplicate
         self._is_worker = False
         self._worker_number: WorkerNumber | None = None
         self.emit = emit
@@ -173,9 +176,10 @@ class JournalRecorder:
         self._deferred: DeferredMetrics | None = None
         self._lost_reported = 0
 
-    def open(self) -> None:
-        """Open the journal. OSError where none can be kept."""
-        self._journal.open(self._header, job_id=self.identity.job_id, host=self.identity.host)
+    def open(self, *, at_once: bool = True) -> None:
+        """Open the journal. OSError where none can be kept. `at_once`: False: with the first event."""
+        me = self.identity
+        self._journal.open(self._header, job_id=me.job_id, host=me.host, at_once=at_once)
 
     @property
     def ended(self) -> str | None:
@@ -340,6 +344,9 @@ class JournalRecorder:
         """The header of a session that begins now, in this process."""
         session = os.urandom(8).hex()
         before = self._become_worker(session) if self._is_worker else None
+        if self._deduplicate is not None and not self._is_worker:
+            self.identity = self.scopes.identity = self._origin = self._deduplicate(self.identity)
+        self._deduplicate = None
         me = self.identity
         if me.role or self._journal.session is not None:
             self.on_session()
