@@ -212,6 +212,30 @@ def test_a_helper_thread_takes_the_main_threads_split_and_not_that_of_whoever_be
     assert steps(recording) == [("queue", "learner", 1.0, 3, None), ("reward", "actor", 1.0, 7, None)]
 
 
+def test_a_thread_between_its_steps_takes_the_main_threads_as_it_is_by_then() -> None:
+    turn = threading.Semaphore(0), threading.Semaphore(0)
+
+    def actor(run: Run) -> None:
+        with run.step(7, split="actor"):
+            run.log_metrics({"reward": 1.0})
+        for _ in run.steps(range(9), split="rollout"):
+            break
+        turn[0].release()
+        turn[1].acquire()
+        run.log_metrics({"queue": 1.0})
+
+    with recorded_run() as recording:
+        run = recording.run
+        with run.step(3, split="learner"):
+            other = threading.Thread(target=actor, args=(run,))
+            other.start()
+            turn[0].acquire()
+        with run.step(4, split="learner"):
+            turn[1].release()
+            other.join()
+    assert steps(recording) == [("reward", "actor", 1.0, 7, None), ("queue", "learner", 1.0, 4, None)]
+
+
 def test_where_the_runs_thread_trains_nothing_the_first_that_does_is_the_main_one() -> None:
     def train(run: Run, split: str) -> None:
         with run.step(3, split=split):

@@ -61,8 +61,8 @@ class Scope:
     """
 
     __slots__ = (
-        "abandoned_at", "begin", "epoch", "lap", "loop", "on_exit", "order", "owner", "parent", "samples", "seq",
-        "session", "split", "started_in", "step", "tag", "task", "thread", "token", "tokens", "ts", "waited",
+        "abandoned_at", "begin", "epoch", "in_main", "lap", "loop", "on_exit", "order", "owner", "parent", "samples",
+        "seq", "session", "split", "started_in", "step", "tag", "task", "thread", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
     detached: bool = False
@@ -91,6 +91,8 @@ class Scope:
         """The journal session that it was begun in; None while it is not open."""
         self.parent: Scope | None = None
         """The scope that it lies in. A detached one is given it; the others find it as they begin."""
+        self.in_main = False
+        """Whether that is the main thread's, for want of one in the thread that began this."""
         self.on_exit: tuple[Callable[[], None], ...] = ()
         """To be called just before it ends."""
         self.waited: int | None = None
@@ -359,9 +361,8 @@ class Scopes:
         if started_in is None:
             return self._innermost_of_main()
         while scope is not None and (scope.abandoned_at or scope.session is None):
-            parent = scope.parent
             self.end(scope, None)  # its loop was left, and no exception has come by since
-            scope = parent
+            scope = self._innermost_of_main() if scope.in_main else scope.parent
         if scope is not started_in and not _has_begun_here(started_in):
             self._current.set(started_in)  # what is recorded here still belongs to it
         return scope
@@ -605,7 +606,7 @@ class Scopes:
         finally:
             scope.session = None
             if self._current.get() is scope:
-                self._set_current(scope.parent)
+                self._restore_current(scope)
             if scope.tag == "span" or scope.detached:
                 self._branches.pop(scope, None)
                 self._adjacent.pop(scope, None)
@@ -618,13 +619,14 @@ class Scopes:
                 token, scope.token = scope.token, None
                 self._propagation.detach(token)
 
-    def _set_current(self, scope: Scope | None) -> None:
-        if scope is None and self._before is not None:
-            before, self._before = self._before, None
+    def _restore_current(self, scope: Scope) -> None:
+        """Make current here what was so before a scope that has ended."""
+        before, self._before = (self._before, None) if scope.tag == "run" else (None, self._before)
+        if before is not None:
             with suppress(ValueError):  # the run ends in another context than it began in
                 self._current.reset(before)
                 return
-        self._current.set(scope)
+        self._current.set(None if scope.in_main else scope.parent)
 
     def _end_inside(self, scope: Scope, error: BaseException | None) -> None:
         inside, inner = [], self._current.get()
@@ -645,6 +647,7 @@ class Scopes:
         parent = scope.parent = self.innermost()
         if parent is None:
             return
+        scope.in_main = here is None
         if here is not None and parent.loop is not None:
             parent = scope.parent = self._follow_step(scope, parent, parent.loop)
             if parent is not None and scope.loop is None:
@@ -722,9 +725,8 @@ class Scopes:
         while scope is not None and (scope.abandoned_at or scope.session is None):
             if not _has_begun_here(scope):
                 return scope
-            parent = scope.parent
             self.end(scope, None)
-            scope = parent
+            scope = self._innermost_of_main() if scope.in_main else scope.parent
         return scope
 
     def _step_begins(self, scope: Scope) -> None:
