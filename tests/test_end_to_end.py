@@ -147,7 +147,7 @@ def test_every_point_arrives_through_the_official_exporters(
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "http/json", "grpc"])
-def test_nan_and_infinity_arrive_as_themselves(
+def test_nan_and_infinity_arrive_as_themselves_and_are_counted(
     collector: Collector, prometheus: Prometheus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str
 ) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_PROTOCOL", protocol)
@@ -162,6 +162,9 @@ def test_nan_and_infinity_arrive_as_themselves(
     assert math.isnan(values["training_loss"][0])
     assert values["training_up"] == [math.inf]
     assert values["training_down"] == [-math.inf]
+    counted = prometheus.series('training_nonfinite_total{job_id="diverged"}[1h]')
+    first = {labels["key"]: samples[0][1] for labels, samples in counted}
+    assert first == {"loss": 1.0, "up": 1.0, "down": 1.0}
 
 
 def test_the_demo_without_an_endpoint_says_how_to_send_it_and_that_works(
