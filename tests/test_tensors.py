@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepspan.integrations.torch import AllGather, ReduceScatter, StepWaits, watched
+from stepspan.mapping import point_buffer
 from stepspan.recording import deferred as tensors
 from stepspan.recording import device_copies
 from stepspan.run import Run
@@ -355,15 +357,17 @@ CALLS = st.lists(
 def sessions(draw: st.DrawFn) -> SessionEvents:
     """Calls as a run writes them: a key on its way keeps its later values behind it."""
     s = SessionEvents()
+    s.header["not_before"] = START + draw(st.sampled_from([0, 5 * MS, 12 * 10**9]))
     s.run()
-    way: list[tuple[int, dict[str, float]] | int] = []
+    way: list[tuple[Any, dict[str, float]] | int] = []
+    named = draw(st.booleans())  # as journals of schema 1.0 do not
 
     def arrive(count: int) -> None:
         for known in way[:count]:
             if isinstance(known, int):
                 s.emit("device_time", 1e-5, begin=known, seconds=float(known) if known % 5 else None)
             else:
-                late(s, known[1], known[0], 1e-5)
+                late(s, known[1], known[0]["ts"], 1e-5, **{"call": known[0]["seq"]} if named else {})
         del way[:count]
 
     for number, (after, keys, stepped, collectives, arriving) in enumerate(draw(CALLS)):
@@ -384,17 +388,23 @@ def sessions(draw: st.DrawFn) -> SessionEvents:
             **{"step": number} if stepped else {},
         )
         if behind:
-            way.append((s.ts, dict.fromkeys(behind, float(number))))
+            way.append((s.events[-1], dict.fromkeys(behind, float(number))))
         arrive(arriving)
     arrive(len(way))
     return s
 
 
 @settings(deadline=None, max_examples=200)
-@given(s=sessions())
-def test_late_points_keep_each_series_in_order_whatever_the_batches(s: SessionEvents) -> None:
+@given(s=sessions(), lead=st.sampled_from([2, 10_000]))
+def test_late_points_keep_each_series_in_order_whatever_the_batches(s: SessionEvents, lead: int) -> None:
+    with patch.object(point_buffer, "MAX_LEAD_MS", lead):
+        compare_batches(s)
+
+
+def compare_batches(s: SessionEvents) -> None:
     whole = mapper("metrics", s.header)
-    expected = [(key_of(series), ts, value) for series, ts, value in whole.map(s.events)]
+    records = [*whole.map(s.events), *whole.finish(s.closed())]
+    expected = [(key_of(series), ts, value) for series, ts, value in records]
     fold, found, begin = mapper("metrics", s.header), [], 0
     times = [event["ts"] // MS for event in s.events]
     cuts = [place for place in range(1, len(times)) if times[place] != times[place - 1]]
@@ -402,8 +412,10 @@ def test_late_points_keep_each_series_in_order_whatever_the_batches(s: SessionEv
         fold = restored("metrics", s.header, fold.state())
         found += [(key_of(series), ts, value) for series, ts, value in fold.map(s.events[begin:end])]
         begin = end
+    fold = restored("metrics", s.header, fold.state())
+    found += [(key_of(series), ts, value) for series, ts, value in fold.finish(s.closed())]
     assert sorted(found, key=str) == sorted(expected, key=str)
-    assert fold.filtered == whole.filtered == 0
+    assert (fold.filtered, fold.thinned) == (whole.filtered, whole.thinned)
     for points in (expected, found):
         last: dict[Any, int] = {}
         for series, ts, _ in points:

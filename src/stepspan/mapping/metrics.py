@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import compress
 from typing import Any
 
 from stepspan.events import MILLISECOND_NS, SECOND_NS, Event
@@ -18,7 +19,7 @@ from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import MetricName, metric_name, split_in_key
 from stepspan.mapping.open_scopes import StepState
-from stepspan.mapping.point_buffer import PointBuffer, Table, Timeline
+from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.progress import RunProgress
 from stepspan.mapping.records import Attributes, Kind, PastPoint, Record, Series, Sum
 from stepspan.mapping.samples import sampled_values
@@ -30,6 +31,8 @@ PERIOD_NS = 10 * SECOND_NS
 END_OF_TIME_NS = 1 << 62
 ITEMS = ("samples", "tokens")
 """What `training.throughput` counts."""
+DATA_WAIT = "data_wait"
+"""The phase that steps have a time of, and spans may have."""
 INFO_HYPERPARAMS = (
     "model", "model_name", "model_name_or_path", "dataset", "optimizer", "lr", "learning_rate", "batch_size", "seed",
     "epochs", "max_steps",
@@ -85,11 +88,15 @@ class MetricMapper:
         """Those of `OWN_SERIES`, by name and label."""
         self._points = PointBuffer(header.get("not_before", 0))
         self._add = self._points.add
-        self._add_metrics, self._add_step = self._points.metrics.add_row, self._points.steps.add_row
+        self._add_metrics, self._add_step, self._add_span = (each.add_row for each in self._points.timelines)
         self._tables: dict[tuple[Any, ...], Table] = {}
         """A call's split, whether it has a step and one of its own, and keys; or a step's split and times -> points."""
-        self._phases: dict[tuple[str, bool], tuple[Timeline, Table]] = {}
-        """A span's name, and whether it is timed on the device -> where its times go."""
+        self._step_tables: dict[tuple[Any, ...], Table] = {}
+        """A step's split, and which times it has -> those."""
+        self._phases: dict[str, Table] = {}
+        """A span's name -> its time."""
+        self._device_phases: dict[str, Table] = {}
+        """The same of spans that are timed on the device, too."""
         self._millisecond = 0
         self._state = MetricState()
         self._steps = StepFold(header)
@@ -263,9 +270,8 @@ class MetricMapper:
         if not key:
             points.add_stray(series, ts, list(values))
             return
-        for one, number in zip(series, map(to_float, values), strict=True):
-            if number is not None:
-                points.add_late(key, one, number, ts)
+        for one, value in zip(series, values, strict=True):
+            points.add_late(key, one, value, ts)
         del points.reserved[key]
 
     def _value_series(self, names: Iterable[MetricName], attributes: Attributes | None) -> list[Series]:
@@ -313,35 +319,35 @@ class MetricMapper:
         step = self._steps.end(event)
         if not isinstance(step, StepState):
             return
+        wait, key = step.wait, 0
+        call = (step.begin["split"], wait is not None, "data_wait" in event, "samples" in event, "tokens" in event)
         row: list[Any] = [step.duration]
-        key = 0
-        if step.wait is not None:
-            row.append(None if step.pending else step.wait)
-            key = step.begin["seq"] if step.pending else 0
-        data_wait = event.get("data_wait")
-        if data_wait is not None:
-            row.append(data_wait)
-        items = [item for item in ITEMS if item in event]
-        for item in items:
-            amount, seconds = to_float(event[item]), step.duration + (data_wait or 0.0)
-            row.append(amount / seconds if amount is not None and seconds > 0 else None)
-        times = step.begin["split"], step.wait is not None, data_wait is not None
-        call = ("step", *times, *items)
-        table = self._tables.get(call)
+        if wait is not None:
+            if step.pending:
+                wait, key = None, step.begin["seq"]
+            row.append(wait)
+        if call[2]:
+            row.append(event["data_wait"])
+        if call[3] or call[4]:
+            seconds = step.duration + event.get("data_wait", 0.0)
+            for amount in (to_float(event[item]) for item in ITEMS if item in event):
+                row.append(amount / seconds if amount is not None and seconds > 0 else None)
+        table = self._step_tables.get(call)
         if table is None:
-            table = self._tables[call] = self._step_table(*times, items)
+            table = self._step_tables[call] = self._step_table(*call)
         self._add_step(table, event["ts"], row, key)
         if key:
             self._settle(event["ts"])
         self._uncounted.append(step)
 
-    def _step_table(self, split: str, has_wait: bool, has_data_wait: bool, items: list[str]) -> Table:
+    def _step_table(self, split: str, has_wait: bool, has_data_wait: bool, *has_items: bool) -> Table:
         series = [self._own("training.step.time", split)]
         if has_wait:
             series.append(self._own("training.step.wait", split))
         if has_data_wait:
-            series.append(self._own("training.phase.time", "data_wait"))
-        series += [self._of("training.throughput", {"item": item, "split": split}, "{item}/s") for item in items]
+            series.append(self._own("training.phase.time", DATA_WAIT))
+        for item in compress(ITEMS, has_items):
+            series.append(self._of("training.throughput", {"item": item, "split": split}, "{item}/s"))
         return self._points.table(series)
 
     def _settle(self, now: int) -> None:
@@ -356,21 +362,17 @@ class MetricMapper:
         span = self._steps.end(event)
         if span is None:
             return
-        on_device = bool(span.begin.get("cuda"))
-        phase = span.begin["name"], on_device
-        if phase not in self._phases:
-            self._phases[phase] = self._phase(*phase)
-        timeline, table = self._phases[phase]
+        name, on_device = span.begin["name"], "cuda" in span.begin
+        tables = self._device_phases if on_device else self._phases
+        table = tables.get(name)
+        if table is None:
+            metrics = ["training.phase.time", "training.phase.device_time"][: 1 + on_device]
+            table = tables[name] = self._points.table([self._own(metric, name) for metric in metrics])
+        add_row = self._add_step if name == DATA_WAIT else self._add_span
         if on_device:
-            timeline.add_row(table, event["ts"], [span.duration, None], span.begin["seq"])
+            add_row(table, event["ts"], [span.duration, None], span.begin["seq"])
         else:
-            timeline.add_row(table, event["ts"], [span.duration])
-
-    def _phase(self, name: str, on_device: bool) -> tuple[Timeline, Table]:
-        """Where the times of a phase go."""
-        names = ["training.phase.time", "training.phase.device_time"][: 1 + on_device]
-        timeline = self._points.steps if name == "data_wait" else self._points.spans  # steps have that phase, too
-        return timeline, self._points.table([self._own(metric, name) for metric in names])
+            add_row(table, event["ts"], [span.duration])
 
     def _device_time(self, event: Event) -> None:
         span, seconds, key = self._steps.device_time(event), to_float(event.get("seconds")), event["begin"]

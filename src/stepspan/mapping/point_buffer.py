@@ -35,10 +35,11 @@ from typing import Any
 
 from stepspan.events import MILLISECOND_NS
 from stepspan.mapping.columns import Column, Points
-from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING, Point, Record, SdkRecord, Series
-from stepspan.values import to_float
+from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING, Histogram, Point, Record, SdkRecord, Series, Sum
+from stepspan.values import json_number, to_float
 
 ALL_FLOATS, ALL_INTEGERS = {float}, {int}
+NUMBERS = ALL_FLOATS | ALL_INTEGERS
 STEP_NUMBER = "training.step.number"
 MAX_TABLES = 1000
 MAX_RESERVED = 16_384
@@ -53,19 +54,22 @@ class Table:
 
     Attributes:
         series: n series; those of step numbers come last.
-        values: How many of them are no step numbers.
         times: Of each row, Unix ns, ascending by the millisecond.
         rows: n values each, as the journal holds them; what is no number is left out when the table is flushed.
 
     """
 
     series: tuple[Series, ...]
-    values: int = 0
     times: list[int] = field(default_factory=list)
     rows: list[list[Any]] = field(default_factory=list)
+    values: tuple[Series, ...] = field(init=False)
+    """Those of `series` that are no step numbers."""
+    step_numbers: tuple[tuple[int, Series], ...] = field(init=False)
+    """Those that are, with their places in `series`."""
 
     def __post_init__(self) -> None:
-        self.values = sum(series.name != STEP_NUMBER for series in self.series)
+        self.values = tuple(series for series in self.series if series.name != STEP_NUMBER)
+        self.step_numbers = tuple(enumerate(self.series))[len(self.values) :]
 
 
 @dataclass(slots=True)
@@ -132,6 +136,8 @@ class PointBuffer:
         """Of each series the values that were missing in their rows."""
         self._displaced: dict[Series, int] = {}
         """Series -> the time up to which no missing value may have its row's time any more, Unix ns."""
+        self._are_waiting = False
+        """Whether any row waits for a place."""
         self._early: dict[Series, Any] = {}
         """Series -> the value of its last single point before `not_before`."""
 
@@ -149,15 +155,18 @@ class PointBuffer:
         """Begin the millisecond of `ts` (Unix ns): what comes now shares none with what came before."""
         if self._current_points:
             self._current_points.clear()
-        for timeline in self.timelines:
-            if timeline.waiting:
+        if self._are_waiting:
+            for timeline in self.timelines:
                 timeline.place_waiting(ts // MILLISECOND_NS + MAX_LEAD_MS)
+            self._are_waiting = any(timeline.waiting for timeline in self.timelines)
 
     def add(self, series: Series, ts: int, value: Any) -> None:
         """Add a single point of the current millisecond, at `ts` (Unix ns); it replaces the series' one there."""
         if ts < self.not_before:
-            self.filtered += series in self._early
-            self._early[series] = value
+            repeated = series in self._early or type(value) is Histogram  # of those there is another one at the end
+            self.filtered += repeated
+            if type(value) is not Histogram:
+                self._early[series] = value
             return
         if self._early:
             self._add_early(ts)
@@ -184,13 +193,13 @@ class PointBuffer:
             return next((key for key, row in self.reserved.items() if row.line == line), 0)
         return call if call in self.reserved and self.reserved[call].line == line else 0
 
-    def add_late(self, key: int, series: Series, value: float, ts: int) -> None:
+    def add_late(self, key: int, series: Series, value: Any, ts: int) -> None:
         """Add a value that was missing in a row, at the row's time; a row that waits or was thinned keeps its fate.
 
         Args:
             key: Of the row.
             series: Which of its values.
-            value: What it is.
+            value: What it is; no number is no value.
             ts: The time of the line that has it, Unix ns.
 
         """
@@ -199,7 +208,7 @@ class PointBuffer:
             for timeline in self.timelines:
                 timeline.fill_waiting(key, series, value)
         elif time == THINNED:
-            self.thinned += 1
+            self.thinned += to_float(value) is not None
         elif time <= self._displaced.get(series, 0):
             self.metrics.add_row(self.table([series]), ts, [value])
         else:
@@ -255,9 +264,9 @@ class PointBuffer:
             "thinned": self.thinned,
             "reserved": [[key, row.line, row.time] for key, row in self.reserved.items()],
             "timelines": [timeline.state(index, now // MILLISECOND_NS) for timeline in self.timelines],
-            "held": [[[index[s] for s in table.series], table.times, table.rows] for table in self._used],
+            "held": [[[index[s] for s in t.series], t.times, list(map(_to_json, t.rows))] for t in self._used],
             "displaced": [[index[series], ts] for series, ts in self._displaced.items()],
-            "early": [[index[series], value] for series, value in self._early.items()],
+            "early": [[index[series], *_to_json(_fields(value))] for series, value in self._early.items()],
         }
 
     def restore(self, state: dict[str, Any], series: Sequence[Series]) -> None:
@@ -267,9 +276,9 @@ class PointBuffer:
         for timeline, content in zip(self.timelines, state["timelines"], strict=True):
             timeline.restore(content, series)
         for indices, times, rows in state["held"]:
-            self._used.append(Table(tuple(series[index] for index in indices), 0, times, rows))
+            self._used.append(Table(tuple(series[index] for index in indices), times, rows))
         self._displaced = {series[index]: ts for index, ts in state["displaced"]}
-        self._early = {series[index]: value for index, value in state["early"]}
+        self._early = {series[index]: _value(*fields) for index, *fields in state["early"]}
 
     def _append(self, table: Table, ts: int, row: list[Any]) -> None:
         if not table.times:
@@ -358,7 +367,7 @@ class Timeline:
             if waiting.key in self._buffer.reserved:
                 self._buffer.reserved[waiting.key].time = millisecond * MILLISECOND_NS
 
-    def fill_waiting(self, key: int, series: Series, value: float) -> None:
+    def fill_waiting(self, key: int, series: Series, value: Any) -> None:
         """Give a row that waits a value that was missing in it."""
         for waiting in self.waiting.values():
             if waiting.key == key:
@@ -366,11 +375,11 @@ class Timeline:
 
     def state(self, index: Mapping[Series, int], now: int) -> dict[str, Any]:
         """What is carried on, as JSON; `now`: the millisecond of the last event."""
-        ahead = {series: last for series, last in self._last.items() if last > now}
+        ahead, rows = {s: last for s, last in self._last.items() if last > now}, self.waiting.values()
         return {
             "last": [[index[series], last, self._step_numbers.get(series)] for series, last in ahead.items()],
             "free_from": self.free_from,
-            "waiting": [[[index[s] for s in r.table.series], r.line, r.row, r.key] for r in self.waiting.values()],
+            "waiting": [[[index[s] for s in r.table.series], r.line, _to_json(r.row), r.key] for r in rows],
         }
 
     def restore(self, state: dict[str, Any], series: Sequence[Series]) -> None:
@@ -381,6 +390,7 @@ class Timeline:
         for indices, *rest in state["waiting"]:
             table = self._buffer.table([series[index] for index in indices])
             self.waiting[table.series] = WaitingRow(table, *rest)
+            self._buffer._are_waiting = True
 
     def _add_colliding(self, table: Table, ts: int, row: list[Any], key: int) -> None:
         """Add a row whose series may have points in the millisecond of its line or later."""
@@ -400,6 +410,7 @@ class Timeline:
         if before is not None:
             self._thin(before)
         self.waiting[table.series] = WaitingRow(table, line, row, key)
+        self._buffer._are_waiting = True
 
     def _must_wait(self, table: Table) -> bool:
         """Whether a row of a table would overtake one that waits."""
@@ -411,38 +422,39 @@ class Timeline:
     def _first_free(self, table: Table, row: list[Any], millisecond: int) -> int:
         """The first millisecond, not before this one, that a row may have."""
         last_of = self._last.get
-        for series in table.series[: table.values]:
+        for series in table.values:
             last = last_of(series, 0)
             if last >= millisecond:
                 millisecond = last + 1
-        for series, value in zip(table.series[table.values :], row[table.values :], strict=True):
+        for index, series in table.step_numbers:
             last = last_of(series, 0)
             if last >= millisecond:
-                millisecond = last if self._step_numbers[series] == value else last + 1
+                millisecond = last if self._step_numbers[series] == row[index] else last + 1
         return millisecond
 
     def _insert(self, table: Table, millisecond: int, ts: int, row: list[Any]) -> None:
         """Put a row where `_first_free` said."""
-        values = row
-        for index in range(table.values, len(row)):
-            if self._last.get(table.series[index]) == millisecond:  # it has a point with this value there
-                values = row.copy() if values is row else values
-                values[index] = None
+        shared = [index for index, series in table.step_numbers if self._last.get(series) == millisecond]
         self._note(table, row, millisecond)
-        self.free_from = max(self.free_from, (millisecond + 1) * MILLISECOND_NS)
-        self._buffer._append(table, ts, values)
+        if shared:  # there is a point with this number
+            row = row.copy()
+            for index in shared:
+                row[index] = None
+        end = (millisecond + 1) * MILLISECOND_NS
+        if end > self.free_from:
+            self.free_from = end
+        self._buffer._append(table, ts, row)
 
     def _note(self, table: Table, row: list[Any], millisecond: int) -> None:
         """Keep in mind where a row's series have their last points."""
-        for series in table.series:
-            self._last[series] = millisecond
-        for index in range(table.values, len(row)):
-            self._step_numbers[table.series[index]] = row[index]
+        self._last.update(dict.fromkeys(table.series, millisecond))
+        for index, series in table.step_numbers:
+            self._step_numbers[series] = row[index]
 
     def _thin(self, waiting: WaitingRow) -> None:
         """Give up a row that waits, for a later one."""
         buffer = self._buffer
-        buffer.thinned += sum(to_float(value) is not None for value in waiting.row)
+        buffer.thinned += sum(type(value) in NUMBERS or to_float(value) is not None for value in waiting.row)
         if waiting.key in buffer.reserved:
             buffer.reserved[waiting.key].time = THINNED
 
@@ -453,6 +465,20 @@ class Timeline:
         if len(reserved) >= MAX_RESERVED:
             del reserved[next(iter(reserved))]
         reserved[key] = Reserved(line, WAITS if waits else table.times[-1])
+
+
+def _fields(value: float | Sum | None) -> Sequence[Any]:
+    """The value of a single point: a number, or start and number of a sum."""
+    return [value.start, value.value] if isinstance(value, Sum) else [value]
+
+
+def _value(number: Any, of_sum: Any = None) -> float | Sum | None:
+    """The value that has these fields."""
+    return to_float(number) if of_sum is None else Sum(number, float(of_sum))
+
+
+def _to_json(values: Iterable[Any]) -> list[Any]:
+    return [json_number(value) if type(value) is float else value for value in values]
 
 
 def _columns(series: Iterable[Series], times: list[int], rows: list[list[Any]]) -> list[Column]:
