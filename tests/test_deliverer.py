@@ -21,7 +21,7 @@ from stepspan.deliver import deliverer as deliverers
 from stepspan.deliver import process
 from stepspan.deliver.deliverer import Deliverer, caught_up, run_is_over
 from stepspan.deliver.ledgers import cursors
-from stepspan.deliver.lock import DELIVERERS_DIRECTORY, DeliveryLock
+from stepspan.deliver.lock import DELIVERERS_DIRECTORY, UNKNOWN, DeliveryLock, Outlook
 from stepspan.deliver.options import Options
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
@@ -126,6 +126,35 @@ def test_pace_is_told_the_cpu_time_of_each_round(tmp_path: Path) -> None:
     deliverer.wait(caught_up)
     deliverer.stop()
     assert max(told) > 0.0001
+
+
+def test_what_is_known_of_a_receiver(tmp_path: Path) -> None:
+    trained(tmp_path, 5)
+    released = threading.Event()
+    answer = OK
+
+    def wait(_: object) -> Outcome:
+        released.wait(under_load(20))
+        return answer
+
+    def delivering(*, signals: Any = ("metrics",)) -> Deliverer:
+        deliverer = Deliverer(
+            [Scripted(wait, signals=signals)], lambda _: find_sessions(tmp_path), Options(boot_id="boot")
+        )
+        deliverer.start()
+        return deliverer
+
+    deliverer = delivering(signals=("metrics", "traces"))
+    until(lambda: deliverer.outlook("there").state == "asking")
+    assert abs(deliverer.outlook("there").since - time.time()) < under_load(5)
+    answer = Outcome(Verdict.RETRY, "away")
+    released.set()
+    until(lambda: deliverer.outlook("there") == Outlook("away"))
+    deliverer.stop()
+    answer = OK
+    deliverer = delivering()
+    until(lambda: deliverer.outlook("there") == Outlook("answering"))
+    deliverer.stop()
 
 
 def test_one_lock_a_host_and_destination(tmp_path: Path) -> None:
@@ -386,4 +415,5 @@ def test_a_run_that_comes_and_goes_while_it_ends_is_delivered_too(
                 signal.signal(number, handler)
         assert {span["rank"] for span in receiver.spans("training.run")} == {0, 1}
     assert len(stops) == 2
+    assert DeliveryLock(tmp_path, "node", "there").outlook() == UNKNOWN, "no other rank waits for it"
     assert_ledgers(tmp_path)

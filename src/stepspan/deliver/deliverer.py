@@ -108,11 +108,11 @@ class Deliverer:
         asked = [s.asked_at for s in schedulers if s.asked_at is not None]
         if any(s.answers for s in schedulers):
             return Outlook("answering")
-        if not asked:
+        if len(asked) < len(schedulers):
             return Outlook("starting", self._started_at)
-        if all(s.answers is False for s in schedulers):
-            return Outlook("away")
-        return Outlook("asking", min(asked))
+        if any(s.is_asking for s in schedulers) or all(s.answers is None for s in schedulers):
+            return Outlook("asking", min(asked))
+        return Outlook("away")
 
     def interrupt(self) -> None:
         """End `wait` at once; may be called from a signal handler."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from stepspan.deliver.deliverer import Deliverer, interrupt_on_signal, prepare_process, run_is_over
-from stepspan.deliver.lock import DeliveryLock
+from stepspan.deliver.lock import UNKNOWN, DeliveryLock
 from stepspan.deliver.options import Options
 from stepspan.deliver.sessions import LiveSessions
 from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE
@@ -58,10 +58,13 @@ def serve(
         deliverer.start()
         over = deliverer.wait(run_is_over, partial(_report, deliverer, locks))
         deliverer.stop()
-        for lock in locks.values():
-            lock.release()
-        log.info("stepspan: done")
         # A run that came and went just now found the locks held, and relied on this process.
+        if over and not deliverer.has_seen_all():
+            continue
+        for exporter in exporters:
+            locks[exporter.destination].report(UNKNOWN)
+            locks[exporter.destination].release()
+        log.info("stepspan: done")
         if not over or (deliverer.has_seen_all() and run_is_over(deliverer)):
             return
         exporters = [e for e in exporters if locks[e.destination].acquire()]

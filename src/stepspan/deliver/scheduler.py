@@ -84,6 +84,8 @@ class Scheduler:
         """Whether nothing is left to do that time alone would bring: no session lives, and the rest is held."""
         self.asked_at: float | None = None
         """When the first request began, Unix seconds."""
+        self.is_asking = False
+        """Whether a request is on its way, or about to be."""
         self.answers: bool | None = None
         """Whether the receiver took what was last sent; None: it has not answered yet, or nothing was sent."""
         self.broken = False
@@ -115,8 +117,8 @@ class Scheduler:
         return self._options.clock() - since if since is not None else 0.0
 
     def has_seen_all(self) -> bool:
-        """Whether all sessions that there are now have been found."""
-        return all(session.path in self.seen for session in self._find())
+        """Whether all sessions that there are now have been found, or a defect has ended that."""
+        return self.broken or all(session.path in self.seen for session in self._find())
 
     def close(self) -> None:
         """Close the files of all tasks."""
@@ -141,7 +143,7 @@ class Scheduler:
                 continue
             if self.asked_at is None:
                 self.asked_at = self._options.wall_clock()
-            answered = task.state.answered
+            answered, self.is_asking = task.state.answered, True
             try:
                 if task.advance(horizon):
                     moved = True
@@ -153,6 +155,8 @@ class Scheduler:
             except Exception as error:  # also a defect that only this journal meets
                 self._give_up(task.session.path, error)
                 continue
+            finally:
+                self.is_asking = False
             if task.finished:
                 self._retire(task)
             elif task.not_before > now and not task.held:  # the receiver is away
