@@ -218,9 +218,14 @@ def test_the_body_of_hyperparameters_stays_json_whatever_they_are(params: dict[s
 
 def test_what_was_dropped_is_an_event_by_its_key() -> None:
     s = SessionEvents()
-    s.emit("dropped", key="loss", count=1, why="metric loss='0.5': not a number")
-    s.emit("dropped", key="hyperparams.dir", count=4, why="hyperparams dir: missing")
+    s.emit("dropped", key="loss", count=1, why="not a number")
+    s.emit("dropped", key="hyperparams.dir", count=4, why="missing")
     assert [(log.event_name, log.severity, log.body, log.attributes) for log in s.records("logs")] == [
-        ("stepspan.dropped_value", 13, "metric loss='0.5': not a number (1 value)", {"key": "loss", "count": 1}),
-        ("stepspan.dropped_value", 13, "hyperparams dir: missing (4 values)", {"key": "hyperparams.dir", "count": 4}),
+        ("stepspan.dropped_value", 13, "1 value of loss not recorded: not a number", {"key": "loss", "count": 1}),
+        (
+            "stepspan.dropped_value",
+            13,
+            "4 values of hyperparams.dir not recorded: missing",
+            {"key": "hyperparams.dir", "count": 4},
+        ),
     ]

@@ -224,8 +224,11 @@ class Conversion:
             return self._text(value, path)
         few = math.prod(shape) <= MAX_ARRAY_VALUES and not objects.is_on_another_device(value)
         if callable(to_list) and few:
-            if attribute_of(dtype, "kind") in TIMES:
+            letter = attribute_of(dtype, "kind")
+            if letter in TIMES:
                 return self._text(value, path)
+            if letter == "f" and not shape:  # a float32 of 0.1 is 0.1, not 0.10000000149011612
+                return json_number(float(str(value)))
             items = to_list()
             return self.value(items, path, parents) if type(items) is not kind else self._text(value, path)
         values = "" if dtype is None else f" of {dtype}"
@@ -279,7 +282,7 @@ def preview(value: Any) -> str:
         return repr(utf8(value[:MAX_PREVIEW_CHARS]).decode())
     if kind in (dict, list, tuple, set, frozenset):
         value = Conversion(MAX_PREVIEW_ENTRIES).value(value)
-    return str_of(value)[:MAX_PREVIEW_CHARS]
+    return " ".join(str_of(value)[:MAX_PREVIEW_CHARS].split())
 
 
 def attribute_of(value: Any, name: str) -> Any:
@@ -317,7 +320,7 @@ def _decimal(value: Decimal) -> float | str:
 
 
 TIMES = ("M", "m")
-"""numpy's kinds of dates and times."""
+"""numpy's letters for dates and times."""
 SCALARS: tuple[tuple[Any, Any], ...] = (
     (str, str.__str__),
     (int, int.__int__),

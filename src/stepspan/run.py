@@ -187,7 +187,7 @@ class Run:
         try:
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
-            dropped: list[tuple[str, str]] = []
+            dropped: list[tuple[str, str, str]] = []
             for key, value in metrics.items():
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value
@@ -198,7 +198,7 @@ class Run:
                     if is_nested(value):
                         self._log_nested(metrics, step, split, time)
                         return
-                    dropped.append((to_text(key), refusal(to_text(key), value, error)))
+                    dropped.append((to_text(key), *refusal(value, error)))
                     continue
                 if type(key) is not str:
                     self._log_nested(metrics, step, split, time)
@@ -206,8 +206,8 @@ class Run:
                 values[key] = found
                 if found is PENDING:
                     values[key], pending[key] = None, value
-            for key, message in dropped:
-                self._recorder.drop_value("value", key, message)
+            for key, why, shown in dropped:
+                self._recorder.drop_value("value", key, why, shown)
             if not values:
                 return
             number = None if step is None else self._integer("step", step)
@@ -227,13 +227,13 @@ class Run:
             else:
                 self._emit(event, written)
         except Exception as error:
-            self._warn_once("metrics", f"metrics were lost: {error_text(error)}", key=type(error).__name__)
+            self._recorder.drop_event("metrics", error)
 
     def _log_nested(self, metrics: Mapping[str, Any], step: int | None, split: str | None, time: Any) -> None:
         """Log metrics that lie in mappings, or whose keys are no text."""
         flat = flatten(metrics)
-        for key, message in flat.dropped:
-            self._recorder.drop_value("value", key, message)
+        for key, why in flat.dropped:
+            self._recorder.drop_value("value", key, why)
         if flat.values:
             self.log_metrics(flat.values, step, split=split, time=time)
 

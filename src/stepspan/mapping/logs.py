@@ -118,6 +118,6 @@ class LogMapper(NothingAhead):
 
     def _dropped(self, event: Event) -> None:
         count = event["count"]
-        body = f"{event['why']} ({count} {'value' if count == 1 else 'values'})"
+        body = f"{count} {'value' if count == 1 else 'values'} of {event['key']} not recorded: {event['why']}"
         attributes = {"key": shorten(event["key"], MAX_TEXT_CHARS), "count": count}
         self._add(event, WARN, "stepspan.dropped_value", body, attributes)

@@ -49,13 +49,17 @@ PAST_VALUES_OF = ("split", "time")
 LISTS = (list, tuple)
 MAX_LISTS = 8
 """How often a list of one number may lie in a list of one."""
-TEXT_ADVICE = "log the number, and format what is printed"
+TEXT_ADVICE = "it is text: log the number itself, and format what is printed"
 
 PENDING: Any = object()
 """In place of a number that a device still computes."""
 
-Drop = Callable[[str, str, str], None]
-"""Takes a kind, a key and a message of a value that was dropped."""
+
+class Drop(Protocol):
+    """Takes a value that was dropped."""
+
+    def __call__(self, kind: str, key: str, why: str, shown: str = "") -> None:
+        """Take it, as `Recorder.drop_value` does."""
 
 
 class AsyncCopy(Protocol):
@@ -137,7 +141,7 @@ def metric_value(value: Any) -> float | str:
             break
         value = value[0]
     if isinstance(value, TEXTS):
-        raise TypeError(f"text, not a number: {TEXT_ADVICE}")
+        raise TypeError(TEXT_ADVICE)
     pending = is_on_device(value)
     if pending and any(size != 1 for size in value.shape):
         raise ValueError("not one element")
@@ -152,13 +156,13 @@ def metric_value(value: Any) -> float | str:
             raise ValueError("masked")
         value = item()
         if isinstance(value, TEXTS):
-            raise TypeError(f"text, not a number: {TEXT_ADVICE}")
+            raise TypeError(TEXT_ADVICE)
     return json_number(float(value))
 
 
-def refusal(key: str, value: Any, error: Exception) -> str:
-    """Why a metric's value is not recorded, for a person."""
-    return f"metric {key:.80}={summary(value)}: not a number: {to_text(error):.200}"
+def refusal(value: Any, error: Exception) -> tuple[str, str]:
+    """Why a metric's value is not recorded, and the value, for a person."""
+    return f"not a number: {to_text(error)}", summary(value)
 
 
 def summary(value: Any) -> str:
@@ -249,7 +253,7 @@ class DeferredCall:
                 try:
                     values[key] = metric_value(number)
                 except Exception as error:
-                    self.drop("value", key, refusal(key, number, error))
+                    self.drop("value", key, *refusal(number, error))
         return self._follow(values)
 
     def lost(self) -> Event | None:
@@ -352,7 +356,7 @@ class DeferredMetrics:
             return start_copies(pending) if pending else []
         except Exception as error:  # whatever a device raises
             for key, value in pending.items():
-                self._drop("value", key, refusal(key, value, error))
+                self._drop("value", key, *refusal(value, error))
             return []
 
     def _work(self) -> None:
@@ -384,4 +388,4 @@ class DeferredMetrics:
 
     def _drop_lost(self, keys: Collection[str], why: object) -> None:
         for key in keys:
-            self._drop("late", key, f"metric {key:.80}: its value was lost on a device: {to_text(why):.200}")
+            self._drop("late", key, f"its value was lost on a device: {to_text(why)}")

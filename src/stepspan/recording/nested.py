@@ -19,7 +19,7 @@ class Flat(NamedTuple):
 
     Attributes:
         values: Key -> value, which may be anything but a mapping.
-        dropped: Key and message of each value that is not among them.
+        dropped: Key and reason of each value that is not among them.
 
     """
 
@@ -51,7 +51,7 @@ def _add(flat: Flat, metrics: Mapping[Any, Any], prefix: str, parents: tuple[int
     for key in metrics:
         name = f"{prefix}{to_text(key)}"
         if len(flat.values) + len(flat.dropped) >= MAX_METRICS:
-            flat.dropped.append((name, f"metric {name:.80}: more than {MAX_METRICS} in one call"))
+            flat.dropped.append((name, f"more than {MAX_METRICS:,} metrics in one call"))
             return
         try:
             value = metrics[key]
@@ -63,8 +63,8 @@ def _add(flat: Flat, metrics: Mapping[Any, Any], prefix: str, parents: tuple[int
                 _add(flat, value, f"{name}{SEPARATOR}", (*parents, id(value)))
                 continue
         except Exception as error:  # a user's mapping may raise anything
-            flat.dropped.append((name, f"metric {name:.80}: {error_text(error)}"))
+            flat.dropped.append((name, error_text(error)))
             continue
         if name in flat.values:
-            flat.dropped.append((name, f"metric {name:.80} is given twice in one call: the later one stays"))
+            flat.dropped.append((name, "given twice in one call: the later one stays"))
         flat.values[name] = value

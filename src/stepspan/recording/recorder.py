@@ -88,7 +88,7 @@ class Recorder(Protocol):
     def warn_once(self, kind: str, message: str, level: int = logging.WARNING, *, key: str = "") -> None:
         """Count something that went wrong, and log it the first time for its kind and key."""
 
-    def drop_value(self, kind: str, key: str, message: str) -> None:
+    def drop_value(self, kind: str, key: str, why: str, shown: str = "") -> None:
         """Warn of a value that was logged and cannot be recorded, and write to the journal that it was dropped."""
 
     def json_fields(self, tag: str, field: str, value: Any) -> Event:
@@ -222,7 +222,7 @@ class JournalRecorder:
             else:
                 self.emit({"ts": 0, "seq": 0, "tag": tag, **fields()})
         except Exception as error:
-            self.warn_once(tag, f"{tag} was lost: {error_text(error)}", key=type(error).__name__)
+            self.drop_event(tag, error)
 
     def json_fields(self, tag: str, field: str, value: Any) -> Event:
         """What a user logged as a field of an event, as JSON, after warnings of what of it is lost.
@@ -242,7 +242,7 @@ class JournalRecorder:
         conversion = Conversion(MAX_ENTRIES)
         event: Event = {field: conversion.fields(value)}
         for key, why in conversion.lost.items():
-            self.drop_value(tag, key, f"{tag} {key:.80}: {why:.200}")
+            self.drop_value(tag, key, why)
         if conversion.cut:
             event["cut"] = conversion.cut
             self.warn_cut(tag, conversion.cut)
@@ -276,17 +276,27 @@ class JournalRecorder:
                 name = type(task).__name__
                 self.warn_once("background", f"{name} did not stop well: {error_text(error)}", key=name)
 
-    def drop_value(self, kind: str, key: str, message: str) -> None:
+    def drop_value(self, kind: str, key: str, why: str, shown: str = "") -> None:
         """Warn of a value that was logged and cannot be recorded, and write to the journal that it was dropped.
 
         Args:
             kind: "value" of a metric, "late" of one that a device computed, else the tag of the event.
             key: Of the metric, or the name of another value.
-            message: What is wrong with it, and the fix.
+            why: What is wrong with it, and the fix.
+            shown: The value itself, for the log alone: it may be a secret, which no processor would know here.
 
         """
+        is_metric = kind in METRIC_KINDS
+        message = f"{'metric' if is_metric else kind} {key:.80}{'=' if shown else ''}{shown}: {why:.300}"
         key = self.warnings.count(kind, message, key=key)
-        self._dropped.add(key if kind in METRIC_KINDS else f"{kind}.{key}", message)
+        self._dropped.add(key if is_metric else f"{kind}.{key}", why[:300])
+
+    def drop_event(self, tag: str, error: Exception) -> None:
+        """Warn that what was logged by one call is lost as a whole, and write that to the journal."""
+        why = error_text(error)
+        message = f"{tag} {'were' if tag == 'metrics' else 'was'} lost: {why}"
+        self.warnings.count(tag, message, key=type(error).__name__)
+        self._dropped.add(tag, why[:300])
 
     def close_warnings(self) -> None:
         """Write to the journal how many values were dropped in all."""
@@ -434,7 +444,10 @@ class NullRecorder:
     def warn_once(self, kind: str, message: str, level: int = logging.WARNING, *, key: str = "") -> None:
         """Count and log nothing."""
 
-    def drop_value(self, kind: str, key: str, message: str) -> None:
+    def drop_value(self, kind: str, key: str, why: str, shown: str = "") -> None:
+        """Write and log nothing."""
+
+    def drop_event(self, tag: str, error: Exception) -> None:
         """Write and log nothing."""
 
     def json_fields(self, tag: str, field: str, value: Any) -> Event:

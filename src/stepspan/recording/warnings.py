@@ -19,6 +19,7 @@ from collections.abc import Callable
 from threading import RLock
 
 from stepspan.events import Event
+from stepspan.processors.redact import redacted_text
 
 log = logging.getLogger("stepspan")
 
@@ -79,6 +80,7 @@ class WarningSink:
             first = keys[key] == 1
         if first:
             counted = f"{self._counted_in} counts{' this and all further keys together' if key == OTHER_KEYS else ''}"
+            message = redacted_text(message)  # it may quote what was logged
             log.log(level if self.audible else logging.DEBUG, "stepspan: %s (logged once; %s)", message, counted)
         return key
 
