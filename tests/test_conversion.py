@@ -31,6 +31,7 @@ from harness import runs
 from harness.runs import events
 
 from stepspan.conversion import MAX_ENTRIES, MAX_NESTING, Conversion, json_value, preview
+from stepspan.errors import ConfigError
 from stepspan.testing import recorded_run
 
 start = runs.start
@@ -468,3 +469,25 @@ def test_a_quarter_of_a_million_hyperparameters_hold_training_up_for_a_moment() 
     assert recording.run.stats()["warning_keys"]["hyperparams"] == {"too many entries": 1}
     (log,) = recording.logs("training.hyperparams")
     assert log.dropped_attributes == 250_001 - 128
+
+
+def test_resource_attributes_of_numpy_paths_and_enums_are_their_values(start: Any) -> None:
+    given = {
+        "nodes": np.int64(4), "lr": np.float32(0.1), "flag": np.bool_(True), "dims": np.array([1, 2]),
+        "out": Path("a/b"), "mode": Precision.BF16, "sizes": (np.int64(1), 2), "price": Decimal("0.5"),
+    }  # fmt: skip
+    with start(resource=given) as run:
+        pass
+    resource = events(run)[0]["resource"]
+    assert {name: resource[name] for name in given} == {
+        "nodes": 4, "lr": 0.1, "flag": True, "dims": [1, 2], "out": "a/b", "mode": "bf16", "sizes": [1, 2],
+        "price": 0.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "value", [object(), object, Optim(), {"a": 1}, None, float("nan"), np.float32("nan"), [1, "a"]]
+)
+def test_a_resource_attribute_that_is_no_value_is_refused(start: Any, value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"give a string, boolean, 64-bit integer or finite number"):
+        start(resource={"a": value})

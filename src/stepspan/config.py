@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from decimal import Decimal
+from enum import Enum
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from stepspan.conversion import json_value
 from stepspan.environment import PREFIX, switched_off
 from stepspan.errors import ConfigError
 from stepspan.journal.disk import Limits
+from stepspan.values import NONFINITE
 
 
 def _split_words(value: Any) -> Any:
@@ -68,6 +72,20 @@ Samplers = Annotated[list[SamplerName], BeforeValidator(_split_names)]
 Entries = Annotated[list[dict[str, Any]], BeforeValidator(_parse_json)]
 
 
+def _plain_values(table: dict[str, Any]) -> dict[str, Any]:
+    """Values of numpy, paths and enum members are what they stand for; others are left as they are."""
+    return {key: _plain_value(value) for key, value in table.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_plain_value(item) for item in value]
+    if not (isinstance(value, (Enum, Decimal, PurePath)) or hasattr(type(value), "tolist")):
+        return value
+    converted = json_value(value)
+    return value if isinstance(converted, str) and converted in NONFINITE else converted
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -105,7 +123,7 @@ class Settings(_Strict):
     """Words to find the run by."""
     service_name: str | None = None
     """`service.name` of the Resource; None: OTEL_SERVICE_NAME, else "training"."""
-    resource: Table = {}
+    resource: Annotated[Table, AfterValidator(_plain_values)] = {}
     """Further attributes of the OpenTelemetry Resource."""
     directory: Annotated[Path, AfterValidator(Path.expanduser)] = Path("stepspan-runs")
     """The directory below which each run keeps its journal; made where it is missing."""

@@ -31,6 +31,7 @@ memory                        `training.memory.*`
 log                                                                                   by its severity
 otel (`sdk_records`)          its points                      its spans               its log records
 gap                                                                                   `stepspan.gap`
+dropped                       `training.run.dropped_values`                           `stepspan.dropped_value`
 clock                         durations (`clock`)             durations, times        `stepspan.clock`
 end of the session            each series ends                what is open: ERROR
 ============================  ==============================  ======================  ================================

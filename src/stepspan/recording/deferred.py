@@ -136,10 +136,8 @@ def metric_value(value: Any) -> float | str:
         Exception: It is no single number; whatever a user's `__float__` or a device raises.
 
     """
-    for _ in range(MAX_LISTS):
-        if type(value) not in LISTS or len(value) != 1:
-            break
-        value = value[0]
+    if type(value) in LISTS:
+        value = _only_item(value)
     if isinstance(value, TEXTS):
         raise TypeError(TEXT_ADVICE)
     pending = is_on_device(value)
@@ -158,6 +156,15 @@ def metric_value(value: Any) -> float | str:
         if isinstance(value, TEXTS):
             raise TypeError(TEXT_ADVICE)
     return json_number(float(value))
+
+
+def _only_item(value: Any) -> Any:
+    """What lies alone in lists of one."""
+    for _ in range(MAX_LISTS):
+        if type(value) not in LISTS or len(value) != 1:
+            break
+        value = value[0]
+    return value
 
 
 def refusal(value: Any, error: Exception) -> tuple[str, str]:
