@@ -555,6 +555,16 @@ def test_values_that_are_no_finite_number_are_counted_by_key_at_once_and_cumulat
     assert {(p[0].unit, p[0].kind) for p in points} == {("{value}", "sum")}
 
 
+def test_of_many_values_that_are_no_finite_number_only_some_are_told_at_once() -> None:
+    s = SessionEvents()
+    for _ in range(50):
+        s.metrics({"loss": "NaN"})
+    s.metrics({"loss": "NaN"}, 10.0)
+    s.metrics({"loss": "NaN"})
+    counts = [value.value for value in values(s.records("metrics"), "training.nonfinite") if value is not None]
+    assert counts == [*range(1, 11), 50, 51, 52]
+
+
 def test_the_histogram_grows_and_keeps_its_start() -> None:
     s = SessionEvents()
     for number in range(25):

@@ -39,6 +39,8 @@ INFO_HYPERPARAMS = (
 )  # fmt: skip
 """Hyperparameters that are labels of `training.run.info`."""
 MAX_LABEL_CHARS = 120
+MAX_NONFINITE_AT_ONCE = 10
+"""Of one key in a period."""
 MAX_TABLES = 1000
 MAX_UNCOUNTED = 1000
 """Steps that are kept uncounted from batch to batch."""
@@ -64,7 +66,7 @@ class MetricState:
         epoch: The number of the last epoch that began.
         info: The labels of `training.run.info`.
         errors: An error's type -> how many.
-        nonfinite: Split -> key -> how many of its values are NaN or infinite.
+        nonfinite: Split -> key -> how many of its values are NaN or infinite, and how many were at the boundary before.
         dropped: The key of values that could not be recorded -> how many.
 
     """
@@ -73,7 +75,7 @@ class MetricState:
     epoch: float | None = None
     info: dict[str, str] = field(default_factory=dict)
     errors: dict[str, int] = field(default_factory=dict)
-    nonfinite: dict[str, dict[str, int]] = field(default_factory=dict)
+    nonfinite: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
 
 
@@ -302,18 +304,25 @@ class MetricMapper:
         return own | in_force  # what rows may share comes last
 
     def _count_nonfinite(self, event: Event) -> None:
-        """Count the NaN and infinities of a call, for stores that do not keep them, and say so at once."""
+        """Count the NaN and infinities of a call, for stores that do not keep them, and say so at once.
+
+        Where a whole model has become NaN, each of its keys is, in each step: after some of them in a period, what is
+        said at its end has to do.
+        """
         for key, value in event["metrics"].items():
+            if type(value) is float or value is None:
+                continue
             number = to_float(value)
             if number is not None and number - number != 0.0:
                 split = split_in_key(key)[0] or str(event["split"])
-                counts = self._state.nonfinite.setdefault(split, {})
-                counts[key] = counts.get(key, 0) + 1
-                self._add_nonfinite(split, key, event["ts"])
+                counts = self._state.nonfinite.setdefault(split, {}).setdefault(key, [0, 0])
+                counts[0] += 1
+                if counts[0] - counts[1] <= MAX_NONFINITE_AT_ONCE:
+                    self._add_nonfinite(split, key, counts[0], event["ts"])
 
-    def _add_nonfinite(self, split: str, key: str, ts: int) -> None:
+    def _add_nonfinite(self, split: str, key: str, count: int, ts: int) -> None:
         series = self._of("training.nonfinite", {"split": split, "key": key}, "{value}", "sum")
-        self._add(series, ts, Sum(self._start, float(self._state.nonfinite[split][key])))
+        self._add(series, ts, Sum(self._start, float(count)))
 
     def _step_end(self, event: Event) -> None:
         step = self._steps.end(event)
@@ -472,9 +481,10 @@ class MetricMapper:
         self._add_progress(ts)
         for kind, count in state.errors.items():
             self._add(self._own("training.run.errors", kind), ts, Sum(self._start, float(count)))
-        for split, counts in state.nonfinite.items():
-            for key in counts:
-                self._add_nonfinite(split, key, ts)
+        for split, keys in state.nonfinite.items():
+            for key, counts in keys.items():
+                self._add_nonfinite(split, key, counts[0], ts)
+                counts[1] = counts[0]
         for key, count in state.dropped.items():
             self._add(self._own("training.run.dropped_values", key), ts, Sum(self._start, float(count)))
         for split, durations in self._durations.values(self._start):
