@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 from harness import runs
 from harness.delivery import assert_true, sync
-from harness.processes import under_load, until
+from harness.processes import under_load
 from harness.stack import Prometheus
 
 import stepspan
@@ -228,11 +228,13 @@ def live(start: Start, tmp_path: Path, either: Prometheus, monkeypatch: pytest.M
     return lambda: start(job_id="job", directory=tmp_path / "runs", endpoint=either.otlp_endpoint)
 
 
-def delivered(directory: Path) -> list[CursorState]:
-    """The cursors of the sessions that have been delivered to their ends; fails where one is held."""
+def delivered(directory: Path, prometheus: Prometheus) -> list[CursorState]:
+    """The cursors of sessions that have ended, once what a deliverer left to others is delivered; fails on a hold."""
+    done = runs.command("sync", directory, "--endpoint", prometheus.otlp_endpoint, **ONLY_METRICS)
+    assert done.returncode == 0, done.stdout
     states = [state for s in find_sessions(directory) for of in cursors(s.path).values() for state in of.values()]
-    assert not [state.message for state in states if state.state == "hold"]
-    return [state for state in states if state.position.finished]
+    assert all(state.position.finished for state in states), states
+    return states
 
 
 def test_runs_of_one_instance_that_follow_at_once_arrive_whole(
@@ -244,7 +246,7 @@ def test_runs_of_one_instance_that_follow_at_once_arrive_whole(
             for step in range(150):
                 calls.append(Call({"loss": 1000.0 * number + step}, "train", step))
                 run.log_metrics(calls[-1].values, step)
-    until(lambda: len(delivered(tmp_path / "runs")) == 3)
+    assert len(delivered(tmp_path / "runs", either)) == 3
     assert missing(either, "job", calls) == []
 
 
@@ -267,7 +269,7 @@ def test_a_killed_run_that_is_started_again_at_once_arrives_whole(
         for step in range(40, 80):
             calls.append(Call({"loss": 30.0 * step}, "train", step))
             run.log_metrics(calls[-1].values, step)
-    until(lambda: len(delivered(tmp_path / "runs")) == 2)
+    assert len(delivered(tmp_path / "runs", either)) == 2
     assert missing(either, "job", calls) == []
 
 
@@ -292,8 +294,7 @@ def test_values_of_the_past_arrive_where_they_are_taken_and_hold_nothing_where_t
             run.log_metrics({"curve": value}, step=int(value), time=ns)
         run.log_metrics({"loss": 0.25})
         rejected = Path(run.stats()["journal"]) / "rejected.jsonl"
-    until(lambda: len(delivered(tmp_path / "runs")) == 1)
-    (state,) = delivered(tmp_path / "runs")
+    (state,) = delivered(tmp_path / "runs", either)
     taken = {labels["__name__"]: dict(found) for labels, found in either.series('{split="train"}[1d]')}
     assert list(taken["training_loss"].values()) == [0.5, 0.25]
     if either.window == "0s":
