@@ -182,9 +182,9 @@ def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterat
     `stepspan.current_run()` in the block; others that are open stay so.
 
     Args:
-        clock: Gives the events' times; by default a new `FixedClock`, whose readings are a millisecond apart (of
-            several points of a series in one millisecond a receiver gets the last). Waits for data are measured in
-            real time.
+        clock: Gives the events' times; by default a new `FixedClock`, whose readings are a millisecond apart (values
+            of a series that are logged less than that apart get one millisecond after the other). Waits for data are
+            measured in real time.
         **arguments: Those of `stepspan.start_run`. By default rank 0 of 1 in job "test", no samplers, and a temporary
             `directory` for the journal, which is written however full the disk is.
 

@@ -15,7 +15,7 @@ step_begin, step_end          `training.step.time`, `.wait`,  `training.step`,
 span_begin, span_end          `training.phase.time`           a span by its name
 device_time                   `training.phase.device_time`,   `wait` of its step
                               `training.step.wait`
-                              (`deferred`)
+                              (`point_buffer`)
 epoch_begin, epoch_end        `training.run.epoch`            `training.epoch`
 run_begin, run_end            `training.run.info`,            `training.run`
                               `.start_time`
