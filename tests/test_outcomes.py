@@ -312,6 +312,7 @@ def train(steps, killed=None):
         ("sys.exit(143)", "train(1000, killed=6)", 143, "interrupted", []),
         ("exit(143)", "train(1000, killed=6)", 143, "interrupted", []),
         ("exit()", "train(10)\nexit()", 0, "completed", []),
+        ("pass", "try: raise KeyboardInterrupt\nexcept KeyboardInterrupt: sys.exit(1)", 1, "interrupted", []),
         ("raise KeyboardInterrupt", "train(1000, killed=6)", -2, "interrupted", []),
         ("pass", "train(10)\nsys.exit(3)", 3, "failed", ["SystemExit"]),
         ("pass", "train(10)\nquit(code='no GPU')", 1, "failed", ["SystemExit"]),

@@ -18,6 +18,7 @@ from harness.processes import status_of_child, until
 from harness.received import bits
 from harness.receiver import ScriptedReceiver
 from harness.runs import command, events, outline, path_of, python, sessions, status_of
+from harness.stack import Prometheus
 
 import stepspan
 from stepspan.integrations.loop import Loop
@@ -49,14 +50,14 @@ class Trainer:
         self.loop.end()
         return run
 
-    def evaluate(self, failure: BaseException | None = None) -> None:
+    def evaluate(self, failure: BaseException | None = None, score: float = 2.0) -> None:
         if self.loop.follow():
             self.loop.enter("phase", self.loop.run.span("validation"))
         if failure is not None:
             raise failure
         if self.loop.follow():
             self.loop.leave("phase")
-            self.loop.log({"test_loss": 2.0}, 1)
+            self.loop.log({"test_loss": score}, 1)
 
 
 TRAINED = [
@@ -274,3 +275,24 @@ def test_an_evaluation_in_a_forked_worker_has_a_session_of_its_own(start: Start,
     assert outline(run) == [*TRAINED, *EVALUATED]
     worker = sessions(tmp_path / "stepspan-runs")["0-worker1"]
     assert outline(worker) == ["train 1: worker=1.0"]
+
+
+def test_prometheus_has_the_scores_of_models_that_were_trained_first_and_evaluated_then(
+    start: Start, prometheus: Prometheus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{prometheus.otlp_endpoint}/v1/metrics")
+    one, two = Trainer(job_id="one"), Trainer(job_id="two")
+    trained = [one.train(), two.train()]
+    one.evaluate(score=1.5)
+    two.evaluate(score=2.5)
+    for run in trained:
+        assert run.flush(20)
+        run.close()
+    found = prometheus.series('training_loss{split="test"}[1h]')
+    assert {labels["job_id"]: values_of(samples) for labels, samples in found} == {"one": [1.5], "two": [2.5]}
+    found = prometheus.series('training_loss{split="train"}[1h]')
+    assert {labels["job_id"]: values_of(samples) for labels, samples in found} == {"one": [1.0, 1.0], "two": [1.0, 1.0]}
+
+
+def values_of(samples: list[tuple[int, float]]) -> list[float]:
+    return [value for _, value in samples if value == value]

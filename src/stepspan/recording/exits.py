@@ -31,7 +31,9 @@ def _noting(leave: Callable[..., Any], note: Callable[[SystemExit], None], first
     @wraps(leave)
     def noting(*args: Any, **named: Any) -> Any:
         with suppress(Exception):
-            note(SystemExit(*(args[first:] or named.values())))
+            leaving = SystemExit(*(args[first:] or named.values()))
+            leaving.__context__ = sys.exc_info()[1]  # `except KeyboardInterrupt: sys.exit(1)`
+            note(leaving)
         return leave(*args, **named)
 
     return noting
