@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import pytest
 from harness import runs
+from harness.processes import until
+from harness.receiver import ScriptedReceiver
 from harness.runs import events, is_ours, outline, path_of, python, sessions, status_of
 
 import stepspan
@@ -80,6 +82,30 @@ def test_trials_in_threads_keep_what_is_theirs(start: Start) -> None:
         assert status_of(path_of(run)) == "completed"
         assert run.stats()["warnings"] == {}
     assert stepspan.current_run() is DISABLED
+
+
+def test_what_trials_log_arrives_as_each_one_s_own(start: Start) -> None:
+    """One deliverer sends all of them, whichever run has started it, and ends when all is sent."""
+    ready = threading.Barrier(3, timeout=30)
+
+    def trial(number: int, endpoint: str) -> None:
+        with start(job_id=f"trial-{number}", endpoint=endpoint, samplers="none") as run:
+            ready.wait()
+            for step in run.steps(range(20)):
+                stepspan.current_run().log_metrics({"loss": 100 * number + step})
+
+    with ScriptedReceiver() as receiver, start(job_id="study", endpoint=receiver.url, samplers="none") as study:
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(trial, range(3), [receiver.url] * 3))
+        study.log_metrics({"best": 1.0})
+        expected = {("study", 1.0), *((f"trial-{n}", 100.0 * n + step) for n in range(3) for step in range(20))}
+
+        def arrived() -> set[tuple[str, float]]:
+            points = receiver.points("training.loss") | receiver.points("training.best")
+            return {(point.job, point.number) for point in points if isinstance(point.value, int)}
+
+        until(lambda: len(arrived()) >= len(expected))
+        assert arrived() == expected
 
 
 def test_a_study_goes_on_around_its_trials(start: Start) -> None:

@@ -343,7 +343,7 @@ def _replaces_its_own(identity: Identity, directory: Path) -> bool:
     A notebook's cell that is run again goes on with the same series. So the new run begins when it is known.
     """
     bare = _sessions(OPEN_RUNS.bare_before(Opener.here()))
-    return bool(bare) and _alive(identity, directory).get("") in bare
+    return bool(bare) and not bare.isdisjoint(_alive(identity, directory).values())
 
 
 def _sessions(runs: Iterable[Run]) -> set[Path]:
