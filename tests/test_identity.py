@@ -649,8 +649,24 @@ def test_ranks_agree_on_the_runs_of_threads_in_whatever_order_these_start_them()
     ranks = [numbered(*order, env=torchrun(rank, "job")) for rank, order in enumerate((runs, runs[::-1]))]
     for name in "abc":
         first, second = (rank[name] for rank in ranks)
-        assert (first.job_id, first.run_key) == (second.job_id, second.run_key) == (f"job-{name}", first.run_key)
+        assert (first.job_id, first.run_key) == (second.job_id, second.run_key)
     assert len({identity.run_key for identity in ranks[0].values()}) == 3
+    assert all(identity.warnings == () for rank in ranks for identity in rank.values())
+
+
+def test_runs_of_threads_without_a_name_are_warned_of_where_ranks_have_to_agree() -> None:
+    runs: list[dict[str, Any]] = [{"name": None, "in_order": False}] * 2
+    assert "give each a name" in numbered(*runs, env=torchrun(0, "job"))[None].warnings[0]
+    alone = {**torchrun(0, "job"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    assert numbered(*runs, env=alone)[None].warnings == ()
+
+
+def test_runs_of_one_process_have_job_ids_of_their_own_in_the_order_of_their_start() -> None:
+    env = {"SLURM_JOB_ID": "7", **torchrun(0, "job"), "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    runs = [{"name": name, "in_order": False} for name in ("a", "b", "c")]
+    assert [identity.job_id for identity in numbered(*runs, env=env).values()] == ["job", "job-2", "job-3"]
+    runs = [{"name": name} for name in ("a", "b")]
+    assert [each.job_id for each in numbered(*runs, env=torchrun(0, "job")).values()] == ["job", "job-2"]
 
 
 def test_ranks_agree_on_runs_of_one_explicit_job_id_by_their_names() -> None:

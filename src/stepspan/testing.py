@@ -25,6 +25,7 @@ def recording():
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -43,6 +44,8 @@ from stepspan.start import start_run
 
 __all__ = ["FixedClock", "Recording", "recorded_run"]
 
+_ENVIRONMENT = threading.Lock()
+"""Held while the process's environment is another one."""
 START_NS = 1_760_000_000_000_000_000  # 2025-10-09T08:53:20Z
 IDENTITY = {"job_id": "test", "rank": 0, "local_rank": 0, "world_size": 1, "enabled": True}
 NO_LIMITS = {"free_bytes": 0, "free_ratio": 0.0}
@@ -200,7 +203,7 @@ def recorded_run(*, clock: FixedClock | None = None, **arguments: Any) -> Iterat
         limits = {**NO_LIMITS, **{name: arguments[name] for name in LIMITS if arguments.get(name) is not None}}
         journal = JsonlExporter(directory, limits=load(limits, {}).limits(), clock=clock or FixedClock())
         exporters = [journal, *(arguments.pop("exporters", None) or ())]
-        with patch.dict(os.environ):
+        with _ENVIRONMENT, patch.dict(os.environ):
             for name in [name for name in os.environ if name.startswith(("STEPSPAN_", "OTEL_"))]:
                 del os.environ[name]
             os.environ["STEPSPAN_SAMPLERS"] = "none"

@@ -95,7 +95,7 @@ def resolve(
             counts is one more of them.
         ordinal: How many runs this process has started before under a job id and a name.
         name: Of the run: the same on all ranks.
-        in_order: Whether all ranks start their runs in one order. Threads may not: their runs are known by name.
+        in_order: Whether all ranks start their runs in one order. Threads may not: their runs are counted by name.
 
     Raises:
         ConfigError: An argument or STEPSPAN_* variable is of the wrong type, out of range, or only one of rank and
@@ -114,14 +114,17 @@ def resolve(
     if arguments.get("group") is not None:
         group = FoundText(valid_text("group", arguments["group"]), "argument")
     job_id, job_source = _job_id(arguments, row, variables, launch, facts)
-    if job_source in ("argument", "STEPSPAN_JOB_ID", "generated"):
-        number = ordinal(job_id, name)
-        run: tuple[object, ...] = (number, name) if name else (number,)
-    else:  # a job id for each run, which the ranks make alike
-        label = None if in_order else name
-        number = ordinal(job_id, label)
-        job_id += (f"-{label}" if label else "") + (f"-{number + 1}" if number else "")
-        run = (number,)
+    is_given = job_source in ("argument", "STEPSPAN_JOB_ID", "generated")
+    by_name = is_given or not (in_order or size.value == 1)  # what is of one process need not agree with another
+    number = ordinal(job_id, name if by_name else None)
+    run: tuple[object, ...] = (number, name) if by_name and name else (number,)
+    if number and not in_order and not name and size.value > 1:
+        variables.warnings.append(
+            "several runs without a name are started by threads or asyncio tasks: ranks may take one for another; give"
+            " each a name, the same on all ranks"
+        )
+    if number and not is_given:
+        job_id = f"{job_id}-{number + 1}"
     if job_source == _ADDRESS:
         variables.warnings.append(
             "nothing distinguishes this launch from the next one on these hosts: traces and series of both may merge;"
