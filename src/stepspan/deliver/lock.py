@@ -55,7 +55,8 @@ class DeliveryLock:
         self._directory = directory
         self._name = f"{slug(host)}-{destination}.lock"
         self._fd = -1
-        self._reported: Outlook | None = None
+        self.reported: Outlook | None = None
+        """What this object has said since it has the lock."""
 
     def acquire(self, timeout: float = 0.0) -> bool:
         """Take the lock if it is free.
@@ -84,13 +85,13 @@ class DeliveryLock:
         except OSError:
             os.close(fd)
             return False
-        self._fd, self._reported = fd, None
+        self._fd, self.reported = fd, None
         return True
 
     def report(self, outlook: Outlook) -> None:
         """Say how things stand, for others to read; only the holder may. Raises nothing."""
-        if outlook != self._reported:
-            self._reported = outlook
+        if outlook != self.reported:
+            self.reported = outlook
             with suppress(OSError):  # a full disk: runs wait as if nothing was known
                 text = f"{outlook.state} {outlook.since!r}".encode()
                 os.pwrite(self._fd, text.ljust(OUTLOOK_BYTES), 0)

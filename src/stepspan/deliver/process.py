@@ -57,6 +57,7 @@ def serve(
         interrupt_on_signal(deliverer)
         deliverer.start()
         over = deliverer.wait(run_is_over, partial(_report, deliverer, locks))
+        _report(deliverer, locks)
         deliverer.stop()
         # A run that came and went just now found the locks held, and relied on this process.
         if over and not deliverer.has_seen_all():
@@ -73,7 +74,9 @@ def serve(
 def _report(deliverer: Deliverer, locks: Mapping[str, DeliveryLock]) -> None:
     """Say in the lock files how things stand: runs that end read it there."""
     for destination in {scheduler.exporter.destination for scheduler in deliverer.schedulers}:
-        locks[destination].report(deliverer.outlook(destination))
+        outlook = deliverer.outlook(destination)
+        if outlook.state != "starting" or locks[destination].reported in {None, UNKNOWN}:  # else it knows from before
+            locks[destination].report(outlook)
 
 
 def main() -> None:
