@@ -296,3 +296,18 @@ def test_prometheus_has_the_scores_of_models_that_were_trained_first_and_evaluat
 
 def values_of(samples: list[tuple[int, float]]) -> list[float]:
     return [value for _, value in samples if value == value]
+
+
+def test_threads_deliver_before_a_run_is_parked_and_again_when_it_is_evaluated(start: Start) -> None:
+    exporter = stepspan.MemoryExporter()
+    one = Trainer(job_id="one", exporters=[exporter])
+    first = one.train()
+    two = Trainer(job_id="two").train()
+    runs_told = [span for _, span in exporter.records["traces"] if span.name == "training.run"]  # type: ignore[union-attr]
+    assert [span.attributes["status"] for span in runs_told] == ["completed"]  # type: ignore[union-attr]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("stepspan-memory")]
+    one.evaluate()
+    first.close()
+    two.close()
+    points: list[Any] = [point for _, point in exporter.records["metrics"]]
+    assert 2.0 in [value for series, _, value in points if dict(series.attributes).get("split") == "test"]

@@ -553,6 +553,9 @@ class Run:
             OPEN_RUNS.park(self)
             if self._pipeline is not None and self._recorder.ended is not None:
                 self._pipeline.journal.close(self._recorder.ended, for_good=False)
+                session = self._session
+                self._delivery.pause(session.path if session else None, CLOSE_TIMEOUT_S)
+                self._recorder.warnings.log_summary()
         except Exception as error:
             self._warn_once("close", f"the session was not ended well: {error_text(error)}")
 
@@ -688,6 +691,7 @@ class Run:
         """Another session begins than the run's first one."""
         if self._rests:  # it is evaluated after it was parked
             OPEN_RUNS.rest(self)
+            self._delivery = self._delivery.resume()
         if self.identity.role:
             self._close_with_worker()
 

@@ -88,6 +88,13 @@ class Delivery:
         """
         return self._wait(session, lambda state: _has_all(state, seq), timeout)
 
+    def pause(self, session: Path | None, timeout: float) -> None:
+        """The session has ended, and another one may follow or not. Arguments as of `close`."""
+
+    def resume(self) -> Delivery:
+        """What delivers the session that follows after a pause."""
+        return self
+
     def close(self, session: Path | None, timeout: float) -> None:
         """Wait until the end of the run is delivered, as long as the receivers answer, or may be about to.
 
@@ -371,6 +378,7 @@ class ThreadDelivery(Delivery):
         from stepspan.deliver.shared_exporter import SharedExporter
 
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
+        self._arguments = exporters, session, boot_id
         self._session = session
         self._closing = threading.Event()
         self._cannot_start = False
@@ -385,6 +393,16 @@ class ThreadDelivery(Delivery):
         except RuntimeError as error:  # no more threads: the run still has its journal
             self._cannot_start = True
             log.warning("stepspan: delivery cannot be started: %s", error)
+
+    def pause(self, session: Path | None, timeout: float) -> None:
+        """As `close`: a process may train often, and threads that nobody needs would add up."""
+        self.close(session, timeout)
+
+    def resume(self) -> Delivery:
+        """Other threads, with the same exporters."""
+        fresh = ThreadDelivery(*self._arguments)
+        fresh.start()
+        return fresh
 
     def close(self, session: Path | None, timeout: float) -> None:
         """As the base, at full speed; then the threads end."""

@@ -31,9 +31,9 @@ def _noting(leave: Callable[..., Any], note: Callable[[SystemExit], None], first
     @wraps(leave)
     def noting(*args: Any, **named: Any) -> Any:
         with suppress(Exception):
-            leaving = SystemExit(*(args[first:] or named.values()))
-            leaving.__context__ = sys.exc_info()[1]  # `except KeyboardInterrupt: sys.exit(1)`
-            note(leaving)
+            error = SystemExit(*(args[first:] or named.values()))
+            error.__context__ = sys.exc_info()[1]  # `except KeyboardInterrupt: sys.exit(1)`
+            note(error)
         return leave(*args, **named)
 
     return noting
