@@ -43,6 +43,8 @@ SPLIT = 'split=~"$split"'
 RANK = 'rank=~"${rank:pipe}"'
 """As it is chosen or typed: Grafana escapes a plain `$rank`, and 12.. would match nothing."""
 TRAIN = 'split="train"'
+TRAINING = 'split!~"val|valid|validation|eval|test|predict"'
+"""All splits that a model is trained on, whatever they are called."""
 
 MOST_LINES = 20
 """Lines that a drill-down draws, however many ranks are chosen."""

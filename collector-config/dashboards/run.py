@@ -10,6 +10,7 @@ from dashboards.panels import (
     RANK,
     SPLIT,
     TRAIN,
+    TRAINING,
     Mark,
     Panel,
     against,
@@ -36,7 +37,7 @@ BEGUN = f"max by (job_id) ({START})"
 EARLIER = f"(max by (job_id) ({START}) < on (job_id) max by (job_id) (max_over_time({START}[$__range] @ end())))"
 """Something at the times of attempts that were restarted later in the range, nothing at those of the last one."""
 
-STEP = recorded("job:training_step_number:max", TRAIN)
+STEP = f"max by (job_id) ({recorded('job:training_step_number:max', TRAINING)})"
 LOSS = recorded("job:training_loss:avg", SPLIT)
 LOGGED_AT = " or ".join(
     f'label_replace(timestamp(training_{name}{{{RANK_0},{SPLIT},key=""}}), "key", "{name}", "", "") '
@@ -132,7 +133,7 @@ def now() -> list[Panel]:
             "Loss",
             "The last training loss, mean over ranks. How it got there stands below.",
             "none",
-            lines(recorded("job:training_loss:avg", TRAIN), "{{key}}"),
+            lines(recorded("job:training_loss:avg", TRAINING), "{{key}} {{split}}"),
             named=True,
             decimals=4,
         ),
