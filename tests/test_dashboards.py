@@ -274,7 +274,7 @@ def ours() -> dict[str, set[str]]:
                     with run.span("all_reduce", collective=True):
                         pass
                     run.log_metrics(LOGGED)
-        run.log_metrics({"loss": math.nan}, step=1)
+        run.log_metrics({"loss": math.nan, "f1": "0.5"}, step=1)
         run.log_error(ValueError("v"))
         counters = {"allocated": 1, "reserved": 2, "active": 1, "inactive": 1}
         run._recorder.emit_background({"ts": 0, "seq": 0, "tag": "memory", "device_id": 0, "counters": counters})

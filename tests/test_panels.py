@@ -221,7 +221,7 @@ def test_loki_answers_the_panels_and_marks(shown: Shown, query: grafana.Query) -
     lines = until(lambda: loki.query(logql, shown.now - SPAN, time.time() + 5))
     assert {labels["job_id"] for labels, _ in lines} == {JOB}
     assert {labels["event_name"] for labels, _ in lines} <= {
-        *("exception", "training.artifact", "training.hyperparams", "milestone"),
+        *("exception", "training.artifact", "training.hyperparams", "milestone", "stepspan.dropped_value"),
     }
 
 

@@ -316,6 +316,14 @@ def broken() -> list[Panel]:
             low=0,
             limits=[(HOUR, "yellow"), (2 * HOUR, "red")],
         ),
+        graph(
+            "Values not recorded",
+            "How many values that were logged are no numbers, or raised, over all ranks: by metric key, or where they "
+            "belong (hyperparams.lr). stepspan.dropped_value in Events says why.",
+            "short",
+            lines(f"sum by (key) (training_run_dropped_values_total{{{JOB}}})", "{{key}}"),
+            low=0,
+        ),
     ]
 
 

@@ -76,7 +76,7 @@ def train(run: Any, rank: int, pause: Any, goes_on: Callable[[int], bool], meet:
                 run.log_metrics({"train/loss": 100.0, "train_loss_step": 200.0, "loss_epoch": 300.0, "lr-SGD/pg1": 0.2})
             if step % 10 == 9:
                 for _ in run.steps([0], split="val"):
-                    run.log_metrics({"loss": 1.0, "val/loss": 400.0, "accuracy": 0.5})
+                    run.log_metrics({"loss": 1.0, "val/loss": 400.0, "accuracy": 0.5, "f1": "0.5"})
                 run.log_metrics({"test/loss": 500.0}, step=step - 7)
                 run.log_artifact("model", f"/checkpoints/{step}", kind="checkpoint")
             if step % 20 == 10 and rank == SLOW:
