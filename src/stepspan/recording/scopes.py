@@ -61,7 +61,7 @@ class Scope:
     """
 
     __slots__ = (
-        "abandoned_at", "begin", "epoch", "in_main", "lap", "loop", "on_exit", "order", "owner", "parent", "samples",
+        "abandoned_at", "begin", "epoch", "in_main", "lap", "loop", "on_exit", "owner", "parent", "samples",
         "seq", "session", "split", "started_in", "step", "tag", "task", "thread", "token", "tokens", "ts", "waited",
     )  # fmt: skip
 
@@ -85,8 +85,6 @@ class Scope:
         """The loop whose step it is or lies in."""
         self.started_in: StepOf | None = None
         """The training step that it is or lies in, open or not; where there is none, an evaluation's."""
-        self.order = 0
-        """How many scopes of the run had begun when it did, itself included."""
         self.session: object | None = None
         """The journal session that it was begun in; None while it is not open."""
         self.parent: Scope | None = None
@@ -156,17 +154,13 @@ class DetachedSpan(Scope):
     detached = True
 
 
-class LoopStep(Scope):
-    """A step of a loop. It is detached where it goes on side by side with the step of another loop, as in `zip`."""
+class AdjacentStep(Scope):
+    """A step of a loop that goes on side by side with that of another one, as in `zip`."""
 
-    __slots__ = ("adjacent_to", "detached")
-
-    def __init__(self, owner: Scopes, begin: Event, loop: StepLoop) -> None:
-        super().__init__(owner, "step", begin, begin["step"], loop.split)
-        self.loop = loop
-        self.detached = False
-        self.adjacent_to: LoopStep | None = None
-        """The step that it goes on side by side with."""
+    __slots__ = ("adjacent_to",)
+    detached = True
+    adjacent_to: Scope
+    """The step of the other loop."""
 
 
 class Scopes:
@@ -229,10 +223,10 @@ class Scopes:
         """Whether the main thread has begun an epoch or a step."""
         self._branches: dict[Scope, None] = {}
         """The open spans of all threads, and steps that are detached, in the order of their beginning."""
-        self._loop_steps: dict[Scope, LoopStep] = {}
-        """The open steps of loops in all threads, by themselves."""
-        self._adjacent: dict[Scope, LoopStep] = {}
-        """Those that are detached."""
+        self._adjacent: dict[Scope, AdjacentStep] = {}
+        """The open ones of these steps, by themselves."""
+        self.maybe_left: dict[Scope, None] = {}
+        """Steps of loops that were left, or that something followed: to be ended with the run at the latest."""
         self._laps: dict[str, tuple[int, int, int]] = {}
         """Split -> epoch, step and lap of its last step."""
         self._next_epoch = 0
@@ -281,28 +275,36 @@ class Scopes:
             The step.
 
         """
-        scope = LoopStep(self, self._number_step(number, loop.split), loop)
-        scope.waited = waited
-        inner = self.innermost()
-        if inner is not None and inner.loop is not None:
-            self._find_adjacent(scope, loop, inner, begun)
-        loop.go_on()
+        event = self._number_step(number, loop.split)
+        inner = self._current.get()
+        if inner is None or inner.session is None or inner.abandoned_at:
+            inner = self.innermost()
+        other = None if inner is None or inner.loop is None else self._find_adjacent(loop, inner, begun)
+        scope = (AdjacentStep if other is not None else Scope)(self, "step", event, event["step"], loop.split)
+        if isinstance(scope, AdjacentStep) and other is not None:
+            scope.adjacent_to, scope.parent = other, other.parent
+        scope.loop, scope.waited = loop, waited
+        loop.maybe_left_at = loop.followed = 0
         self.begin(scope)
-        loop.step, loop.ts = scope, scope.ts
-        if scope.session is not None:
-            self._loop_steps[scope] = scope
+        loop.step, loop.step_order, loop.ts = scope, self.begun, scope.ts
         return scope
 
     def begin(self, scope: Scope) -> None:
         """Open a scope inside the innermost one."""
         try:
             tag, event, session = scope.tag, scope.begin, self._journal.session
-            scope.thread, scope.task = get_ident(), _current_task()
-            self.begun = scope.order = self.begun + 1
+            scope.thread, scope.task = get_ident(), _current_task() if "asyncio" in sys.modules else 0
+            self.begun += 1
             if self._adjacent:
                 self._end_abandoned()
             if not scope.detached:
-                self._find_parent(scope)
+                here = self._current.get()
+                if here is None or here.session is not session or here.abandoned_at or here.loop is not None:
+                    self._find_parent(scope, here)
+                else:
+                    scope.parent, scope.started_in = here, here.started_in
+                    if tag == "span":
+                        scope.step, scope.split = here.step, here.split
             parent = scope.parent
             if parent is not None and parent.session is session:
                 event["parent"] = parent.seq
@@ -312,7 +314,10 @@ class Scopes:
                     scope.lap = parent.lap
             if tag == "step":
                 self._number_lap(scope, event)
-                self._step_begins(scope)
+                split, number, around = scope.split or TRAIN, scope.step or 0, scope.started_in
+                self.steps.begin(split, number)
+                if split not in EVALUATION_SPLITS or around is None or around[0] in EVALUATION_SPLITS:
+                    scope.started_in = split, number
             self._emit(event, scope)
             if self.closed:
                 return
@@ -325,9 +330,9 @@ class Scopes:
                 if scope.loop is not None:
                     scope.loop.ts = scope.ts
                 self._branches[scope] = None
-            elif scope.detached and isinstance(scope, LoopStep):
-                self._branches[scope], self._adjacent[scope] = None, scope
-            elif self._is_in_main_thread(scope):
+            elif scope.detached:
+                self._branches[scope], self._adjacent[scope] = None, scope  # type: ignore[assignment] # it is one
+            elif (scope.thread == self._main_thread and self._trains) or self._is_in_main_thread(scope):
                 self._main = scope
             if scope.detached:
                 return
@@ -385,17 +390,22 @@ class Scopes:
             loop = scope.loop
         else:
             scope = self._attributed()
-        started_in = None
+        steps, started_in = self.steps, None
         if scope is not None:
             started_in, split = scope.started_in, split or scope.split
         event["split"] = split = split or TRAIN
-        self.steps.attribute(event, metrics, step, split, started_in)
+        if steps.differ or step is not None or steps.step is None:
+            steps.attribute(event, metrics, step, split, started_in)
+        else:  # as nearly always
+            event["step"] = steps.step
+            if started_in is not None and started_in[1] != steps.step and started_in[0] == steps.leading:
+                event["own_step"] = started_in[1]
         if step is None and (scope is None or scope.step is None) and "step" in event:
             event["over"] = True
         if loop is not None:
-            split_of = self.steps.split_of
+            known = steps.split_of_key.get
             for key in metrics:
-                if loop.has(split_of(key) or split):
+                if (known(key) == "" and split == loop.split) or loop.has(steps.split_of(key) or split):
                     return loop
             self._follow(loop, EVALUATION)
         return None
@@ -541,7 +551,7 @@ class Scopes:
         self._run_thread, self._trains = 0, False
         self._branches.clear()
         self._adjacent.clear()
-        self._loop_steps.clear()
+        self.maybe_left.clear()
         self._exits.clear()
         self._current.set(None)
 
@@ -559,7 +569,9 @@ class Scopes:
         self, scope: Scope, error: BaseException | None, status: str | None = None, *, rests: bool = False
     ) -> None:
         """Close a scope alone, with the steps that go on side by side within it."""
-        loop, ended = scope.loop if _is_loop_step(scope) else None, scope.abandoned_at
+        loop, ended = scope.loop, scope.abandoned_at
+        if loop is not None and loop.step is not scope:
+            loop = None
         if loop is not None and loop.maybe_left_at:
             if error is not None and loop.followed == EVALUATION and not ended:
                 error = None  # it has come by after the loop
@@ -568,12 +580,14 @@ class Scopes:
             if error is not None:
                 loop.go_on()  # until this
         try:
-            for step in list(self._adjacent.values()):
-                if step.parent is scope and _has_begun_here(step):
-                    self._close(step, error)
-            for step in list(self._loop_steps.values()) if scope.tag == "run" else ():
-                if step.abandoned_at or _may_be_left(step):  # in a thread that nothing was recorded in since
-                    self._close(step, None)
+            if self._adjacent:
+                for step in list(self._adjacent.values()):
+                    if step.parent is scope and _has_begun_here(step):
+                        self._close(step, error)
+            if scope.tag == "run":
+                for left in list(self.maybe_left):  # in threads that nothing was recorded in since
+                    if left.session is not None:
+                        self._close(left, None)
             for call in scope.on_exit:
                 call()
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
@@ -606,7 +620,10 @@ class Scopes:
         finally:
             scope.session = None
             if self._current.get() is scope:
-                self._restore_current(scope)
+                if scope.tag == "run":
+                    self._restore_before(scope)
+                else:
+                    self._current.set(None if scope.in_main else scope.parent)
             if scope.tag == "span" or scope.detached:
                 self._branches.pop(scope, None)
                 self._adjacent.pop(scope, None)
@@ -614,19 +631,20 @@ class Scopes:
                 self._main = scope.parent
             if loop is not None:
                 loop.step = None
-                self._loop_steps.pop(scope, None)
+                if self.maybe_left:
+                    self.maybe_left.pop(scope, None)
             if scope.token is not None:
                 token, scope.token = scope.token, None
                 self._propagation.detach(token)
 
-    def _restore_current(self, scope: Scope) -> None:
-        """Make current here what was so before a scope that has ended."""
-        before, self._before = (self._before, None) if scope.tag == "run" else (None, self._before)
+    def _restore_before(self, scope: Scope) -> None:
+        """Make current here what was so before the run."""
+        before, self._before = self._before, None
         if before is not None:
-            with suppress(ValueError):  # the run ends in another context than it began in
+            with suppress(ValueError):  # it ends in another context than it began in
                 self._current.reset(before)
                 return
-        self._current.set(None if scope.in_main else scope.parent)
+        self._current.set(scope.parent)
 
     def _end_inside(self, scope: Scope, error: BaseException | None) -> None:
         inside, inner = [], self._current.get()
@@ -641,9 +659,8 @@ class Scopes:
                 if left_open.session is not None:
                     self._close(left_open, error)
 
-    def _find_parent(self, scope: Scope) -> None:
+    def _find_parent(self, scope: Scope, here: Scope | None) -> None:
         """Find what a scope lies in: the innermost scope here, or what is around a loop's step that was left."""
-        here = self._current.get()
         parent = scope.parent = self.innermost()
         if parent is None:
             return
@@ -654,7 +671,7 @@ class Scopes:
                 scope.loop = parent.loop
         if parent is None or parent.session is not self._journal.session:
             return
-        started = parent if here is parent else self._attributed() or parent
+        started = parent if parent is here else self._attributed() or parent
         scope.started_in = started.started_in
         if scope.tag == "span":
             scope.step, scope.split = started.step, started.split
@@ -680,29 +697,33 @@ class Scopes:
     def _follow(self, loop: StepLoop, by: int) -> None:
         """Something follows the last thing in a loop's step, and in those that go on side by side with it."""
         loop.follow(by)
+        self.maybe_left[loop.step] = None
         for step in list(self._adjacent.values()):
             if step.adjacent_to is loop.step and step.loop is not None:
                 step.loop.ts = max(step.ts, loop.maybe_left_at)
                 step.loop.follow(by)
+                self.maybe_left[step] = None
 
-    def _find_adjacent(self, scope: LoopStep, loop: StepLoop, inner: Scope | None, begun: int) -> None:
-        """Detach a step that goes on side by side with another loop's: one that began after its own loop had.
+    def _find_adjacent(self, loop: StepLoop, inner: Scope | None, begun: int) -> Scope | None:
+        """The step of another loop that the next one of this loop goes on side by side with.
 
-        A loop that begins within another one's step is nested in it, and so is one whose data the other's steps are. In
-        an evaluation's split only a step that follows at once goes on side by side: others are an evaluation within it.
+        That is one which has begun after this loop: a loop that begins within another one's step is nested in it, and
+        so is one whose data the other's steps are. In an evaluation's split only a step that follows at once goes on
+        side by side: others are an evaluation within it.
         """
+        found = None
         while inner is not None and inner.loop is not None:
             other: StepLoop = inner.loop
-            step: LoopStep | None = other.step
-            if step is None or step.order <= loop.order or other.feeds is loop:
-                return
-            if step.order > begun:
+            step: Scope | None = other.step
+            if step is None or other.step_order <= loop.order or other.feeds is loop:
+                break
+            if other.step_order > begun:
                 other.feeds = loop
-                return
+                break
             if loop.is_evaluation and other.ts != step.ts:
-                return
-            scope.detached, scope.adjacent_to, scope.parent = True, step, step.parent
-            inner = step.parent
+                break
+            found, inner = step, step.parent
+        return found
 
     def _end_abandoned(self) -> None:
         """End the detached steps of this thread whose loop was left: no scope around them will notice soon."""
@@ -728,13 +749,6 @@ class Scopes:
             self.end(scope, None)
             scope = self._innermost_of_main() if scope.in_main else scope.parent
         return scope
-
-    def _step_begins(self, scope: Scope) -> None:
-        """A step begins: it is in force from now on."""
-        split, number, around = scope.split or TRAIN, scope.step or 0, scope.started_in
-        self.steps.begin(split, number)
-        if split not in EVALUATION_SPLITS or around is None or around.split in EVALUATION_SPLITS:
-            scope.started_in = StepOf(split, number)
 
     def _is_in_main_thread(self, scope: Scope) -> bool:
         """Whether a run, epoch or step began in the main thread; that may be where this one begins."""
@@ -824,11 +838,6 @@ def _is_loop_step(scope: Scope) -> bool:
     return scope.loop is not None and scope.loop.step is scope
 
 
-def _may_be_left(scope: Scope) -> bool:
-    """Whether a scope is the step of a loop that does not seem to go on."""
-    return _is_loop_step(scope) and scope.loop is not None and scope.loop.maybe_left_at > 0
-
-
 def _has_begun_here(scope: Scope) -> bool:
     """Whether it was this thread and task that began a scope: another one goes on when that has ended."""
     return scope.thread == get_ident() and scope.task == _current_task()
@@ -837,7 +846,8 @@ def _has_begun_here(scope: Scope) -> bool:
 def _current_task() -> int:
     """The id of the asyncio task that runs here; 0 where none does."""
     asyncio = sys.modules.get("asyncio")
-    running_loop = getattr(asyncio, "_get_running_loop", None)
-    if asyncio is None or running_loop is None or (event_loop := running_loop()) is None:
+    if asyncio is None:
         return 0
-    return id(asyncio.current_task(event_loop))
+    running_loop = getattr(asyncio, "_get_running_loop", None)  # missing as long as it is being imported
+    event_loop = None if running_loop is None else running_loop()
+    return 0 if event_loop is None else id(asyncio.current_task(event_loop))

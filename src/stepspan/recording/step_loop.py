@@ -32,7 +32,8 @@ class StepLoop:
         order: How many scopes of the run had begun when the loop did.
 
     Attributes:
-        step: The step that is open; a `scopes.LoopStep`.
+        step: The step that is open; a `scopes.Scope`.
+        step_order: How many scopes had begun when that did.
         seq: The line of the last thing that was recorded in it; the journal fills in both.
         ts: The time of that, Unix ns.
         maybe_left_at: The last thing in it before something followed, Unix ns; 0 while nothing has.
@@ -41,7 +42,18 @@ class StepLoop:
 
     """
 
-    __slots__ = ("feeds", "followed", "is_evaluation", "maybe_left_at", "order", "seq", "split", "step", "ts")
+    __slots__ = (
+        "feeds",
+        "followed",
+        "is_evaluation",
+        "maybe_left_at",
+        "order",
+        "seq",
+        "split",
+        "step",
+        "step_order",
+        "ts",
+    )
 
     def __init__(self, split: str, order: int) -> None:
         self.split = split
@@ -49,8 +61,7 @@ class StepLoop:
         self.order = order
         self.step: Any = None
         self.feeds: StepLoop | None = None
-        self.seq = self.ts = 0
-        self.go_on()
+        self.seq = self.ts = self.step_order = self.maybe_left_at = self.followed = 0
 
     def go_on(self) -> None:
         """The loop asks for more, so it was not left."""

@@ -122,17 +122,19 @@ class Steps(Generic[T]):
     def _was_left(self, batches: int) -> None:
         """An iterator is gone that the last batch went to; so is its loop, but for `next(iter(steps))`."""
         loop, step = self._loop, self._loop.step
-        if step is None:
+        if step is None or step.session is None:
             return
         if batches == 1 and loop.ts == step.ts:  # and nothing was recorded in the step
             loop.maybe_left_at = loop.maybe_left_at or self._clock()
         else:
             step.abandoned_at = self._clock()  # how, the scope around it will find out
+        self._scopes.maybe_left[step] = None
 
     def __del__(self) -> None:
         step = self._loop.step
-        if step is not None and not step.abandoned_at:
+        if step is not None and step.session is not None and not step.abandoned_at:
             step.abandoned_at = self._clock()
+            self._scopes.maybe_left[step] = None
 
 
 class StepsIterator(Generic[T]):

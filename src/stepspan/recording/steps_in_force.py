@@ -12,7 +12,7 @@ since, or be one of several that go on in threads.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TypeAlias
 
 from stepspan.events import Event
 from stepspan.mapping.names import EVALUATION_SPLITS, split_in_key
@@ -21,11 +21,8 @@ TRAIN = "train"
 MAX_KNOWN_KEYS = 10_000
 
 
-class StepOf(NamedTuple):
-    """A step by its split and number."""
-
-    split: str
-    number: int
+StepOf: TypeAlias = tuple[str, int]
+"""A step by its split and number."""
 
 
 class StepsInForce:
@@ -34,23 +31,28 @@ class StepsInForce:
     Attributes:
         step: In splits that have no step of their own; None where nothing has stepped.
         leading: The split that this is of.
+        differ: Whether there are splits that have one of their own.
 
     """
 
     def __init__(self) -> None:
         self.step: int | None = None
         self.leading = ""
+        self.differ = False
         self._steps: dict[str, int] = {}
         """By split: of those that are trained in or, as long as there are none, of evaluations."""
         self._is_trained = False
         self._given: int | None = None
         """The `step=` that was given last, of training unless there was none; for where nothing has stepped."""
         self._given_in_training = False
-        self._split_of_key: dict[str, str] = {}
-        """Key -> the split that it names itself, or ""."""
+        self.split_of_key: dict[str, str] = {}
+        """Key -> the split that it names itself, or "": those that `split_of` was asked for."""
 
     def begin(self, split: str, number: int) -> None:
         """A step has begun."""
+        if split == self.leading:
+            self.step = self._steps[split] = number
+            return
         if split in EVALUATION_SPLITS:
             if self._is_trained:
                 return
@@ -60,6 +62,7 @@ class StepsInForce:
         self._steps[split] = number
         if split == TRAIN or TRAIN not in self._steps:
             self.leading, self.step = split, number
+        self.differ = len(self._steps) > 1
 
     def attribute(
         self, event: Event, keys: Iterable[str], step: int | None, split: str, started_in: StepOf | None
@@ -76,7 +79,7 @@ class StepsInForce:
         """
         if self.step is None:
             in_force = step = self._step_given(keys, step, split)
-        elif len(self._steps) < 2:
+        elif not self.differ:
             in_force = self.step
             if step is None:
                 step = started_in[1] if started_in is not None and started_in[0] == self.leading else in_force
@@ -103,17 +106,17 @@ class StepsInForce:
             started_in: The step that the code here was started in.
 
         """
-        if started_in is not None and started_in.split in self._steps:
-            return started_in.number
+        if started_in is not None and started_in[0] in self._steps:
+            return started_in[1]
         return self._given if self.step is None else self.step
 
     def split_of(self, key: str) -> str:
         """The split that a key names itself, or ""."""
-        split = self._split_of_key.get(key)
+        split = self.split_of_key.get(key)
         if split is None:
-            if len(self._split_of_key) >= MAX_KNOWN_KEYS:
-                self._split_of_key.clear()
-            split = self._split_of_key[key] = split_in_key(key)[0] or ""
+            if len(self.split_of_key) >= MAX_KNOWN_KEYS:
+                self.split_of_key.clear()
+            split = self.split_of_key[key] = split_in_key(key)[0] or ""
         return split
 
     def _step_given(self, keys: Iterable[str], step: int | None, split: str) -> int | None:
@@ -130,5 +133,5 @@ class StepsInForce:
         leading = split if split in self._steps else self.leading
         in_force = self._steps[leading]
         if step is None:
-            step = started_in.number if started_in is not None and started_in.split == leading else in_force
+            step = started_in[1] if started_in is not None and started_in[0] == leading else in_force
         return in_force, step
