@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -145,6 +146,43 @@ def test_after_a_restart_only_what_a_checkpoint_needs_is_read(tmp_path: Path) ->
 
 
 # ---------------------------------------------------------------- strange files
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("more", [False, True], ids=["a burst", "a burst, and more"])
+def test_points_ahead_of_their_lines_go_out_when_their_time_has_come(
+    tmp_path: Path, restarts: bool, more: bool
+) -> None:
+    training, exporter = Training(tmp_path), Scripted()
+    for number in range(50):
+        training.emit("metrics", split="train", step=number, metrics={"loss": float(number)})
+    clock, wall = Time(), Time(training.now / SECOND)
+    how = options(clock, wall_clock=wall)
+    task = DeliveryTask(training.path, "metrics", exporter, how)
+    task.advance(ALL)
+    clock.skip(1.0)  # the newest millisecond has settled
+    for number in range(60):
+        while task.advance(ALL):
+            pass
+        assert (task.position.held_until > 0) == (number < 49)
+        wall.skip(0.001)
+        if restarts:
+            task.close()
+            task = DeliveryTask(training.path, "metrics", exporter, how)
+        if more and number == 10:
+            training.now += SECOND // 100
+            training.emit("metrics", split="train", step=50, metrics={"loss": 50.0})
+            break
+    task.close()
+    task = deliver(training.end(), exporter, options())
+    points = {(name, attributes, ts // 10**6): value for _, name, attributes, ts, value in exporter.taken}
+    losses = [value for (name, *_), value in points.items() if name == "training.loss"]
+    assert losses == [*(f"{float(number)}" for number in range(50 + more)), "None"]
+    times = [(min(ts for *_, ts, _ in records), max(ts for *_, ts, _ in records)) for records in exporter.sent]
+    assert all(before[1] // 10**6 <= after[0] // 10**6 for before, after in pairwise(times)) or restarts
+    repeated = len(exporter.taken) - len(points)
+    assert repeated == 0 or (restarts and more)
+    assert_true(task.state.ledger, training.writer.seq)
 
 
 def half_delivered(tmp_path: Path) -> tuple[SessionPath, Scripted, list[Any]]:

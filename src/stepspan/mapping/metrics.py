@@ -88,7 +88,8 @@ class MetricMapper:
         """By name and attributes."""
         self._own_series: dict[tuple[str, str], Series] = {}
         """Those of `OWN_SERIES`, by name and label."""
-        self._points = PointBuffer(header.get("not_before", 0))
+        not_before = header.get("not_before")
+        self._points = PointBuffer(not_before if type(not_before) is int else 0)
         self._add = self._points.add
         self._add_metrics, self._add_step, self._add_span = (each.add_row for each in self._points.timelines)
         self._tables: dict[tuple[Any, ...], Table] = {}
@@ -249,11 +250,11 @@ class MetricMapper:
         if "at" in event:
             self._late_metrics(event, series)
             return
-        is_past = "time" in event and event["time"] < ts
-        steps = self._steps_of(event, names, attributes, is_past=is_past)
-        if is_past:
+        time = int(event["time"]) if "time" in event else ts
+        steps = self._steps_of(event, names, attributes, is_past=time < ts)
+        if time < ts:
             numbers = zip([*series, *steps], map(to_float, [*metrics.values(), *steps.values()]), strict=True)
-            self._points.points += [PastPoint(one, event["time"], value) for one, value in numbers if value is not None]
+            self._points.points += [PastPoint(one, max(time, 0), value) for one, value in numbers if value is not None]
             return
         row = dict(zip(series, metrics.values(), strict=True)) | steps
         self._points.filtered += len(series) + len(steps) - len(row)  # of keys of one series the last counts

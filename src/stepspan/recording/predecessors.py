@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from stepspan.errors import JournalError
+from stepspan.errors import Damaged, JournalError
 from stepspan.events import MILLISECOND_NS, SECOND_NS
+from stepspan.journal.format import decode
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name, session_name, slug
 from stepspan.journal.reader import JournalReader
 from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING
@@ -31,8 +32,8 @@ MAX_LEAD_NS = MAX_LEAD_MS * MILLISECOND_NS
 MAX_END_NS = (3 * MAX_WAITING + 4) * MILLISECOND_NS
 """What may come behind the last row that kept to the limit: rows that waited, and the end of every series."""
 END_NS = 4 * MILLISECOND_NS
-LINE = re.compile(rb'^\{"ts":(\d+),"seq":\d+,"tag":"(\w+)"', re.MULTILINE)
-ROWS = frozenset({b"metrics", b"step_end", b"span_end"})
+LINE = re.compile(rb'\{"ts":(\d+),"seq":\d+,"tag":"(\w+)"')
+ROWS = frozenset({"metrics", "step_end", "span_end"})
 """Tags of events that are a row of points."""
 
 
@@ -74,7 +75,7 @@ def _end_of_points(session: SessionPath) -> int:
     not_before, size = int(reader.header.get("not_before", 0)), TAIL_BYTES
     while True:
         data, complete = _tail(session, segments, size)
-        lines = [(int(ts), tag in ROWS) for ts, tag in LINE.findall(data)]
+        lines = list(_lines(data))
         if complete or size >= MAX_TAIL_BYTES or (lines and lines[-1][0] - lines[0][0] > MAX_LEAD_NS):
             break
         size *= 4
@@ -85,6 +86,18 @@ def _end_of_points(session: SessionPath) -> int:
     for ts, is_row in lines:
         ahead = max(ahead + MILLISECOND_NS, ts) if is_row else max(ahead, ts)
     return min(ahead + END_NS, last + MAX_LEAD_NS + MAX_END_NS)
+
+
+def _lines(data: bytes) -> Iterator[tuple[int, bool]]:
+    """The time of each whole line, Unix ns, and whether it is a row of points."""
+    for line in data.splitlines():
+        found = LINE.match(line)
+        if found:
+            yield int(found[1]), found[2].decode() in ROWS
+        else:  # a processor has put its fields in another order
+            with suppress(Damaged):
+                event = decode(line)
+                yield event["ts"], event["tag"] in ROWS
 
 
 def _tail(session: SessionPath, segments: list[int], size: int) -> tuple[bytes, bool]:
