@@ -195,7 +195,7 @@ def test_the_next_session_goes_on_at_half_speed_and_says_so(tmp_path: Path) -> N
     assert second[1]["ahead"] == near(70)
 
 
-def test_a_forked_child_goes_on_at_half_speed_and_says_so(tmp_path: Path) -> None:
+def test_a_forked_child_has_right_times_at_once(tmp_path: Path) -> None:
     machine, numbers = Machine(wrong=100.0), iter(range(10))
     journal = Journal(tmp_path, limits=ROOMY, clock=machine.clock)
     journal.open(lambda: header(f"{next(numbers):016x}", started=machine.clock()), job_id="job", host="node")
@@ -216,8 +216,22 @@ def test_a_forked_child_goes_on_at_half_speed_and_says_so(tmp_path: Path) -> Non
     assert os.waitstatus_to_exitcode(status_of_child(pid)) == 0
     sessions = [lines(session.path) for session in find_sessions(tmp_path)]
     (child,) = [found for found in sessions if logged(found) == [2]]
-    assert [event["tag"] for event in child] == ["header", "clock", "metrics"]
-    assert child[1]["ahead"] == near(90)
+    assert [event["tag"] for event in child] == ["header", "metrics"]
+    assert by_number(child) == {2: near(85)}
+
+
+def test_a_journal_that_is_opened_by_its_first_event_has_right_times_at_once(tmp_path: Path) -> None:
+    machine = Machine(wrong=20 * 60.0)
+    journal = Journal(tmp_path, limits=ROOMY, clock=machine.clock)
+    journal.open(lambda: header(started=machine.clock()), job_id="job", host="node", at_once=False)
+    machine.wrong = 0.0
+    machine.since.skip(5)
+    journal.append(metrics(0))
+    assert journal.session is not None
+    found = lines(journal.session.path)
+    assert [event["tag"] for event in found] == ["header", "metrics"]
+    assert found[0]["started"] - NOON == near(5)
+    assert by_number(found) == {0: near(5)}
 
 
 # ---------------------------------------------------------------- wrong only as the run began
@@ -258,6 +272,7 @@ def test_a_clock_that_is_set_at_once_has_never_been_wrong(
     ]
     assert ("ahead" if wrong > 0 else "behind") in told
     assert run.stats()["lost"] == 0
+    assert run.trace_id == next(span.trace_id.hex() for span in spans if span.name == "training.run")
 
 
 def test_what_was_delivered_before_is_not_written_again(tmp_path: Path) -> None:

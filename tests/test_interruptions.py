@@ -25,6 +25,7 @@ import pytest
 from harness import runs
 from harness.journals import (
     ROOMY,
+    SECOND,
     FaultyDisk,
     HandClock,
     assert_ordered,
@@ -43,6 +44,7 @@ from stepspan import JsonlExporter
 from stepspan.events import Event
 from stepspan.journal import layout
 from stepspan.journal import writer as writer_module
+from stepspan.journal.clock import Clock
 from stepspan.journal.cursor import Position
 from stepspan.journal.disk import Limits
 from stepspan.journal.format import decode
@@ -104,9 +106,11 @@ class LiveReader:
         self._position = Position()
 
     def read(self, journal: Journal) -> None:
-        if self._reader is None:
-            assert journal.session is not None
+        assert journal.session is not None
+        if self._reader is None or self._reader.session.path != journal.session.path:
+            self.close()
             self._reader = JournalReader(session_of(journal.session.path), clock=count(step=1).__next__)
+            self.events, self._position = [], Position()
         for _ in range(2):  # the newest millisecond settles
             for batch in read_batches(self._reader, self._position, closed=None, size=1 << 16):
                 self._position = batch.position
@@ -117,10 +121,17 @@ class LiveReader:
             self._reader.close()
 
 
-def write_all(interrupter: Interrupter, place: Path, disk: FaultyDisk, limits: Limits, work: Any) -> Outcome:
+class Machine(FaultyDisk):
+    """A disk, and the clock beside it."""
+
+    clock_ahead = 20 * SECOND
+
+
+def write_all(interrupter: Interrupter, place: Path, disk: Machine, limits: Limits, work: Any) -> Outcome:
     """Open a journal, append, close; again where an exception came."""
     numbers, clock, live = count(), HandClock(), LiveReader()
-    journal = Journal(place, limits=limits, clock=clock, disk=disk)
+    wrong = Clock(clock, lambda: clock.now + disk.clock_ahead) if work is set_the_clock else clock
+    journal = Journal(place, limits=limits, clock=wrong, disk=disk)
     outcome = Outcome(journal)
     while journal.session is None:
         with suppress(interrupter.error), interrupter():
@@ -145,11 +156,11 @@ def write_all(interrupter: Interrupter, place: Path, disk: FaultyDisk, limits: L
     return outcome
 
 
-def nothing(number: int, disk: FaultyDisk) -> None:
+def nothing(number: int, disk: Machine) -> None:
     """The disk takes everything."""
 
 
-def full_for_a_while(number: int, disk: FaultyDisk) -> None:
+def full_for_a_while(number: int, disk: Machine) -> None:
     """It cuts a line, takes none for a second, and then all."""
     if number == 3:
         disk.space = 50
@@ -157,20 +168,26 @@ def full_for_a_while(number: int, disk: FaultyDisk) -> None:
         disk.space = None
 
 
-def low_for_a_while(number: int, disk: FaultyDisk) -> None:
+def low_for_a_while(number: int, disk: Machine) -> None:
     disk.is_low = 3 <= number < 9
 
 
-SCENARIOS: dict[str, tuple[Limits, Callable[[int, FaultyDisk], None]]] = {
+def set_the_clock(number: int, disk: Machine) -> None:
+    """It was ahead as the run began; later it turns out to be behind, and then to be ahead."""
+    disk.clock_ahead = 0 if number < 5 else 30 * SECOND if number < 8 else 0
+
+
+SCENARIOS: dict[str, tuple[Limits, Callable[[int, Machine], None]]] = {
     "plain": (SMALL, nothing),
     "synced": (replace(SMALL, sync_every=0), nothing),
     "the oldest go": (replace(SMALL, session_bytes=1500), nothing),
     "full": (SMALL, full_for_a_while),
     "low": (replace(ROOMY, segment_bytes=100_000), low_for_a_while),
+    "clock": (SMALL, set_the_clock),
 }
 
 
-STRIDE = 11
+STRIDE = 13
 """Each case tries every so many-th place, and together they try all that they have in common."""
 CASES = [(scenario, error) for error in (KeyboardInterrupt, TimeoutError) for scenario in SCENARIOS]
 
@@ -186,7 +203,7 @@ def test_an_exception_at_any_place_of_a_journals_work_costs_nothing(
     for place in count(case + 1, STRIDE):
         interrupter = Interrupter(place, error)
         directory = tmp_path / str(place)
-        outcome = write_all(interrupter, directory, FaultyDisk(), limits, work)
+        outcome = write_all(interrupter, directory, Machine(), limits, work)
         check(outcome, interrupter, directory, scenario)
         if interrupter.passed < place:
             break
@@ -215,6 +232,10 @@ def check(outcome: Outcome, interrupter: Interrupter, directory: Path, scenario:
     assert closed is not None, where
     assert (closed.seq, closed.status, closed.lost) == (events[-1]["seq"], "completed", 0), where
     assert logged(outcome.read) == values, where
+    if scenario == "clock":
+        set_by = [set(event) & {"before", "forward", "ahead"} for event in events if event["tag"] == "clock"]
+        assert set_by[0] <= {"before", "ahead"}, where  # the latter where nothing could be written again
+        assert set_by[1:] == [{"forward"}, {"ahead"}], where
 
 
 def test_signals_at_random_moments_cost_nothing(start: Start, tmp_path: Path) -> None:
@@ -243,6 +264,23 @@ def test_signals_at_random_moments_cost_nothing(start: Start, tmp_path: Path) ->
     assert_ordered(lines(path_of(run)))
     assert closed_of(path_of(run)).seq == len(lines(path_of(run))) == run.stats()["journaled"]
     assert run.stats()["lost"] == 0
+
+
+def test_a_run_whose_end_is_interrupted_has_ended(start: Start, tmp_path: Path) -> None:
+    """While a device or a thread is waited for; afterwards nobody would end it."""
+
+    class Slow:
+        def stop(self) -> None:
+            raise KeyboardInterrupt
+
+    run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY)])
+    run.log_metrics({"n": 1})
+    run._recorder.add_background_task(Slow())
+    with pytest.raises(KeyboardInterrupt):
+        run.close()
+    assert closed_of(path_of(run)).status == "completed"
+    assert not is_alive_here(path_of(run))
+    assert [event["tag"] for event in lines(path_of(run))] == ["header", "run_begin", "metrics", "run_end"]
 
 
 def test_a_rotation_that_ctrl_c_interrupts_is_delivered_whole(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

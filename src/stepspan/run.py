@@ -490,22 +490,24 @@ class Run:
                 return False
             self.closed = True
         self._begin()
-        self._recorder.stop_background_tasks()
+        status, is_known = to_status(self._recorder.ended or given)
         try:
-            status, is_known = to_status(self._recorder.ended or given)
+            self._recorder.stop_background_tasks()
             if not is_known:
                 known = ", ".join(STATUSES)
                 self._warn_once("status", f"close(status={preview(given):.40}): not one of {known}; taken as {status}")
             if self._rests:
                 self._end_evaluation(error)
             self._recorder.close_warnings()
-            self._scopes.end(self._scope, error, status)
-            self._scopes.closed = True
-            assert self._pipeline is not None
-            self._pipeline.close(status)
+            self._end_journal(error, status)
             self._recorder.report_journal_errors()
-        except Exception as error:
-            self._warn_once("close", f"the run was not closed well: {error_text(error)}")
+        except Exception as failure:
+            self._warn_once("close", f"the run was not closed well: {error_text(failure)}")
+        except BaseException:  # Ctrl-C, while a device or a thread is waited for
+            OPEN_RUNS.remove(self)
+            raise
+        finally:
+            self._end_journal(error, status)
         return True
 
     def _wait_for_delivery(self, timeout: float) -> None:
@@ -520,6 +522,13 @@ class Run:
             if self._finalizer is not None:
                 self._finalizer.cancel()
         self._recorder.warnings.log_summary()
+
+    def _end_journal(self, error: BaseException | None, status: str) -> None:
+        """End the run in its journal, and the journal, where that was not done."""
+        self._scopes.end(self._scope, error, status)
+        self._scopes.closed = True
+        if self._pipeline is not None:
+            self._pipeline.close(status)
 
     def _rest(self, error: BaseException | None = None, status: str | None = None) -> None:
         """The training has ended; what is evaluated afterwards is taken until the process ends or another run begins.
@@ -682,6 +691,8 @@ class Run:
         if not self._in_upkeep.acquire(blocking=False):
             return  # another thread is at it, or this one, interrupted by a signal handler that logs
         try:
+            if self._pipeline is not None and self._pipeline.journal.clock_event is not None:
+                self._trace_id = self._scopes.ids(self._scope)[0].hex()  # its begin may have another time now
             self._recorder.report_journal_errors()
             self._delivery.watch()
         finally:

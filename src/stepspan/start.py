@@ -129,8 +129,9 @@ def start_run(
         sync_every: Seconds between fdatasync calls with durability "disk"; 0: after each event.
         segment_bytes: Size at which a journal's segment is complete and the next one begins.
         session_bytes: Size of a session beyond which its oldest segments are removed.
-        free_bytes: The journal stops growing while less than this is free on its disk.
-        free_ratio: The same, as a share of the disk.
+        free_bytes: The journal stops growing while less than this is free on its disk; its first 16 MiB are always
+            written. By default 1 GiB, or a tenth of a smaller disk.
+        free_ratio: The same, as a share of the disk. By default 2%, and no more than 10 GiB.
         group_readable: Whether the user's group may read the journal.
         redact: Whether secrets are removed from events before the journal.
         redact_names: Further names whose values are secrets.

@@ -105,6 +105,8 @@ class Journal:
         self._young: list[tuple[Event, Begun | None]] | None = None
         """What was written in the first moments; None once they are over."""
         self._young_until = 0
+        self._anew: tuple[str, Event] | None = None
+        """The id of the session that is written anew, and its `clock` event."""
 
     def open(self, header: Callable[[], Event], *, job_id: str, host: str, at_once: bool = True) -> None:
         """Open the first session.
@@ -249,6 +251,7 @@ class Journal:
             return 0
         clock = self.clock if isinstance(self.clock, Clock) else None
         if clock is not None:
+            self._finish_anew(clock)
             clock.compare_if_due(now=self._young is not None)
         if self.state is State.OPEN and ts >= self._next_maintenance:
             self._check(ts)
@@ -258,6 +261,8 @@ class Journal:
             if "parent" in event:
                 event["parent"] = 0
         if self.state is not State.OPEN:
+            if clock is not None and self.session is None:  # no time of this process stands anywhere
+                clock.set_back()
             self._open_session()
             self._check(self.clock())
             if clock is not None:
@@ -322,15 +327,25 @@ class Journal:
                 raise OSError(errno.EIO, "not all of it could be written")
             event = _clock_event(before=ahead)
             fresh.write(event, clock() - clock.ahead)
+            self._anew = fresh.id, event
+            session.become(fresh)
         except BaseException as error:
-            fresh.discard()
-            if isinstance(error, OSError):
-                return False
+            if session.id != fresh.id:
+                fresh.discard()
+                if isinstance(error, OSError):
+                    return False
             raise
-        session.become(fresh)
-        clock.set_back()
-        self.clock_event, self._upkeep_due, self._next_maintenance = event, True, 0
+        self._finish_anew(clock)
         return True
+
+    def _finish_anew(self, clock: Clock) -> None:
+        """Set the clock right at once, if the session has become one whose times are."""
+        if self._anew is not None:
+            session, event = self._anew
+            if self.session is not None and self.session.id == session:
+                clock.set_back()
+                self.clock_event, self._upkeep_due, self._next_maintenance = event, True, 0
+            self._anew = None
 
     def _recover(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
         """Write an event whose call was left by an exception, unless that came after it was written, or comes again."""

@@ -75,6 +75,19 @@ def _open(path: str | Path, flags: int, mode: int = 0o600, *, dir_fd: int | None
         os.close(fd)
 
 
+class RefusalIgnored:
+    """A context in which what the system refuses is passed over.
+
+    What a signal handler raises is not: an alarm's TimeoutError is an OSError, too, but one without a number.
+    """
+
+    def __enter__(self) -> None:
+        """Nothing is to be done."""
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> bool:
+        return isinstance(error, OSError) and error.errno is not None
+
+
 class Descriptors:
     """Descriptors that stay open for long, each known by the file that it led to when it was opened.
 
@@ -103,12 +116,9 @@ class Descriptors:
 
     def close(self, fd: int) -> None:
         """Close a descriptor, unless its number belongs to other code by now."""
-        try:
+        with RefusalIgnored():
             if _leads_to(fd)[:2] == self._opened[fd][:2]:
                 os.close(fd)
-        except OSError as error:
-            if error.errno is None:  # of a signal handler, not of the system
-                raise
         del self._opened[fd]
 
     def close_all(self) -> None:

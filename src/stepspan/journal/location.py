@@ -18,7 +18,7 @@ from stepspan.journal.layout import writable_by_us
 
 SHARED_MEMORY = "/dev/shm"
 MAX_MEMORY_BYTES = 256 << 20
-"""Of a journal that lies in memory."""
+"""Of a journal that lies in memory, and of what it leaves free there."""
 MEMORY_SHARE = 16
 """Such a journal takes at most this part of the memory's file system, and leaves as much free."""
 
@@ -76,11 +76,10 @@ def _in_memory(wanted: Path, limits: Limits) -> Location:
                 directory.mkdir(mode=0o700, exist_ok=True)
             if _takes_files(directory):
                 found = os.statvfs(directory)
-                size = min(MAX_MEMORY_BYTES, limits.session_bytes, found.f_blocks * found.f_frsize // MEMORY_SHARE)
+                share = min(MAX_MEMORY_BYTES, found.f_blocks * found.f_frsize // MEMORY_SHARE)
+                size = min(share, limits.session_bytes)
                 segment = min(size // 4, limits.segment_bytes)
-                bounded = replace(
-                    limits, session_bytes=size, segment_bytes=segment, free_bytes=0, free_ratio=1 / MEMORY_SHARE
-                )
+                bounded = replace(limits, session_bytes=size, segment_bytes=segment, free_bytes=share, free_ratio=0.0)
                 return Location(directory, bounded, durable=False)
     fix = f"cannot be written, nor can {' or '.join(bases)}: name one that can"
     raise ConfigError("directory", str(wanted), fix)

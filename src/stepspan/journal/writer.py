@@ -14,7 +14,6 @@ follows a session that has ended: nothing here locks, and nothing here starts an
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -29,7 +28,7 @@ from stepspan.events import Event
 from stepspan.journal.cursor import CursorState, read_cursor
 from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.format import decode, encode
-from stepspan.journal.layout import Descriptors, open_directory, open_file, segment_name, session_name
+from stepspan.journal.layout import Descriptors, RefusalIgnored, open_directory, open_file, segment_name, session_name
 from stepspan.journal.liveness import CLOSED, Closed, take_lock, write_closed
 from stepspan.journal.location import directory_mode
 from stepspan.journal.reader import last_line
@@ -107,6 +106,8 @@ class SessionWriter:
         self._segment_room = 0
         """Bytes until the next segment."""
         self._descriptors, self._fd, self._directory, self._lock = Descriptors(), -1, -1, -1
+        self._former: tuple[Path, Path, Descriptors] | None = None
+        """A session that this one takes the place of: a hidden path, its path, and its descriptors."""
         self._mode = 0o640 if limits.group_readable else 0o600
 
     def open(self) -> None:
@@ -161,7 +162,7 @@ class SessionWriter:
 
         """
         if self.unsettled:
-            with contextlib.suppress(OSError):
+            with RefusalIgnored():
                 self.settle()
         if ts <= self.ts:
             ts = self.ts + 1
@@ -206,6 +207,7 @@ class SessionWriter:
         """
         if self._fd < 0:
             return
+        self._remove_former()
         self._descriptors.close_others({self._fd, self._directory, self._lock})
         size = os.fstat(self._fd).st_size
         self._segment_room = self._sizes[max(self._sizes)] - size
@@ -250,7 +252,7 @@ class SessionWriter:
         """Look at the disk, and write what waits for it; about once a second."""
         self._last_seen = self.seq
         if self.unsettled:
-            with contextlib.suppress(OSError):
+            with RefusalIgnored():
                 self.settle()
         shortage = self._shortage()
         if shortage is not None:
@@ -293,16 +295,13 @@ class SessionWriter:
         if self._fd < 0 or self.is_gone():
             return
         if self.unsettled:
-            with contextlib.suppress(OSError):
+            with RefusalIgnored():
                 self.settle()
         self._write_backlog()
         self._sync(self._fd)
         closed = Closed(self.seq, self.ts, status, lost=len(self._backlog) + self._dropped)
-        try:
+        with RefusalIgnored():
             write_closed(self.path, closed, by="writer", mode=self._mode)
-        except OSError as error:
-            if error.errno is None:
-                raise
 
     def forget(self) -> None:
         """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""
@@ -313,21 +312,30 @@ class SessionWriter:
 
     def become(self, fresh: SessionWriter) -> None:
         """Go on as another session, and remove this one's files: for those who know this object it is the same one."""
-        path, descriptors, fresh._clock = self.path, self._descriptors, self._clock
+        fresh._clock, fresh._former = self._clock, (self._draft, self.path, self._descriptors)
         vars(self).update(vars(fresh))
-        descriptors.close_all()
-        hidden = path.with_name(f".{path.name}")
-        with contextlib.suppress(OSError):
-            os.rename(path, hidden)
-            shutil.rmtree(hidden, ignore_errors=True)
+        self._remove_former()
 
     def discard(self) -> None:
         """Leave nothing of a session that was only just made."""
-        with contextlib.suppress(OSError):
+        with RefusalIgnored():
             if os.path.samestat(os.stat(self.path), os.fstat(self._directory)):
                 shutil.rmtree(self.path, ignore_errors=True)
         self.forget()
         shutil.rmtree(self._draft, ignore_errors=True)
+
+    def _remove_former(self) -> None:
+        """Remove what this session has taken the place of."""
+        if self._former is not None:
+            hidden, path, descriptors = self._former
+            descriptors.close_all()
+            with RefusalIgnored():
+                os.rename(path, hidden)
+            with RefusalIgnored():  # `rmtree` would fail where it is interrupted
+                for file in sorted(hidden.rglob("*"), reverse=True):
+                    file.rmdir() if file.is_dir() else file.unlink()
+                hidden.rmdir()
+            self._former = None
 
     @property
     def _draft(self) -> Path:
@@ -506,7 +514,7 @@ class SessionWriter:
         return OSError(f"{_in_gib(free)} of {_in_gib(size)} are free, and {_in_gib(kept)} are kept free")
 
     def _remove(self, number: int) -> None:
-        with contextlib.suppress(OSError):
+        with RefusalIgnored():
             os.unlink(segment_name(number), dir_fd=self._directory)
         del self._sizes[number]
 
