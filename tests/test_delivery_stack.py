@@ -13,6 +13,7 @@ from harness import processes
 from harness.delivery import DAY, Training, assert_true, sync
 from harness.journals import NOON, SECOND, closed_of
 from harness.processes import Ranks, until
+from harness.runs import python
 from harness.stack import Collector, Prometheus
 
 from stepspan.journal.layout import find_sessions
@@ -152,3 +153,45 @@ def test_a_collector_that_is_killed_and_restarted_under_a_run_loses_nothing(
         assert steps == {rank: [float(n) for n in range(steps)] for rank, (steps, _) in enumerate(counts)}
         spans = collector.spans()
         assert {s["resource"]["rank"] for s in spans if s["name"] == "training.run"} == {0, 1}
+
+
+@pytest.mark.parametrize("window", ["0s", "48h"], ids=["in order only", "with a window"])
+def test_data_workers_of_five_epochs_are_as_many_series_as_there_are_workers(tmp_path: Path, window: str) -> None:
+    """Each epoch forks its workers anew, at once after the last one's: the shortest time in which a number is used
+    again is taken away."""
+    code = """
+    import os, stepspan
+    from stepspan.journal import numbers
+    numbers.REUSE_AFTER_S = 0.0
+    with stepspan.start_run(job_id="job") as run:
+        for epoch in range(5):
+            ready, end = os.pipe(), os.pipe()
+            workers = []
+            for _ in range(3):
+                workers.append(os.fork())
+                if not workers[-1]:
+                    os.close(end[1])
+                    for number in range(20):
+                        run.log_metrics({"decoded": epoch * 20 + number})
+                    os.write(ready[1], b".")
+                    os.read(end[0], 1)  # all three live at once
+                    run.close()
+                    os._exit(0)
+            for _ in workers:
+                os.read(ready[0], 1)
+            os.close(end[1])
+            for worker in workers:
+                os.waitpid(worker, 0)
+        assert run.flush(20)
+    """
+    with Prometheus(tmp_path / "prometheus", out_of_order_time_window=window) as prometheus:
+        where = f"{prometheus.otlp_endpoint}/v1/metrics"
+        found = python(code, tmp_path, OTEL_EXPORTER_OTLP_METRICS_ENDPOINT=where, STEPSPAN_SAMPLERS="none")
+        assert found.returncode == 0, found.stderr
+        expected = [float(number) for number in range(100)]
+        until(lambda: [len(s) for _, s in prometheus.series('training_decoded{job_id="job"}[1h]')] == [100] * 3)
+        arrived = {
+            labels["instance"]: [value for _, value in samples]
+            for labels, samples in prometheus.series('training_decoded{job_id="job"}[1h]')
+        }
+        assert arrived == {f"job-0-worker{number}": expected for number in (1, 2, 3)}
