@@ -172,7 +172,8 @@ def test_a_training_that_failed_is_closed_at_once_and_evaluated_all_the_same(sta
     trainer.evaluate()  # nobody has reported the exception
     assert trainer.loop.run is run
     found = sorted(map(read_session, find_sessions(tmp_path / "stepspan-runs")), key=lambda s: int(s.header["started"]))
-    assert [session.closed and session.closed.status for session in found] == ["interrupted", None]
+    assert [session.closed and session.closed.status for session in found] == ["interrupted", "interrupted"]
+    assert status_of(path_of(run)) is None
     assert outline(run) == [*EVALUATED[:2], "train 0: test_loss=2.0"]
 
 

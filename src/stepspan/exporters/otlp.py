@@ -82,7 +82,12 @@ class OtlpExporter:
         return other
 
     def prepare(self, signal: Signal) -> None:
-        """Import what sends a signal, which may take longer than the first request; nothing is sent."""
+        """Import what sends a signal, which may take longer than the first request; nothing is sent.
+
+        Args:
+            signal: One of `signals`.
+
+        """
         self._transport(signal)
         if self.endpoints[signal].protocol == "http/json":
             from stepspan.otlp import json  # noqa: F401

@@ -7,7 +7,7 @@ version of stepspan wrote, is refused with `JournalError`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,13 +111,10 @@ def read_session(path: SessionPath) -> Session:
     """
     with SessionReader(path) as reader:
         events = [event for batch in reader.batches() for event in batch.events]
-        return Session(reader.header, events, reader.closed or _end_of_run(events))
-
-
-def _end_of_run(events: Sequence[Event]) -> Closed | None:
-    """The end, for now, of a session whose run has ended and rests."""
-    status = next((event["status"] for event in reversed(events) if event["tag"] == "run_end"), None)
-    return None if status is None else Closed(events[-1]["seq"], events[-1]["ts"], status)
+        closed, ended = reader.closed, read_resting(path.path)
+        if closed is None and ended is not None:
+            closed = Closed(events[-1]["seq"], events[-1]["ts"], ended)
+        return Session(reader.header, events, closed)
 
 
 def read_batches(
