@@ -153,6 +153,21 @@ def test_whatever_follows_that_is_not_a_steps(follows: Callable[[Run], Any]) -> 
     del loop  # held until here
 
 
+def test_a_held_step_in_which_nothing_was_recorded_says_nothing_of_the_throughput() -> None:
+    clock = FixedClock()
+    with recorded_run(clock=clock) as recording:
+        run = recording.run
+        loop = enumerate(run.steps(range(9), samples=8))
+        for number, _ in loop:
+            clock.advance(1)
+            if number == 2:
+                break
+        clock.advance(VALIDATION_S)
+        run.log_metrics({"val/accuracy": 0.5})
+    assert [round(duration, -2) for duration in durations(recording)] == [1000, 1000, 0]
+    assert [round(value) for value in recording.values("training.throughput")] == [8, 8]
+
+
 def test_a_validation_within_a_step_is_a_part_of_it(hold: Callable[..., Iterable[int]]) -> None:
     clock = FixedClock()
     with recorded_run(clock=clock) as recording:

@@ -8,7 +8,8 @@ wire formats, and nothing here reads a file or a clock.
 event                         metrics (`metrics`)             traces (`traces`)       logs (`logs`)
 ============================  ==============================  ======================  ================================
 metrics                       `training.<key>` (`names`),
-                              `training.step.number`
+                              `training.step.number`,
+                              `.logged`
 step_begin, step_end          `training.step.time`, `.wait`,  `training.step`,
                               `.duration` (`durations`),      thinned (`thinning`)
                               `training.throughput`

@@ -2,7 +2,8 @@
 
     recorder        what records a run: the contract, the one behind a journal, and the one that does nothing
     scopes          what is open: run, epoch, step, span, and the events of their beginning and ending
-    steps           the loop over batches that makes steps
+    steps           the loop over batches that makes steps; step_loop has what is known of one that somebody holds
+    steps_in_force  which step a value belongs to
     deferred        values that a device still computes; device_copies and cuda_spans get them without waiting
     stall           says when training has stopped writing
     propagation     a scope as the current span of OpenTelemetry

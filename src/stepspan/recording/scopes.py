@@ -593,6 +593,8 @@ class Scopes:
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
             if scope.waited is not None:
                 event["data_wait"] = scope.waited / SECOND_NS
+            if 0 < ended <= scope.ts:
+                scope.samples = scope.tokens = None  # nothing tells how long it took to process them
             if scope.samples is not None and (samples := self.amount("samples", scope.samples)) is not None:
                 event["samples"] = samples
             if scope.tokens is not None and (tokens := self.amount("tokens", scope.tokens)) is not None:
