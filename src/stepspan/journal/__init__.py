@@ -20,6 +20,7 @@ A crash leaves at most one torn line, at the end, and begin lines without an end
 spans. A full disk leaves a torn line, then a newline, then a `gap` line that counts what was lost.
 
     journal      the journal of a run: gives events their time and place, keeps a session open, one state machine
+    clock        the time of events: the wall clock, compared now and then, which never goes back
     writer       one session being written: segments, lines that wait for the disk, gaps
     format       an event as a line, and back
     reader       whole lines from a position on, in batches that end between two milliseconds
