@@ -387,10 +387,13 @@ class JournalRecorder:
             header["not_before"] = not_before
         return self._process(header) or header
 
-    def _become_worker(self, session: str) -> list[SessionPath]:
-        """Go by a worker's number, which is kept while this process lives; the last session that went by it.
+    def _become_worker(self, session: str) -> list[SessionPath] | None:
+        """Go by a worker's number, which is kept while this process lives.
 
-        There are many of such sessions, and each one begins behind the one before it.
+        Returns:
+            The last session here that went by it: there are many, and each one begins behind the one before it. None
+            where there is none.
+
         """
         origin, number = self._origin, self._worker_number
         if number is None or not number.is_held:
@@ -401,7 +404,7 @@ class JournalRecorder:
         if number is not None:
             with suppress(OSError):  # a full disk: then there will be no session either
                 before = number.begin(session_name(origin.rank, self.identity.role, session))
-        return [before] if before else []
+        return [before] if before else None
 
 
 class NullRecorder:
