@@ -205,6 +205,23 @@ def test_a_worker_of_a_study_has_its_own_trials_and_between_them_the_study(start
         other.close()
 
 
+def test_a_run_that_rests_is_current_where_it_was_and_takes_nothing_of_others(start: Start) -> None:
+    """A callback's run, after its training, in a thread beside another one that trains."""
+    one, other = Worker(), Worker()
+    trained = one(lambda: start(job_id="trained")._hold())
+    goes_on = other(lambda: start(job_id="goes on")._hold())
+    one(trained._rest)
+    one(lambda: stepspan.current_run().log_metrics({"score": 1.0}))
+    other(lambda: stepspan.current_run().log_metrics({"loss": 1.0}))
+    assert (values(trained, "score"), values(goes_on, "loss")) == ([1.0], [1.0])
+    path = path_of(trained)
+    other(lambda: start(job_id="beside").close())
+    one(lambda: stepspan.current_run().log_metrics({"score": 2.0}))
+    assert path_of(trained) == path, "a run of another thread does not come after it"
+    one(lambda: start(job_id="after").close())
+    assert status_of(path) == "completed"
+
+
 def test_a_context_is_inherited_by_who_copies_it(start: Start) -> None:
     with start(job_id="a"), start(job_id="b") as b:
         context = contextvars.copy_context()

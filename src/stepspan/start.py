@@ -165,7 +165,7 @@ def start_run(
     if not settings.enabled:
         return DISABLED
     try:
-        for resting in OPEN_RUNS.resting():
+        for resting in OPEN_RUNS.resting_before(Opener.here()):
             resting._park()
         run = open_run(settings, who, objects["processors"] or [], objects["exporters"])
     except OSError as error:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import suppress
 from contextvars import ContextVar
 from functools import wraps
@@ -96,12 +96,18 @@ class OpenRuns(Generic[RunT]):
         self._all: tuple[RunT, ...] = ()
         self._thread_start: tuple[Callable[..., None], Callable[..., None]] | None = None
         """`Thread.start` as it was, and what wraps it; None where nothing does."""
-        self._resting: tuple[RunT, ...] = ()
+        self._resting: dict[RunT, Opener] = {}
         self._parked: WeakSet[RunT] = WeakSet()
 
     def resting(self) -> tuple[RunT, ...]:
         """Those that have ended and whose session is open for what is evaluated, the latest last."""
-        return self._resting
+        return tuple(self._resting)
+
+    def resting_before(self, opener: Opener) -> list[RunT]:
+        """Those of them that a run comes after, and not beside, that is opened there."""
+        return [
+            run for run, its in list(self._resting.items()) if its.is_replaced_by(opener) or not its.thread.is_alive()
+        ]
 
     def all(self) -> tuple[RunT, ...]:
         """All of them, the oldest first."""
@@ -117,10 +123,11 @@ class OpenRuns(Generic[RunT]):
         self._make_current(run)
 
     def rest(self, run: RunT) -> None:
-        """A run has ended and rests: it is current only where no other one is open."""
+        """A run has ended and rests: it is current where it was, and where no other one is open."""
         with self._lock:
+            opener = self._openers.get(run) or Opener.here()
             self.remove(run)
-            self._resting = *self._resting, run
+            self._resting = {**self._resting, run: opener}
 
     def park(self, run: RunT) -> None:
         """A run that rests has no open session any more."""
@@ -135,7 +142,7 @@ class OpenRuns(Generic[RunT]):
     def remove(self, run: RunT) -> None:
         """Forget a run that has ended."""
         with self._lock:
-            self._resting = tuple(each for each in self._resting if each is not run)
+            self._resting = {each: its for each, its in self._resting.items() if each is not run}
             self._parked.discard(run)
             self._openers.pop(run, None)
             self._bare.discard(run)
@@ -150,9 +157,9 @@ class OpenRuns(Generic[RunT]):
 
     def current(self) -> RunT | None:
         """The run that is current here; None where none is open."""
-        here = self.here()
-        if here is not None:
-            return here
+        current = _here() or (_here(self._resting) if self._resting else None)
+        if current is not None:
+            return current.run()  # type: ignore[return-value] # put there by `add` or `enter`
         found = [run for run in self._all if not run.closed]  # one may be waiting for its delivery
         if len(found) > 1:
             oldest = found[0].identity
@@ -233,15 +240,23 @@ class OpenRuns(Generic[RunT]):
             self._thread_start = None  # otherwise somebody has wrapped it again: it goes on, and does nothing
 
 
-def _here() -> Current | None:
-    """What is current and open in this context or, failing that, was so where this thread was started."""
-    thread = THREADS.get(get_ident())
-    for current in (_current.get(), getattr(thread, INHERITED, None)):
-        while current is not None:
-            run = current.run()
-            if run is not None and not run.closed and not run._rests:
-                return current
-            current = current.previous
+def _here(resting: Container[OpenRun] = ()) -> Current | None:
+    """What is current and open in this context or, failing that, was so where this thread was started.
+
+    Args:
+        resting: Runs that rest, and are taken for open.
+
+    """
+    inherited = getattr(THREADS.get(get_ident()), INHERITED, None)
+    return _first_open(_current.get(), resting) or _first_open(inherited, resting)
+
+
+def _first_open(current: Current | None, resting: Container[OpenRun]) -> Current | None:
+    while current is not None:
+        run = current.run()
+        if run is not None and not run.closed and (not run._rests or run in resting):
+            return current
+        current = current.previous
     return None
 
 
