@@ -207,6 +207,7 @@ HEADER = """\
 # Recording rules: what the dashboards draw at any number of ranks. Made by `make dashboards` from
 # collector-config/dashboards/rules.py; change it there. A job that is synced later than it ran has no recorded points:
 # the dashboards then read its raw series, and `promtool tsdb create-blocks-from rules` records them for the past.
+# Label `key` is what a value was logged as; recording_test.yml says what that keeps apart.
 """
 
 
