@@ -191,6 +191,21 @@ def test_a_nested_mapping_that_raises_costs_its_values(run: Run) -> None:
     assert run.stats()["warning_keys"]["value"] == {"bad/lr": 1, "None": 1, "more/f": 1}
 
 
+def test_a_mapping_of_metrics_that_raises_for_one_costs_that_one(run: Run) -> None:
+    class Config(Broken):
+        def __getitem__(self, key: str) -> Any:
+            return 0.5 if key == "loss" else super().__getitem__(key)
+
+        def __iter__(self) -> Iterator[str]:
+            yield from ("lr", "loss")
+
+    run.log_metrics(Config(), step=3)
+    run.log_metrics({"nested": Config()})
+    assert logged(run) == [{"loss": 0.5}, {"nested/loss": 0.5}]
+    assert events(run, "metrics")[0]["step"] == 3
+    assert run.stats()["warning_keys"] == {"value": {"lr": 1, "nested/lr": 1}}
+
+
 @pytest.mark.parametrize(
     "value",
     [[0.5], (0.5,), [[0.5]], np.array([[0.5]]), [np.array([0.5])], [np.float32(0.5)], ([(0.5,)],)],

@@ -188,6 +188,9 @@ class Run:
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
             dropped: list[tuple[str, str, str]] = []
+            if not isinstance(metrics, dict) and is_nested(metrics):  # its items may raise, as OmegaConf's
+                self._log_nested(metrics, step, split, time)
+                return
             for key, value in metrics.items():
                 if type(value) is float and value - value == 0.0 and type(key) is str:
                     values[key] = value

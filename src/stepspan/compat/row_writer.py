@@ -48,7 +48,8 @@ class RowWriter(SharedByCopies):
         self.path = Path(path).expanduser().absolute()
         self.lost = 0
         self._write = write
-        self._warned = False
+        self._warned: set[int | None] = set()
+        """Error numbers of the failures that were logged."""
         self._reset()
 
     def _reset(self) -> None:
@@ -88,8 +89,8 @@ class RowWriter(SharedByCopies):
                 finally:
                     os.close(fd)
             except OSError as error:
-                if not self._warned:
-                    self._warned = True
+                if error.errno not in self._warned:
+                    self._warned.add(error.errno)
                     log.warning("stepspan: %s cannot be written: %s; rows wait (logged once)", self.path, error)
             finally:
                 self._busy = False

@@ -365,7 +365,7 @@ class Telemetry(SharedByCopies):
                 record.update(self._pair(record))
             return self._hand_over(record, error, inside=span is not None, stdout=stdout)
         except Exception as failure:  # what it is given may raise anything
-            self._warn("record", f"a record was lost: {short_repr(failure)}")
+            self._warn("record", f"a record was lost: {short_repr(failure)}", type(failure).__name__)
             return Emitted()
 
     def _hand_over(self, record: Record, error: BaseException | None, *, inside: bool, stdout: bool) -> Emitted:
@@ -413,16 +413,16 @@ class Telemetry(SharedByCopies):
         try:
             return call(*args, **kwargs)
         except Exception as error:
-            self._warn(kind, f"{kind}: {short_repr(error)}")
+            self._warn(kind, f"{kind}: {short_repr(error)}", type(error).__name__)
             return False
 
     def _after_fork(self) -> None:
         """In a forked child: what waits is the parent's to write."""
         self._pid, self._lock, self._writing = os.getpid(), threading.RLock(), Writing()
 
-    def _warn(self, kind: str, message: str) -> None:
+    def _warn(self, kind: str, message: str, key: str = "") -> None:
         with self._lock:
-            self._warnings.warn_once(kind, f"telemetry of {self.command_name}: {message}")
+            self._warnings.warn_once(kind, f"telemetry of {self.command_name}: {message}", key=key)
 
 
 def is_off(env: Mapping[str, str]) -> bool:

@@ -75,7 +75,8 @@ class JSONLLogStore(SharedByCopies):
         self._artifacts = self.log_dir / artifacts_file
         self._clock = clock
         self._lock = threading.RLock()
-        self._warned = False
+        self._warned: set[tuple[str, int | None]] = set()
+        """Names of files that could not be written, with the error's number: each was logged."""
         self._closed = False
         weakref.finalize(self, self._metrics.flush)
 
@@ -143,6 +144,6 @@ class JSONLLogStore(SharedByCopies):
                 target = path.parent.resolve() / path.name
                 replace_file(target, to_json(value(), indent=2).encode(), mode=0o666)
             except OSError as error:
-                if not self._warned:
-                    self._warned = True
+                if (path.name, error.errno) not in self._warned:
+                    self._warned.add((path.name, error.errno))
                     log.warning("stepspan: %s cannot be written: %s (logged once)", path, error)

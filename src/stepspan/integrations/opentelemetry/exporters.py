@@ -44,7 +44,7 @@ class _SharedRun:
     Attributes:
         users: Number of exporters that are not shut down; the run ends with the last of them.
         run: None until the first of them has something to write.
-        warned: Whether a failure was logged: only the first one is.
+        warned: Classes of the failures that were logged: only the first one of each is.
 
     """
 
@@ -53,7 +53,7 @@ class _SharedRun:
         self.run: Run | None = None
         self.lock = threading.Lock()
         self._directory = directory
-        self.warned = False
+        self.warned: set[type] = set()
 
     def open(self, resource: Resource) -> Run:
         """Return the run; the first call opens it.
@@ -105,8 +105,8 @@ class _JsonlSink(JournalSink):
         return self._shared.open(resource or Resource({}))
 
     def _warn(self, error: Exception) -> None:
-        if not self._shared.warned:
-            self._shared.warned = True
+        if type(error) not in self._shared.warned:
+            self._shared.warned.add(type(error))
             log.warning("stepspan: OpenTelemetry's records cannot be written to a journal: %s (logged once)", error)
 
     def shutdown(self, *args: Any, **options: Any) -> None:
