@@ -331,6 +331,24 @@ def test_a_training_that_was_interrupted_takes_none_of_the_next(start: Start, tm
     }
 
 
+def test_a_trial_that_is_pruned_was_interrupted(start: Start, tmp_path: Path) -> None:
+    class Prune(TrainerCallback):
+        """As the Trainer does it in a search of hyperparameters."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                state.is_hyper_param_search = True
+                training.callback_handler.on_train_end(args, state, control)
+                raise KeyError("TrialPruned")
+
+    training = trainer(StepspanCallback(), Prune())
+    with pytest.raises(KeyError):
+        training.train()
+    journal = only_session(tmp_path / "stepspan-runs")
+    assert status_of(journal) == "interrupted"
+    assert not events(journal, "error")
+
+
 class OutOfMemory(TrainerCallback):
     """In the first step of batches of 4."""
 

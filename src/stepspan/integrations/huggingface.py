@@ -128,7 +128,8 @@ class StepspanCallback(FrameworkCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Called as `train()` ends: so does what is open, and the training of the run that `on_train_begin` started."""
-        self.loop.end()
+        left = state.is_hyper_param_search and state.global_step < state.max_steps and not control.should_training_stop
+        self.loop.end(status="interrupted" if left else None)  # a trial that is pruned is said to end, too
 
     def _end_step(self, control: Any) -> None:
         self.loop.leave("step")

@@ -152,7 +152,7 @@ class Telemetry(SharedByCopies):
     ) -> Emitted:
         """Emit what was measured, what happened, what state it is in, or any of them together.
 
-        An `event`, or a record without metrics, that is "started" lasts until it is "completed" or "failed":
+        An `event`, or a record without metrics, that is "started" lasts until "completed", "failed" or "interrupted":
         `model_load_start` and `model_load_end` are the ends of the span `model_load`.
 
         Args:

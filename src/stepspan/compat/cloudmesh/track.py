@@ -1,4 +1,4 @@
-"""`Telemetry.track()`: a block or function that starts, and completes or fails."""
+"""`Telemetry.track()`: a block or function that starts, and completes, fails or is interrupted."""
 
 from __future__ import annotations
 
