@@ -14,6 +14,8 @@ from harness.receiver import Answer, ScriptedReceiver
 from harness.runs import command as run
 
 import stepspan
+from stepspan.exporters.jsonl import JsonlExporter
+from stepspan.testing import FixedClock
 
 
 @pytest.fixture
@@ -45,6 +47,26 @@ def test_sync_delivers_everything_once(journal: Path) -> None:
         second = run("sync", journal, "--endpoint", receiver.url)
         assert second.stdout == "delivered 0 metrics, 0 traces, 0 logs; rejected 0; 0 lines wait\n"
         assert sum(map(len, receiver.requests.values())) == requests
+
+
+def test_what_was_thinned_is_in_every_summary(tmp_path: Path) -> None:
+    clock = FixedClock(step_ns=10)
+    with stepspan.start_run(job_id="j", exporters=[JsonlExporter(tmp_path / "runs", clock=clock)]) as a_run:
+        for number in range(10_103):
+            a_run.log_metrics({"loss": float(number)})
+    exported = run("export", tmp_path / "runs", "--output", tmp_path / "out.jsonl")
+    assert "; thinned 101 (logged faster than one a millisecond, for over 10 s)" in exported.stderr
+    with ScriptedReceiver() as receiver:
+        done = run("sync", tmp_path / "runs", "--endpoint", receiver.url)
+        assert "rejected 0; thinned 101 (" in done.stdout
+        assert "0 lines wait" in done.stdout
+        assert len(receiver.points("training.loss")) == 10_103 - 101 + 1  # and the end of the series
+        assert ", thinned" not in run("sync", tmp_path / "runs", "--endpoint", receiver.url).stdout
+    assert "101" in run("status", tmp_path / "runs").stdout
+    (session,) = json.loads(run("status", "--json", tmp_path / "runs").stdout)["sessions"]
+    (signals,) = session["destinations"].values()
+    assert signals["metrics"]["thinned"] == 101
+    assert "thinned" in run("report", tmp_path / "runs").stdout
 
 
 def test_sync_of_one_job_leaves_the_others(journal: Path) -> None:

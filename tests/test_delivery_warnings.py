@@ -23,7 +23,7 @@ from stepspan.errors import ConfigError
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.exporters.memory import MemoryExporter
 from stepspan.exporters.otlp import OtlpExporter
-from stepspan.journal.cursor import Cursor, CursorState, cursor_name
+from stepspan.journal.cursor import Cursor, CursorState, Ledger, cursor_name
 from stepspan.journal.layout import find_sessions
 from stepspan.processors import Drop
 from stepspan.run import Run
@@ -117,6 +117,13 @@ def test_a_hold_at_the_end_of_a_run_is_told_too(host: Host, tmp_path: Path) -> N
     host.cursor("logs", state="hold", message="404")
     host.delivery.close(tmp_path / "session", 0.0)
     assert [kind for kind, _ in host.told] == ["delivery"]
+
+
+def test_that_values_are_thinned_is_told_once(host: Host) -> None:
+    host.cursor("metrics", state="ok", ledger=Ledger(mapped=9, delivered=4, thinned=5))
+    host.watch(60)
+    assert [kind for kind, _ in host.told] == ["thinned"]
+    assert "faster than one a millisecond" in host.told[0][1]
 
 
 def test_a_training_process_says_that_its_receiver_refuses_it(ranks: processes.Ranks) -> None:

@@ -313,7 +313,7 @@ class ProcessDelivery(Delivery):
             target, state = (destination, signal), found.get(destination, {}).get(signal)
             if state is not None and state.ledger.thinned and not self._warned_of_thinned:
                 self._warned_of_thinned = True
-                self._warn("thinned", f"{state.ledger.thinned} {ledgers.THINNED}")
+                self._warn("thinned", ledgers.THINNED)
             if state is None or state.state not in {"retry", "hold"}:
                 self._failing_since.pop(target, None)
                 continue

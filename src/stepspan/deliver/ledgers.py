@@ -16,8 +16,8 @@ from stepspan.journal.reader import JournalReader, last_event
 from stepspan.mapping.records import SIGNALS
 
 THINNED = (
-    "points were thinned: they were logged faster than one a millisecond for over 10 s, and receivers tell no finer "
-    "times apart; the journal has all of them, and the last of each curve goes out"
+    "values are logged faster than one a millisecond for over 10 s, and receivers tell no finer times apart: some are "
+    "thinned, the last of each curve goes out, the journal has all of them; `stepspan status` counts"
 )
 SEARCH_BYTES = 4096
 """In which the next line's time is looked for."""

@@ -205,7 +205,7 @@ class DeliveryTask:
             )
         )
         if batch.counts.thinned and not state.ledger.thinned:
-            log.warning("stepspan: %s: %d %s", self.session.path, batch.counts.thinned, THINNED)
+            log.warning("stepspan: %s: %s", self.session.path, THINNED)
         if self._batches.save_if_due(state.position, batch.position):
             self._cursor.state.needs = batch.position.segment
 
