@@ -312,3 +312,17 @@ def test_threads_deliver_before_a_run_is_parked_and_again_when_it_is_evaluated(s
     two.close()
     points: list[Any] = [point for _, point in exporter.records["metrics"]]
     assert 2.0 in [value for series, _, value in points if dict(series.attributes).get("split") == "test"]
+
+
+@pytest.mark.parametrize("off", [{}, {"STEPSPAN_DISABLED": "1"}, {"STEPSPAN_ENABLED": "0"}], ids=str)
+def test_an_evaluation_without_a_run_is_told_once_where_runs_are_on(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, off: dict[str, str]
+) -> None:
+    for name, value in off.items():
+        monkeypatch.setenv(name, value)
+    trainer = Trainer()
+    trainer.evaluate()
+    trainer.evaluate()
+    assert len(caplog.records) == (not off)
+    Trainer(enabled=False).evaluate()
+    assert len(caplog.records) == (not off)

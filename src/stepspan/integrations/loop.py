@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial, wraps
 from importlib import import_module
 from itertools import islice
@@ -19,7 +20,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from weakref import WeakSet
 
-from stepspan.environment import switched_off
 from stepspan.errors import ConfigError
 from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.scopes import Scope
@@ -84,8 +84,9 @@ class Loop:
         self.run = OPEN_RUNS.here() or self._run_elsewhere(evaluates=identity is None)
         if not self._has_begun:
             self._has_begun = True
-            if self.run is DISABLED and identity is None and not switched_off(os.environ):
-                log.warning("stepspan: an evaluation is not recorded: put `with stepspan.start_run():` around it")
+            if self.run is DISABLED and identity is None and self._is_enabled():
+                level = logging.WARNING if DISABLED.identity.local_rank == 0 else logging.DEBUG
+                log.log(level, "stepspan: an evaluation is not recorded: put `with stepspan.start_run():` around it")
         if self.run is DISABLED and identity is not None:
             self.run, self._owns_run = start_run(**{**identity(), **self._arguments})._hold(), True
             _OWNED.add(self.run)
@@ -190,6 +191,15 @@ class Loop:
         total = known_total(steps)
         if total is not None:
             self.run.set_total_steps(total)
+
+    def _is_enabled(self) -> bool:
+        """Whether a run that was started now would record something."""
+        from stepspan.config import load
+
+        given = {name: self._arguments.get(name) for name in ("enabled", "config")}
+        with suppress(ConfigError):
+            return load({"enabled": given["enabled"]}, os.environ, config=given["config"]).enabled
+        return True
 
     def _run_elsewhere(self, *, evaluates: bool) -> Run:
         """The run to follow where none is open around this code: of another loop only one that rests."""
