@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import json
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import runs
 from harness.runs import path_of
 from harness.stack import Prometheus
 
@@ -20,6 +23,7 @@ from stepspan.recording.steps_in_force import StepsInForce
 from stepspan.run import Run
 from stepspan.testing import FixedClock, Recording, recorded_run
 
+start = runs.start
 STEP = "training.step.number"
 OWN = "training.step.logged"
 
@@ -461,6 +465,34 @@ def test_a_context_keeps_no_run_that_has_ended() -> None:
     del recording
     gc.collect()
     assert scopes() is None
+
+
+def test_report_tail_and_export_say_the_values_own_step(start: Callable[..., Run], tmp_path: Path) -> None:
+    with start(job_id="job") as run:
+        for number in run.steps(range(3)):
+            run.log_metrics({"loss": 3.0 - number})
+            if number == 2:
+                run.log_metrics({"gsm8k": 0.25, "val/loss": 0.5}, step=1)
+        run.log_metrics({"val/accuracy": 0.75})
+    report, tail, export = (
+        runs.command(*arguments, tmp_path / "stepspan-runs").stdout
+        for arguments in (("report", "--json"), ("tail",), ("export", "--to", "otlp-json", "--signal", "metrics"))
+    )
+    (job,) = json.loads(report)["jobs"]
+    last = {key: values["last_step"] for key, values in job["metrics"].items()}
+    assert last == {"loss": 2, "gsm8k": 1, "val/loss": 1, "val/accuracy": 2}
+    (line,) = (line for line in tail.splitlines() if "gsm8k" in line)
+    assert line.split("gsm8k")[0].split()[-1] == "1"
+    metrics = [
+        metric
+        for line in export.splitlines()
+        for resource in json.loads(line)["resourceMetrics"]
+        for scope in resource["scopeMetrics"]
+        for metric in scope["metrics"]
+        if metric["name"] == "training.step.logged"
+    ]
+    points = [point for metric in metrics for point in metric["gauge"]["dataPoints"] if "asDouble" in point]
+    assert [point["asDouble"] for point in points] == [1.0, 1.0]
 
 
 @pytest.mark.stack
