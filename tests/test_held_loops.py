@@ -396,6 +396,40 @@ def test_two_loops_in_a_zip_are_side_by_side(wrap: Callable[[Any], Any]) -> None
     assert sorted(spans) == [(split, number) for split in ("labeled", "unlabeled") for number in range(3)]
 
 
+@pytest.mark.parametrize("split", ["unlabeled", "val"])
+def test_loops_in_a_zip_may_each_have_a_bar_and_any_split(split: str) -> None:
+    with recorded_run() as recording:
+        run = recording.run
+        bars = [Bar(run.steps(range(3), split="labeled")), Bar(Bar(run.steps(range(3), split=split)))]
+        for left, _ in zip(*bars, strict=True):
+            run.log_metrics({"loss": left})
+    assert side_by_side(recording) == [(each, number, "run") for number in range(3) for each in ("labeled", split)]
+    assert recording.values("training.loss", split="labeled") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("split", ["critic", "val"])
+def test_a_loop_that_was_made_before_is_nested_all_the_same(split: str) -> None:
+    with recorded_run() as recording:
+        run = recording.run
+        bar = Bar(run.steps(range(2), split=split))
+
+        def inner() -> None:
+            for batch in bar:
+                run.log_metrics({"loss": batch})
+
+        for number in run.steps(range(2)):
+            if number:
+                inner()
+            else:
+                for batch in bar:
+                    run.log_metrics({"loss": batch})
+    assert [event["split"] for event in recording.events("metrics")] == [split] * 4
+    assert side_by_side(recording) == [
+        *(("train", 0, "run"), (split, 0, "step"), (split, 1, "step")),
+        *(("train", 1, "run"), (split, 2, "step"), (split, 3, "step")),
+    ]
+
+
 def test_three_loops_and_one_that_ends_first() -> None:
     with recorded_run() as recording:
         run = recording.run

@@ -709,20 +709,22 @@ class Scopes:
     def _find_adjacent(self, loop: StepLoop, inner: Scope | None, begun: int) -> Scope | None:
         """The step of another loop that the next one of this loop goes on side by side with.
 
-        That is one which has begun after this loop: a loop that begins within another one's step is nested in it, and
-        so is one whose data the other's steps are. In an evaluation's split only a step that follows at once goes on
-        side by side: others are an evaluation within it.
+        That is one which is asked by the same instruction, or has begun after this loop: a loop that begins within
+        another one's step is nested in it, and so is one whose data the other's steps are. In an evaluation's split
+        only a step that follows at once goes on side by side: others are an evaluation within it.
         """
         found = None
         while inner is not None and inner.loop is not None:
             other: StepLoop = inner.loop
             step: Scope | None = other.step
-            if step is None or other.step_order <= loop.order or other.feeds is loop:
+            if step is None or other.step_order <= loop.created or other.feeds is loop:
                 break
             if other.step_order > begun:
                 other.feeds = loop
                 break
-            if loop.is_evaluation and other.ts != step.ts:
+            if not loop.is_asked_with(other) and (
+                other.step_order <= loop.order or (loop.is_evaluation and other.ts != step.ts)
+            ):
                 break
             found, inner = step, step.parent
         return found

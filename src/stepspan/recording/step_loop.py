@@ -32,6 +32,9 @@ class StepLoop:
         order: How many scopes of the run had begun when the loop did.
 
     Attributes:
+        asked_from: The id of each Python frame that called for the first batch of the loop, the innermost first, and
+            the instruction that it stood at; empty from the second step on.
+        is_new: Whether the loop has not made a step yet.
         step: The step that is open; a `scopes.Scope`.
         step_order: How many scopes had begun when that did.
         seq: The line of the last thing that was recorded in it; the journal fills in both.
@@ -43,22 +46,16 @@ class StepLoop:
     """
 
     __slots__ = (
-        "feeds",
-        "followed",
-        "is_evaluation",
-        "maybe_left_at",
-        "order",
-        "seq",
-        "split",
-        "step",
-        "step_order",
-        "ts",
-    )
+        "asked_from", "created", "feeds", "followed", "is_evaluation", "is_new", "maybe_left_at", "order", "seq",
+        "split", "step", "step_order", "ts",
+    )  # fmt: skip
 
     def __init__(self, split: str, order: int) -> None:
         self.split = split
         self.is_evaluation = split in EVALUATION_SPLITS
-        self.order = order
+        self.order = self.created = order
+        self.asked_from: dict[int, int] = {}
+        self.is_new = True
         self.step: Any = None
         self.feeds: StepLoop | None = None
         self.seq = self.ts = self.step_order = self.maybe_left_at = self.followed = 0
@@ -76,6 +73,16 @@ class StepLoop:
         """
         self.maybe_left_at = self.maybe_left_at or self.ts
         self.followed = max(self.followed, by)
+
+    def is_asked_with(self, other: StepLoop) -> bool:
+        """Whether one instruction asks this loop and another one for their first batches: `zip`, whatever is between.
+
+        That is so where the innermost frame which both calls come from has not moved on from one to the other.
+        """
+        for frame, instruction in self.asked_from.items():
+            if frame in other.asked_from:
+                return other.asked_from[frame] == instruction
+        return False
 
     def has(self, split: str) -> bool:
         """Whether a value of that split may be of the step: an evaluation's is not of training, nor the other way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -9,6 +10,9 @@ from typing import Any, Generic, TypeAlias, TypeVar
 from stepspan.recording.scopes import NullScopes, Scopes
 
 T = TypeVar("T")
+
+MAX_FRAMES = 32
+"""That are looked at when a loop asks for its first batch."""
 
 Amount: TypeAlias = "float | Callable[[Any], float] | None"
 """How much is in a batch: a number, or a function of the batch that counts it."""
@@ -61,7 +65,7 @@ class Steps(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         self._exhausted = False
-        self._loop.order = self._scopes.begun
+        self._loop.order, self._loop.is_new = self._scopes.begun, True
         return StepsIterator(self)
 
     def __len__(self) -> int:
@@ -97,11 +101,13 @@ class Steps(Generic[T]):
         self._batches += 1
         scope = loop.step
         if scope is None:
+            if loop.is_new or loop.asked_from:
+                loop.asked_from = _calls() if loop.is_new else {}
             scope = scopes.begin_loop_step(loop, self._start, waited, begun)
-            self._start = None
+            self._start, loop.is_new = None, False
         else:
             scope.waited = (scope.waited or 0) + waited
-            loop.ts = before + waited
+            loop.ts = self._clock()
         if self._samples is not None:
             scope.samples = scopes.amount("samples", self._samples, batch, scope.samples)
         if self._tokens is not None:
@@ -164,6 +170,15 @@ class StepsIterator(Generic[T]):
     def __del__(self) -> None:
         if self._steps._asked_by == id(self):
             self._steps._was_left(self._batches)
+
+
+def _calls() -> dict[int, int]:
+    """The id of each Python frame that is at work on a call for a batch, the innermost first, and where it stands."""
+    frame, found = sys._getframe(2).f_back, dict[int, int]()
+    while frame is not None and len(found) < MAX_FRAMES:
+        found[id(frame)] = frame.f_lasti
+        frame = frame.f_back
+    return found
 
 
 def _unrecorded(iterable: Iterable[T], accumulate: int, split: str) -> Steps[T]:
