@@ -62,6 +62,12 @@ MOVES = st.one_of(
     st.tuples(st.just("event"), st.just({"name": "milestone", "attributes": {"n": 1}})),
     st.tuples(st.just("error"), st.just({"type": "ValueError", "message": "m", "stack": "s", "attributes": {}})),
     st.tuples(st.just("gap"), st.just({"dropped": 3, "why": "full"})),
+    st.tuples(
+        st.just("dropped"),
+        st.fixed_dictionaries(
+            {"key": st.sampled_from(["loss", "f1"]), "count": st.integers(1, 4), "why": st.just("text")}
+        ),
+    ),
     st.tuples(st.just("clock"), st.sampled_from([{"forward": 3600 * SECOND}, {"forward": 1}, {"ahead": 2 * SECOND}])),
 )
 

@@ -199,6 +199,11 @@ def test_every_tag_has_words() -> None:
         ({"tag": "event", "name": "eval", "status": "ok", "attributes": {"n": 3}}, "eval [ok] n=3"),
         ({"tag": "log", "severity": "warning", "logger": "root", "message": "low disk"}, "WARNING root: low disk"),
         ({"tag": "memory", "device_id": 0, "counters": {"allocated": 5}}, "device 0: allocated=5"),
+        ({"tag": "dropped", "key": "loss", "count": 4, "why": "it is text"}, "4 of loss not recorded: it is text"),
+        (
+            {"tag": "hyperparams", "params": {"a": "x" * 10**6}},
+            f"hyperparameters a={'x' * 100} … {'x' * 100}".replace("a=x", "a='x") + "'",
+        ),
         ({"tag": "gap", "dropped": 7, "why": "disk full"}, "7 events before this one could not be written: disk full"),
         (
             {"tag": "sample", "source": "gpu", "values": [["hw.power", 300.0, {"hw.id": "0"}], ["x", 1]]},

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 from stepspan.events import Event
 from stepspan.mapping.clock import clock_text
 from stepspan.mapping.names import split_in_key
-from stepspan.values import format_seconds
+from stepspan.values import format_seconds, shorten
 
 EventText = Callable[[Event, "Event | None"], str]
 COMMON_FIELDS = frozenset({"ts", "seq", "tag", "crc", "parent", "begin"})
+MAX_FIELDS = 100
+MAX_VALUE_CHARS = 200
 SUCCEEDED = frozenset({None, "ok", "completed"})
 
 
@@ -34,14 +37,16 @@ def event_text(event: Event, begin: Event | None = None) -> str:
 
 def format_fields(fields: Mapping[str, Any]) -> str:
     """`key=value key=value`."""
-    return " ".join(f"{key}={format_value(value)}" for key, value in fields.items())
+    more = len(fields) - MAX_FIELDS
+    shown = [f"{key}={format_value(value)}" for key, value in islice(fields.items(), MAX_FIELDS)]
+    return " ".join([*shown, f"… {more:,} more"] if more > 0 else shown)
 
 
 def format_value(value: Any) -> str:
     """A value in a few characters: six digits of a float, quotes around a text with spaces or without characters."""
     if isinstance(value, float):
         return f"{value:.6g}"
-    text = str(value)
+    text = shorten(str(value), MAX_VALUE_CHARS)
     return repr(text) if isinstance(value, str) and (" " in text or not text) else text
 
 

@@ -7,7 +7,8 @@
     deferred        values that a device still computes; device_copies and cuda_spans get them without waiting
     stall           says when training has stopped writing
     propagation     a scope as the current span of OpenTelemetry
-    warnings        each kind of trouble is logged once and counted from then on
+    warnings        each cause of trouble is logged once and counted from then on; values that were dropped
+    nested          metrics within mappings, by flat keys; spelling has attributes that were meant for parameters
     log_store       an open run behind the LogStore contract
 
 Nothing here raises into training, and nothing touches the network.
