@@ -215,6 +215,7 @@ def state():
         "umask": [os.umask(0o22), os.umask(0o22)],
         "environment": dict(os.environ),
         "threads": [thread.name for thread in threading.enumerate()],
+        "start of threads": repr(threading.Thread.start),
         "path": sys.path,
         "span": repr(opentelemetry.trace.get_current_span()),
         "streams": [repr(sys.stdout), repr(sys.stderr)],
@@ -232,7 +233,7 @@ def test_a_run_changes_nothing_in_its_process(start: Start, tmp_path: Path) -> N
     run = stepspan.start_run()
     during = state()
     changed = {name for name in during if during[name] != before[name]}
-    assert changed == {"span", "threads"}, changed
+    assert changed == {"span", "threads", "start of threads"}, changed
     for batch in run.steps(range(3)):
         run.log_metrics({"x": batch, "bad": "x"})
         with run.span("s"):

@@ -48,6 +48,24 @@ def test_it_can_be_asked_while_the_run_goes_on() -> None:
         assert recording.values("training.loss") == [0.5, 0.25]
 
 
+def test_it_takes_the_arguments_of_a_run() -> None:
+    exporter = stepspan.MemoryExporter()
+    with recorded_run(
+        name="baseline", samplers=["process"], segment_bytes=4096, redact_names=["codeword"], exporters=[exporter]
+    ) as recording:
+        for _ in range(100):
+            recording.run.log_metrics({"loss": 1.0})
+        recording.run.log_hyperparams({"codeword": "sesame"})
+        assert recording.run.flush(30)
+    assert {event["source"] for event in recording.events("sample")} == {"process"}
+    assert len(recording.events("header")) > 1, "several segments"
+    assert recording.events("hyperparams")[0]["params"] == {"codeword": "[redacted]"}
+    assert recording.events("run_begin")[0]["name"] == "baseline"
+    assert exporter.records["metrics"]
+    with pytest.raises(TypeError), recorded_run(sampler=[]):
+        pass
+
+
 def test_the_run_is_the_current_one_while_it_lasts() -> None:
     with recorded_run() as recording:
         assert stepspan.current_run() is recording.run

@@ -7,8 +7,10 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +384,31 @@ def test_wrong_arguments_are_refused_before_training(start: Start) -> None:
 def test_importing_it_loads_no_framework() -> None:
     code = "import sys, stepspan.integrations.huggingface; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_trainings_in_threads_have_a_run_each(start: Start) -> None:
+    """And what is evaluated after each, and logged there by hand, is its own."""
+    trained = threading.Barrier(2, timeout=120)
+
+    def train(number: int) -> None:
+        callback = StepspanCallback(job_id=f"job-{number}", samplers="none", stall_after=0)
+        training = trainer(callback)
+        training.train()
+        trained.wait()
+        stepspan.current_run().log_metrics({"score": number})
+        training.evaluate()
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, range(2)))
+    jobs = {events(session.path)[0]["job_id"]: session.path for session in find_sessions(Path("stepspan-runs"))}
+    assert jobs.keys() == {"job-0", "job-1"}
+    for job, path in jobs.items():
+        metrics = [event["metrics"] for event in events(path, "metrics")]
+        assert len(events(path, "step_end")) == 4
+        assert [each["score"] for each in metrics if "score" in each] == [float(job[-1])]
+        assert any("eval_loss" in each for each in metrics)
+
+
+def test_a_callback_takes_the_arguments_of_a_run_and_no_other() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sampler'"):
+        StepspanCallback(sampler="none")
