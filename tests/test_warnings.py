@@ -51,7 +51,8 @@ def test_a_loss_that_becomes_text_is_told_after_a_harmless_none(start: Start, ca
         "stepspan: metric loss='0.500'",
         "stepspan: warnings of this run: value 18 (loss 17, val_loss 1)",
     ]
-    assert "log the number" in caplog.messages[1]
+    assert "NoneType holds no single number: log one number a key, and leave out what has none" in caplog.messages[0]
+    assert "it is text: log the number itself, and format what is printed" in caplog.messages[1]
     assert len([line for line in logged(run) if {"f1/cat", "f1/dog"} <= line.keys()]) == 20
     assert [(event["key"], event["count"]) for event in events(run, "dropped")] == [
         *(("val_loss", 1), ("loss", 1), ("loss", 1), ("loss", 2), ("loss", 4), ("loss", 8)),

@@ -31,7 +31,7 @@ MAX_NESTING = 32
 """Levels of nesting that are kept."""
 MAX_ENTRIES = 10_000
 """Of mappings and lists within one event, all in all: what users log at once, and what redaction looks at."""
-MAX_ENTRIES_OF_ANY = 10_000_000
+MAX_ENTRIES_OF_ANY = 1_000_000
 """Where nothing else bounds what is converted: only what never ends is cut."""
 MAX_OBJECT_ENTRIES = 100
 """Of an object that lies in what was logged and says nothing about itself; one that holds more is named only."""
@@ -204,6 +204,9 @@ class Conversion:
                     break
                 where = "" if type(item) in SIMPLE else f"{path}[{len(converted)}]"
                 converted.append(self.value(item, where, parents))
+            if issubclass(kind, (set, frozenset)):
+                with suppress(TypeError):  # all numbers or all texts have an order, which is the same in all ranks
+                    converted.sort()
             return converted
         for position in range(len(value)):
             if not self._admit(value, position):

@@ -169,7 +169,10 @@ def _only_item(value: Any) -> Any:
 
 def refusal(value: Any, error: Exception) -> tuple[str, str]:
     """Why a metric's value is not recorded, and the value, for a person."""
-    return f"not a number: {to_text(error)}", summary(value)
+    reason = to_text(error)
+    if reason.startswith("float() argument"):  # it goes on: "must be a string or a real number"
+        reason = f"{type(value).__name__} holds no single number: log one number a key, and leave out what has none"
+    return f"not a number: {reason}", summary(value)
 
 
 def summary(value: Any) -> str:
