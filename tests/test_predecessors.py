@@ -120,6 +120,15 @@ def test_a_session_that_ran_slowly_is_not_far_ahead_however_long_it_is(tmp_path:
     assert last < found < last + 10 * MS
 
 
+def test_a_last_line_of_any_length_is_read(tmp_path: Path) -> None:
+    begin = NOON + SECOND
+    long = {**metrics(0), "ts": begin, "seq": 2, "metrics": {"k" * 300_000: 1.0}}
+    lay_down(tmp_path / "j" / "node", [long])
+    found = first_free_time(tmp_path, "j", 0, "", begin)
+    assert found is not None
+    assert begin < found < begin + 10 * MS
+
+
 def test_a_session_whose_clock_was_days_ahead_moves_nothing(tmp_path: Path) -> None:
     lay_down(tmp_path / "j" / "node", [{**metrics(0), "ts": NOON + MS, "seq": 2}])
     assert first_free_time(tmp_path, "j", 0, "", NOON - 86_400 * SECOND) is None

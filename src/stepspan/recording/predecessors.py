@@ -75,17 +75,19 @@ def _end_of_points(session: SessionPath) -> int:
     not_before, size = int(reader.header.get("not_before", 0)), TAIL_BYTES
     while True:
         data, complete = _tail(session, segments, size)
+        is_enough = complete or size >= MAX_TAIL_BYTES
         lines = list(_lines(data))
-        if complete or size >= MAX_TAIL_BYTES or (lines and lines[-1][0] - lines[0][0] > MAX_LEAD_NS):
-            break
+        if lines:
+            begin, end = lines[0][0], lines[-1][0]
+            ahead = max(begin, not_before) + (0 if complete else MAX_LEAD_NS)
+            for ts, is_row in lines:
+                ahead = max(ahead + MILLISECOND_NS, ts) if is_row else max(ahead, ts)
+            limit = max(end, not_before) + MAX_LEAD_NS + MAX_END_NS
+            if is_enough or end - begin > MAX_LEAD_NS or ahead > limit:
+                return min(ahead + END_NS, limit)
+        elif is_enough:
+            return not_before
         size *= 4
-    if not lines:
-        return not_before
-    first, last = max(lines[0][0], not_before), max(lines[-1][0], not_before)
-    ahead = first if complete else first + MAX_LEAD_NS
-    for ts, is_row in lines:
-        ahead = max(ahead + MILLISECOND_NS, ts) if is_row else max(ahead, ts)
-    return min(ahead + END_NS, last + MAX_LEAD_NS + MAX_END_NS)
 
 
 def _lines(data: bytes) -> Iterator[tuple[int, bool]]:
