@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 from harness import runs
 from harness.runs import path_of
 from harness.stack import Prometheus
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import stepspan
 from stepspan.journal.liveness import Closed, write_closed
@@ -465,6 +468,52 @@ def test_a_context_keeps_no_run_that_has_ended() -> None:
     del recording
     gc.collect()
     assert scopes() is None
+
+
+class Model:
+    """Which step a value belongs to, and which is in force."""
+
+    def __init__(self) -> None:
+        self.trained: dict[str, int] = {}
+        self.evaluated: dict[str, int] = {}
+        self.last = ""
+
+    def begin(self, split: str, number: int) -> None:
+        evaluation = split in {"val", "test"}
+        (self.evaluated if evaluation else self.trained)[split] = number
+        self.last = self.last if evaluation and self.trained else split
+
+    def steps(self, split: str, given: int | None) -> tuple[int | None, int | None]:
+        of = self.trained or self.evaluated
+        number = of.get(split, of.get("train", of.get(self.last))) if of else given
+        return number, given if given != number else None
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_any_schedule_of_steps_and_calls_gives_each_value_its_step(data: st.DataObject) -> None:
+    splits = data.draw(st.lists(st.sampled_from(["train", "a", "b", "val", "test"]), min_size=1, max_size=3))
+    calls = st.tuples(
+        st.lists(st.sampled_from(["x", "val/x", "train/x"]), min_size=1, max_size=3, unique=True),
+        st.sampled_from([None, *splits]),
+        st.none() | st.integers(0, 9),
+    )
+    schedule = st.lists(
+        st.tuples(st.sampled_from([None, *splits]), st.integers(0, 9), st.lists(calls, max_size=3)), max_size=8
+    )
+    model, expected = Model(), []
+    with recorded_run() as recording:
+        for split, number, logged in data.draw(schedule):
+            with recording.run.step(number, split=split) if split else nullcontext():
+                if split:
+                    model.begin(split, number)
+                for keys, given_split, step in logged:
+                    step = 0 if step is None and not model.last else step  # otherwise that of the call before
+                    recording.run.log_metrics(dict.fromkeys(keys, 1.0), step, split=given_split)
+                    for key in keys:
+                        of = key.partition("/")[0] if "/" in key else given_split or split or "train"
+                        expected.append((key, of, 1.0, *model.steps(of, step)))
+    assert sorted(steps(recording), key=repr) == sorted(expected, key=repr)
 
 
 def test_report_tail_and_export_say_the_values_own_step(start: Callable[..., Run], tmp_path: Path) -> None:
