@@ -277,25 +277,33 @@ def test_threads_are_started_as_before_once_no_run_is_open(start: Start) -> None
 
 
 def test_a_wrapper_of_somebody_else_stays_in_its_place(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, started = threading.Thread.start, []
-    with start() as run:
-        ours = threading.Thread.start
+    started: list[threading.Thread] = []
+    with start():
+        below = threading.Thread.start
 
         def theirs(self: threading.Thread) -> None:
             started.append(self)
-            ours(self)
+            below(self)
 
-        monkeypatch.setattr(threading.Thread, "start", theirs)
-        assert in_thread(stepspan.current_run) is run
-    assert threading.Thread.start is theirs
-    with start(job_id="other"), start() as run:
-        assert in_thread(stepspan.current_run) is run
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", theirs)
+            for _ in range(2):
+                with start(job_id="other") as run:
+                    assert in_thread(stepspan.current_run) is run
+                    OPEN_RUNS.all()[0].close()
+                assert threading.Thread.start is theirs
     assert len([thread for thread in started if not thread.name.startswith("stepspan")]) == 2
-    monkeypatch.undo()
-    with start():
-        pass
-    threading.Thread.start = before  # type: ignore[method-assign]
-    OPEN_RUNS._thread_start = None
+
+
+def test_a_wrapper_that_is_taken_away_from_below_is_put_on_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", lambda thread, start=threading.Thread.start: start(thread))
+        first = start()
+    first.close()  # what was put on it, the patch has taken away
+    with start(job_id="other"), start() as run:
+        stranger = Worker()
+        assert stranger(stepspan.current_run) is run
+        assert run.stats()["warnings"] == {}
 
 
 # what a bare run ends

@@ -332,7 +332,7 @@ def _deduplicate_instance(identity: Identity, directory: Path) -> Identity:
     if "" not in alive:
         return identity
     role = next(role for role in (f"{DUPLICATE}{number}" for number in count(1)) if role not in alive)
-    other = "another open run" if alive[""] in _sessions(OPEN_RUNS.all()) else "another live process"
+    other = "another open run" if alive[""] in _sessions(OPEN_RUNS.that_may_record()) else "another live process"
     duplicate = f"{other} is rank {identity.rank} of {identity.job_id}: {alive['']}"
     warning = f"{duplicate}; this one goes by {role}: give each run a job_id of its own"
     return replace(identity, role=role, warnings=(*identity.warnings, warning))

@@ -235,9 +235,10 @@ class OpenRuns(Generic[RunT]):
         self._thread_start = unwrapped, start
 
     def _unwrap_thread_start(self) -> None:
-        if self._thread_start is not None and threading.Thread.start is self._thread_start[1]:
-            threading.Thread.start = self._thread_start[0]  # type: ignore[method-assign]
-            self._thread_start = None  # otherwise somebody has wrapped it again: it goes on, and does nothing
+        (unwrapped, start), self._thread_start = self._thread_start or (None, None), None
+        if unwrapped is not None and threading.Thread.start is start:
+            threading.Thread.start = unwrapped  # type: ignore[method-assign]
+        # Otherwise somebody has wrapped it again: it goes on, and does nothing.
 
 
 def _here(resting: Container[OpenRun] = ()) -> Current | None:
