@@ -193,6 +193,35 @@ def test_redaction_takes_anything_and_is_done_after_once(value: Any) -> None:
     assert hyperparams(once) == once
 
 
+def test_what_follows_an_option_of_a_command_line_is_its_value() -> None:
+    argv = [
+        "train.py",
+        "--lr",
+        "0.1",
+        "--hub-token",
+        "hunter2!",
+        "-v",
+        "--password",
+        "p",
+        "--account",
+        "a",
+        "--epochs",
+        3,
+    ]
+    assert Redact(["account"])({"tag": "hyperparams", "params": {"argv": argv}})["params"]["argv"] == [
+        *("train.py", "--lr", "0.1", "--hub-token", REDACTED, "-v", "--password", REDACTED),
+        *("--account", REDACTED, "--epochs", 3),
+    ]
+
+
+@pytest.mark.parametrize("key", [("db", "password"), ("password",), '"api_key"'])
+def test_a_key_that_was_no_text_is_known_by_its_words(key: Any) -> None:
+    assert hyperparams({str(key): "hunter2!", "('pad_token',)": "<pad>"}) == {
+        str(key): REDACTED,
+        "('pad_token',)": "<pad>",
+    }
+
+
 def test_what_is_not_looked_at_is_cut_and_counted() -> None:
     secret, many = "hunter2!", 250_000
     params = {f"key{n}": f"value{n}" for n in range(many)} | {"password": secret, "note": f"password={secret}"}

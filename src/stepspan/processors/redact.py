@@ -25,8 +25,10 @@ _NAME = (
     r"|access[_-]?key(?:[_-]?id)?|(?:account|private|signing|encryption)[_-]?key|(?:access|auth|api|hub|hf|bearer|refresh"
     r"|session|personal|github|gitlab|slack|wandb|neptune|comet|csrf|security|private|secret)[_-]?token)"
 )
-SECRET_NAME = re.compile(rf"(?:^|[_\-. /])(?:{_NAME}|(?<![\s\S])token)\Z", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"(?:^|[_\-. /'\"])(?:{_NAME}|(?<![\s\S])token)\Z", re.IGNORECASE)
 """`token` is a secret's name only by itself: `pad_token` and `eos_token` are a tokenizer's."""
+AROUND_KEYS = "()[]{}'\", "
+"""What stands around the words of a key that was a tuple, say."""
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _VALUE = r"(?:(?:bearer|basic|token)\s+)?(?!\[redacted)(?:(?<=\")[^\"\n]+|(?<=')[^'\n]+|[^\s'\",;&)}\]\\]+)"
 IN_TEXT: Sequence[tuple[Sequence[str], re.Pattern[str], str]] = (
@@ -133,10 +135,21 @@ class _Examination:
             kept = value[: self._entries]
             self._entries -= len(kept)
             self.cut += len(value) - len(kept)
+            if any(type(item) is str and item.startswith("-") for item in kept):
+                return self._arguments(name, kept)
             return [item if type(item) in PLAIN else self.value(name, item) for item in kept]
         if isinstance(value, str):
             return self.value(name, str.__str__(value))
         return self.value(name, json_value(value))  # what another processor has added
+
+    def _arguments(self, name: str, items: Sequence[Any]) -> list[Any]:
+        """A list that may be a command line: what follows `--password` is secret."""
+        redacted, option = [], ""
+        for item in items:
+            redacted.append(self.value(option or name, item))
+            is_option = type(item) is str and item.startswith("-")
+            option = item.lstrip("-") if is_option and self._is_secret(item.lstrip("-")) else ""
+        return redacted
 
     def otlp(self, value: Any) -> Any:
         """OTLP JSON, in which the name of an attribute is a value, too, and no other field is a secret."""
@@ -217,7 +230,9 @@ def is_key_value(item: Any) -> bool:
 @lru_cache(maxsize=8192)
 def is_secret_name(name: str) -> bool:
     """Whether a field of this name holds a secret, if it holds a text."""
-    return HINT.search(name) is not None and SECRET_NAME.search(CAMEL.sub("_", name)) is not None
+    if HINT.search(name) is None:
+        return False
+    return SECRET_NAME.search(CAMEL.sub("_", name.strip(AROUND_KEYS))) is not None
 
 
 def patterns_for(text: str) -> list[tuple[re.Pattern[str], str]]:

@@ -96,7 +96,7 @@ class WarningSink:
             summary = ", ".join(self._summary(kind) for kind in self.counts if kind in self._above_info)
         if summary:
             level = logging.WARNING if self.audible else logging.DEBUG
-            log.log(level, "stepspan: warnings of this run: %s", summary)
+            log.log(level, "stepspan: warnings of this run: %s", redacted_text(summary))
 
     def _summary(self, kind: str) -> str:
         """A kind, its count and its keys: `value 38 (loss 17, f1 17, val_loss 1)`."""
