@@ -204,6 +204,34 @@ def test_a_held_validation_that_was_left_within_a_step(hold: Callable[..., Itera
     assert recording.values("training.step.number", split="val") == [0, 0, 1, 1, 2, 2]
 
 
+def test_a_loop_that_was_left_is_not_longer_for_being_let_go_of_late() -> None:
+    clock = FixedClock()
+
+    def epoch(run: Run) -> None:
+        loop = enumerate(run.steps(range(9)))
+        for number, _ in loop:
+            run.log_metrics({"loss": 1.0})
+            if number == 2:
+                break
+        clock.advance(VALIDATION_S)
+        run.log_metrics({"val/accuracy": 0.5})
+        clock.advance(VALIDATION_S)
+
+    with recorded_run(clock=clock) as recording:
+        for _ in range(2):
+            epoch(recording.run)  # lets go of its loop as it returns
+        for _ in range(2):
+            loop = enumerate(recording.run.steps(range(9)))  # and this of the one before
+            for number, _ in loop:
+                recording.run.log_metrics({"loss": 1.0})
+                if number == 2:
+                    break
+            clock.advance(VALIDATION_S)
+            recording.run.log_metrics({"val/accuracy": 0.5})
+    assert len(durations(recording)) == 12
+    assert max(durations(recording)) < 10
+
+
 def test_nested_loops_are_nested_whatever_their_splits() -> None:
     clock = FixedClock()
     with recorded_run(clock=clock) as recording:
