@@ -495,7 +495,10 @@ class SessionWriter:
         self._sizes[number], self._segment_room = used + room, room
 
     def _cursors(self) -> list[CursorState]:
-        paths = (path for path in (self.path / "cursors").glob("*.*") if path.suffix != ".state")
+        """Those of each destination and signal; none where they cannot be listed."""
+        paths: list[Path] = []
+        with RefusalIgnored():
+            paths += (path for path in (self.path / "cursors").glob("*.*") if path.suffix != ".state")
         return [state for state in map(read_cursor, paths) if state is not None]
 
     def _remove_delivered(self) -> None:
@@ -515,7 +518,7 @@ class SessionWriter:
         kept = self.limits.kept_free(size)
         if free >= kept:
             return None
-        return OSError(f"{_in_gib(free)} of {_in_gib(size)} are free, and {_in_gib(kept)} are kept free")
+        return OSError(f"{_size_text(free)} of {_size_text(size)} are free, and {_size_text(kept)} are kept free")
 
     def _remove(self, number: int) -> None:
         with RefusalIgnored():
@@ -539,8 +542,8 @@ def _exists(name: str, dir_fd: int) -> bool:
     return True
 
 
-def _in_gib(size: int) -> str:
-    return f"{size / (1 << 30):.3g} GiB"
+def _size_text(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB" if size >= 1 << 30 else f"{size / (1 << 20):.1f} MiB"
 
 
 @contextmanager
