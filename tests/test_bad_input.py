@@ -305,6 +305,7 @@ def test_no_metrics_are_no_event(run: Run) -> None:
 # steps and epochs
 
 NO_NUMBER = [
+    pytest.param(True, id="truth value"),
     pytest.param(1.5, id="fraction"),
     pytest.param(float("nan"), id="nan"),
     pytest.param(-1, id="negative"),
@@ -319,6 +320,7 @@ NUMBERS = [
     pytest.param(7.0, id="whole float"),
     pytest.param(np.int32(7), id="numpy int"),
     pytest.param(np.float64(7), id="numpy float"),
+    pytest.param(np.float32(7), id="numpy float of 32 bits"),
     pytest.param(np.array(7), id="0-d array"),
 ]
 

@@ -736,6 +736,8 @@ class Run:
         if type(value) is int and 0 <= value < MAX_INTEGER:
             return value
         try:
+            if isinstance(value, bool):
+                raise TypeError("a truth value")
             number = to_integer(value)
             if 0 <= number < MAX_INTEGER:
                 return number
