@@ -91,6 +91,9 @@ class Model(pydantic.BaseModel):
 class OldModel(pydantic.v1.BaseModel):
     lr: float = 0.1
 
+    class Config:
+        extra = "allow"
+
 
 class Attrs:
     """As `attr.s` makes a class: with a description of its fields."""
@@ -188,7 +191,10 @@ def function(x: int) -> int:
         pytest.param(Model.model_validate({"inner": Model(), "more": 1}), {
             "lr": 0.1, "inner": {"lr": 0.1, "inner": None, "api_key": "**********"}, "api_key": "**********", "more": 1,
         }, id="pydantic"),
-        pytest.param(OldModel(), {"lr": 0.1}, id="pydantic 1"),
+        pytest.param(OldModel.parse_obj({"more": 1}), {"lr": 0.1, "more": 1}, id="pydantic 1"),
+        pytest.param({Precision.BF16: 1}, {"bf16": 1}, id="enum as a key"),
+        pytest.param(collections.UserString("abc"), "abc", id="UserString"),
+        pytest.param(collections.UserDict(a=collections.UserList([1])), {"a": [1]}, id="UserDict, UserList"),
         pytest.param(Attrs(), {"lr": 0.1, "name": "adam"}, id="attrs"),
         pytest.param(argparse.Namespace(lr=0.1), {"lr": 0.1}, id="argparse"),
         pytest.param(types.SimpleNamespace(opt=types.SimpleNamespace(lr=0.1)), {"opt": {"lr": 0.1}}, id="namespaces"),

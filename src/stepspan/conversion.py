@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import UserString
 from collections.abc import Mapping, Sequence, ValuesView
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
@@ -164,7 +165,7 @@ class Conversion:
         for key, item in items:
             if not self._admit(value, len(converted)):
                 break
-            name = key if type(key) is str and key.isascii() else str_of(key)
+            name = key if type(key) is str and key.isascii() else self._name(key)
             if type(item) in SIMPLE and name not in converted:
                 converted[name] = self.value(item, name)
                 continue
@@ -179,6 +180,10 @@ class Conversion:
                 self._lose(where, "two keys are the same as text: the later one's value stays")
             converted[name] = self.value(item, where, parents)
         return converted
+
+    def _name(self, key: Any) -> str:
+        """A key as text: of an enum's member its value, as of others."""
+        return str(self.value(key)) if issubclass(type(key), (str, Enum)) else str_of(key)
 
     def _attributes(self, value: Any, names: Sequence[str], path: str, parents: tuple[int, ...]) -> dict[str, Any]:
         converted: dict[str, Any] = {}
@@ -328,6 +333,7 @@ SCALARS: tuple[tuple[Any, Any], ...] = (
     (str, str.__str__),
     (int, int.__int__),
     (float, float.__float__),
+    (UserString, str),  # each of whose characters is one, too
     ((date, time), lambda value: value.isoformat()),
     (Decimal, _decimal),
     (TEXTS, _decoded),

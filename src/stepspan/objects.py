@@ -58,9 +58,11 @@ def attribute_names(value: Any) -> Iterator[str]:
 
 def extra_names(value: Any) -> Iterator[str]:
     """The names that a pydantic model was given beyond its fields."""
-    extra = getattr(value, "__pydantic_extra__", None)
-    if type(extra) is dict:
-        yield from extra
+    kind = type(value)
+    if hasattr(kind, "model_fields"):
+        yield from getattr(value, "__pydantic_extra__", None) or ()
+    elif hasattr(kind, "__fields_set__"):  # pydantic 1
+        yield from (name for name in vars(value) if name not in kind.__fields__)
 
 
 def is_namespace(kind: type) -> bool:
