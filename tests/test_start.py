@@ -172,6 +172,26 @@ def test_an_error_in_an_earlier_line_of_an_interactive_session_fails_nothing(sta
     assert outline(only_session(tmp_path / "stepspan-runs"))[-1] == "end run completed"
 
 
+@pytest.mark.parametrize(("raised", "status"), [("KeyboardInterrupt", "interrupted"), ("ValueError", "failed")])
+def test_a_loop_that_an_interactive_session_leaves_by_an_exception_is_the_runs_end(
+    start: Start, tmp_path: Path, raised: str, status: str
+) -> None:
+    typed = f"""
+import stepspan
+run = stepspan.start_run()
+for batch in run.steps('abc'):
+    run.log_metrics({{'x': 1.0}})
+    if batch == 'b': raise {raised}
+
+"""
+    subprocess.run(
+        [sys.executable, "-i", "-q"], input=typed, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    session = only_session(tmp_path / "stepspan-runs")
+    assert status_of(session) == status
+    assert [event["type"] for event in events(session, "error")] == ["ValueError"] * (status == "failed")
+
+
 def test_ipython(start: Start, tmp_path: Path) -> None:
     pytest.importorskip("IPython")
     from IPython.core.interactiveshell import InteractiveShell

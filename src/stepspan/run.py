@@ -625,23 +625,25 @@ class Run:
         self._close(self._scopes.leave(self._scope, error) if self._active else "", error)
         OPEN_RUNS.leave(self)
 
-    def _end_at_exit(self, error: BaseException | None) -> bool:
+    def _end_at_exit(self, error: BaseException | None, of_earlier_line: bool) -> bool:
         """Write the end of the run with its process, and return whether that was still to be done.
 
         Args:
             error: The exception that ends the process, where it is known.
+            of_earlier_line: Whether it is one of an interactive session: only a loop that was left, with nothing
+                recorded since, was left by it.
 
         """
         if not self._active:
             return False
-        if error is not None:
+        if error is not None and not (of_earlier_line and not self._scopes.was_left()):
             return self._end(self._scopes.leave(self._scope, error), error)
         return self._end(*self._scopes.exit_here())
 
     @classmethod
-    def _close_at_exit(cls, runs: Iterable[Run], error: BaseException | None) -> None:
+    def _close_at_exit(cls, runs: Iterable[Run], error: BaseException | None, *, of_earlier_line: bool = False) -> None:
         """End runs with their process, which waits for the delivery of all of them as long as for that of one."""
-        ended = [run for run in runs if run._end_at_exit(error)]
+        ended = [run for run in runs if run._end_at_exit(error, of_earlier_line)]
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         for run in ended:
             run._wait_for_delivery(max(0.0, deadline - time.monotonic()))

@@ -419,10 +419,10 @@ def _note_exit(exit_: SystemExit) -> None:
 
 
 def _close_at_exit() -> None:
-    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)  # what ended the interpreter
-    if hasattr(sys, "ps1"):  # or, in an interactive session, what went wrong in some earlier line
-        error = None
-    Run._close_at_exit(reversed((*OPEN_RUNS.resting(), *OPEN_RUNS.all())), error)
+    # What ended the interpreter or, in an interactive session, what went wrong in some earlier line.
+    error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
+    open_runs = reversed((*OPEN_RUNS.resting(), *OPEN_RUNS.all()))
+    Run._close_at_exit(open_runs, error, of_earlier_line=hasattr(sys, "ps1"))
 
 
 def _after_fork_in_child() -> None:

@@ -437,6 +437,13 @@ class Scopes:
         chain += [scope for scope in list(self._branches) if scope not in chain]
         return [scope for scope in chain if scope.session is session and not scope.abandoned_at]
 
+    def was_left(self) -> bool:
+        """Whether a loop was left that nothing was recorded after."""
+        scope = self._main
+        while scope is not None and not scope.abandoned_at:
+            scope = scope.parent
+        return scope is not None and scope.session is self._journal.session
+
     def leave(self, scope: Scope, error: BaseException | None) -> Status:
         """Close what is still open inside the run.
 
