@@ -178,7 +178,7 @@ def deliverers(options: argparse.Namespace, chain: Chain, place: Path) -> None:
         time.sleep(0.05)
     for number in range(options.hosts):
         exporter = OtlpExporter(chain.agent.http_endpoint, destination=thousand.DESTINATION)
-        started = spawn(place / "live", f"host-{number}", [exporter], health=True, env=os.environ)
+        started = spawn(place / "live", f"host-{number}", [exporter], {}, health=True, env=os.environ)
         chain.processes["deliverers"].append(psutil.Process(started.pid))
 
 

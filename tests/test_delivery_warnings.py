@@ -232,7 +232,7 @@ def test_certificates_are_found_by_whatever_variable_names_them(
 def path_of_the_deliverer(directory: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> list[str]:
     seen: list[dict[str, str]] = []
     monkeypatch.setattr(spawn.subprocess, "Popen", lambda *_, env, **__: seen.append(env))  # type: ignore[attr-defined]
-    spawn.spawn(directory, "node", [], health=False, env=env)
+    spawn.spawn(directory, "node", [], {}, health=False, env=env)
     assert json.loads(seen[0][spawn.EXPORTERS_VARIABLE]) == []
     return seen[0]["PYTHONPATH"].split(os.pathsep)
 

@@ -178,6 +178,9 @@ def test_a_session_that_another_deliverer_sends_is_left_to_it_while_it_lasts(tmp
             DeliveryTask(session, "metrics", second, how)
         scheduler = Scheduler("metrics", second, lambda: [session], how)
         run_to_end(scheduler)
+        assert not scheduler.idle, "it may be left at any moment"
+        how.clock.skip(3)  # type: ignore[attr-defined]
+        run_to_end(scheduler)
         assert scheduler.over
         assert "another deliverer" in scheduler.unreadable[session.path]
         assert second.taken == []

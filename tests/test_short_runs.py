@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 from harness import runs
 from harness.delivery import OK
-from harness.processes import under_load
+from harness.processes import under_load, until
 from harness.receiver import HANG, Answer, ScriptedReceiver
 from harness.runs import is_ours
 
 from stepspan.deliver import delivery
 from stepspan.deliver.delivery import ProcessDelivery
-from stepspan.deliver.lock import DeliveryLock, Outlook
+from stepspan.deliver.lock import UNKNOWN, DeliveryLock, Outlook
 from stepspan.exporters.memory import MemoryExporter
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import Cursor, CursorState, cursor_name
@@ -286,19 +286,41 @@ def test_what_a_deliverer_at_work_has_not_found_is_waited_for_as_the_process_end
 def test_a_deliverer_that_is_starting_is_not_started_again_unless_it_does_not_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    started: list[Any] = []
-    monkeypatch.setattr(delivery, "spawn", lambda *arguments, **__: started.append(arguments))
+    starting: list[int] = []
+    inherit = lambda *given, **_: starting.append(os.dup(given[3]["there"].fileno()))  # noqa: E731
+    monkeypatch.setattr(delivery, "spawn", inherit)
     exporter = OtlpExporter("http://127.0.0.1:9", env={}, destination="there")
-    ranks = [
+    first, second, third = (
         ProcessDelivery(tmp_path, "node", [exporter], first=True, health=False, warn=lambda *_, **__: None)
         for _ in range(3)
-    ]
-    for rank in ranks:
-        rank.start()
-    assert len(started) == 1
-    monkeypatch.setattr(delivery, "STARTING_LIMIT_S", 0.0)
-    ranks[1].start()
-    assert len(started) == 2
+    )
+    first.start()
+    second.start()
+    assert len(starting) == 1
+    assert DeliveryLock(tmp_path, "node", "there").outlook().state == "starting"
+    os.close(starting[0])  # it dies as it starts
+    assert DeliveryLock(tmp_path, "node", "there").outlook() == UNKNOWN
+    third.start()
+    assert len(starting) == 2
+    os.close(starting[1])
+
+
+def test_a_forked_child_does_not_keep_a_lock_that_is_being_handed_over(tmp_path: Path) -> None:
+    lock = DeliveryLock(tmp_path, "node", "there")
+    assert lock.acquire()
+    read_end, write_end = os.pipe()
+    if (child := os.fork()) == 0:
+        os.close(write_end)
+        os.read(read_end, 1)
+        os._exit(0)
+    os.close(read_end)
+    lock.release()
+    until(lambda: DeliveryLock(tmp_path, "node", "there").outlook() == UNKNOWN)
+    again = DeliveryLock(tmp_path, "node", "there")
+    until(again.acquire)
+    os.close(write_end)
+    os.waitpid(child, 0)
+    again.release()
 
 
 @pytest.mark.parametrize("answer", [OK, Outcome(Verdict.RETRY, "away")])

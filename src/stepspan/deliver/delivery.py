@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver import ledgers
-from stepspan.deliver.lock import STARTING_LIMIT_S, UNKNOWN, DeliveryLock, Outlook
+from stepspan.deliver.lock import UNKNOWN, DeliveryLock, Outlook
 from stepspan.deliver.spawn import log_path, spawn, with_absolute_paths
 from stepspan.errors import Warn
 from stepspan.journal.cursor import CursorState, cursor_name
@@ -243,9 +243,7 @@ class ProcessDelivery(Delivery):
             return
         try:
             self._cannot_start = True
-            free = self._exporters_without_deliverer()
-            if free:
-                self._process = spawn(self._directory, self._host, free, health=self._health, env=self._env)
+            self._spawn()
             self._cannot_start = False
         except Exception as error:  # a run that can't start a process still has its journal
             self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
@@ -342,20 +340,24 @@ class ProcessDelivery(Delivery):
         where = self._directory
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
 
-    def _exporters_without_deliverer(self) -> list[OtlpExporter]:
-        """Those whose destination has no deliverer on this host: its lock is free, and none is starting. OSError."""
-        free, now = [], time.time()
-        for exporter in self._exporters:
-            lock = DeliveryLock(self._directory, self._host, exporter.destination)
-            if lock.acquire():
-                state, since = lock.outlook()
-                if not (state == "starting" and 0 <= now - since < STARTING_LIMIT_S) or since == self._spawned_at:
-                    lock.report(Outlook("starting", now))
-                    free.append(exporter)
+    def _spawn(self) -> None:
+        """Start a process for the destinations that have no deliverer on this host: their locks are free. OSError."""
+        locks: dict[str, DeliveryLock] = {}
+        try:
+            for destination in dict.fromkeys(exporter.destination for exporter in self._exporters):
+                lock = DeliveryLock(self._directory, self._host, destination)
+                if lock.acquire():
+                    locks[destination] = lock
+            if not locks:
+                return
+            self._spawned_at = time.time()
+            for lock in locks.values():
+                lock.report(Outlook("starting", self._spawned_at))
+            free = [exporter for exporter in self._exporters if exporter.destination in locks]
+            self._process = spawn(self._directory, self._host, free, locks, health=self._health, env=self._env)
+        finally:  # the process has inherited them
+            for lock in locks.values():
                 lock.release()
-        if free:
-            self._spawned_at = now
-        return free
 
 
 class ThreadDelivery(Delivery):

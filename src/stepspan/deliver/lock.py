@@ -5,9 +5,9 @@
 
 Only the holder of a destination's lock moves cursors of that destination for sessions of that host: two at once would
 send everything twice and overwrite each other's positions. The lock is an flock, so the kernel lets go of it however
-its holder ends; a crash leaves the file, which means nothing while nobody holds it, but that a deliverer is starting:
-that is written by the rank that starts it, and holds for `STARTING_LIMIT_S`. It is never removed: two processes could
-otherwise lock two files of one name.
+its holder ends; a crash leaves the file, which means nothing while nobody holds it. It is never removed: two processes
+could otherwise lock two files of one name. A rank that starts a deliverer takes the lock first, and the deliverer
+inherits it: nobody else starts one meanwhile.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from stepspan.journal.layout import open_path, read_file, slug
 
 DELIVERERS_DIRECTORY = ".deliverers"
 RETRY_INTERVAL_S = 0.1
-STARTING_LIMIT_S = 5.0
-"""A deliverer that was started longer ago, and has no lock, will not come any more."""
 OUTLOOK_BYTES = 64
 
 
@@ -39,6 +37,9 @@ class Outlook(NamedTuple):
 
 
 UNKNOWN = Outlook("")
+
+_held: set[int] = set()
+"""The descriptors that have locks, of this process."""
 
 
 class DeliveryLock:
@@ -85,8 +86,23 @@ class DeliveryLock:
         except OSError:
             os.close(fd)
             return False
-        self._fd, self.reported = fd, None
+        self.adopt(fd)
         return True
+
+    def adopt(self, fd: int) -> None:
+        """Hold the lock by a descriptor that has it: what `fileno` of another object was, maybe in another process."""
+        os.set_inheritable(fd, False)
+        self._fd, self.reported = fd, None
+        _held.add(fd)
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it is held by this object."""
+        return self._fd >= 0
+
+    def fileno(self) -> int:
+        """The descriptor that has the lock; -1: it is not held."""
+        return self._fd
 
     def report(self, outlook: Outlook) -> None:
         """Say how things stand, for others to read; only the holder may. Raises nothing."""
@@ -97,20 +113,16 @@ class DeliveryLock:
                 os.pwrite(self._fd, text.ljust(OUTLOOK_BYTES), 0)
 
     def outlook(self) -> Outlook:
-        """What its holder said last, or else who has just started one; unknown where there is neither.
-
-        Whoever holds it itself reads what was said before.
-        """
+        """What the holder of the lock said last; unknown where nobody holds it."""
         path = self._directory / DELIVERERS_DIRECTORY / self._name
         try:
             state, since = (read_file(path, OUTLOOK_BYTES) or b"").decode().split()
             found = Outlook(state, float(since))  # type: ignore[arg-type] # the holder wrote it
         except ValueError:
             return UNKNOWN
-        recent = found.state == "starting" and 0 <= time.time() - found.since < STARTING_LIMIT_S
-        return found if recent or self._fd >= 0 or self._is_held() else UNKNOWN
+        return found if self._is_taken() else UNKNOWN
 
-    def _is_held(self) -> bool:
+    def _is_taken(self) -> bool:
         try:
             fd = open_deliverers_file(self._directory, self._name, os.O_RDONLY)
         except OSError:
@@ -124,8 +136,9 @@ class DeliveryLock:
         return False
 
     def release(self) -> None:
-        """Let go of the lock, if it is held."""
+        """Let go of the lock, if it is held; a process that has inherited it keeps it."""
         if self._fd >= 0:
+            _held.discard(self._fd)
             os.close(self._fd)
             self._fd = -1
 
@@ -135,3 +148,15 @@ def open_deliverers_file(directory: Path, name: str, flags: int) -> int:
     path = directory / DELIVERERS_DIRECTORY
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return open_path(path / name, flags)
+
+
+def _after_fork_in_child() -> None:
+    """Close the copies of descriptors that another thread of the parent was about to hand to a deliverer."""
+    for fd in _held:
+        with suppress(OSError):
+            os.close(fd)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

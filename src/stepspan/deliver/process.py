@@ -22,7 +22,7 @@ from stepspan.deliver.deliverer import Deliverer, interrupt_on_signal, prepare_p
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock
 from stepspan.deliver.options import Options
 from stepspan.deliver.sessions import LiveSessions
-from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE
+from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE, LOCKS_VARIABLE
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.processors import build
@@ -34,7 +34,13 @@ LOCK_TIMEOUT_S = 0.5
 
 
 def serve(
-    directory: Path, host: str, settings: Sequence[Mapping[str, Any]], boot_id: str, *, health: bool = False
+    directory: Path,
+    host: str,
+    settings: Sequence[Mapping[str, Any]],
+    boot_id: str,
+    *,
+    health: bool = False,
+    inherited: Mapping[str, int] | None = None,
 ) -> None:
     """Deliver until the run is over, to each destination whose lock is free.
 
@@ -44,11 +50,14 @@ def serve(
         settings: An `OtlpExporter`'s arguments for each destination, its processors as settings.
         boot_id: The boot of this host.
         health: Whether metrics about the delivery are reported.
+        inherited: Destination -> the descriptor that has its lock already.
 
     """
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in settings]
     locks = {e.destination: DeliveryLock(directory, host, e.destination) for e in exporters}
-    exporters = [e for e in exporters if locks[e.destination].acquire(LOCK_TIMEOUT_S)]
+    for destination, fd in (inherited or {}).items():
+        locks[destination].adopt(fd)
+    exporters = _with_lock(exporters, locks, LOCK_TIMEOUT_S)
     options = Options(boot_id=boot_id)
     sessions = LiveSessions(directory, host, options)
     while exporters:
@@ -62,13 +71,24 @@ def serve(
         # A run that came and went just now found the locks held, and relied on this process.
         if over and not deliverer.has_seen_all():
             continue
-        for exporter in exporters:
-            locks[exporter.destination].report(UNKNOWN)
-            locks[exporter.destination].release()
+        for lock in locks.values():
+            if lock.is_held:
+                lock.report(UNKNOWN)
+                lock.release()
         log.info("stepspan: done")
         if not over or (deliverer.has_seen_all() and run_is_over(deliverer)):
             return
-        exporters = [e for e in exporters if locks[e.destination].acquire()]
+        exporters = _with_lock(exporters, locks)
+
+
+def _with_lock(
+    exporters: Sequence[OtlpExporter], locks: Mapping[str, DeliveryLock], timeout: float = 0.0
+) -> list[OtlpExporter]:
+    """The exporters whose destinations this process has the right to deliver to."""
+    for lock in locks.values():
+        if not lock.is_held:
+            lock.acquire(timeout)
+    return [exporter for exporter in exporters if locks[exporter.destination].is_held]
 
 
 def _report(deliverer: Deliverer, locks: Mapping[str, DeliveryLock]) -> None:
@@ -86,7 +106,8 @@ def main() -> None:
     prepare_process()
     settings = json.loads(os.environ[EXPORTERS_VARIABLE])
     health = os.environ.get(HEALTH_VARIABLE) == "1"
-    serve(Path(sys.argv[1]), sys.argv[2], settings, host_facts().boot_id, health=health)
+    inherited = json.loads(os.environ.get(LOCKS_VARIABLE, "{}"))
+    serve(Path(sys.argv[1]), sys.argv[2], settings, host_facts().boot_id, health=health, inherited=inherited)
 
 
 if __name__ == "__main__":

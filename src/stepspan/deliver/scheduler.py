@@ -36,6 +36,8 @@ RESCAN_INTERVAL_S = 1.0
 REST_FACTOR, MAX_REST_S = 9, 1.0
 """After a run that found every live session at its end a scheduler rests so many times as long as it took, up to so
 many seconds: to look at a thousand journals then costs a tenth of a core, and their requests become fuller."""
+IN_USE_TIMEOUT_S = 2.5
+"""For which a session is waited for that another deliverer sends: it may have been killed just now, or be ending."""
 UNREADABLE_RETRY_INTERVAL_S = 60.0
 """Until a session that could not be read is looked at again: a disk may have been full, an upgrade may come."""
 
@@ -93,6 +95,7 @@ class Scheduler:
         self._find = find
         self._options = options
         self._retry_at: dict[Path, float] = {}
+        self._in_use_since: dict[Path, float] = {}
         self._defective: set[Path] = set()
         self._living = False
         self._failing_since: float | None = None
@@ -184,10 +187,12 @@ class Scheduler:
                 if self.unreadable.get(path) != str(error):
                     log.info("stepspan: %s %s: left alone: %s", path, self.signal, error)
                 self.unreadable[path] = str(error)
+                self._in_use_since.setdefault(path, now)
                 continue
             except Exception as error:
                 self._give_up(path, error)
                 continue
+            self._in_use_since.pop(path, None)
             self.tasks[path] = task
             self._record(task, moved=False)
             self.unreadable.pop(path, None)
@@ -213,8 +218,10 @@ class Scheduler:
                 self._living |= task.alive
             except Exception as error:  # a task that has something left to send again would never notice
                 self._give_up(path, error)
-        self.idle = all(task.held or (task.at_end and task.failing_since is None) for task in tasks)
-        self.over = all(task.held for task in tasks) and not self._living
+        now = self._options.clock()
+        waits = any(now - since < IN_USE_TIMEOUT_S for since in self._in_use_since.values())
+        self.idle = all(task.held or (task.at_end and task.failing_since is None) for task in tasks) and not waits
+        self.over = all(task.held for task in tasks) and not self._living and not waits
 
     def _eligible(self) -> list[DeliveryTask]:
         """The sessions that may go on, the slowest first; of those that share a series identity only the first."""

@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepspan.deliver.lock import DELIVERERS_DIRECTORY, open_deliverers_file
+from stepspan.deliver.lock import DELIVERERS_DIRECTORY, DeliveryLock, open_deliverers_file
 from stepspan.journal.layout import slug
 from stepspan.processors import specs
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 EXPORTERS_VARIABLE = "STEPSPAN_DELIVERER"
 """Holds the exporters' settings as a JSON list."""
+LOCKS_VARIABLE = "STEPSPAN_DELIVERER_LOCKS"
+"""Holds JSON: destination -> the descriptor that has its lock."""
 HEALTH_VARIABLE = "STEPSPAN_HEALTH"
 LOG_LIMIT_BYTES = 1 << 20
 """A log that is longer is emptied when the next deliverer starts."""
@@ -44,7 +46,13 @@ CERTIFICATE_VARIABLES = frozenset(
 
 
 def spawn(
-    directory: Path, host: str, exporters: Sequence[OtlpExporter], *, health: bool, env: Mapping[str, str]
+    directory: Path,
+    host: str,
+    exporters: Sequence[OtlpExporter],
+    locks: Mapping[str, DeliveryLock],
+    *,
+    health: bool,
+    env: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
     """Start a deliverer process.
 
@@ -52,6 +60,7 @@ def spawn(
         directory: The directory of the journals.
         host: The host whose sessions it delivers; journals keep it as a folder's name.
         exporters: Where it delivers to.
+        locks: The locks of their destinations, which it inherits; it takes those that are missing itself.
         health: Whether it reports metrics about the delivery to its destinations.
         env: The environment that the exporters were made with.
 
@@ -63,6 +72,7 @@ def spawn(
 
     """
     settings = [{**e.settings, "destination": e.destination, "processors": specs(e.processors)} for e in exporters]
+    descriptors = {destination: lock.fileno() for destination, lock in locks.items()}
     with open(_open_log(directory, host), "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "stepspan.deliver.process", str(directory), host],
@@ -71,6 +81,7 @@ def spawn(
                 "PYTHONPATH": _python_path(env),
                 "OTEL_PYTHON_CONFIGURATOR": "",
                 EXPORTERS_VARIABLE: json.dumps(settings),
+                LOCKS_VARIABLE: json.dumps(descriptors),
                 HEALTH_VARIABLE: str(int(health)),
             },
             cwd="/",
@@ -78,6 +89,7 @@ def spawn(
             stdout=output,
             stderr=output,
             start_new_session=True,
+            pass_fds=list(descriptors.values()),
         )
 
 
