@@ -65,3 +65,9 @@ def test_ids_have_the_sizes_of_opentelemetry_and_no_randomness() -> None:
 def test_a_name_that_utf8_cannot_hold_has_the_ids_of_what_the_journal_makes_of_it() -> None:
     assert ids.step_trace_id("run\udc80", "train", 0, 0, 0) == ids.step_trace_id("run?", "train", 0, 0, 0)
     assert ids.step_span_id(b"t" * 16, 0, "w\udc80") == ids.step_span_id(b"t" * 16, 0, "w?")
+
+
+def test_a_role_that_is_taken_again_stands_for_its_session_and_in_old_journals_for_itself() -> None:
+    assert ids.unique_role("worker1", "a0", "1.1") == "worker1-a0"
+    assert ids.unique_role("worker1", "a0", "1.0") == "worker1"
+    assert ids.unique_role("", "a0", "1.1") == "", "a rank's own steps are known to the other ranks"
