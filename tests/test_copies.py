@@ -253,6 +253,18 @@ def test_a_scope_is_short_in_print_and_in_hyperparameters(start: Start) -> None:
     assert events(run, "hyperparams")[0]["params"] == {"step": "<step 3, not open>"}
 
 
+def test_what_cannot_be_decorated_is_left_as_it_is(start: Start) -> None:
+    class Uncanny:
+        __call__ = None
+
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+    function: Any = Uncanny()
+    with start() as run:
+        assert run.span("forward")(function) is function
+
+
 def test_a_decorator_of_a_run_that_records_nothing_calls_the_function() -> None:
     assert DISABLED.span("forward")(len)("ab") == 2
 

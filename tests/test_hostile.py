@@ -80,9 +80,16 @@ class Attributes:
     __getattribute__ = fail
 
 
+class Uncanny(Attributes):
+    """The same, and can be called."""
+
+    __call__ = fail
+
+
 KINDS: dict[str, Callable[[], Any]] = {
     "an object": hostile(),
     "an object whose attributes raise": Attributes,
+    "a callable whose attributes raise": Uncanny,
     "a mapping": hostile(Mapping),
     "a mapping of hostile values": lambda: {"a": hostile()(), "b": Attributes()},
     "a mapping with a hostile key": lambda: {hostile(__hash__=object.__hash__)(): 1.0},

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -370,8 +371,9 @@ class Run:
             attributes: Of the span.
 
         """
-        if callable(name) and not isinstance(name, str):
-            return self.span(getattr(name, "__qualname__", type(name).__name__))(name)
+        if callable(name):
+            with suppress(Exception):  # what calls itself a function may raise anything
+                return self.span(str(name.__qualname__))(name)
         if self._unused:
             self._begin_use()
         begin: Event = {"name": to_text(name)}

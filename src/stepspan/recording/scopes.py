@@ -123,7 +123,9 @@ class Scope:
             function: Also a coroutine function, a generator function or a method.
 
         """
-        return decorate(function, self.renewed, self._renewed_detached)
+        with suppress(Exception):  # an object's own `__class__` or `__name__` may raise anything
+            return decorate(function, self.renewed, self._renewed_detached)
+        return function
 
     def renewed(self) -> Scope:
         """A scope like this one, not open yet."""
