@@ -30,7 +30,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from stepspan.events import SECOND_NS, Event
@@ -94,6 +94,8 @@ class Journal:
         self._disk = disk
         self._header: Callable[[], Event] | None = None
         self._job = self._host = ""
+        self._first = False
+        """Whether the next session is the first one of its run."""
         self._lock = threading.RLock()
         self._busy = self._upkeep_due = False
         """Whether a call is at work on the session; whether the owner's upkeep is due."""
@@ -113,7 +115,7 @@ class Journal:
 
         Args:
             header: Makes the header of a new session, with a session id of its own; called again for each later one.
-                While it is called no other process or thread of this host opens a session of the job.
+                For the first one, no other process or thread of this host is at its first session of the job meanwhile.
             job_id: Names the directory of the job.
             host: Names the directory of the host in it.
             at_once: False: the first event opens it.
@@ -122,7 +124,7 @@ class Journal:
             OSError: No session can be made.
 
         """
-        self._header, self._job, self._host = header, slug(job_id), slug(host)
+        self._header, self._job, self._host, self._first = header, slug(job_id), slug(host), True
         if not at_once:
             return
         with self._lock:
@@ -237,6 +239,7 @@ class Journal:
         self._busy = self._upkeep_due = False
         self._young = None
         self._interrupting.clear()
+        self._first = False
         self.session, self.state, self._next_check, self._next_maintenance = None, State.UNOPENED, 0, 0
 
     def _admit(self, event: Event, begun: Begun | None, session: SessionWriter | None, ts: int) -> int:
@@ -369,13 +372,13 @@ class Journal:
     def _open_session(self) -> None:
         assert self._header is not None, "open() comes first"
         host_directory = self._make_directory(self._job, self._host)
-        with exclusive(host_directory):
+        with exclusive(host_directory) if self._first else nullcontext():
             fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
             try:
                 fresh.open()
                 if self.session is not None:
                     fresh.take_over(self.session)
-                self.session, self.state = fresh, State.OPEN
+                self.session, self.state, self._first = fresh, State.OPEN, False
                 self._mark_resting()
             except BaseException:
                 if self.session is not fresh:
