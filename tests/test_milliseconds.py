@@ -9,7 +9,7 @@ import random
 import signal
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,6 +280,26 @@ def test_a_burst_is_visible_without_another_line(live: Callable[[], Run], either
             run.log_metrics(call.values, call.step)
         assert run.flush(under_load(5.0))
         assert missing(either, "job", calls) == []
+
+
+def test_values_of_a_device_that_is_some_steps_behind_arrive_live(
+    live: Callable[[], Run], tmp_path: Path, either: Prometheus
+) -> None:
+    calls, devices = [], deque[threading.Event]()
+    with live() as run:
+        for step in range(60):
+            with run.step(step), run.span("forward"):
+                devices.append(threading.Event())
+                calls.append(Call({"loss": float(step), "lr": step + 0.5}, "train", step))
+                run.log_metrics({**calls[-1].values, "loss": OnDevice(float(step), devices[-1])})
+                time.sleep(0.02)
+            if len(devices) > 3:
+                devices.popleft().set()
+        for device in devices:
+            device.set()
+        assert run.flush(under_load(5.0))
+        assert missing(either, "job", calls) == []
+    assert len(delivered(tmp_path / "runs", either)) == 1
 
 
 def test_values_of_the_past_arrive_where_they_are_taken_and_hold_nothing_where_they_are_not(

@@ -132,10 +132,26 @@ def test_rows_are_held_back_until_their_time_has_come() -> None:
     buffer = PointBuffer()
     burst(buffer, AB, 4)
     assert milliseconds(buffer.flush(6 * MS))["a"] == [(5, 0.0)]
-    assert buffer.held() == (3, 8 * MS)
+    assert buffer.held_until() == 8 * MS
     assert milliseconds(buffer.flush(8 * MS))["b"] == [(6, 1.0), (7, 2.0)]
     assert milliseconds(buffer.flush(ALL))["a"] == [(8, 3.0)]
-    assert buffer.held() == (0, 0)
+    assert buffer.held_until() == 0
+
+
+def test_what_follows_a_missing_value_is_held_back_for_it_but_not_for_ever() -> None:
+    buffer = PointBuffer()
+    buffer.metrics.add_row(buffer.table([A, B]), 5 * MS, [1.0, None], 17)
+    buffer.add(C, 6 * MS, 3.0)
+    assert buffer.flush(7 * MS, 6 * MS) == []
+    assert buffer.held_until() == 6 * MS
+    assert milliseconds(buffer.flush(7 * MS, 5 * MS + 10_001 * MS)) == {"a": [(5, 1.0)], "c": [(6, 3.0)]}
+    del buffer.reserved[17]
+    buffer.metrics.add_row(buffer.table([A, B]), 8 * MS, [2.0, None], 18)
+    assert buffer.flush(9 * MS, 8 * MS) == []
+    buffer.add_late(18, B, 4.0, 9 * MS)
+    del buffer.reserved[18]
+    assert milliseconds(buffer.flush(9 * MS, 8 * MS)) == {"a": [(8, 2.0)], "b": [(8, 4.0)]}
+    assert buffer.held_until() == 0
 
 
 def test_nothing_lies_before_the_session_begins() -> None:

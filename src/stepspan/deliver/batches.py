@@ -95,7 +95,7 @@ class BatchReader:
             return self._release(fold, position)
         filtered, thinned = fold.filtered, fold.thinned
         records = fold.map(self._process(batch.events))
-        counts, position = batch.counts, replace(batch.position, held_until=fold.held[1])
+        counts, position = batch.counts, replace(batch.position, held_until=fold.held_until)
         if finishing and closed is not None:
             records = [*records, *fold.finish(closed)]
             missing = max(0, closed.seq - position.seq)  # at the end, where no later line shows the hole
@@ -107,12 +107,12 @@ class BatchReader:
         return Batch(records, position, counts)
 
     def _release(self, fold: Mapper, position: Position) -> Batch | None:
-        """The points after the last event whose time has come."""
+        """The points that were held back, and whose time has come."""
         now = int(self._wall_clock() * SECOND_NS)
         records = fold.release(now) if position.held_until else ()
         if not records:
             return None
-        position = replace(position, held_until=fold.held[1], released=now)
+        position = replace(position, held_until=fold.held_until, released=now)
         return Batch(records, position, Ledger(mapped=len(records)))
 
     def wrong_before(self, position: Position) -> int:

@@ -33,10 +33,10 @@ class NothingAhead:
     """Of a mapper whose records are all of the past: none is thinned or held back."""
 
     thinned = 0
-    held = 0, 0
+    held_until = 0
 
     def release(self, until: int | None = None) -> Sequence[Record]:
-        """Nothing: no record lies after the last event."""
+        """Nothing: no record is held back."""
         return ()
 
 

@@ -38,8 +38,8 @@ class Mapper(Protocol):
         """Points that gave way to later ones, for want of milliseconds; likewise."""
 
     @property
-    def held(self) -> tuple[int, int]:
-        """How many rows of points lie after the last event, and the time of the last one, Unix ns."""
+    def held_until(self) -> int:
+        """The time of the last point that is held back, Unix ns; 0: none is."""
 
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """Map a batch.
@@ -48,15 +48,16 @@ class Mapper(Protocol):
             events: The next events. The last one of a millisecond is in the same batch as the first.
 
         Returns:
-            Their records, and those that were waiting for them; points up to the time of the last event.
+            Their records, and those that were waiting for them. Points that lie after the last event, or after a value
+            that is still missing, are held back.
 
         """
 
     def release(self, until: int | None = None) -> Sequence[Record]:
-        """Take points that lie after the last event.
+        """Take points that were held back.
 
         Args:
-            until: The time of the last one, Unix ns; None: all that have a place.
+            until: The time of the last one, which is the present, Unix ns; None: all that have a place.
 
         Returns:
             Points that no other call returns.

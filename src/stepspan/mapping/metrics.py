@@ -140,9 +140,9 @@ class MetricMapper:
         return self._points.thinned
 
     @property
-    def held(self) -> tuple[int, int]:
-        """How many rows wait for their time to come, and the time of the last of them, Unix ns."""
-        return self._points.held()
+    def held_until(self) -> int:
+        """The time of the last point that is held back, Unix ns; 0: none is."""
+        return self._points.held_until()
 
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """The points of the next events, up to the time of the last of them."""
@@ -163,11 +163,11 @@ class MetricMapper:
                     warn_unmappable(event["tag"], repr(error))
         if len(self._uncounted) > MAX_UNCOUNTED:
             self._count_steps()
-        return self._points.flush(self._millisecond + MILLISECOND_NS)
+        return self._points.flush(self._millisecond + MILLISECOND_NS, self._millisecond)
 
     def release(self, until: int | None = None) -> Sequence[Record]:
         """The points that lie after the last event, up to a time."""
-        return self._points.flush(END_OF_TIME_NS if until is None else until + 1)
+        return self._points.flush(END_OF_TIME_NS if until is None else until + 1, until)
 
     def finish(self, closed: Closed) -> Sequence[Record]:
         """What waits, the cumulative points after the last event, and then the end of every series."""

@@ -14,7 +14,8 @@ room, or at the end: a curve never loses its last value.
 
 **Holding back.** Rows that were placed later than the last event wait in their tables for their time to come, so that
 requests follow one another in time: Prometheus stamps its own `target_info` with the times of each request, and without
-an out-of-order window it refuses one that goes back behind the request before.
+an out-of-order window it refuses one that goes back behind the request before. So does all that follows a value which a
+device still computes, for up to `MAX_MISSING_NS`.
 
 **Single points** repeat what stepspan knows (an epoch, an ETA, a count of errors, a sample): of several of a series in
 one millisecond the last goes out, and the others count as `filtered`.
@@ -30,18 +31,30 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
-from stepspan.events import MILLISECOND_NS
+from stepspan.events import MILLISECOND_NS, SECOND_NS
 from stepspan.mapping.columns import Column, Points
-from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING, Histogram, Point, Record, SdkRecord, Series, Sum
+from stepspan.mapping.records import (
+    MAX_LEAD_MS,
+    MAX_WAITING,
+    Exemplar,
+    Histogram,
+    Point,
+    Record,
+    SdkRecord,
+    Series,
+    Sum,
+)
 from stepspan.values import json_number, to_float
 
 ALL_FLOATS, ALL_INTEGERS = {float}, {int}
 NUMBERS = ALL_FLOATS | ALL_INTEGERS
 STEP_NUMBER = "training.step.number"
 MAX_TABLES = 1000
+MAX_MISSING_NS = 10 * SECOND_NS
+"""How long what follows a missing value is held back for it; a GPU is hardly ever that far behind."""
 MAX_RESERVED = 16_384
 """Rows whose missing values may still come."""
 WAITS, THINNED = 0, -1
@@ -163,10 +176,8 @@ class PointBuffer:
     def add(self, series: Series, ts: int, value: Any) -> None:
         """Add a single point of the current millisecond, at `ts` (Unix ns); it replaces the series' one there."""
         if ts < self.not_before:
-            repeated = series in self._early or type(value) is Histogram  # of those there is another one at the end
-            self.filtered += repeated
-            if type(value) is not Histogram:
-                self._early[series] = value
+            self.filtered += series in self._early
+            self._early[series] = value
             return
         if self._early:
             self._add_early(ts)
@@ -227,12 +238,30 @@ class PointBuffer:
             timeline.place_waiting(None)
         return max(timeline.free_from for timeline in self.timelines)
 
-    def flush(self, until: int) -> Sequence[Record]:
-        """Take the points that lie before `until` (Unix ns), and begin a millisecond."""
+    def flush(self, until: int, now: int | None = None) -> Sequence[Record]:
+        """Take points, and begin a millisecond.
+
+        Args:
+            until: The time before which they lie, Unix ns.
+            now: The present, Unix ns: what follows a value that is missing now is held back for it. None: nothing is.
+
+        Returns:
+            The points. Those of the user's times and of an SDK are never held back.
+
+        """
+        missing: list[int] = []
+        if now is not None and self.reserved:
+            reserved = self.reserved.values()
+            missing = [row.time for row in reserved if row.time > 0 and now - row.line <= MAX_MISSING_NS]
+        if missing:
+            until = min(until, min(missing) // MILLISECOND_NS * MILLISECOND_NS)
         if self._early and until > self.not_before:
             self._add_early(until)
         self._current_points.clear()
         points, self.points = self.points, []
+        if missing:
+            self.points = [point for point in points if type(point) is tuple and point[1] >= until]
+            points = [point for point in points if type(point) is not tuple or point[1] < until]
         columns: list[Column] = []
         used, self._used = self._used, []
         for table in used:
@@ -247,9 +276,9 @@ class PointBuffer:
             columns += _columns(table.series, times, rows)
         return Points(points, columns) if columns else points
 
-    def held(self) -> tuple[int, int]:
-        """How many rows are held back for their time to come, and the time of the last one, Unix ns."""
-        return sum(len(table.times) for table in self._used), max((t.times[-1] for t in self._used), default=0)
+    def held_until(self) -> int:
+        """The time of the last point that is held back, Unix ns; 0: none is."""
+        return max([*(table.times[-1] for table in self._used), *(point[1] for point in self.points)], default=0)
 
     def state(self, index: Mapping[Series, int], now: int) -> dict[str, Any]:
         """What is carried on, as JSON: only of series that are ahead of the last event.
@@ -265,8 +294,9 @@ class PointBuffer:
             "reserved": [[key, row.line, row.time] for key, row in self.reserved.items()],
             "timelines": [timeline.state(index, now // MILLISECOND_NS) for timeline in self.timelines],
             "held": [[[index[s] for s in t.series], t.times, list(map(_to_json, t.rows))] for t in self._used],
+            "points": [[index[series], ts, _fields(value)] for series, ts, value in cast("list[Point]", self.points)],
             "displaced": [[index[series], ts] for series, ts in self._displaced.items()],
-            "early": [[index[series], *_to_json(_fields(value))] for series, value in self._early.items()],
+            "early": [[index[series], _fields(value)] for series, value in self._early.items()],
         }
 
     def restore(self, state: dict[str, Any], series: Sequence[Series]) -> None:
@@ -278,7 +308,8 @@ class PointBuffer:
         for indices, times, rows in state["held"]:
             self._used.append(Table(tuple(series[index] for index in indices), times, rows))
         self._displaced = {series[index]: ts for index, ts in state["displaced"]}
-        self._early = {series[index]: _value(*fields) for index, *fields in state["early"]}
+        self._early = {series[index]: _value(*fields) for index, fields in state["early"]}
+        self.points = [(series[index], ts, _value(*fields)) for index, ts, fields in state["points"]]
 
     def _append(self, table: Table, ts: int, row: list[Any]) -> None:
         if not table.times:
@@ -467,14 +498,27 @@ class Timeline:
         reserved[key] = Reserved(line, WAITS if waits else table.times[-1])
 
 
-def _fields(value: float | Sum | None) -> Sequence[Any]:
-    """The value of a single point: a number, or start and number of a sum."""
-    return [value.start, value.value] if isinstance(value, Sum) else [value]
+def _fields(value: float | Sum | Histogram | None) -> list[Any]:
+    """The value of a single point as JSON: its kind, and its fields."""
+    if isinstance(value, Sum):
+        return ["sum", value.start, *_to_json([value.value])]
+    if isinstance(value, Histogram):
+        exemplars = [[e.time, e.value, e.trace_id.hex(), e.span_id.hex()] for e in value.exemplars]
+        return ["histogram", {**{f.name: getattr(value, f.name) for f in fields(value)}, "exemplars": exemplars}]
+    return ["gauge", *_to_json([value])]
 
 
-def _value(number: Any, of_sum: Any = None) -> float | Sum | None:
+def _value(kind: str, *of_kind: Any) -> float | Sum | Histogram | None:
     """The value that has these fields."""
-    return to_float(number) if of_sum is None else Sum(number, float(of_sum))
+    if kind == "sum":
+        return Sum(of_kind[0], float(of_kind[1]))
+    if kind == "histogram":
+        exemplars = tuple(
+            Exemplar(time, value, bytes.fromhex(trace_id), bytes.fromhex(span_id))
+            for time, value, trace_id, span_id in of_kind[0]["exemplars"]
+        )
+        return Histogram(**{**of_kind[0], "exemplars": exemplars})
+    return to_float(of_kind[0])
 
 
 def _to_json(values: Iterable[Any]) -> list[Any]:
