@@ -184,7 +184,7 @@ def test_values_that_are_no_numbers_are_left_out_and_told(tmp_path: Path, caplog
         (1.0, None, "train", {"a": 1.0}),
     ]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path}/metrics.jsonl: 2 values are not numbers, and were left out"
+        f"stepspan: {tmp_path}/metrics.jsonl: 2 values are not numbers, and were left out"
     ]
 
 

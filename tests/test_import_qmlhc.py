@@ -76,7 +76,7 @@ def test_rows_become_scopes_metrics_and_errors_at_their_times(tmp_path: Path) ->
         "      error ValueError",
         "train 1: loss=0.25",
         "    end step",
-        "train -: acc=1.0",
+        "train 1: acc=1.0",
         "  end epoch",
         "end run completed",
     ]

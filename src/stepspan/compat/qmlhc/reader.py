@@ -122,7 +122,8 @@ class _Translation:
             else:
                 yield from self._end(INNERMOST_FIRST[scope][:-1], self._before, status="interrupted")
                 if metrics := _metrics(row.get("context")):
-                    of_step = {"step": row_index(row["step"])} if scope == "step" else {}
+                    number = row_index(row["step"]) if scope == "step" else self._last_step[1]
+                    of_step = {} if number == -1 else {"step": number}  # the step in force, as of a run
                     yield ts, event("metrics", split="train", **of_step, metrics=metrics), None
                 yield from self._end((scope,), ts)
                 if scope == "epoch":
