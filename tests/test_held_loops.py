@@ -127,6 +127,7 @@ def test_and_without_epochs_where_the_next_loop_shows_it(hold: Callable[..., Ite
         lambda run: run.log_metrics({"accuracy": 0.5}, split="test"),
         lambda run: run.log_artifact("model", "model.pt", kind="checkpoint"),
         lambda run: run.log_hyperparams({"best": 1}),
+        lambda run: run.log_event("best"),
         lambda run: run.span("validation").__enter__().__exit__(None, None, None),
         lambda run: run.step(0, split="val").__enter__().__exit__(None, None, None),
         lambda run: list(run.steps([1, 2], split="eval")),
@@ -134,7 +135,7 @@ def test_and_without_epochs_where_the_next_loop_shows_it(hold: Callable[..., Ite
         lambda run: list(run.steps([1, 2])),
         lambda run: run.step(70).__enter__().__exit__(None, None, None),
     ],
-    ids=["value", "artifact", "hyperparams", "span", "step", "loop", "epoch", "next loop", "next step"],
+    ids=["value", "artifact", "hyperparams", "event", "span", "step", "loop", "epoch", "next loop", "next step"],
 )
 def test_whatever_follows_that_is_not_a_steps(follows: Callable[[Run], Any]) -> None:
     clock = FixedClock()
@@ -202,6 +203,23 @@ def test_a_held_validation_that_was_left_within_a_step(hold: Callable[..., Itera
     assert max(durations(recording, "val")) < 10
     assert [duration // 1000 for duration in durations(recording)] == [10, 10, 10]
     assert recording.values("training.step.number", split="val") == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("wrap", [iter, Bar, enumerate], ids=["iterator", "bar", "enumerate"])
+def test_a_checkpoint_in_the_last_step_is_a_part_of_it(wrap: Callable[[Any], Any]) -> None:
+    clock = FixedClock()
+    with recorded_run(clock=clock) as recording:
+        run = recording.run
+        for number, _ in enumerate(wrap(run.steps(range(9)))):
+            run.log_metrics({"loss": 1.0})
+            if number == 2:
+                clock.advance(VALIDATION_S)
+                run.log_artifact("model", "model.pt", kind="checkpoint")
+                run.log_event("saved")
+                break
+        clock.advance(VALIDATION_S)
+        run.log_metrics({"val/accuracy": 0.5})
+    assert [duration // 1000 for duration in durations(recording)] == [0, 0, 10]
 
 
 def test_a_loop_that_was_left_is_not_longer_for_being_let_go_of_late() -> None:

@@ -303,6 +303,7 @@ class Run:
             self._begin_use()
         state = {} if status is None else {"status": to_text(status)}
         self._check_spelling("event", str, attributes, EVENT_PARAMETERS)
+        self._scopes.follow()
         self._recorder.record(
             "event",
             lambda: {"name": to_text(name), **state, **self._recorder.json_fields("event", "attributes", attributes)},

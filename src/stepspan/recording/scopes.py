@@ -413,10 +413,10 @@ class Scopes:
         return None
 
     def follow(self) -> None:
-        """Something is recorded that is not of a step: an artifact, hyperparameters."""
+        """Something is recorded that is the run's, and not a step's: an artifact, hyperparameters, a milestone."""
         loop = self.open_loop()
         if loop is not None:
-            self._follow(loop, EVALUATION)
+            self._follow(loop, NESTED)
 
     def open_loop(self) -> StepLoop | None:
         """The loop in whose open step the code here is."""
@@ -584,7 +584,7 @@ class Scopes:
         if loop is not None and loop.maybe_left_at:
             if error is not None and loop.followed == EVALUATION and not ended:
                 error = None  # it has come by after the loop
-            if error is None or not (ended or loop.followed):
+            if (error is None and not (ended and loop.followed == NESTED)) or not (ended or loop.followed):
                 ended = loop.maybe_left_at if loop.followed else max(loop.maybe_left_at, loop.ts)
             if error is not None:
                 loop.go_on()  # until this

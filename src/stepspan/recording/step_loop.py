@@ -2,9 +2,9 @@
 
 A loop that is left drops its iterator, and that says when (`stepspan.recording.steps`). Where somebody holds the
 iterator itself, a loop that was left looks as one that goes on. So the last thing that was recorded in its open step is
-remembered as soon as something follows that is not a step's: a value of an evaluation, an artifact, a span named like
-an evaluation, a step or an epoch. If the loop asks for more after all, the step ends then. Otherwise it ends at that
-last thing, once what is around it ends or a step of its split begins.
+remembered as soon as something follows that is not a step's: a value of an evaluation, a span named like one, an
+artifact, a milestone, a step or an epoch. If the loop asks for more after all, the step ends then. Otherwise it ends at
+that last thing, once what is around it ends or, after an evaluation, once a step of its split begins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ EVALUATION_SPANS = frozenset(
 )  # fmt: skip
 """Names of spans that follow the steps of a loop, or interrupt one."""
 NESTED, EVALUATION = 1, 2
-"""What may follow the last thing in a step: a scope that lies in it, if the loop goes on; or an evaluation."""
+"""What may follow the last thing in a step: what lies in it, if the loop goes on, such as a step of another one; or an
+evaluation, which shows more clearly that it was left."""
 
 
 class StepLoop:
