@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,21 @@ run.close()
     roles = Counter(read_session(found).header["role"] for found in find_sessions(tmp_path / "stepspan-runs"))
     again, once = [f"worker{number}" for number in range(1, 5)], [f"worker{number}" for number in range(5, 9)]
     assert roles == {"": 1, **dict.fromkeys(again, 2), **dict.fromkeys(once, 1)}
+
+
+def test_at_most_some_numbers_rest_however_fast_workers_come_and_go(start: Callable[..., Run], tmp_path: Path) -> None:
+    script = (
+        f"after, how = 10.0, 'left'\n{EPOCHS}\nnumbers.MAX_RESTING = 6\nfor _ in range(10):\n    epoch()\nrun.close()"
+    )
+    assert python(script, tmp_path).returncode == 0
+    found = [read_session(found) for found in find_sessions(tmp_path / "stepspan-runs")]
+    assert len(found) == 41
+    roles = Counter(session.header["role"] for session in found)
+    assert len(roles) <= 1 + 6 + 4
+    for role in roles:
+        mine = sorted((s for s in found if s.header["role"] == role), key=lambda s: s.header["started"])
+        points = [[ts for _, ts, _ in session.records("metrics")] for session in mine]  # type: ignore[misc]
+        assert all(max(before) < min(after) for before, after in pairwise(points)), "each behind the one before it"
 
 
 def test_spans_of_those_who_share_a_number_share_no_id(start: Callable[..., Run], tmp_path: Path) -> None:

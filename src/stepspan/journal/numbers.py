@@ -4,8 +4,9 @@
                                                     holds the name of its session
 
 A worker takes the smallest number whose last owner has ended, and has written nothing for `REUSE_AFTER_S`: the points
-that end its series, and rows that ran ahead of their lines, are over by then. The kernel lets go of the lock however
-its owner ends. The file is never removed: two processes could otherwise lock two files of one name.
+that end its series, and rows that ran ahead of their lines, are over by then. At most `MAX_RESTING` numbers rest so.
+The kernel lets go of the lock however its owner ends. The file is never removed: two processes could otherwise lock
+two files of one name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from stepspan.journal.layout import Descriptors, SessionPath, open_path, segment
 from stepspan.journal.liveness import CLOSED
 
 REUSE_AFTER_S = 10.0
+MAX_RESTING = 32
+"""Where more numbers than that are free but rest, the one that has rested longest is taken: workers may come and go by
+the hundred in ten seconds. Its points then begin behind those of its last owner, as the header says (`not_before`)."""
 MAX_NAME_BYTES = 255
 """Of a session's directory."""
 
@@ -76,23 +80,39 @@ def take_worker_number(directory: Path, rank: int, role: str) -> WorkerNumber | 
         The number; None where files can't be locked.
 
     """
-    for number in count(1):
-        name = session_name(rank, f"{role}worker{number}", "").rstrip("-")
-        try:
-            fd = open_path(directory / f".{name}", os.O_RDWR | os.O_CREAT)
-        except OSError:
-            return None
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _quiet_for(directory, fd) >= REUSE_AFTER_S:
-                return WorkerNumber(number, directory, fd)
-        except BlockingIOError:
-            pass
-        except OSError:
-            os.close(fd)
-            return None
-        os.close(fd)
+    resting: list[tuple[float, int]] = []
+    try:
+        for number in count(1):
+            found = _lock(directory, rank, role, number)
+            if found is None:
+                continue
+            quiet = _quiet_for(directory, found)
+            if quiet >= REUSE_AFTER_S:
+                return WorkerNumber(number, directory, found)
+            os.close(found)
+            resting.append((quiet, number))
+            while len(resting) >= MAX_RESTING:
+                _, number = resting.pop(resting.index(max(resting)))
+                found = _lock(directory, rank, role, number)
+                if found is not None:
+                    return WorkerNumber(number, directory, found)
+    except OSError:
+        pass
     return None
+
+
+def _lock(directory: Path, rank: int, role: str, number: int) -> int | None:
+    """A descriptor that has the lock of a number; None where its owner lives. OSError: files can't be locked here."""
+    name = session_name(rank, f"{role}worker{number}", "").rstrip("-")
+    fd = open_path(directory / f".{name}", os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            return None
+        raise
+    return fd
 
 
 def _last_session(directory: Path, fd: int) -> SessionPath | None:
@@ -106,7 +126,8 @@ def _quiet_for(directory: Path, fd: int) -> float:
     if session is None:
         return math.inf
     written = [os.fstat(fd).st_mtime]
-    for file in (*map(segment_name, session.segments()[-1:]), CLOSED):
-        with suppress(OSError):
-            written.append((session.path / file).stat().st_mtime)
+    with suppress(OSError):
+        for file in (CLOSED, *map(segment_name, session.segments()[-1:])):
+            with suppress(FileNotFoundError):
+                written.append((session.path / file).stat().st_mtime)
     return time.time() - max(written)
