@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import gc
 import itertools
 import operator
@@ -375,6 +376,17 @@ def test_a_run_that_ends_in_a_loop_ends_its_step_there() -> None:
             recording.run.close()
             break
     assert [round(duration, -3) for duration in durations(recording)] == [1000]
+
+
+def test_a_loop_that_was_left_in_another_context_of_the_thread() -> None:
+    clock = FixedClock()
+    with recorded_run(clock=clock) as recording:
+        run, context = recording.run, contextvars.Context()
+        context.run(train, run, run.steps(range(9)))
+        clock.advance(VALIDATION_S)
+        contextvars.Context().run(run.span("validation").__enter__)
+        assert len(recording.events("step_end")) == 3
+    assert max(durations(recording)) < 10
 
 
 def test_a_loop_whose_holder_is_collected_late() -> None:

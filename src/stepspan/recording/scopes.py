@@ -365,12 +365,14 @@ class Scopes:
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
         scope = started_in = self._current.get()
-        if started_in is None:
-            return self._innermost_of_main()
+        if scope is None:
+            if get_ident() != self._main_thread:
+                return self._innermost_of_main()
+            scope = self._main  # the main thread in another context, as the next cell of a notebook may be
         while scope is not None and (scope.abandoned_at or scope.session is None):
             self.end(scope, None)  # its loop was left, and no exception has come by since
             scope = self._innermost_of_main() if scope.in_main else scope.parent
-        if scope is not started_in and not _has_begun_here(started_in):
+        if started_in is not None and scope is not started_in and not _has_begun_here(started_in):
             self._current.set(started_in)  # what is recorded here still belongs to it
         return scope
 
