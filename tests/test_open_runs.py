@@ -24,6 +24,8 @@ from harness.runs import events, is_ours, outline, path_of, python, sessions, st
 
 import stepspan
 from stepspan.deliver.delivery import Delivery
+from stepspan.integrations.loop import Loop
+from stepspan.integrations.opentelemetry import configure
 from stepspan.journal.layout import find_sessions
 from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.run import DISABLED, Run
@@ -158,6 +160,18 @@ def test_a_trial_that_is_switched_off_logs_to_no_other_run(start: Start) -> None
             assert stepspan.current_run() is DISABLED
         assert stepspan.current_run() is study
     assert outline(study) == ["run", "end run completed"]
+
+
+def test_integrations_begin_no_run_where_a_block_says_that_nothing_is_recorded(start: Start) -> None:
+    with start(enabled=False):
+        with configure() as configured:
+            assert configured.run is DISABLED
+        with stepspan.Telemetry("serve", backend="otel") as telemetry:
+            telemetry.emit(metrics={"latency": 1.0})
+        loop = Loop({})
+        loop.begin(dict)
+        assert loop.run is DISABLED
+    assert not Path("stepspan-runs").exists()
 
 
 def test_an_exception_fails_the_run_it_leaves(start: Start) -> None:

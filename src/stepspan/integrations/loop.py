@@ -81,13 +81,14 @@ class Loop:
         for loop in list(_STARTED.values()):
             if not loop._goes_on():
                 loop.end(status="interrupted")
-        self.run = OPEN_RUNS.here() or self._run_elsewhere(evaluates=identity is None)
+        here = OPEN_RUNS.here()  # the disabled one, where a block says that nothing is to be recorded
+        self.run = here or self._run_elsewhere(evaluates=identity is None)
         if not self._has_begun:
             self._has_begun = True
-            if self.run is DISABLED and identity is None and self._is_enabled():
+            if self.run is DISABLED and here is None and identity is None and self._is_enabled():
                 level = logging.WARNING if DISABLED.identity.local_rank == 0 else logging.DEBUG
                 log.log(level, "stepspan: an evaluation is not recorded: put `with stepspan.start_run():` around it")
-        if self.run is DISABLED and identity is not None:
+        if self.run is DISABLED and here is None and identity is not None:
             self.run, self._owns_run = start_run(**{**identity(), **self._arguments})._hold(), True
             _OWNED.add(self.run)
             if state is not None and self.run is not DISABLED:

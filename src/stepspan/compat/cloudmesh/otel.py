@@ -16,6 +16,7 @@ from weakref import WeakSet
 from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
 from stepspan.errors import ConfigError
+from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.scopes import Scope
 from stepspan.run import Run, current_run
 from stepspan.start import start_run
@@ -107,6 +108,8 @@ class OtelBackend:
             if run is not self._own and run not in self._introduced:
                 self._introduced.add(run)
                 run.log_event("telemetry.context", system=record.get("system"), user=record.get("user"))
+            return run
+        if OPEN_RUNS.here() is not None:  # in a block that records nothing
             return run
         if self._latest is not None:
             return self._latest  # it has ended, and counts records that come after that

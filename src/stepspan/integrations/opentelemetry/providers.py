@@ -21,6 +21,7 @@ from stepspan.integrations.opentelemetry.processors import (
     JournalMetricExporter,
     JournalSpanProcessor,
 )
+from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.run import DISABLED, Run, current_run
 from stepspan.start import check_arguments, start_run
 
@@ -99,7 +100,7 @@ class Configured(AbstractContextManager["Configured"]):
         wanted = run or current_run()
         if self._stopped or wanted.closed or not (self.run is wanted or (self._follows and wanted is current_run())):
             return False
-        self.run = self._begin(arguments) if wanted is DISABLED else wanted
+        self.run = self._begin(arguments) if _is_wanting(wanted) else wanted
         return True
 
     def _begin(self, arguments: Mapping[str, Any]) -> Run:
@@ -196,12 +197,17 @@ def configure(run: Run | None = None, **arguments: Any) -> Configured:
         trace.get_tracer_provider, trace.set_tracer_provider, trace.ProxyTracerProvider, TracerProvider
     )
     wanted = run or current_run()
-    configured = Configured(None if wanted is DISABLED else wanted, arguments)
+    configured = Configured(None if _is_wanting(wanted) else wanted, arguments)
     if configured.run is not DISABLED:
         configured.add(run, tracer_provider)
         _latest = configured
         atexit.register(configured.stop)
     return configured
+
+
+def _is_wanting(run: Run) -> bool:
+    """Whether no run is open, and no `with start_run(enabled=False)` block says that none is to be."""
+    return run is DISABLED and OPEN_RUNS.here() is None
 
 
 def _provider(get: Callable[[], Any], install: Callable[[Any], None], proxy: type, kind: Callable[[], Any]) -> Any:
