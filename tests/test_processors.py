@@ -275,6 +275,19 @@ def test_otlp_keeps_its_form_where_attributes_are_cut() -> None:
     assert event["record"]["traceId"] == "00" * 16
 
 
+def test_a_list_within_otlp_is_cut_and_a_key_of_megabytes_is_looked_at_from_its_end() -> None:
+    items = [{"stringValue": "password=hunter2!"}] * 250_000
+    attribute = {"key": "words", "value": {"arrayValue": {"values": items}}}
+    begin = time.thread_time()
+    event = Redact()({"tag": "otel", "signal": "logs", "scope": {}, "record": {"attributes": [attribute]}})
+    kept = event["record"]["attributes"][0]["value"]["arrayValue"]["values"]
+    assert kept[0] == {"stringValue": "password=[redacted]"}
+    assert event["cut"] == 250_000 - len(kept) > 0
+    long_key = "key_" * 10**6 + "_password"
+    assert list(Redact()({"tag": "event", "attributes": {long_key: "hunter2!"}})["attributes"].values()) == [REDACTED]
+    assert time.thread_time() - begin < 1.5
+
+
 def test_objects_that_another_processor_added_are_looked_into() -> None:
     event = Redact()({"tag": "event", "attributes": {"login": SimpleNamespace(user="ann", password="hunter2!")}})
     assert event["attributes"] == {"login": {"user": "ann", "password": REDACTED}}

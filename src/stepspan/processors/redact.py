@@ -57,6 +57,8 @@ MAX_MATCHED_CHARS = 256 << 10
 that none can match."""
 MAX_CREDENTIAL_CHARS = 4096
 """Of the end of a text that is cut: it may be the beginning of a credential, which no pattern knows without its end."""
+MAX_NAME_CHARS = 200
+"""Of the end of a key, where the word stands that makes it a secret's."""
 PLAIN = frozenset({int, float, bool, type(None)})
 NUMERIC_TAGS = {"metrics", "memory", "step_begin", "step_end", "epoch_begin", "epoch_end", "span_end", "gap"}
 """Tags of events that hold numbers only."""
@@ -160,6 +162,11 @@ class _Examination:
             return [self.otlp(item) for item in value if not (is_key_value(item) and self._is_used_up())]
         if kind is not dict:
             return self.value("", value)
+        if value.keys() == {"values"} and type(value["values"]) is list:
+            kept = value["values"][: self._entries]
+            self._entries -= len(kept)
+            self.cut += len(value["values"]) - len(kept)
+            return {"values": [self.otlp(item) for item in kept]}
         if value.keys() != KEY_VALUE:
             return {name: item if name in OTLP_PLAIN else self.otlp(item) for name, item in value.items()}
         name, content = value["key"], value["value"]
@@ -193,6 +200,7 @@ class _Examination:
         return True
 
     def _is_secret(self, name: str) -> bool:
+        name = name[-MAX_NAME_CHARS:]
         return is_secret_name(name) or (bool(self._names) and name.lower() in self._names)
 
     def _text(self, text: str) -> str:
