@@ -21,6 +21,7 @@ from harness import runs
 from harness.processes import until
 from harness.receiver import ScriptedReceiver
 from harness.runs import events, is_ours, outline, path_of, python, sessions, status_of
+from harness.stack import Prometheus
 
 import stepspan
 from stepspan.deliver.delivery import Delivery
@@ -461,6 +462,32 @@ def test_a_store_s_run_is_its_own(start: Start) -> None:
     assert (bare.closed, first.run.closed, second.run.closed) == (True, False, False)
     for store in (first, second):
         store.close()
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("window", ["48h", "0s"])
+def test_a_real_prometheus_takes_all_runs_of_one_job_id(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: str
+) -> None:
+    """A cell that is run again and again, and two runs in blocks beside it, within milliseconds of each other."""
+    with Prometheus(tmp_path / "prometheus", out_of_order_time_window=window) as prometheus:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", f"{prometheus.otlp_endpoint}/v1/metrics")
+        for cell in range(3):
+            bare = start(job_id="job", samplers="none")
+            for step in range(5):
+                bare.log_metrics({"loss": 100 * cell + step})
+            with start(job_id="job", samplers="none") as beside:
+                for step in range(5):
+                    beside.log_metrics({"loss": 1000 + 100 * cell + step})
+        bare.close()
+
+        def stored() -> dict[str, list[float]]:
+            found = prometheus.series('training_loss{job_id="job"}[1h]')
+            return {labels["instance"]: [value for _, value in samples if value == value] for labels, samples in found}
+
+        expected = [100.0 * cell + step for cell in range(3) for step in range(5)]
+        until(lambda: sum(map(len, stored().values())) >= 2 * len(expected))
+        assert stored() == {"job-0": expected, "job-0-twin1": [1000 + value for value in expected]}
 
 
 # the end of the process, and its forks
