@@ -285,6 +285,79 @@ def test_early_stopping_is_a_good_end(start: Start) -> None:
     assert status_of(path_of(run)) == "completed"
 
 
+# closed by hand, without a status
+
+
+def close_in_finally(run: Run, error: BaseException) -> None:
+    try:
+        for _ in run.steps("ab"):
+            raise error
+    finally:
+        run.close()
+
+
+def close_after_a_step(run: Run, error: BaseException) -> None:
+    try:
+        with run.step(0):
+            raise error
+    except BaseException:
+        run.close()
+        raise
+
+
+def close_where_it_was_caught(run: Run, error: BaseException) -> None:
+    try:
+        ten_steps(run)
+        raise error
+    except BaseException:
+        run.close()
+        raise
+
+
+def close_after_another_try(run: Run, error: BaseException) -> None:
+    try:
+        with run.step(0):
+            raise error
+    except BaseException:
+        ten_steps(run)
+        run.close()
+        raise
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "status"),
+    [
+        (close_in_finally, KeyboardInterrupt(), "interrupted"),
+        (close_in_finally, ValueError("nan"), "failed"),
+        (close_in_finally, SystemExit(143), "interrupted"),
+        (close_in_finally, SystemExit(0), "interrupted"),
+        (close_after_a_step, ValueError("nan"), "failed"),
+        (close_where_it_was_caught, StopIteration(), "completed"),
+        (close_where_it_was_caught, KeyboardInterrupt(), "interrupted"),
+        (close_after_another_try, MemoryError(), "completed"),
+    ],
+    ids=lambda value: getattr(value, "__name__", repr(value)),
+)
+def test_a_run_that_is_closed_while_an_exception_is_on_its_way_ends_by_it(
+    start: Start, body: Callable[[Run, BaseException], None], error: BaseException, status: str
+) -> None:
+    run = start()
+    with pytest.raises(type(error)):
+        body(run, error)
+    assert status_of(path_of(run)) == status
+    assert len(events(run, "error")) == (status == "failed" or body is close_after_another_try)
+
+
+def test_what_was_handled_before_a_run_says_nothing_of_it(start: Start) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        run = start()
+        ten_steps(run)
+        run.close()
+    assert status_of(path_of(run)) == "completed"
+
+
 # the end of a process, without `with`
 
 OPENED = """

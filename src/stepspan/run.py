@@ -97,6 +97,8 @@ class Run:
         self._emit = recorder.emit
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         self._trace_id = ""
+        self._handled_before = id(sys.exc_info()[1])
+        """Of the exception that was being handled as the run was made: `except ImportError: train()`."""
         self._finalizer: Any = None
         """Closes the run where a worker of multiprocessing ends."""
         self._when_begun: Callable[[Run], None] | None = None
@@ -473,14 +475,28 @@ class Run:
             self._warn_once("flush", f"delivery could not be waited for: {error_text(error)}")
             return False
 
-    def close(self, status: str = "completed") -> None:
+    def close(self, status: str | None = None) -> None:
         """End the run. Waits for delivery, `CLOSE_TIMEOUT_S` at most, and only while the receiver answers.
 
         Args:
-            status: "completed", "failed" or "interrupted".
+            status: "completed", "failed" or "interrupted". By default "completed", or as the exception says that is on
+                its way (in a `finally`) or being handled, where that has ended the training.
 
         """
-        self._close(status, None)
+        if status is None and self._active:
+            self._close(*self._handled_here())
+        else:
+            self._close("completed" if status is None else status, None)
+
+    def _handled_here(self) -> tuple[str, BaseException | None]:
+        """How the run ends by the exception that is being handled here, in a `finally` perhaps; and that exception."""
+        error = sys.exc_info()[1]
+        try:
+            if error is not None and id(error) != self._handled_before and self._scopes.has_ended_by(error):
+                return self._scopes.leave(self._scope, error), error
+        except Exception as failure:
+            self._warn_once("close", f"how the run ended could not be told: {error_text(failure)}")
+        return "completed", None
 
     def _close(self, given: str, error: BaseException | None) -> None:
         """End the run with a status. `error`: what has left it."""

@@ -45,7 +45,7 @@ class OpenRun(Protocol):
     def identity(self) -> Identity:
         """Which job and rank this process is."""
 
-    def close(self, status: str = "completed") -> None:
+    def close(self, status: str | None = None) -> None:
         """End the run."""
 
     def _warn_once(self, kind: str, message: str) -> None:

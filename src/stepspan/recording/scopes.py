@@ -237,6 +237,8 @@ class Scopes:
         """How many training steps there will be, where that is known."""
         self._exits: dict[int, tuple[Status, BaseException | None]] = {}
         """Thread -> how the exit that is leaving it ends the run, and the exit where it is still to be recorded."""
+        self._failed_by = 0
+        """The id of the last exception that was recorded, as long as nothing has begun since."""
 
     def run(self, fields: Event) -> Scope:
         """The run, not open yet."""
@@ -323,8 +325,9 @@ class Scopes:
             self._emit(event, scope)
             if self.closed:
                 return
-            if self._exits:
+            if self._exits or self._failed_by:
                 self._exits.pop(get_ident(), None)
+                self._failed_by = 0
             scope.session = self._journal.session
             if scope.session is not session:  # the event opened a session of its own: nothing there to lie in
                 event["parent"] = 0
@@ -448,6 +451,14 @@ class Scopes:
             scope = scope.parent
         return scope is not None and scope.session is self._journal.session
 
+    def has_ended_by(self, error: BaseException) -> bool:
+        """Whether an exception that may have been caught has ended the training.
+
+        It was an interruption, or has left a scope or a loop, and none has begun since. Any other may be the program's
+        ordinary way: StopIteration, say.
+        """
+        return self._outcomes.of(error) != "failed" or self._failed_by == id(error) or self.was_left()
+
     def leave(self, scope: Scope, error: BaseException | None) -> Status:
         """Close what is still open inside the run.
 
@@ -514,6 +525,7 @@ class Scopes:
 
     def mark_recorded(self, error: BaseException) -> None:
         """Remember that an exception stands in this session: the scopes it passes through need not record it again."""
+        self._failed_by = id(error)
         with suppress(Exception):  # one that takes no attribute is recorded by every scope
             error._stepspan_recorded = self._recorded_token  # type: ignore[attr-defined]
 
