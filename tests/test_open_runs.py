@@ -364,8 +364,11 @@ def test_a_run_in_a_block_beside_a_bare_one_of_its_job_id_has_series_of_its_own(
     unused = start(job_id="job")
     unused.close()
     assert outline(unused) == ["run", "end run completed"]
+    asked = start(job_id="job")
+    assert asked.stats()["journal"]
+    assert bare.closed
+    asked.close()
     never_used = start(job_id="job")
-    bare.close()
     assert never_used.trace_id
     assert (never_used.identity.instance, outline(never_used)) == ("job-0", ["run"])
 

@@ -606,6 +606,8 @@ class Run:
             records.
 
         """
+        if self._when_begun is not None:
+            self._begin_use()
         session, delivery = self._session, {}
         try:
             delivery = self._delivery.ledgers(session.path) if session else {}
