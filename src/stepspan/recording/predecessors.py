@@ -25,8 +25,8 @@ from stepspan.mapping.records import MAX_LEAD_MS, MAX_WAITING
 
 RECENT_S = 600.0
 """A session that was written longer ago by the file system's clock has no points in the future."""
-MAX_SHIFT_NS = 600 * SECOND_NS
-"""A session that is further ahead had a wrong clock. Prometheus takes no points that are so far in its future."""
+MAX_SHIFT_NS = 120 * SECOND_NS
+"""A session that is further ahead had a wrong clock: what follows must not wait for it."""
 TAIL_BYTES, MAX_TAIL_BYTES = 1 << 18, 16 << 20
 MAX_LEAD_NS = MAX_LEAD_MS * MILLISECOND_NS
 MAX_END_NS = (3 * MAX_WAITING + 4) * MILLISECOND_NS
