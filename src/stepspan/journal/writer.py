@@ -6,7 +6,7 @@
   once the disk takes lines again. A line that was cut in the middle is followed by a newline, and written again whole.
 - A segment is complete once its successor exists. Only the writer removes segments: delivered ones where the disk is
   low, the oldest ones where the session grows beyond its limit.
-- While the disk is low the session does not grow, but for its first bytes: what is beyond that waits as if it were full.
+- While the disk is low the session does not grow, but for its first bytes: what is beyond waits as if it were full.
 - An exception may come at any call, of a signal handler. `seq` counts lines that have their place, in the file or among
   those that wait; so `settle`, which comes before anything else is written, sees in the file what was done, and does
   the rest. Nothing between two calls can be interrupted: what belongs together is set there.
