@@ -518,7 +518,8 @@ class SessionWriter:
         kept = self.limits.kept_free(size)
         if free >= kept:
             return None
-        return OSError(f"{_size_text(free)} of {_size_text(size)} are free, and {_size_text(kept)} are kept free")
+        left = f"{_size_text(free)} of {_size_text(size)} are free"
+        return OSError(f"{left}, and {_size_text(kept)} are kept free (free_bytes, free_ratio)")
 
     def _remove(self, number: int) -> None:
         with RefusalIgnored():
