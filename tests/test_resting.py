@@ -68,6 +68,20 @@ TRAINED = [
 EVALUATED = ["span validation", "end span", "train 1: test_loss=2.0"]
 
 
+def test_a_trainer_may_call_its_method_anything(start: Start) -> None:
+    class Fits(Trainer):
+        def fit(self) -> Run:
+            self.loop.begin(dict, self.state)
+            run = self.loop.run
+            self.loop.batch(0)
+            assert self.loop.follow()
+            self.loop.leave("step")
+            self.loop.end()
+            return run
+
+    assert outline(Fits().fit()) == ["run", "  step 0", "  end step", "end run completed"]
+
+
 def test_what_is_evaluated_after_the_training_is_the_runs(start: Start) -> None:
     trainer = Trainer()
     run = trainer.train()

@@ -65,7 +65,7 @@ class Run:
         job_id: What all ranks of the job have in common.
         directory: Where the journals are.
         trace_id: Of the run's span.
-        closed: Whether the run has ended.
+        closed: Whether the run has ended and takes nothing more.
 
     What begins with an underscore is stepspan's own; its samplers and integrations record through `_recorder`.
 

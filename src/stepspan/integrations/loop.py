@@ -58,6 +58,8 @@ class Loop:
         """Whether a training has begun, or it was said that what is evaluated without a run is not recorded."""
         self._state: object = None
         """`state` of what trains, where the framework does not report exceptions."""
+        self._method = ""
+        """The trainer's method that trains: `train`, mostly."""
         self._open: dict[str, Scope] = {}
         self._last_hook_ns = time.perf_counter_ns()
         """When the last hook ended: what passes until the next batch is the wait for it."""
@@ -93,6 +95,7 @@ class Loop:
             _OWNED.add(self.run)
             if state is not None and self.run is not DISABLED:
                 self._state, _STARTED[id(self.run)] = state, self
+                self._method = next(reversed(list(self._methods(sys._getframe()))), "")
 
     def follow(self) -> bool:
         """Outside of a training: follow the run of the last training or else the open one.
@@ -101,8 +104,8 @@ class Loop:
             Whether there is one.
 
         """
-        left = self._state is not None and self.scope_at("phase") is None and not self._goes_on("train")
-        if left or self.run is DISABLED or self.run.closed:
+        trains = self._state is None or self.scope_at("phase") is not None or self._goes_on(self._method)
+        if not trains or self.run is DISABLED or self.run.closed:
             self.begin(None)
         return self.run is not DISABLED
 
@@ -211,17 +214,18 @@ class Loop:
             return run if evaluates else DISABLED
         return DISABLED if run in _OWNED else run
 
-    def _goes_on(self, method: str | None = None) -> bool:
-        """Whether a thread is in this method of the trainer; None: in any."""
-        for frame in sys._current_frames().values():
-            inner: FrameType | None = frame
-            while inner is not None:
-                if method in {None, inner.f_code.co_name} and (
-                    getattr(inner.f_locals.get("self"), "__dict__", {}).get("state") is self._state
-                ):
-                    return True
-                inner = inner.f_back
-        return False
+    def _goes_on(self, method: str = "") -> bool:
+        """Whether a thread is in this method of the trainer; without a name: in any."""
+        frames = sys._current_frames().values()
+        return any(True for frame in frames for _ in self._methods(frame, method))
+
+    def _methods(self, frame: FrameType | None, only: str = "") -> Iterator[str]:
+        """The trainer's methods that a frame lies in, innermost first; with `only` those of that name."""
+        while frame is not None:
+            name = frame.f_code.co_name
+            if only in {"", name} and getattr(frame.f_locals.get("self"), "__dict__", {}).get("state") is self._state:
+                yield name
+            frame = frame.f_back
 
 
 _OWNED: WeakSet[Run] = WeakSet()
