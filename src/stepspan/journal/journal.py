@@ -348,6 +348,7 @@ class Journal:
             if self.session is not None and self.session.id == session:
                 clock.set_back()
                 self.clock_event, self._upkeep_due, self._next_maintenance = event, True, 0
+                self._mark_resting()
             self._anew = None
 
     def _recover(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
