@@ -518,6 +518,32 @@ def test_all_open_runs_end_with_the_process(tmp_path: Path) -> None:
     assert ended == dict.fromkeys(("study", "worker", "trial"), ("completed", "run_end"))
 
 
+def test_an_exception_that_ends_the_process_fails_the_runs_of_its_thread(tmp_path: Path) -> None:
+    code = """
+    import stepspan, threading
+    begun, never = threading.Event(), threading.Event()
+    def goes_on():
+        with stepspan.start_run(job_id="goes on") as run:
+            begun.set()
+            never.wait()
+    def is_over():
+        stepspan.start_run(job_id="is over").log_metrics({"x": 1.0})
+    study = stepspan.start_run(job_id="study")
+    study.log_metrics({"x": 1.0})
+    threading.Thread(target=goes_on, daemon=True).start()
+    begun.wait()
+    thread = threading.Thread(target=is_over)
+    thread.start()
+    thread.join()
+    raise ValueError("x")
+    """
+    found = python(code, tmp_path)
+    assert "ValueError" in found.stderr
+    paths = {events(s.path)[0]["job_id"]: s.path for s in find_sessions(tmp_path / "stepspan-runs")}
+    ended = {job: (status_of(path), len(events(path, "error"))) for job, path in paths.items()}
+    assert ended == {"study": ("failed", 1), "goes on": ("interrupted", 0), "is over": ("completed", 0)}
+
+
 class SlowDelivery(Delivery):
     """A delivery whose receiver takes its time, which a test moves by hand."""
 

@@ -657,6 +657,10 @@ class Run:
         """
         if not self._active:
             return False
+        thread = OPEN_RUNS.thread_of(self)
+        if error is not None and thread not in {None, threading.current_thread()}:  # the exception is not of that one
+            is_cut_short = thread.is_alive() and not of_earlier_line
+            return self._end(*(("interrupted", None) if is_cut_short else self._scopes.exit_here()))
         if error is not None and not (of_earlier_line and not self._scopes.was_left()):
             return self._end(self._scopes.leave(self._scope, error), error)
         return self._end(*self._scopes.exit_here())

@@ -109,6 +109,11 @@ class OpenRuns(Generic[RunT]):
             run for run, its in list(self._resting.items()) if its.is_replaced_by(opener) or not its.thread.is_alive()
         ]
 
+    def thread_of(self, run: RunT) -> threading.Thread | None:
+        """The thread that opened a run; None where it has ended for good."""
+        opener = self._openers.get(run) or self._resting.get(run)
+        return None if opener is None else opener.thread
+
     def all(self) -> tuple[RunT, ...]:
         """All of them, the oldest first."""
         return self._all
