@@ -1,10 +1,10 @@
 """The journal's clock: the wall clock as it was when last compared, and the time since. It never goes back.
 
 A wall clock may be wrong as a run starts (a machine that has not heard of NTP yet), and be set later. So it is compared
-again soon after the start, then less and less often, once a minute in the end. What was behind is set at once; what was
-ahead runs at half speed until it is right, because event time must not go back. The journal writes each of this down
-(`clock` events), so that durations can be told from times. A laptop's sleep counts as time, and the small corrections
-that NTP makes all the time reach this clock by the kernel's.
+again: each second in the first minutes, and then once a minute. What was behind is set at once; what was ahead runs at
+half speed until it is right, because event time must not go back. The journal writes each of this down (`clock`
+events), so that durations can be told from times. A laptop's sleep counts as time, and the small corrections that NTP
+makes all the time reach this clock by the kernel's.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from stepspan.events import MILLISECOND_NS, SECOND_NS
 
 TOLERANCE_NS = SECOND_NS // 2
 """What clocks may differ by."""
-FIRST_INTERVAL_NS = MILLISECOND_NS
-LAST_INTERVAL_NS = 60 * SECOND_NS
-"""Between two comparisons: each time twice as long, from the first to the last."""
+FIRST_INTERVAL_NS, EARLY_INTERVAL_NS, INTERVAL_NS = MILLISECOND_NS, SECOND_NS, 60 * SECOND_NS
+"""Between two comparisons: each time twice as long, up to the second, and after `EARLY_NS` up to the third."""
+EARLY_NS = 600 * SECOND_NS
 MAX_READING_NS = 10 * MILLISECOND_NS
 """Both clocks must be read within this; else this process was paused in between, and reads again."""
 MAX_READINGS = 10
@@ -50,7 +50,7 @@ class Clock:
         """What is added to `since`, and until when (by `since`) the clock runs at half speed."""
         self.interval = FIRST_INTERVAL_NS
         """Until the next comparison, by `since`."""
-        self._compare_at = now
+        self._compare_at, self._early_until = now, now + EARLY_NS
 
     def __call__(self) -> int:
         """The time now, in Unix nanoseconds."""
@@ -76,7 +76,8 @@ class Clock:
             return
         passed, wall, at_once = self._read()
         if due:
-            self._compare_at, self.interval = passed + self.interval, min(2 * self.interval, LAST_INTERVAL_NS)
+            longest = EARLY_INTERVAL_NS if passed < self._early_until else INTERVAL_NS
+            self._compare_at, self.interval = passed + self.interval, min(2 * self.interval, longest)
         if not at_once or abs(self._setting[0] + passed - wall) <= TOLERANCE_NS:
             return
         ahead = self._setting[0] + max(0, self._setting[1] - passed) // 2 + passed - wall

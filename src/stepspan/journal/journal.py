@@ -18,8 +18,8 @@ is time order. What a session can come to is one state machine, in one class:
 - Maintenance (is the session still ours, is the disk filling up, do lines wait) is done at most once a second of event
   time, by the call that crosses it; there is no thread. The owner's `upkeep` comes once the lock is released, because
   it may take others' locks.
-- The journal's clock is compared with the wall clock by the same call: soon after the start, then once a minute
-  (`journal.clock`). A `clock` line says when it was set.
+- The journal's clock is compared with the wall clock by the same call: each second in the first minutes, then once a
+  minute (`journal.clock`). A `clock` line says when it was set.
 """
 
 from __future__ import annotations
