@@ -76,8 +76,8 @@ class Clock:
             return
         passed, wall, at_once = self._read()
         if due:
-            longest = EARLY_INTERVAL_NS if passed < self._early_until else INTERVAL_NS
-            self._compare_at, self.interval = passed + self.interval, min(2 * self.interval, longest)
+            limit = EARLY_INTERVAL_NS if passed < self._early_until else INTERVAL_NS
+            self._compare_at, self.interval = passed + self.interval, min(2 * self.interval, limit)
         if not at_once or abs(self._setting[0] + passed - wall) <= TOLERANCE_NS:
             return
         ahead = self._setting[0] + max(0, self._setting[1] - passed) // 2 + passed - wall
