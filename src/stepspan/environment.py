@@ -12,7 +12,7 @@ PREFIX = "STEPSPAN_"
 OTHER_NAMES = frozenset(
     (
         *("DISABLED", "CONFIG", "JOB_ID", "RANK", "LOCAL_RANK", "WORLD_SIZE", "ATTEMPT"),
-        "DELIVERER",  # what a run hands to its deliverer
+        *("DELIVERER", "DELIVERER_LOCKS"),  # what a run hands to its deliverer
         *("STACK", "REQUIRE_STACK"),  # of stepspan's own tests
         *("GRAFANA_PORT", "GRAFANA_ROLE", "HEALTH_PORT", "LOKI_PORT", "OTLP_GRPC_PORT"),
         *("OTLP_HTTP_PORT", "PROMETHEUS_PORT", "RETENTION", "RETENTION_SIZE", "TEMPO_PORT"),  # of docker-compose.yml

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -243,7 +243,10 @@ class ProcessDelivery(Delivery):
             return
         try:
             self._cannot_start = True
-            self._spawn()
+            with self._free_locks() as locks:
+                if locks:
+                    free = [exporter for exporter in self._exporters if exporter.destination in locks]
+                    self._process = spawn(self._directory, self._host, free, locks, health=self._health, env=self._env)
             self._cannot_start = False
         except Exception as error:  # a run that can't start a process still has its journal
             self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
@@ -340,22 +343,21 @@ class ProcessDelivery(Delivery):
         where = self._directory
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
 
-    def _spawn(self) -> None:
-        """Start a process for the destinations that have no deliverer on this host: their locks are free. OSError."""
+    @contextmanager
+    def _free_locks(self) -> Iterator[dict[str, DeliveryLock]]:
+        """The locks of the destinations that have no deliverer on this host, held: a process inherits them. OSError."""
         locks: dict[str, DeliveryLock] = {}
         try:
             for destination in dict.fromkeys(exporter.destination for exporter in self._exporters):
                 lock = DeliveryLock(self._directory, self._host, destination)
                 if lock.acquire():
                     locks[destination] = lock
-            if not locks:
-                return
-            self._spawned_at = time.time()
+            if locks:
+                self._spawned_at = time.time()
             for lock in locks.values():
                 lock.report(Outlook("starting", self._spawned_at))
-            free = [exporter for exporter in self._exporters if exporter.destination in locks]
-            self._process = spawn(self._directory, self._host, free, locks, health=self._health, env=self._env)
-        finally:  # the process has inherited them
+            yield locks
+        finally:
             for lock in locks.values():
                 lock.release()
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from stepspan.conversion import MAX_ENTRIES, Conversion
 from stepspan.events import SCHEMA, Event
 from stepspan.journal.layout import SessionPath, session_name, slug
+from stepspan.journal.liveness import exclusive
 from stepspan.journal.numbers import WorkerNumber, take_worker_number
 from stepspan.journal.writer import Begun, SessionGone
 from stepspan.mapping.clock import clock_text
@@ -275,6 +276,9 @@ class JournalRecorder:
             except Exception as error:
                 name = type(task).__name__
                 self.warn_once("background", f"{name} did not stop well: {error_text(error)}", key=name)
+            except BaseException:  # Ctrl-C, while this one is waited for
+                self.stop_background_tasks()
+                raise
 
     def drop_value(self, kind: str, key: str, why: str, shown: str = "") -> None:
         """Warn of a value that was logged and cannot be recorded, and write to the journal that it was dropped.
@@ -398,7 +402,8 @@ class JournalRecorder:
         origin, number = self._origin, self._worker_number
         if number is None or not number.is_held:
             directory = self._journal.directory / slug(origin.job_id) / slug(origin.host)
-            number = self._worker_number = take_worker_number(directory, origin.rank, origin.role)
+            with exclusive(directory):  # a number that another worker looks at seems to be taken
+                number = self._worker_number = take_worker_number(directory, origin.rank, origin.role)
             self.identity = self.scopes.identity = origin.for_worker(number.number if number else os.getpid())
         before = None
         if number is not None:
