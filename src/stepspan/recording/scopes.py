@@ -297,7 +297,9 @@ class Scopes:
         """Open a scope inside the innermost one."""
         try:
             tag, event, session = scope.tag, scope.begin, self._journal.session
-            scope.thread, scope.task = get_ident(), _current_task() if "asyncio" in sys.modules else 0
+            scope.thread = get_ident()
+            if "asyncio" in sys.modules:
+                scope.task = _current_task()
             self.begun += 1
             if self._adjacent:
                 self._end_abandoned()
@@ -872,9 +874,8 @@ def _has_begun_here(scope: Scope) -> bool:
 
 def _current_task() -> int:
     """The id of the asyncio task that runs here; 0 where none does."""
-    asyncio = sys.modules.get("asyncio")
-    if asyncio is None:
+    try:
+        event_loop = sys.modules["asyncio"]._get_running_loop()
+    except (KeyError, AttributeError):  # nobody has imported it, or somebody is about to
         return 0
-    running_loop = getattr(asyncio, "_get_running_loop", None)  # missing as long as it is being imported
-    event_loop = None if running_loop is None else running_loop()
-    return 0 if event_loop is None else id(asyncio.current_task(event_loop))
+    return 0 if event_loop is None else id(sys.modules["asyncio"].current_task(event_loop))
