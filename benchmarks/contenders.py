@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+JOB_ID = "hot-path"
 Block = Callable[[int, int], None]
 
 
@@ -73,7 +74,7 @@ def stepspan_run(task: dict[str, Any]) -> Iterator[tuple[dict[str, Block], Calla
     if task.get("with_sdk"):
         import opentelemetry.trace  # noqa: F401  # from here on steps are the current span of its context
     run = stepspan.start_run(
-        job_id="hot-path", directory=task["directory"], endpoint=task.get("endpoint"), enabled=not task.get("disabled")
+        job_id=JOB_ID, directory=task["directory"], endpoint=task.get("endpoint"), enabled=not task.get("disabled")
     )
     try:
         yield stepspan_blocks(run), lambda: run.flush(60.0)

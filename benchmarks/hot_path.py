@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-from contenders import Block, sdk, stepspan_run
+from contenders import JOB_ID, Block, sdk, stepspan_run
 from measuring import Receiver, Worker
 
 STEPS = 2000
@@ -266,8 +266,9 @@ def live(options: argparse.Namespace, place: Path, receiver: Receiver) -> None:
 def backlog(options: argparse.Namespace, place: Path, receiver: Receiver) -> None:
     """Each turn of ours begins with a fresh copy of the backlog, and ends before all of that is delivered."""
     prepared = place / "hour"
-    for rank in range(options.backlog_ranks):
-        measuring.write_journal(prepared, options.backlog_steps, rank=rank, world_size=options.backlog_ranks)
+    ranks = options.backlog_ranks + 1  # the others of the contender's job: a run delivers its own job's
+    for rank in range(1, ranks):
+        measuring.write_journal(prepared, options.backlog_steps, rank=rank, world_size=ranks, job_id=JOB_ID)
     base = {"steps": options.steps, "endpoint": receiver.endpoint}
     (theirs,) = ready({**base, "contender": "sdk"})
     figures, shares = Figures(), []

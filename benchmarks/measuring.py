@@ -165,14 +165,14 @@ class StepClock:
         return self.now
 
 
-def write_journal(directory: Path, steps: int, *, rank: int = 0, world_size: int = 1) -> None:
+def write_journal(directory: Path, steps: int, *, rank: int = 0, world_size: int = 1, job_id: str = "journal") -> None:
     """A run of steps with five metrics each, 10 a second, that has just ended; by the real writer."""
     import stepspan
     from stepspan.exporters.jsonl import JsonlExporter
 
     clock = StepClock(time.time_ns() - steps * STEP)
     exporters = [JsonlExporter(directory, clock=clock)]
-    with stepspan.start_run(job_id="journal", rank=rank, world_size=world_size, exporters=exporters) as run:
+    with stepspan.start_run(job_id=job_id, rank=rank, world_size=world_size, exporters=exporters) as run:
         for n in range(steps):
             with run.step(n):
                 clock.now += STEP - 3000

@@ -190,8 +190,8 @@ class Run:
         try:
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
-            dropped: list[tuple[str, str, str]] = []
-            if not isinstance(metrics, dict) and is_nested(metrics):  # its items may raise, as OmegaConf's
+            dropped: list[tuple[str, str, str]] | None = None
+            if type(metrics) is not dict and not isinstance(metrics, dict) and is_nested(metrics):  # as OmegaConf's,
                 self._log_nested(metrics, step, split, time)
                 return
             for key, value in metrics.items():
@@ -204,7 +204,7 @@ class Run:
                     if is_nested(value):
                         self._log_nested(metrics, step, split, time)
                         return
-                    dropped.append((to_text(key), *refusal(value, error)))
+                    dropped = [*(dropped or ()), (to_text(key), *refusal(value, error))]
                     continue
                 if type(key) is not str:
                     self._log_nested(metrics, step, split, time)
@@ -212,7 +212,7 @@ class Run:
                 values[key] = found
                 if found is PENDING:
                     values[key], pending[key] = None, value
-            for key, why, shown in dropped:
+            for key, why, shown in dropped or ():
                 self._recorder.drop_value("value", key, why, shown)
             if not values:
                 return

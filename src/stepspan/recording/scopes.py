@@ -284,9 +284,11 @@ class Scopes:
         if inner is None or inner.session is None or inner.abandoned_at:
             inner = self.innermost()
         other = None if inner is None or inner.loop is None else self._find_adjacent(loop, inner, begun)
-        scope = (AdjacentStep if other is not None else Scope)(self, "step", event, event["step"], loop.split)
-        if isinstance(scope, AdjacentStep) and other is not None:
-            scope.adjacent_to, scope.parent = other, other.parent
+        if other is None:
+            scope = Scope(self, "step", event, event["step"], loop.split)
+        else:
+            scope = adjacent = AdjacentStep(self, "step", event, event["step"], loop.split)
+            adjacent.adjacent_to, adjacent.parent = other, other.parent
         scope.loop, scope.waited = loop, waited
         loop.maybe_left_at = loop.followed = 0
         self.begin(scope)
@@ -320,10 +322,10 @@ class Scopes:
                     scope.lap = parent.lap
             if tag == "step":
                 self._number_lap(scope, event)
-                split, number, around = scope.split or TRAIN, scope.step or 0, scope.started_in
-                self.steps.begin(split, number)
-                if split not in EVALUATION_SPLITS or around is None or around[0] in EVALUATION_SPLITS:
-                    scope.started_in = split, number
+                split, around = scope.split or TRAIN, scope.started_in
+                self.steps.begin(split, scope.step or 0)
+                if around is None or split not in EVALUATION_SPLITS or around[0] in EVALUATION_SPLITS:
+                    scope.started_in = split, scope.step or 0
             self._emit(event, scope)
             if self.closed:
                 return
@@ -365,7 +367,7 @@ class Scopes:
             return
         if self._current.get() is not scope:
             self._end_inside(scope, error)
-        self._close(scope, error, status, rests=rests)
+        self._close(scope, error, status, rests)
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
@@ -394,22 +396,22 @@ class Scopes:
             What the journal is to tell the time of the line.
 
         """
-        loop, scope = None, self._current.get()
+        loop, scope, steps, started_in = None, self._current.get(), self.steps, None
         if scope is not None and scope.session is not None and not scope.abandoned_at:
             loop = scope.loop
         else:
             scope = self._attributed()
-        steps, started_in = self.steps, None
         if scope is not None:
             started_in, split = scope.started_in, split or scope.split
         event["split"] = split = split or TRAIN
-        if steps.differ or step is not None or steps.step is None:
+        in_force = steps.step
+        if in_force is None or step is not None or steps.differ:
             steps.attribute(event, metrics, step, split, started_in)
         else:  # as nearly always
-            event["step"] = steps.step
-            if started_in is not None and started_in[1] != steps.step and started_in[0] == steps.leading:
+            event["step"] = in_force
+            if started_in is not None and started_in[1] != in_force and started_in[0] == steps.leading:
                 event["own_step"] = started_in[1]
-        if step is None and (scope is None or scope.step is None) and "step" in event:
+        if (scope is None or scope.step is None) and step is None and "step" in event:
             event["over"] = True
         if loop is not None:
             known = steps.split_of_key.get
@@ -590,9 +592,7 @@ class Scopes:
                 return
         self._record_error(error)
 
-    def _close(
-        self, scope: Scope, error: BaseException | None, status: str | None = None, *, rests: bool = False
-    ) -> None:
+    def _close(self, scope: Scope, error: BaseException | None, status: str | None = None, rests: bool = False) -> None:
         """Close a scope alone, with the steps that go on side by side within it."""
         loop, ended = scope.loop, scope.abandoned_at
         if loop is not None and loop.step is not scope:
@@ -618,7 +618,7 @@ class Scopes:
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
             if scope.waited is not None:
                 event["data_wait"] = scope.waited / SECOND_NS
-            if 0 < ended <= scope.ts:
+            if ended and ended <= scope.ts:
                 scope.samples = scope.tokens = None  # nothing tells how long it took to process them
             if scope.samples is not None and (samples := self.amount("samples", scope.samples)) is not None:
                 event["samples"] = samples
@@ -626,11 +626,10 @@ class Scopes:
                 event["tokens"] = tokens
             if ended:
                 event["ended"], scope.abandoned_at = ended, 0
-            outcome = "completed" if error is None else self._outcomes.of(error)
-            if outcome == "failed":
-                self._fail(error)  # type: ignore[arg-type] # it has failed by it
-                status = "failed" if scope.tag == "run" else "error"
             if error is not None:
+                if self._outcomes.of(error) == "failed":
+                    self._fail(error)
+                    status = "failed" if scope.tag == "run" else "error"
                 self.note_exit(error)
             elif self._exits:
                 self._exits.pop(get_ident(), None)  # one that was caught

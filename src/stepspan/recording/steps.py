@@ -121,7 +121,7 @@ class Steps(Generic[T]):
     def _finish(self, error: BaseException | None) -> None:
         loop, self._batches = self._loop, 0
         if loop.step is not None:
-            loop.go_on()
+            loop.maybe_left_at = loop.followed = 0  # it goes on
             self._scopes.end(loop.step, error)
             loop.step = None
 
@@ -146,10 +146,10 @@ class Steps(Generic[T]):
 class StepsIterator(Generic[T]):
     """The iterator of one loop over `Steps`."""
 
-    __slots__ = ("_batches", "_steps")
+    __slots__ = ("_batches", "_id", "_next", "_steps")
 
     def __init__(self, steps: Steps[T]) -> None:
-        self._steps = steps
+        self._steps, self._next, self._id = steps, steps._next, id(self)
         self._batches = 0
         """How many it handed out."""
 
@@ -160,7 +160,7 @@ class StepsIterator(Generic[T]):
         return len(self._steps)
 
     def __next__(self) -> T:
-        batch = self._steps._next(id(self))
+        batch = self._next(self._id)
         self._batches += 1
         return batch
 
