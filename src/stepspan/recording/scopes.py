@@ -255,8 +255,11 @@ class Scopes:
 
     def step(self, number: int | None, split: str) -> Scope:
         """A step that is not open yet; None: the one after the last of this split."""
-        event = self._number_step(number, split)
-        return Scope(self, "step", event, event["step"], split)
+        if number is None:
+            number = self._next_step.get(split, 0)
+        self._next_step[split] = number + 1
+        event = {"ts": 0, "seq": 0, "tag": "step_begin", "parent": 0, "step": number, "split": split}
+        return Scope(self, "step", event, number, split)
 
     def span(self, fields: Event) -> Scope:
         """A phase, not open yet."""
@@ -279,15 +282,13 @@ class Scopes:
             The step.
 
         """
-        event = self._number_step(number, loop.split)
         inner = self._current.get()
         if inner is None or inner.session is None or inner.abandoned_at:
             inner = self.innermost()
         other = None if inner is None or inner.loop is None else self._find_adjacent(loop, inner, begun)
-        if other is None:
-            scope = Scope(self, "step", event, event["step"], loop.split)
-        else:
-            scope = adjacent = AdjacentStep(self, "step", event, event["step"], loop.split)
+        scope = self.step(number, loop.split)
+        if other is not None:
+            scope = adjacent = AdjacentStep(self, "step", scope.begin, scope.step, loop.split)
             adjacent.adjacent_to, adjacent.parent = other, other.parent
         scope.loop, scope.waited = loop, waited
         loop.maybe_left_at = loop.followed = 0
@@ -793,13 +794,6 @@ class Scopes:
         if main in {self._run_thread, get_ident()} or self._main is None or self._main.tag != "run":
             return False
         return all(thread.ident != main for thread in enumerate_threads())
-
-    def _number_step(self, number: int | None, split: str) -> Event:
-        """The begin event of a step; None: the one after the last of this split."""
-        if number is None:
-            number = self._next_step.get(split, 0)
-        self._next_step[split] = number + 1
-        return {"ts": 0, "seq": 0, "tag": "step_begin", "parent": 0, "step": number, "split": split}
 
     def _number_lap(self, scope: Scope, event: Event) -> None:
         """Epoch and lap of a step: how often the steps of its split have begun again. (epoch, step) grows in a lap."""
