@@ -378,7 +378,9 @@ def test_forking_while_other_threads_log_hangs_nobody(start: Callable[..., Run],
         tmp_path,
         """
         import os, threading, warnings, stepspan
+        from stepspan.journal import numbers
         warnings.simplefilter("ignore", DeprecationWarning)  # that forking beside threads is unwise
+        numbers.MAX_RESTING = 32  # each child has a number of its own
         run = stepspan.start_run(job_id="job")
         stop = threading.Event()
         def log():

@@ -23,7 +23,7 @@ from stepspan.journal.layout import Descriptors, SessionPath, open_path, segment
 from stepspan.journal.liveness import CLOSED
 
 REUSE_AFTER_S = 10.0
-MAX_RESTING = 32
+MAX_RESTING = 8
 """Where more numbers than that are free but rest, the one that has rested longest is taken: workers may come and go by
 the hundred in ten seconds. Its points then begin behind those of its last owner, as the header says (`not_before`)."""
 MAX_NAME_BYTES = 255
