@@ -565,9 +565,11 @@ def test_a_fork_while_samplers_work_hangs_nobody(tmp_path: Path) -> None:
     told = runs.python(
         """
         import os, time, warnings, stepspan
+        from stepspan.journal import numbers
         from stepspan.samplers import Sampling
         from stepspan.samplers.host import host, process
         warnings.simplefilter("ignore", DeprecationWarning)  # that forking beside threads is unwise
+        numbers.MAX_RESTING = 32  # each child has a number of its own
         run = stepspan.start_run(job_id="job")
         openers = {"host": lambda emit: host(0, emit), "process": lambda emit: process(0, emit)}
         for _ in range(2):
