@@ -14,7 +14,7 @@ from typing import Any
 
 FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodType)
 NOT_DATA = (*FUNCTIONS, ModuleType, classmethod, staticmethod, property)
-"""What a class or a module has beside the values that it holds."""
+"""Types of attributes that are code and not data: methods, properties, modules."""
 
 
 @lru_cache(maxsize=512)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class _Uses:
-    """Of one exporter."""
+    """How many runs use an exporter, and the lock of each signal that it sends one at a time."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -44,17 +44,17 @@ class SharedExporter:
 
     @property
     def destination(self) -> str:
-        """The exporter's."""
+        """Where the exporter sends to."""
         return self._exporter.destination
 
     @property
     def signals(self) -> Sequence[Signal]:
-        """The exporter's."""
+        """The signals that the exporter sends."""
         return self._exporter.signals
 
     @property
     def processors(self) -> Sequence[Processor]:
-        """The exporter's."""
+        """What changes or drops events for the exporter alone."""
         return self._exporter.processors
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:

@@ -526,7 +526,7 @@ def _to_json(values: Iterable[Any]) -> list[Any]:
 
 
 def _columns(series: Iterable[Series], times: list[int], rows: list[list[Any]]) -> list[Column]:
-    """Rows as columns."""
+    """Transpose a table's rows: for each series its times and numbers, without what is no number."""
     columns: list[Column] = []
     for one, values in zip(series, zip(*rows, strict=True), strict=False):  # no rows, no columns
         types = set(map(type, values))

@@ -46,7 +46,7 @@ class OpenRun(Protocol):
         """Which job and rank this process is."""
 
     def close(self, status: str | None = None) -> None:
-        """End the run."""
+        """End the run with a status; None: as the exception being handled says, else "completed"."""
 
     def _warn_once(self, kind: str, message: str) -> None:
         """Count something that went wrong, and log it the first time for its kind."""
@@ -267,4 +267,4 @@ def _first_open(current: Current | None, resting: Container[OpenRun]) -> Current
 
 
 OPEN_RUNS: OpenRuns[Any] = OpenRuns()
-"""Of this process."""
+"""The one registry of a process; `start_run` adds to it, `current_run` asks it."""

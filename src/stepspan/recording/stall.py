@@ -171,7 +171,7 @@ class StallThread:
         self._changed.set()  # it may have to look more often now
 
     def remove(self, watch: StallWatch) -> None:
-        """Look after one less."""
+        """Stop watching a run; the thread ends with the last one."""
         with self._lock:
             if watch not in self._watches:
                 return

@@ -49,7 +49,7 @@ class StepsInForce:
         """Key -> the split that it names itself, or "": those that `split_of` was asked for."""
 
     def begin(self, split: str, number: int) -> None:
-        """A step has begun."""
+        """Put a step in force that has begun: in its split, and where that leads, in the splits without steps."""
         if split == self.leading:
             self.step = self._steps[split] = number
             return

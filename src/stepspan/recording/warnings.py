@@ -24,12 +24,12 @@ from stepspan.processors.redact import redacted_text
 log = logging.getLogger("stepspan")
 
 MAX_KEYS = 100
-"""Of a kind."""
+"""How many keys of one kind are counted and logged apart."""
 MAX_KEY_CHARS = 200
 OTHER_KEYS = "(other keys)"
 """What the keys beyond `MAX_KEYS` are counted as."""
 MAX_SUMMARY_KEYS = 5
-"""Of a kind, in the line at the end of a run; those that came up most."""
+"""How many keys of one kind the line at the end of a run names: those that came up most."""
 
 
 class WarningSink:
@@ -45,9 +45,9 @@ class WarningSink:
         self.audible = audible
         self._counted_in = counted_in
         self.counts: Counter[str] = Counter()
-        """Kind -> how often."""
+        """How often each kind of warning came up."""
         self._keys: dict[str, Counter[str]] = {}
-        """Kind -> key -> how often."""
+        """How often each key of a kind came up."""
         self._above_info: set[str] = set()
         """Kinds of which more than information was logged."""
         self._lock = RLock()  # a signal handler may warn while its thread does
