@@ -133,6 +133,9 @@ class Settings(_Strict):
     """Of the endpoint; None: what the variables say, else http/protobuf."""
     delivery: DeliveryMode = "process"
     """What sends the journal: a process for each host, threads of the training process, or nothing."""
+    send_interval: float = Field(default=1.0, ge=0, le=60)
+    """Seconds between two requests of a deliverer process for what its host's ranks have written; 0: one for each rank,
+    as soon as something is written. The first line after a pause, errors, `flush()` and the end never wait for it."""
     durability: Durability = "process"
     """What an event survives once its call has returned: the process, or with fdatasync the machine."""
     sync_every: float = Field(default=1.0, ge=0)

@@ -75,6 +75,7 @@ def start_run(
     endpoint: str | None = None,
     protocol: Protocol | None = None,
     delivery: DeliveryMode | None = None,
+    send_interval: float | None = None,
     health: bool | None = None,
     processors: Sequence[Processor] | Sequence[Mapping[str, Any]] | None = None,
     exporters: Sequence[Exporter | JsonlExporter] | Sequence[Mapping[str, Any]] | None = None,
@@ -119,6 +120,8 @@ def start_run(
         endpoint: An OTLP endpoint. Without one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent.
         protocol: Of the endpoint: "http/protobuf", "grpc" or "http/json".
         delivery: What sends the journal: "process", one for each host; "thread", this process; "off", nothing.
+        send_interval: Seconds between two requests for what the ranks of a host have written, 1 by default; 0: one for
+            each rank at once. Errors, `flush()` and the end never wait for it.
         health: Whether the deliverer sends metrics about the delivery.
         processors: Objects: called before the journal, after redaction and those of the settings. Or mappings
             `{name: {argument: value}}`: in place of those of the settings.
@@ -369,6 +372,7 @@ def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline,
             portable,
             first=recorder.identity.local_rank == 0,
             health=settings.health,
+            send_interval=settings.send_interval,
             warn=recorder.warn_once,
             session=session,
         )

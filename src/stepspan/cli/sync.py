@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ class Sync:
         self._exporter = OtlpExporter(settings.endpoint, protocol=settings.protocol, destination=destination)
         self._state_directory = state_directory
         self._options = Options(boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory)
+        self._send_interval = settings.send_interval
         self._followers = [Follower(sink, imported, boot_id=facts.boot_id) for sink in self._sinks]
         self._next_import = 0.0
         """On the monotonic clock."""
@@ -80,7 +82,8 @@ class Sync:
             self._poll_sinks()  # before an import that was cut short is taken for dead
             before = self._totals()
             health = self._host if follow and self._health else None
-            deliverer = Deliverer([self._exporter], lambda _: self._sessions(), self._options, health=health)
+            options = replace(self._options, send_interval=self._send_interval if follow else 0.0)
+            deliverer = Deliverer([self._exporter], lambda _: self._sessions(), options, health=health)
             lines = None if follow else sum(self._ledger(session)["journaled"] for session in self._sessions())
             complete = deliver_until(
                 self._poll_sinks if follow else caught_up, deliverer, lines=lines, verb="delivering"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver import ledgers
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock, Outlook
-from stepspan.deliver.spawn import log_path, spawn, with_absolute_paths
+from stepspan.deliver.spawn import SEND_INTERVAL_VARIABLE, log_path, spawn, with_absolute_paths
 from stepspan.errors import Warn
 from stepspan.journal.cursor import CursorState, cursor_name
 from stepspan.journal.layout import SessionPath, find_sessions
@@ -197,6 +197,7 @@ class ProcessDelivery(Delivery):
         exporters: Where to deliver to.
         first: Whether `start` starts the process (local rank 0); the other ranks look for it later.
         health: Whether the process reports metrics about the delivery.
+        send_interval: Seconds between its requests, as `Options.send_interval`; None: the usual.
         warn: Called with a kind and a message for what a person has to put right. Must write no event: `watch` may be
             called while one is written.
         session: Gives the directory of the run's session, once there is one.
@@ -216,6 +217,7 @@ class ProcessDelivery(Delivery):
         health: bool,
         warn: Warn,
         session: Callable[[], Path | None] = lambda: None,
+        send_interval: float | None = None,
     ) -> None:
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._directory, self._host, self._exporters = directory, host, exporters
@@ -223,6 +225,8 @@ class ProcessDelivery(Delivery):
         self._warn = warn
         self._session = session
         self._env = with_absolute_paths(os.environ)  # a deliverer that is started again must not go elsewhere
+        if send_interval is not None:
+            self._env[SEND_INTERVAL_VARIABLE] = repr(send_interval)
         self._urls: dict[tuple[str, str], str] = {
             (e.destination, s): endpoint.display_url for e in exporters for s, endpoint in e.endpoints.items()
         }

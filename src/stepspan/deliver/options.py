@@ -11,6 +11,7 @@ from pathlib import Path
 from stepspan.journal.liveness import DEAD_AFTER_S
 
 BATCH_BYTES = 512 << 10
+SEND_INTERVAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Options:
         dead_after: Seconds of silence after which a session of another host or boot counts as dead.
         state_directory: Where cursors lie, for journals that this user may only read; None: with each session.
         batch_bytes: Journal bytes in a batch, about.
+        send_interval: Seconds between two requests for what is fresh of a host's sessions, which go together; 0: what
+            is new is sent as soon as it is seen, in a request for each session.
         clock: Monotonic seconds.
         wall_clock: Unix seconds.
         jitter: A random number in [0, 1).
@@ -32,6 +35,7 @@ class Options:
     dead_after: float = DEAD_AFTER_S
     state_directory: Path | None = None
     batch_bytes: int = BATCH_BYTES
+    send_interval: float = SEND_INTERVAL_S
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     jitter: Callable[[], float] = random.SystemRandom().random

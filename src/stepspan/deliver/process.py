@@ -20,9 +20,9 @@ from typing import Any
 
 from stepspan.deliver.deliverer import Deliverer, interrupt_on_signal, prepare_process, run_is_over
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock
-from stepspan.deliver.options import Options
+from stepspan.deliver.options import SEND_INTERVAL_S, Options
 from stepspan.deliver.sessions import LiveSessions
-from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE, LOCKS_VARIABLE
+from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE, LOCKS_VARIABLE, SEND_INTERVAL_VARIABLE
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.processors import build
@@ -41,6 +41,7 @@ def serve(
     *,
     health: bool = False,
     inherited: Mapping[str, int] | None = None,
+    send_interval: float = SEND_INTERVAL_S,
 ) -> None:
     """Deliver until the run is over, to each destination whose lock is free.
 
@@ -51,6 +52,7 @@ def serve(
         boot_id: The boot of this host.
         health: Whether metrics about the delivery are reported.
         inherited: Destination -> the descriptor that has its lock already.
+        send_interval: As `Options.send_interval`.
 
     """
     exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in settings]
@@ -58,7 +60,7 @@ def serve(
     for destination, fd in (inherited or {}).items():
         locks[destination].adopt(fd)
     exporters = _with_lock(exporters, locks, LOCK_TIMEOUT_S)
-    options = Options(boot_id=boot_id)
+    options = Options(boot_id=boot_id, send_interval=send_interval)
     sessions = LiveSessions(directory, host, options)
     while exporters:
         log.info("stepspan: delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in exporters))
@@ -107,7 +109,15 @@ def main() -> None:
     settings = json.loads(os.environ[EXPORTERS_VARIABLE])
     health = os.environ.get(HEALTH_VARIABLE) == "1"
     inherited = json.loads(os.environ.get(LOCKS_VARIABLE, "{}"))
-    serve(Path(sys.argv[1]), sys.argv[2], settings, host_facts().boot_id, health=health, inherited=inherited)
+    serve(
+        Path(sys.argv[1]),
+        sys.argv[2],
+        settings,
+        host_facts().boot_id,
+        health=health,
+        inherited=inherited,
+        send_interval=float(os.environ.get(SEND_INTERVAL_VARIABLE, SEND_INTERVAL_S)),
+    )
 
 
 if __name__ == "__main__":

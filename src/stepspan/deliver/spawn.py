@@ -31,6 +31,8 @@ EXPORTERS_VARIABLE = "STEPSPAN_DELIVERER"
 LOCKS_VARIABLE = "STEPSPAN_DELIVERER_LOCKS"
 """Holds JSON: destination -> the descriptor that has its lock."""
 HEALTH_VARIABLE = "STEPSPAN_HEALTH"
+SEND_INTERVAL_VARIABLE = "STEPSPAN_SEND_INTERVAL"
+"""Holds the setting, whatever the run has it from."""
 LOG_LIMIT_BYTES = 1 << 20
 """A log that is longer is emptied when the next deliverer starts."""
 CERTIFICATE_VARIABLES = frozenset(

@@ -24,7 +24,7 @@ from typing import cast
 from stepspan.deliver import dead_letters
 from stepspan.deliver.backoff import Backoff
 from stepspan.deliver.batches import Batch, BatchReader
-from stepspan.deliver.isolation import Isolation
+from stepspan.deliver.isolation import Isolation, Send
 from stepspan.deliver.ledgers import THINNED
 from stepspan.deliver.options import Options
 from stepspan.deliver.session_end import SessionEnd
@@ -74,7 +74,7 @@ class DeliveryTask:
         self._wrong_before = 0
         """The time (Unix ns) before which the journal's clock is known to have been wrong."""
         self._batch: Batch | None = None
-        """The one that is tried again."""
+        """The one that was prepared, and is not delivered yet."""
         with ExitStack() as files:  # it is tried again and again: descriptors must not pile up
             reader = files.enter_context(closing(JournalReader(session, clock=options.clock)))
             self.header = _checked_header(reader)
@@ -144,17 +144,50 @@ class DeliveryTask:
             OSError: The same, or the cursor cannot be written.
 
         """
-        batch = self._batch or self._batches.read(self.position, until, self._end)
-        if batch is None:
-            return False
-        isolation = self._isolation()
+        batch = self.prepare(until)
+        return batch is not None and self.deliver(batch)
+
+    def prepare(self, until: int) -> Batch | None:
+        """The next batch to deliver: the last one again, if that was not taken, or what is read now.
+
+        Args:
+            until: The time of the last event that may be in it, Unix ns.
+
+        Returns:
+            The batch, for `deliver`; None where there is nothing now.
+
+        Raises:
+            JournalError: The session cannot be read any more.
+            OSError: The same.
+
+        """
+        self._batch = self._batch or self._batches.read(self.position, until, self._end)
+        return self._batch
+
+    def deliver(self, batch: Batch, send: Send | None = None) -> bool:
+        """Send a batch, and move the cursor or put off the next try.
+
+        Args:
+            batch: What `prepare` has returned last.
+            send: Sends records; None: alone, in requests of this session. What a request of several sessions has
+                become is given by a function that returns its outcome.
+
+        Returns:
+            Whether the cursor moved. False: it was not taken (`not_before`, `held`).
+
+        Raises:
+            OSError: The cursor cannot be written.
+
+        """
+        send = send or self._send
+        isolation = self._isolation(send)
         outcome = isolation.run(batch.records) if batch.records else Outcome(Verdict.DELIVERED)
         if (
             outcome.verdict is Verdict.HOLD
             and (wrong := self._batches.wrong_before(self.position)) > self._wrong_before
         ):
             self._wrong_before = wrong  # no window is too small for these: they need not be waited for
-            isolation = self._isolation()
+            isolation = self._isolation(send)
             outcome = isolation.run(batch.records)
         if outcome.verdict is Verdict.DELIVERED:
             self._batch = None
@@ -163,7 +196,6 @@ class DeliveryTask:
             self._commit(batch, isolation, outcome.message)
             return True
         self._back_off(outcome)
-        self._batch = batch
         if self.held:  # for minutes, maybe: others need the memory
             self._batch = None
             self._batches.forget()
@@ -173,8 +205,8 @@ class DeliveryTask:
         """Close the journal's and the cursor's files; the next task goes on from the cursor."""
         self._files.close()
 
-    def _isolation(self) -> Isolation:
-        return Isolation(self._send, self._known_good_record, self._maybe_out_of_window, self._wrong_before)
+    def _isolation(self, send: Send) -> Isolation:
+        return Isolation(send, self._known_good_record, self._maybe_out_of_window, self._wrong_before)
 
     def _send(self, records: Sequence[Record]) -> Outcome:
         try:
