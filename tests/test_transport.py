@@ -111,19 +111,22 @@ HTTP_TABLE = {
     Verdict.RETRY: [408, 429, 502, 503, 504],
     Verdict.RETRY_THEN_HOLD: [500],
     Verdict.ISOLATE: [400, 413, 422],
-    Verdict.HOLD: [300, 301, 302, 303, 304, 307, 308, 401, 403, 404, 405, 406, 407, 409, 410, 415, 418, 431, 501, 505],
+    Verdict.HOLD: [
+        *(300, 301, 302, 303, 304, 307, 308, 401, 403, 404, 405, 406, 407, 409, 410, 415, 418, 431, 501, 505),
+        *range(520, 531),
+    ],
 }
 # … and over gRPC by code.
 GRPC_TABLE = {
     Verdict.DELIVERED: ["OK"],
     Verdict.RETRY: [
         *("ABORTED", "CANCELLED", "DATA_LOSS", "DEADLINE_EXCEEDED"),
-        *("RESOURCE_EXHAUSTED", "UNAVAILABLE"),
+        *("OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
     ],
     Verdict.RETRY_THEN_HOLD: ["INTERNAL", "UNKNOWN"],
     Verdict.ISOLATE: ["INVALID_ARGUMENT"],
     Verdict.HOLD: [
-        *("ALREADY_EXISTS", "FAILED_PRECONDITION", "NOT_FOUND", "OUT_OF_RANGE"),
+        *("ALREADY_EXISTS", "FAILED_PRECONDITION", "NOT_FOUND"),
         *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNIMPLEMENTED"),
     ],
 }

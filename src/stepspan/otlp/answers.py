@@ -31,6 +31,7 @@ class Answer(NamedTuple):
         fix: For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`.
         reason_hidden: As `Outcome.reason_hidden`.
         too_old: As `Outcome.too_old`.
+        may_pass: As `Outcome.may_pass`.
 
     """
 
@@ -38,6 +39,7 @@ class Answer(NamedTuple):
     fix: str = ""
     reason_hidden: bool = False
     too_old: bool = False
+    may_pass: bool = False
 
 
 _SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
@@ -50,29 +52,36 @@ _OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}"
 HTTP_ANSWERS: Mapping[int, Answer] = {
     **dict.fromkeys((400, 422), Answer(Verdict.ISOLATE, _REFUSED)),
     401: Answer(Verdict.HOLD, _SET_HEADERS),
-    403: Answer(Verdict.HOLD, _NOT_ALLOWED),
-    404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path"),
+    403: Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True),
+    404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path", may_pass=True),
     405: Answer(Verdict.HOLD, "{url} takes no POST: check the path"),
     407: Answer(Verdict.HOLD, "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"),
     413: Answer(Verdict.ISOLATE, "the request is larger than the receiver takes"),
     415: Answer(Verdict.HOLD, _OTHER_PROTOCOL),
     500: Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
     **dict.fromkeys((408, 429, 502, 503, 504), Answer(Verdict.RETRY, _BUSY)),
+    **dict.fromkeys(
+        range(520, 531),
+        Answer(Verdict.HOLD, "a content delivery network in between does not reach the receiver", may_pass=True),
+    ),
 }
 HTTP_REDIRECT = Answer(
     Verdict.HOLD, "{url} redirects, and telemetry follows no redirect: set {location} as the endpoint"
 )
 
 GRPC_ANSWERS: Mapping[str, Answer] = {
-    **dict.fromkeys(("ABORTED", "CANCELLED", "DATA_LOSS", "RESOURCE_EXHAUSTED"), Answer(Verdict.RETRY, _BUSY)),
+    **dict.fromkeys(
+        ("ABORTED", "CANCELLED", "DATA_LOSS", "OUT_OF_RANGE", "RESOURCE_EXHAUSTED"), Answer(Verdict.RETRY, _BUSY)
+    ),
     **dict.fromkeys(("INTERNAL", "UNKNOWN"), Answer(Verdict.RETRY_THEN_HOLD, _FAILED)),
     "DEADLINE_EXCEEDED": Answer(Verdict.RETRY, "no answer from {url} in time"),
     "INVALID_ARGUMENT": Answer(Verdict.ISOLATE, _REFUSED),
-    "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED),
+    "NOT_FOUND": Answer(Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the address", may_pass=True),
+    "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True),
     "UNAUTHENTICATED": Answer(Verdict.HOLD, _SET_HEADERS),
     "UNAVAILABLE": Answer(Verdict.RETRY, "no receiver at {url}, or it is busy"),
     "UNIMPLEMENTED": Answer(
-        Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the port, or try protocol {other}"
+        Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the port, or try protocol {other}", may_pass=True
     ),
 }
 
@@ -82,8 +91,11 @@ TLS_FAULT = Answer(
     Verdict.HOLD,
     "no TLS with {url}: check that it speaks TLS (http:// is without), and the files that "
     "OTEL_EXPORTER_OTLP_CERTIFICATE, _CLIENT_KEY and _CLIENT_CERTIFICATE name",
+    may_pass=True,
 )
-NAME_FAULT = Answer(Verdict.HOLD, "the name in {url} has no address: check OTEL_EXPORTER_OTLP_ENDPOINT and DNS")
+NAME_FAULT = Answer(
+    Verdict.HOLD, "the name in {url} has no address: check OTEL_EXPORTER_OTLP_ENDPOINT and DNS", may_pass=True
+)
 PROTOCOL_FAULT = Answer(
     Verdict.HOLD, "what answers at {url} does not speak {protocol}: check scheme and port, or try {other}"
 )
@@ -170,7 +182,14 @@ def failed_outcome(
         location=redacted_line(endpoint, location) or "the right URL",
     )
     message = ": ".join(filter(None, (status, fix))) + _quoted(redacted_line(endpoint, text))
-    return Outcome(answer.verdict, message, retry_after, reason_hidden=answer.reason_hidden, too_old=answer.too_old)
+    return Outcome(
+        answer.verdict,
+        message,
+        retry_after,
+        reason_hidden=answer.reason_hidden,
+        too_old=answer.too_old,
+        may_pass=answer.may_pass,
+    )
 
 
 def delivered_outcome(endpoint: Endpoint, rejected: int, text: str) -> Outcome:
