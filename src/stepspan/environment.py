@@ -23,9 +23,17 @@ SIMILARITY = 0.6
 """How near, of 1, a known name must be in order to be suggested."""
 
 
+def unquoted(value: str) -> str:
+    """A variable's value without the space and the quotes around it: `docker --env-file` and YAML keep quotes."""
+    value = value.strip()
+    while len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and value[0] not in value[1:-1]:
+        value = value[1:-1].strip()
+    return value
+
+
 def switched_off(env: Mapping[str, str]) -> bool:
     """Whether STEPSPAN_DISABLED is 1, true, yes or on: then nothing is recorded, whatever else is set."""
-    return env.get(f"{PREFIX}DISABLED", "").strip().lower() in {"1", "true", "yes", "on"}
+    return unquoted(env.get(f"{PREFIX}DISABLED", "")).lower() in {"1", "true", "yes", "on"}
 
 
 def unknown_variables(env: Mapping[str, str], settings: Iterable[str]) -> dict[str, str]:

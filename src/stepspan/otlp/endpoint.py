@@ -4,13 +4,21 @@ An argument wins over the signal's variable, which wins over the general one; an
 specification (opentelemetry.io/docs/specs/otel/protocol/exporter), except where noted here:
 
 - Without an endpoint there is no network at all: the specification's localhost is not assumed.
-- An unset protocol is http/protobuf, but gRPC where the endpoint's port is 4317.
+- An unset protocol is http/protobuf, but gRPC where the endpoint's port is 4317 or its scheme is gRPC's own.
 - A timeout is seconds, as opentelemetry-python reads it; a variable's value of 1000 or more is the specification's
-  milliseconds, because no one waits that many seconds.
-- gRPC: `http://` is plain text, `https://` is TLS, and without a scheme `OTEL_EXPORTER_OTLP_INSECURE` decides. Where
-  that is unset too it is TLS, except to this machine itself (a loopback address or a Unix socket) without a certificate
-  set: nothing leaves the host, and no one issues certificates for localhost.
-- A wrong value is a `ConfigError`, not a warning and a default: data that silently goes elsewhere is lost data.
+  milliseconds, because no one waits that many seconds. 0 is no limit: ten minutes.
+- `http://` is plain text, `https://` is TLS, and without a scheme `OTEL_EXPORTER_OTLP_INSECURE` decides. Where that is
+  unset too it is plain text to this machine itself (a loopback address or a Unix socket) without a certificate set:
+  nothing leaves the host, and no one issues certificates for localhost. To others gRPC uses TLS, and HTTP is held.
+
+A wrong argument is a `ConfigError`. A wrong variable never is one, for it must not keep training from starting:
+
+- Spellings with one meaning have it: quotes around values, `10s`, `1` and `yes`, `http` for http/protobuf, a header as
+  `name: value`.
+- A word or number that says nothing counts as unset, as the specification wants it, and is among `Destination.ignored`.
+- Where going on would send to a wrong place, or in a wrong way (an endpoint without a host, headers that can't be read,
+  a key without its certificate), the signal is held: its endpoint has a `fault`, and sends nothing.
+- What may not mean what it says is among `Destination.warnings`.
 
 Each variable is read once, by `read_variables`; everything else works on what it returns.
 
@@ -25,44 +33,85 @@ import binascii
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from stepspan.environment import unquoted
 from stepspan.errors import ConfigError
 from stepspan.mapping.records import SIGNALS, Signal
 from stepspan.values import to_float
 
 Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
-Compression: TypeAlias = Literal["none", "gzip"]
+Compression: TypeAlias = Literal["none", "gzip", "deflate"]
 COMPRESSIONS: tuple[Compression, ...] = get_args(Compression)
+Temporality: TypeAlias = Literal["cumulative", "delta", "lowmemory"]
+TEMPORALITIES: tuple[Temporality, ...] = get_args(Temporality)
+HistogramAggregation: TypeAlias = Literal["base2_exponential_bucket_histogram", "explicit_bucket_histogram"]
+HISTOGRAM_AGGREGATIONS: tuple[HistogramAggregation, ...] = get_args(HistogramAggregation)
+
+Choice = TypeVar("Choice")
 
 DEFAULT_TIMEOUT_S = 10.0
 """Of a request, where nothing says otherwise: the OTLP exporter specification's default."""
+MAX_TIMEOUT_S = 600.0
+"""What "no limit" is, and what a larger number of seconds is warned of."""
 _GRPC_PORT = 4317
 _MIN_MILLISECONDS = 1000.0
 
 _PATHS = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
 _SETTINGS = ("ENDPOINT", "PROTOCOL", "HEADERS", "COMPRESSION", "TIMEOUT", "INSECURE", *_PATHS)
 """The last word of the variables that exist in general and for each signal."""
+_TEMPORALITY = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
+_HISTOGRAM_AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 _VARIABLES = (
     "OTEL_SDK_DISABLED",
     *(f"OTEL_{signal.upper()}_EXPORTER" for signal in SIGNALS),
     *(f"OTEL_EXPORTER_OTLP_{name}" for name in _SETTINGS),
     *(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}" for signal in SIGNALS for name in _SETTINGS),
+    _TEMPORALITY,
+    _HISTOGRAM_AGGREGATION,
 )
 
-_GRPC_SCHEME = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):", re.IGNORECASE)
+_GRPC_NAMING = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):", re.IGNORECASE)
 """Targets in gRPC's own naming: handed to it as they are."""
 _THIS_HOST = re.compile(r"(unix|unix-abstract):|(localhost|127(\.\d+){3}|\[::1\])(:\d+)?$", re.IGNORECASE)
 _USER_INFO = re.compile(r"^([a-z][a-z0-9+.-]*://)?.*@", re.IGNORECASE | re.DOTALL)
+_HOST = re.compile(r"\[[^\[\]]+\]|[^\[\]$(){}<>%,;:*|\\^`\"'&=]+")
+_NOT_FILLED_IN = re.compile(r"\$[({]?\w|\{\{|<[\w-]+>")
+"""What a template leaves where nobody has put a value."""
+_GRPC_TARGET = "grpc target"
+_GRPC_SCHEMES = frozenset((_GRPC_TARGET, "grpc", "grpcs"))
+_INSECURE_SCHEMES = {"http": True, "grpc": True, "https": False, "grpcs": False}
+"""Schemes that say whether there is no TLS."""
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what HTTP and gRPC both take
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
-_HEADER_ENTRY = re.compile(r"[A-Za-z0-9_.%-]+[ \t]*=[ !#-+\--:<-\[\]-~]*")
-"""What `parse_env_headers` takes; it would log anything else, with the credentials in it."""
+_HEADER_ENTRY = re.compile(r"(?P<name>[A-Za-z0-9_.%-]+)[ \t]*(?P<separator>=|:[ \t])(?P<value>.*)", re.DOTALL)
+"""As the specification has it, or as a line of HTTP."""
+_HEADER_TEXT = re.compile(r"[ !#-+\--:<-\[\]-~]*")
+"""A value by W3C Baggage, or with spaces."""
+_DURATION = re.compile(r"(?P<number>\+?[0-9.]+(?:e[+-]?[0-9]+)?) *(?P<unit>ms|s|m)?", re.IGNORECASE)
+_UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0}
+
+_SEPARATORS = re.compile(r"[-_/. ]")
+"""Left out as words are compared."""
+_PROTOCOL_WORDS: dict[str, Protocol] = {
+    **{"http": "http/protobuf", "httpprotobuf": "http/protobuf", "httpproto": "http/protobuf"},
+    **{"protobuf": "http/protobuf", "grpc": "grpc", "httpjson": "http/json", "json": "http/json"},
+}
+_BOOLEAN_WORDS = {
+    **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
+    **dict.fromkeys(("0", "false", "f", "no", "n", "off"), False),
+}
+_COMPRESSION_WORDS: dict[str, Compression] = {
+    **{"none": "none", "gzip": "gzip", "deflate": "deflate", "identity": "none"},
+    **{word: "none" for word, chosen in _BOOLEAN_WORDS.items() if not chosen},
+}
+_TEMPORALITY_WORDS: dict[str, Temporality] = {word: word for word in TEMPORALITIES}
+_HISTOGRAM_WORDS: dict[str, HistogramAggregation] = {word.replace("_", ""): word for word in HISTOGRAM_AGGREGATIONS}
 
 _TENANT_HEADERS = frozenset(
     {
@@ -91,6 +140,9 @@ class Endpoint:
         client_key: Path of the key for mutual TLS.
         client_certificate: Path of the certificate for mutual TLS; may hold the key, too.
         insecure: Whether there is no TLS.
+        temporality: Of sums and histograms: "cumulative", "delta" or "lowmemory".
+        histogram_aggregation: "base2_exponential_bucket_histogram" or "explicit_bucket_histogram".
+        fault: Which variable is wrong, and how: then nothing is sent, and each request is held for this reason.
 
     """
 
@@ -104,6 +156,9 @@ class Endpoint:
     client_key: str | None
     client_certificate: str | None
     insecure: bool
+    temporality: Temporality = "cumulative"
+    histogram_aggregation: HistogramAggregation = "base2_exponential_bucket_histogram"
+    fault: str = ""
 
     @property
     def display_url(self) -> str:
@@ -134,16 +189,20 @@ class Destination(NamedTuple):
     Args:
         endpoints: The endpoint of each signal that is sent.
         name: A name for state files, as `_destination_name` makes it.
+        ignored: Variables whose values say nothing and count as unset, each with its value and the fix.
+        warnings: Variables that may not mean what they say, likewise.
 
     """
 
     endpoints: dict[Signal, Endpoint]
     name: str
+    ignored: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def read_variables(env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that say where OTLP goes, each looked up once, without blank ones and the space around values."""
-    return {name: value for name in _VARIABLES if (value := env.get(name, "").strip())}
+    """The variables that say where OTLP goes, each looked up once: no blank ones, no space or quotes around values."""
+    return {name: value for name in _VARIABLES if (value := unquoted(env.get(name, "")))}
 
 
 def resolve_destination(
@@ -171,14 +230,28 @@ def resolve_destination(
 
     """
     variables = read_variables(env)
-    switched_off = frozenset(s for s in SIGNALS if variables.get(f"OTEL_{s.upper()}_EXPORTER", "").lower() == "none")
-    if variables.get("OTEL_SDK_DISABLED", "").lower() == "true" or len(switched_off) == len(SIGNALS):
+    switched_off = frozenset(s for s in SIGNALS if _is_none(variables.get(f"OTEL_{s.upper()}_EXPORTER", "")))
+    disabled = variables.get("OTEL_SDK_DISABLED", "").lower()
+    if disabled == "true" or len(switched_off) == len(SIGNALS):
         return Destination({}, _destination_name({}))
+    findings = _Findings()
+    if disabled not in ("", "false"):
+        findings.ignore(_Setting(disabled, "OTEL_SDK_DISABLED", "general"), "only true switches the sending off")
     arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
     given = {signal: _settings(signal, variables, arguments) for signal in SIGNALS}
-    resolved = {s: _endpoint(s, settings, headers or {}) for s, settings in given.items() if "ENDPOINT" in settings}
+    resolved = {
+        s: _endpoint(s, settings, headers or {}, _Findings() if s in switched_off else findings)
+        for s, settings in given.items()
+        if "ENDPOINT" in settings
+    }
     sent = {signal: endpoint for signal, endpoint in resolved.items() if signal not in switched_off}
-    return Destination(sent, _destination_name(resolved))
+    name = _destination_name(resolved)
+    return Destination(sent, name, *(tuple(dict.fromkeys(each)) for each in (findings.ignored, findings.warnings)))
+
+
+def _is_none(exporters: str) -> bool:
+    """Whether a list of exporters says that there is none."""
+    return {word.strip().lower() for word in exporters.split(",")} == {"none"}
 
 
 class _Setting(NamedTuple):
@@ -189,18 +262,44 @@ class _Setting(NamedTuple):
     scope: Literal["argument", "signal", "general"]
 
 
-def _settings(signal: Signal, variables: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, _Setting]:
-    """A signal's settings, by the last word of their variables. What is not set is not in it."""
-    found: dict[str, _Setting] = {}
+_Settings: TypeAlias = Mapping[str, Sequence[_Setting]]
+"""The last word of a setting's variables -> where it is set, what wins first."""
+
+
+class _Findings:
+    """What is wrong with variables. What is wrong with an argument is raised."""
+
+    def __init__(self) -> None:
+        self.ignored: list[str] = []
+        self.warnings: list[str] = []
+
+    def ignore(self, setting: _Setting, fix: str) -> None:
+        """The value says nothing. Raises `ConfigError` if it is an argument."""
+        error = ConfigError(setting.field, setting.value, fix)
+        if setting.scope == "argument":
+            raise error
+        self.ignored.append(f"{error}; ignored")
+
+    def warn(self, setting: _Setting, meaning: str) -> None:
+        """The value may not mean what it says."""
+        self.warnings.append(str(ConfigError(setting.field, setting.value, meaning)))
+
+
+def _settings(signal: Signal, variables: Mapping[str, str], arguments: Mapping[str, Any]) -> dict[str, list[_Setting]]:
+    """A signal's settings. What is not set is not in it."""
+    found: dict[str, list[_Setting]] = {}
     for name in _SETTINGS:
         argument, general = arguments.get(name), f"OTEL_EXPORTER_OTLP_{name}"
         of_signal = f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}"
         if argument not in (None, ""):
-            found[name] = _Setting(argument, name.lower(), "argument")
-        elif of_signal in variables:
-            found[name] = _Setting(variables[of_signal], of_signal, "signal")
-        elif general in variables:
-            found[name] = _Setting(variables[general], general, "general")
+            found.setdefault(name, []).append(_Setting(argument, name.lower(), "argument"))
+        if of_signal in variables:
+            found.setdefault(name, []).append(_Setting(variables[of_signal], of_signal, "signal"))
+        if general in variables:
+            found.setdefault(name, []).append(_Setting(variables[general], general, "general"))
+    for name in (_TEMPORALITY, _HISTOGRAM_AGGREGATION):
+        if signal == "metrics" and name in variables:
+            found[name] = [_Setting(variables[name], name, "signal")]
     return found
 
 
@@ -225,33 +324,57 @@ class _Address(NamedTuple):
     credentials: str = ""
 
 
-def _endpoint(signal: Signal, settings: Mapping[str, _Setting], more: Mapping[str, str]) -> Endpoint:
-    target = settings["ENDPOINT"]
-    address = _address(target)
-    default: Protocol = "grpc" if address.port == _GRPC_PORT else "http/protobuf"
-    protocol: Protocol = _choice(PROTOCOLS, settings.get("PROTOCOL")) or default
-    paths = {name: settings[name].value if name in settings else None for name in _PATHS}
-    if paths["CLIENT_KEY"] and not paths["CLIENT_CERTIFICATE"]:
+def _endpoint(signal: Signal, settings: _Settings, more: Mapping[str, str], findings: _Findings) -> Endpoint:
+    faults: list[ConfigError] = []
+    target = settings["ENDPOINT"][0]
+    try:
+        address = _address(target)
+    except ConfigError as error:
+        _add_fault(faults, error, target)
+        address = _Address("http", str(error.value))
+    given = _choice(_PROTOCOL_WORDS, PROTOCOLS, "PROTOCOL", settings, findings)
+    by_address: Protocol = "grpc" if address.scheme in _GRPC_SCHEMES or address.port == _GRPC_PORT else "http/protobuf"
+    protocol = given or by_address
+    certificate, key, client_certificate = (settings[name][0].value if name in settings else None for name in _PATHS)
+    insecure = _insecure(settings, address, certificate, findings)
+    url = address.authority
+    if protocol != "grpc" and not faults:
+        url = _http_url(signal, target, address, insecure, findings, faults)
+    if key and not client_certificate and not insecure:
         fix = "a key needs its certificate: set OTEL_EXPORTER_OTLP_CLIENT_CERTIFICATE"
-        raise ConfigError(settings["CLIENT_KEY"].field, paths["CLIENT_KEY"], fix)
+        faults.append(ConfigError(settings["CLIENT_KEY"][0].field, key, fix))
+    aggregation = _choice(_HISTOGRAM_WORDS, HISTOGRAM_AGGREGATIONS, _HISTOGRAM_AGGREGATION, settings, findings)
     return Endpoint(
         signal=signal,
-        url=address.authority if protocol == "grpc" else _http_url(signal, target, address),
+        url=url,
         protocol=protocol,
-        headers=_headers(settings.get("HEADERS"), address, more),
-        timeout=_timeout(settings.get("TIMEOUT")),
-        compression=_choice(COMPRESSIONS, settings.get("COMPRESSION")) or "none",
-        certificate=paths["CERTIFICATE"],
-        client_key=paths["CLIENT_KEY"],
-        client_certificate=paths["CLIENT_CERTIFICATE"],
-        insecure=_insecure(settings.get("INSECURE"), address, paths["CERTIFICATE"]),
+        headers=_headers(settings.get("HEADERS"), address, more, faults),
+        timeout=_timeout(settings, findings),
+        compression=_choice(_COMPRESSION_WORDS, COMPRESSIONS, "COMPRESSION", settings, findings) or "none",
+        certificate=certificate,
+        client_key=key,
+        client_certificate=client_certificate,
+        insecure=bool(insecure),
+        temporality=_choice(_TEMPORALITY_WORDS, TEMPORALITIES, _TEMPORALITY, settings, findings) or "cumulative",
+        histogram_aggregation=aggregation or "base2_exponential_bucket_histogram",
+        fault=str(faults[0]) if faults else "",
     )
 
 
+def _add_fault(faults: list[ConfigError], error: ConfigError, setting: _Setting) -> None:
+    """Note that nothing may be sent. An argument's error is raised."""
+    if setting.scope == "argument":
+        raise error from None
+    faults.append(error)
+
+
 def _address(target: _Setting) -> _Address:
+    """The parts of an endpoint. Raises `ConfigError` if it is none; whose value may be shown."""
     text = str(target.value).strip()
-    if _GRPC_SCHEME.match(text):
-        return _Address("grpc", text)
+    if _GRPC_NAMING.match(text):
+        return _Address(_GRPC_TARGET, text)
+    if _NOT_FILLED_IN.search(text.partition("?")[0].rpartition("@")[2]):
+        raise _endpoint_error(target, "a variable in it was not filled in: write http://host:4318")
     try:
         if re.search(r"[\s\x00-\x1f\x7f]", text):
             raise ValueError("a space or control character")
@@ -259,11 +382,14 @@ def _address(target: _Setting) -> _Address:
         port = parts.port
     except ValueError:  # not chained: it quotes the URL, where a password may stand
         raise _endpoint_error(target, "write http://host:4318, percent-encoding everything else") from None
-    if parts.scheme not in ("http", "https", ""):
+    if parts.scheme not in ("http", "https", "grpc", "grpcs", ""):
         raise _endpoint_error(target, "the scheme must be http or https")
-    if not parts.hostname:
-        raise _endpoint_error(target, "no host in it: write http://host:4318")
     user_info, _, authority = parts.netloc.rpartition("@")
+    host = authority if port is None else authority.rpartition(":")[0]
+    if not host.rstrip(":"):
+        raise _endpoint_error(target, "no host in it (is the variable that names it empty?): write http://host:4318")
+    if not _HOST.fullmatch(host):
+        raise _endpoint_error(target, "it names no one host and port: write http://host:4318, or http://[::1]:4318")
     credentials = unquote(user_info if ":" in user_info or not user_info else f"{user_info}:")
     return _Address(parts.scheme, authority, port, parts.path, parts.query, credentials)
 
@@ -273,46 +399,102 @@ def _endpoint_error(target: _Setting, fix: str) -> ConfigError:
     return ConfigError(target.field, without_secrets, fix)
 
 
-def _http_url(signal: Signal, target: _Setting, address: _Address) -> str:
-    if address.scheme not in ("http", "https"):
+def _http_url(
+    signal: Signal,
+    target: _Setting,
+    address: _Address,
+    insecure: bool | None,
+    findings: _Findings,
+    faults: list[ConfigError],
+) -> str:
+    scheme = address.scheme
+    if not scheme and insecure is not None:
+        scheme = "http" if insecure else "https"
+        findings.warnings.append(str(_endpoint_error(target, f"taken as {scheme}://{address.authority}")))
+    elif scheme not in ("http", "https"):
         fix = "HTTP needs a URL, as in http://host:4318; for gRPC set OTEL_EXPORTER_OTLP_PROTOCOL=grpc"
-        raise _endpoint_error(target, fix)
+        _add_fault(faults, _endpoint_error(target, fix), target)
     path = address.path if target.scope == "signal" else f"{address.path.rstrip('/')}/v1/{signal}"
-    return f"{address.scheme}://{address.authority}{path}" + (f"?{address.query}" if address.query else "")
+    return f"{scheme}://{address.authority}{path}" + (f"?{address.query}" if address.query else "")
 
 
-def _insecure(found: _Setting | None, address: _Address, certificate: str | None) -> bool:
-    if address.scheme in ("http", "https"):
-        return address.scheme == "http"
-    if found is not None:
-        return bool(_choice(("true", "false"), found) == "true")
-    return certificate is None and _THIS_HOST.match(address.authority) is not None
+def _insecure(settings: _Settings, address: _Address, certificate: str | None, findings: _Findings) -> bool | None:
+    """Whether there is no TLS; None where nothing says it, and the receiver is not on this machine."""
+    if address.scheme in _INSECURE_SCHEMES:
+        return _INSECURE_SCHEMES[address.scheme]
+    chosen = _choice(_BOOLEAN_WORDS, ("true", "false"), "INSECURE", settings, findings)
+    if chosen is not None:
+        return chosen
+    return True if certificate is None and _THIS_HOST.match(address.authority) else None
 
 
-def _timeout(found: _Setting | None) -> float:
-    if found is None:
-        return DEFAULT_TIMEOUT_S
-    seconds = None if isinstance(found.value, bool) else to_float(found.value)
-    if seconds is None or not 0 < seconds < math.inf:
-        raise ConfigError(found.field, found.value, "must be a number of seconds above 0")
-    return seconds / 1000 if seconds >= _MIN_MILLISECONDS and found.scope != "argument" else seconds
+def _timeout(settings: _Settings, findings: _Findings) -> float:
+    for setting in settings.get("TIMEOUT", ()):
+        seconds = _seconds(setting, findings)
+        if seconds is not None:
+            return seconds
+        findings.ignore(setting, "must be a number of seconds above 0")
+    return DEFAULT_TIMEOUT_S
 
 
-def _headers(found: _Setting | None, address: _Address, more: Mapping[str, str]) -> dict[str, str]:
+def _seconds(setting: _Setting, findings: _Findings) -> float | None:
+    """The seconds of a timeout; None where it is none."""
+    if setting.scope == "argument":
+        seconds = None if isinstance(setting.value, bool) else to_float(setting.value)
+        return seconds if seconds is not None and 0 < seconds < math.inf else None
+    duration = _DURATION.fullmatch(setting.value)
+    number = to_float(duration["number"]) if duration else None
+    if duration is None or number is None or not math.isfinite(number):
+        return None
+    if duration["unit"] or number <= MAX_TIMEOUT_S:
+        return number * _UNITS_S[(duration["unit"] or "s").lower()] or MAX_TIMEOUT_S
+    if number < _MIN_MILLISECONDS:
+        findings.warn(setting, f"taken as seconds; write {number / 1000:g} where milliseconds are meant")
+        return number
+    findings.warn(setting, f"taken as milliseconds: it is seconds here; write {number / 1000:g}")
+    return number / 1000
+
+
+def _headers(
+    found: Sequence[_Setting] | None, address: _Address, more: Mapping[str, str], faults: list[ConfigError]
+) -> dict[str, str]:
     """The variable's headers, over them the URL's credentials, over them the argument's headers."""
     headers: dict[str, str] = {}
-    if found is not None:
-        from opentelemetry.util.re import parse_env_headers
-
-        for number, entry in enumerate(filter(None, map(str.strip, found.value.split(","))), start=1):
-            if not _HEADER_ENTRY.fullmatch(entry):
-                fix = f"entry {number} is not a key=value pair: percent-encode its value"
-                raise ConfigError(found.field, "<hidden>", fix)
-        headers.update(_valid_headers(found.field, parse_env_headers(found.value, liberal=True)))
+    if found:
+        try:
+            headers.update(_valid_headers(found[0].field, _parse_headers(found[0])))
+        except ConfigError as error:
+            faults.append(error)
     if address.credentials:
         headers["authorization"] = "Basic " + base64.b64encode(address.credentials.encode()).decode()
     headers.update(_valid_headers("headers", more))
     return headers
+
+
+def _parse_headers(found: _Setting) -> dict[str, str]:
+    """`name=value,name=value`, the values percent-encoded where they have no space. Raises `ConfigError`."""
+    headers: dict[str, str] = {}
+    for number, entry in enumerate(filter(None, map(str.strip, found.value.split(","))), start=1):
+        pair = _HEADER_ENTRY.fullmatch(entry)
+        value = unquoted(pair["value"]) if pair else ""
+        if pair is None or not _HEADER_TEXT.fullmatch(value):
+            fix = f"entry {number} is not a key=value pair: percent-encode its value"
+            raise ConfigError(found.field, "<hidden>", fix)
+        is_encoded = pair["separator"] == "=" and " " not in value
+        headers[unquote(pair["name"])] = unquote(value) if is_encoded else value
+    return headers
+
+
+def _choice(
+    words: Mapping[str, Choice], choices: Iterable[str], name: str, settings: _Settings, findings: _Findings
+) -> Choice | None:
+    """What the first setting of this name says that says anything; None: nothing is set."""
+    for setting in settings.get(name, ()):
+        word = _SEPARATORS.sub("", str(setting.value).lower())
+        if word in words:
+            return words[word]
+        findings.ignore(setting, f"must be one of {', '.join(choices)}")
+    return None
 
 
 def _valid_headers(name: str, headers: Mapping[str, str]) -> dict[str, str]:
@@ -323,15 +505,6 @@ def _valid_headers(name: str, headers: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
             raise ConfigError(name, "<hidden>", f"the value of header {key} must be a string of printable ASCII")
     return {key.lower(): value.strip() for key, value in headers.items()}
-
-
-def _choice(choices: tuple[Any, ...], found: _Setting | None) -> Any:
-    if found is None:
-        return None
-    value = str(found.value).strip().lower()
-    if value not in choices:
-        raise ConfigError(found.field, found.value, f"must be one of {', '.join(choices)}")
-    return value
 
 
 def _destination_name(endpoints: Mapping[Signal, Endpoint]) -> str:
