@@ -15,6 +15,8 @@ import pytest
 from stepspan.errors import ConfigError
 from stepspan.exporters.otlp import otlp_exporters
 from stepspan.otlp.endpoint import resolve_destination
+from stepspan.otlp.outcome import Verdict
+from stepspan.otlp.transport import open_transport
 
 E = "OTEL_EXPORTER_OTLP_"
 HTTP = {f"{E}ENDPOINT": "http://c:4318"}
@@ -212,40 +214,243 @@ def test_resolution(env: Any, arguments: Any, signal: Any, expected: Any) -> Non
         assert {name: getattr(endpoint, name) for name in expected} == expected
 
 
-# environment, arguments, field, what the fix says
-WRONG = {
-    "endpoint without scheme": ({f"{E}ENDPOINT": "c:4318"}, {}, f"{E}ENDPOINT", "http://host:4318"),
-    "endpoint of a signal": ({f"{E}LOGS_ENDPOINT": "c:4318"}, {}, f"{E}LOGS_ENDPOINT", "http://host:4318"),
-    "endpoint argument": ({}, {"endpoint": "ftp://c"}, "endpoint", "http or https"),
-    "endpoint without host": ({f"{E}ENDPOINT": "http:///v1"}, {}, f"{E}ENDPOINT", "no host"),
-    "endpoint with a bad port": ({f"{E}ENDPOINT": "http://c:http"}, {}, f"{E}ENDPOINT", "percent-encoding"),
-    "endpoint with a high port": ({f"{E}ENDPOINT": "http://c:65536"}, {}, f"{E}ENDPOINT", "percent-encoding"),
-    "endpoint with a space": ({f"{E}ENDPOINT": "http://c d"}, {}, f"{E}ENDPOINT", "percent-encoding"),
-    "endpoint with a newline": ({f"{E}ENDPOINT": "http://c/\nd"}, {}, f"{E}ENDPOINT", "percent-encoding"),
-    "Unix socket over HTTP": ({f"{E}ENDPOINT": "unix:/s"}, {}, f"{E}ENDPOINT", "PROTOCOL=grpc"),
-    "protocol": (HTTP | {f"{E}PROTOCOL": "http"}, {}, f"{E}PROTOCOL", "http/protobuf, grpc, http/json"),
-    "protocol of a signal": (HTTP | {f"{E}LOGS_PROTOCOL": "x"}, {}, f"{E}LOGS_PROTOCOL", "http/protobuf"),
-    "protocol argument": (HTTP, {"protocol": "udp"}, "protocol", "http/protobuf"),
-    "compression": (HTTP | {f"{E}COMPRESSION": "deflate"}, {}, f"{E}COMPRESSION", "none, gzip"),
-    "timeout word": (HTTP | {f"{E}TIMEOUT": "10s"}, {}, f"{E}TIMEOUT", "above 0"),
-    "timeout zero": (HTTP | {f"{E}TIMEOUT": "0"}, {}, f"{E}TIMEOUT", "above 0"),
-    "timeout nan": (HTTP | {f"{E}TIMEOUT": "nan"}, {}, f"{E}TIMEOUT", "above 0"),
-    "timeout inf": (HTTP, {"timeout": float("inf")}, "timeout", "above 0"),
-    "timeout bool": (HTTP, {"timeout": True}, "timeout", "above 0"),
-    "timeout None-like": (HTTP, {"timeout": [1]}, "timeout", "above 0"),
-    "insecure": (GRPC | {f"{E}INSECURE": "yes"}, {}, f"{E}INSECURE", "true, false"),
-    "headers without =": (HTTP | {f"{E}HEADERS": "a=1,secret"}, {}, f"{E}HEADERS", "entry 2"),
-    "headers with a semicolon": (HTTP | {f"{E}HEADERS": "a=secret;b"}, {}, f"{E}HEADERS", "percent-encode"),
-    "headers with a newline": (HTTP | {f"{E}HEADERS": "a=secret%0Ab:c"}, {}, f"{E}HEADERS", "printable ASCII"),
-    "headers argument, value": (HTTP, {"headers": {"a": "sécret"}}, "headers", "header a"),
-    "headers argument, not text": (HTTP, {"headers": {"a": 1}}, "headers", "header a"),
-    "headers argument, name": (HTTP, {"headers": {"a b": "secret"}}, "headers", "name"),
-    "client key alone": (HTTP | {f"{E}CLIENT_KEY": "/k"}, {}, f"{E}CLIENT_KEY", "CLIENT_CERTIFICATE"),
+LOCAL = {f"{E}ENDPOINT": "http://127.0.0.1:4318"}
+# What others tolerate, or people write: environment, what the endpoint has.
+TOLERATED = {
+    "quotes that docker keeps": (
+        {f"{E}ENDPOINT": '"http://c:4318"', f"{E}PROTOCOL": "'http/json'", f"{E}HEADERS": '"a=b%20c"'},
+        {"url": "http://c:4318/v1/logs", "protocol": "http/json", "headers": {"a": "b c"}},
+    ),
+    "quotes and space": ({f"{E}ENDPOINT": " ' http://c:4318 ' "}, {"url": "http://c:4318/v1/logs"}),
+    "quotes around nothing": (HTTP | {f"{E}LOGS_ENDPOINT": '""'}, {"url": "http://c:4318/v1/logs"}),
+    "quotes around a certificate": (HTTP | {f"{E}CERTIFICATE": '"/ca"'}, {"certificate": "/ca"}),
+    "capital letters": (
+        {f"{E}ENDPOINT": "HTTP://c:4318", f"{E}PROTOCOL": "GRPC"},
+        {"protocol": "grpc", "url": "c:4318"},
+    ),
+    "http is http/protobuf": (HTTP | {f"{E}PROTOCOL": "http"}, {"protocol": "http/protobuf"}),
+    "http-json": (HTTP | {f"{E}PROTOCOL": "http-json"}, {"protocol": "http/json"}),
+    "http_protobuf": (HTTP | {f"{E}PROTOCOL": "http_protobuf"}, {"protocol": "http/protobuf"}),
+    "grpc as a scheme": ({f"{E}ENDPOINT": "grpc://c:9"}, {"protocol": "grpc", "url": "c:9", "insecure": True}),
+    "grpcs as a scheme": ({f"{E}ENDPOINT": "grpcs://c:9"}, {"protocol": "grpc", "url": "c:9", "insecure": False}),
+    "a Unix socket is gRPC": (
+        {f"{E}ENDPOINT": "unix:///s"},
+        {"protocol": "grpc", "url": "unix:///s", "insecure": True},
+    ),
+    "deflate": (HTTP | {f"{E}COMPRESSION": "deflate"}, {"compression": "deflate"}),
+    "no compression": (HTTP | {f"{E}COMPRESSION": "false"}, {"compression": "none"}),
+    "seconds": (HTTP | {f"{E}TIMEOUT": "10s"}, {"timeout": 10.0}),
+    "seconds with a space": (HTTP | {f"{E}TIMEOUT": "2.5 s"}, {"timeout": 2.5}),
+    "milliseconds": (HTTP | {f"{E}TIMEOUT": "500ms"}, {"timeout": 0.5}),
+    "many milliseconds": (HTTP | {f"{E}TIMEOUT": "30000MS"}, {"timeout": 30.0}),
+    "a minute": (HTTP | {f"{E}TIMEOUT": "1m"}, {"timeout": 60.0}),
+    "many seconds": (HTTP | {f"{E}TIMEOUT": "900s"}, {"timeout": 900.0}),
+    "no limit": (HTTP | {f"{E}TIMEOUT": "0"}, {"timeout": 600.0}),
+    **{
+        f"insecure {word}": (GRPC | {f"{E}INSECURE": word}, {"insecure": word in ("1", "TRUE", "yes", "On")})
+        for word in ("1", "TRUE", "yes", "On", "0", "No", "off")
+    },
+    "a header as HTTP has it": (
+        HTTP | {f"{E}HEADERS": "Authorization: Bearer abc"},
+        {"headers": {"authorization": "Bearer abc"}},
+    ),
+    "a header in quotes": (HTTP | {f"{E}HEADERS": "a=\"b\",c='d'"}, {"headers": {"a": "b", "c": "d"}}),
+    "a header that ends with =": (
+        HTTP | {f"{E}HEADERS": "authorization=Basic YTpi=="},
+        {"headers": {"authorization": "Basic YTpi=="}},
+    ),
+    "a value with a colon": (HTTP | {f"{E}HEADERS": "a=b: c"}, {"headers": {"a": "b: c"}}),
+    "a key that is not used": (HTTP | {f"{E}CLIENT_KEY": "/k"}, {"client_key": "/k"}),
+    "temporality": (
+        HTTP | {"OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "Delta"},
+        {"temporality": "cumulative"},
+    ),
 }
 
 
-@pytest.mark.parametrize(("env", "arguments", "field", "fix"), WRONG.values(), ids=WRONG)
-def test_a_wrong_value_is_told(env: Any, arguments: Any, field: Any, fix: Any) -> None:
+@pytest.mark.parametrize(("env", "expected"), TOLERATED.values(), ids=TOLERATED)
+def test_what_has_one_meaning_has_it_without_a_word(env: Any, expected: Any) -> None:
+    found = resolve_destination(env)
+    endpoint = found.endpoints["logs"]
+    assert {name: getattr(endpoint, name) for name in expected} == expected
+    assert (endpoint.fault, found.ignored, found.warnings) == ("", (), ())
+
+
+# Without a scheme HTTP is said how it is taken: environment, the URL.
+NO_SCHEME = {
+    "localhost": ({f"{E}ENDPOINT": "localhost:4318"}, "http://localhost:4318"),
+    "loopback": ({f"{E}ENDPOINT": "127.0.0.1:9/p"}, "http://127.0.0.1:9/p"),
+    "insecure": ({f"{E}ENDPOINT": "c:4318", f"{E}INSECURE": "1"}, "http://c:4318"),
+    "secure": ({f"{E}ENDPOINT": "me:cret@c:4318", f"{E}INSECURE": "false"}, "https://c:4318"),
+}
+
+
+@pytest.mark.parametrize(("env", "url"), NO_SCHEME.values(), ids=NO_SCHEME)
+def test_http_without_a_scheme(env: Any, url: str) -> None:
+    found = resolve_destination(env)
+    assert found.endpoints["logs"].url == f"{url}/v1/logs"
+    assert found.endpoints["logs"].fault == ""
+    [warning] = found.warnings
+    assert warning.startswith(f"{E}ENDPOINT=")
+    assert f"taken as {url.removesuffix('/p')}" in warning
+    assert "cret" not in warning
+
+
+def test_metrics_alone_have_a_temporality_and_an_aggregation() -> None:
+    variables = {
+        f"{E}METRICS_TEMPORALITY_PREFERENCE": "LowMemory",
+        f"{E}METRICS_DEFAULT_HISTOGRAM_AGGREGATION": "explicit_bucket_histogram",
+    }
+    endpoints = resolve_destination(HTTP | variables).endpoints
+    assert endpoints["metrics"].temporality == "lowmemory"
+    assert endpoints["metrics"].histogram_aggregation == "explicit_bucket_histogram"
+    default = resolve_destination(HTTP).endpoints
+    assert endpoints["traces"] == default["traces"]
+    assert default["metrics"].temporality == "cumulative"
+    assert default["metrics"].histogram_aggregation == "base2_exponential_bucket_histogram"
+
+
+# What counts as unset: environment, the variable, what the fix says, what the endpoint has instead.
+IGNORED = {
+    "protocol": (
+        HTTP | {f"{E}PROTOCOL": "zipkin"},
+        f"{E}PROTOCOL",
+        "http/protobuf, grpc, http/json",
+        {"protocol": "http/protobuf"},
+    ),
+    "protocol, by the port": (
+        {f"{E}ENDPOINT": "http://c:4317", f"{E}PROTOCOL": "udp"},
+        f"{E}PROTOCOL",
+        "grpc",
+        {"protocol": "grpc"},
+    ),
+    "protocol of a signal": (
+        HTTP | {f"{E}LOGS_PROTOCOL": "x", f"{E}PROTOCOL": "http/json"},
+        f"{E}LOGS_PROTOCOL",
+        "grpc",
+        {"protocol": "http/json"},
+    ),
+    "compression": (
+        HTTP | {f"{E}COMPRESSION": "zstd"},
+        f"{E}COMPRESSION",
+        "none, gzip, deflate",
+        {"compression": "none"},
+    ),
+    "timeout word": (HTTP | {f"{E}TIMEOUT": "soon"}, f"{E}TIMEOUT", "seconds", {"timeout": 10.0}),
+    "timeout of a signal": (
+        HTTP | {f"{E}TIMEOUT": "3", f"{E}LOGS_TIMEOUT": "-1"},
+        f"{E}LOGS_TIMEOUT",
+        "above 0",
+        {"timeout": 3.0},
+    ),
+    "timeout nan": (HTTP | {f"{E}TIMEOUT": "nan"}, f"{E}TIMEOUT", "above 0", {"timeout": 10.0}),
+    "timeout inf": (HTTP | {f"{E}TIMEOUT": "1e999"}, f"{E}TIMEOUT", "above 0", {"timeout": 10.0}),
+    "timeout dots": (HTTP | {f"{E}TIMEOUT": "1.2.3"}, f"{E}TIMEOUT", "above 0", {"timeout": 10.0}),
+    "insecure": (GRPC | {f"{E}INSECURE": "maybe"}, f"{E}INSECURE", "true, false", {"insecure": False}),
+    "disabled": (HTTP | {"OTEL_SDK_DISABLED": "1"}, "OTEL_SDK_DISABLED", "only true", {}),
+}
+
+
+@pytest.mark.parametrize(("env", "field", "fix", "expected"), IGNORED.values(), ids=IGNORED)
+def test_what_says_nothing_counts_as_unset_and_is_told(env: Any, field: str, fix: str, expected: Any) -> None:
+    found = resolve_destination(env)
+    endpoint = found.endpoints["logs"]
+    assert {name: getattr(endpoint, name) for name in expected} == expected
+    assert endpoint.fault == ""
+    [ignored] = found.ignored  # once, though three signals read it
+    assert ignored.startswith(f"{field}=")
+    assert fix in ignored
+    assert ignored.endswith("ignored")
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "says"),
+    [("601", 601.0, "write 0.601"), ("999", 999.0, "seconds"), ("10000", 10.0, "write 10"), ("1000", 1.0, "write 1")],
+)
+def test_a_timeout_that_may_be_milliseconds_is_warned_of(text: str, seconds: float, says: str) -> None:
+    found = resolve_destination(HTTP | {f"{E}TIMEOUT": text})
+    assert found.endpoints["logs"].timeout == seconds
+    [warning] = found.warnings
+    assert warning.startswith(f"{E}TIMEOUT='{text}': taken as ")
+    assert says in warning
+    assert resolve_destination(HTTP | {f"{E}TIMEOUT": "600"}).warnings == ()
+
+
+# Going on would send elsewhere, or otherwise than was meant: environment, the variable, what the fix says.
+HELD = {
+    "no scheme": ({f"{E}ENDPOINT": "c:4318"}, f"{E}ENDPOINT", "http://host:4318"),
+    "of a signal": (HTTP | {f"{E}LOGS_ENDPOINT": "c:4318"}, f"{E}LOGS_ENDPOINT", "http://host:4318"),
+    "another scheme": ({f"{E}ENDPOINT": "ftp://c"}, f"{E}ENDPOINT", "http or https"),
+    "no host": ({f"{E}ENDPOINT": "http:///v1"}, f"{E}ENDPOINT", "no host"),
+    "no host, a port": ({f"{E}ENDPOINT": "http://:4318"}, f"{E}ENDPOINT", "no host"),
+    "no host, gRPC": ({f"{E}ENDPOINT": ":4317"}, f"{E}ENDPOINT", "no host"),
+    "no port": ({f"{E}ENDPOINT": "http://c:"}, f"{E}ENDPOINT", "no one host and port"),
+    "neither": ({f"{E}ENDPOINT": "http://:"}, f"{E}ENDPOINT", "no host"),
+    "a bad port": ({f"{E}ENDPOINT": "http://c:http"}, f"{E}ENDPOINT", "percent-encoding"),
+    "a high port": ({f"{E}ENDPOINT": "http://c:65536"}, f"{E}ENDPOINT", "percent-encoding"),
+    "a space": ({f"{E}ENDPOINT": "http://c d"}, f"{E}ENDPOINT", "percent-encoding"),
+    "a newline": ({f"{E}ENDPOINT": "http://c/\nd"}, f"{E}ENDPOINT", "percent-encoding"),
+    "two of them": ({f"{E}ENDPOINT": "http://c:1,http://d:1"}, f"{E}ENDPOINT", "percent-encoding"),
+    "two hosts": ({f"{E}ENDPOINT": "http://c,d:1"}, f"{E}ENDPOINT", "no one host"),
+    "IPv6 without brackets": ({f"{E}ENDPOINT": "http://::1:4318"}, f"{E}ENDPOINT", "percent-encoding"),
+    **{
+        f"not filled in, {text}": ({f"{E}ENDPOINT": f"http://{text}:4318"}, f"{E}ENDPOINT", "not filled in")
+        for text in ("$(HOST_IP)", "${HOST_IP}", "$HOST_IP", "{{ host }}".replace(" ", ""), "<your-host>")
+    },
+    "HTTP to a Unix socket": ({f"{E}ENDPOINT": "unix:/s", f"{E}PROTOCOL": "http/json"}, f"{E}ENDPOINT", "=grpc"),
+    "HTTP to grpc://": ({f"{E}ENDPOINT": "grpc://c:1", f"{E}PROTOCOL": "http/json"}, f"{E}ENDPOINT", "=grpc"),
+    "headers without =": (HTTP | {f"{E}HEADERS": "a=1,secret"}, f"{E}HEADERS", "entry 2"),
+    "headers with a comma": (HTTP | {f"{E}HEADERS": "authorization=Bearer a,secret"}, f"{E}HEADERS", "entry 2"),
+    "headers with a semicolon": (HTTP | {f"{E}HEADERS": "a=secret;b=c"}, f"{E}HEADERS", "percent-encode"),
+    "headers with a newline": (HTTP | {f"{E}HEADERS": "a=secret%0Ab:c"}, f"{E}HEADERS", "printable ASCII"),
+    "headers beyond ASCII": (HTTP | {f"{E}HEADERS": "a=s\u00e9cret"}, f"{E}HEADERS", "percent-encode"),
+    "headers as JSON": (HTTP | {f"{E}HEADERS": '{"a": "secret"}'}, f"{E}HEADERS", "entry 1"),
+    "a key alone": ({f"{E}ENDPOINT": "https://c", f"{E}CLIENT_KEY": "/k"}, f"{E}CLIENT_KEY", "CLIENT_CERTIFICATE"),
+    "a key alone, gRPC": (GRPC | {f"{E}LOGS_CLIENT_KEY": "/k"}, f"{E}LOGS_CLIENT_KEY", "CLIENT_CERTIFICATE"),
+}
+
+
+@pytest.mark.parametrize(("env", "field", "fix"), HELD.values(), ids=HELD)
+def test_a_variable_that_would_mislead_holds_its_signal(env: Any, field: str, fix: str) -> None:
+    endpoint = resolve_destination(env).endpoints["logs"]
+    assert endpoint.fault.startswith(f"{field}=")
+    assert fix in endpoint.fault
+    assert "cret" not in endpoint.fault
+    outcome = open_transport(endpoint).send(b"")
+    assert (outcome.verdict, outcome.message) == (Verdict.HOLD, endpoint.fault)
+
+
+def test_a_fault_is_of_its_signal_and_leaves_the_destination_its_name() -> None:
+    broken = resolve_destination(HTTP | {f"{E}TRACES_HEADERS": "secret"})
+    assert [signal for signal, endpoint in broken.endpoints.items() if endpoint.fault] == ["traces"]
+    assert broken.name == resolve_destination(HTTP).name
+    off = resolve_destination(
+        HTTP | {f"{E}TRACES_HEADERS": "secret", f"{E}TRACES_TIMEOUT": "x", "OTEL_TRACES_EXPORTER": "none"}
+    )
+    assert (off.ignored, off.warnings) == ((), ())
+    assert not any(endpoint.fault for endpoint in off.endpoints.values())
+
+
+# arguments, field, what the fix says
+WRONG = {
+    "endpoint": ({"endpoint": "ftp://c"}, "endpoint", "http or https"),
+    "endpoint without scheme": ({"endpoint": "c:4318"}, "endpoint", "http://host:4318"),
+    "endpoint without host": ({"endpoint": "http://:4318"}, "endpoint", "no host"),
+    "protocol": ({"protocol": "udp"}, "protocol", "http/protobuf"),
+    "compression": ({"compression": "zstd"}, "compression", "none, gzip, deflate"),
+    "timeout inf": ({"timeout": float("inf")}, "timeout", "above 0"),
+    "timeout zero": ({"timeout": 0}, "timeout", "above 0"),
+    "timeout bool": ({"timeout": True}, "timeout", "above 0"),
+    "timeout None-like": ({"timeout": [1]}, "timeout", "above 0"),
+    "headers, value": ({"headers": {"a": "s\u00e9cret"}}, "headers", "header a"),
+    "headers, not text": ({"headers": {"a": 1}}, "headers", "header a"),
+    "headers, name": ({"headers": {"a b": "secret"}}, "headers", "name"),
+}
+
+
+@pytest.mark.parametrize("env", [HTTP, HTTP | {f"{E}HEADERS": "secret"}], ids=["", "beside a wrong variable"])
+@pytest.mark.parametrize(("arguments", "field", "fix"), WRONG.values(), ids=WRONG)
+def test_a_wrong_argument_is_refused(env: Any, arguments: Any, field: str, fix: str) -> None:
     with pytest.raises(ConfigError) as raised:
         resolve_destination(env, **arguments)
     assert raised.value.field == field
@@ -261,12 +466,16 @@ def test_a_wrong_value_is_told(env: Any, arguments: Any, field: Any, fix: Any) -
         "me:hunter2@c:4318",
         "http://me:hunter2@:1?key=hunter2",
         "http://me:hunter2@c d",
+        "http://me:$hunter2@$c:1",
     ],
 )
 def test_no_error_shows_credentials_of_a_url(url: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        resolve_destination({f"{E}ENDPOINT": url})
-    assert not re.search("me:|hun|ter2", "".join(traceback.format_exception(raised.value)).replace(repr(url), ""))
+        resolve_destination({}, endpoint=url)
+    endpoint = resolve_destination({f"{E}ENDPOINT": url}).endpoints["logs"]
+    shown = f"{endpoint} {endpoint.display_url} {endpoint.fault}"
+    shown += "".join(traceback.format_exception(raised.value)).replace(repr(url), "")
+    assert not re.search("me:|hun|ter2", shown)
 
 
 def test_no_repr_or_log_shows_credentials(caplog: pytest.LogCaptureFixture) -> None:
@@ -276,9 +485,8 @@ def test_no_repr_or_log_shows_credentials(caplog: pytest.LogCaptureFixture) -> N
         f"{E}HEADERS": "api-key=hunter2",
     }
     endpoints = resolve_destination(env, headers={"X-Other": "hunter2"}).endpoints
-    with pytest.raises(ConfigError):
-        resolve_destination({**env, f"{E}HEADERS": 'api-key="hunter2"'})
-    shown = f"{endpoints!r} {endpoints} {endpoints['logs'].display_url} {caplog.text}"
+    broken = resolve_destination({**env, f"{E}HEADERS": "api-key=hunter2;x"}).endpoints
+    shown = f"{broken} {broken['logs'].fault} {endpoints!r} {endpoints} {endpoints['logs'].display_url} {caplog.text}"
     assert "hunter2" not in shown
     assert basic("me:hunter2") not in shown
     assert "http://c:4318/o/v1/logs" in shown

@@ -385,7 +385,23 @@ def _complete_start(run: Run, settings: Settings, warnings: Iterable[str]) -> No
         run._warn_once("identity", warning, key=warning)
     for variable, warning in unknown_variables(os.environ, type(settings).model_fields).items():
         run._warn_once("environment", warning, key=variable)
+    if settings.delivery != "off":
+        _warn_of_variables(run)
     _start_background_tasks(run, settings)
+
+
+def _warn_of_variables(run: Run) -> None:
+    """Say what is wrong with the variables that say where the journal is sent."""
+    from stepspan.exporters.otlp import OtlpExporter
+
+    for exporter in run._pipeline.followers if run._pipeline else ():
+        if isinstance(exporter, OtlpExporter):
+            for warning in (*exporter.ignored, *exporter.warnings):
+                run._warn_once("environment", warning, key=warning)
+            for fault, signals in exporter.faults.items():
+                held = f"{', '.join(signals)}: nothing is sent: {fault}"
+                advice = f"the journal keeps everything: `stepspan sync {run.directory}` sends it later"
+                run._warn_once("delivery", f"{held}; {advice}", key=fault)
 
 
 def _start_background_tasks(run: Run, settings: Settings) -> None:

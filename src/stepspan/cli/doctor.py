@@ -150,6 +150,10 @@ def _endpoints(findings: Findings, settings: Settings) -> None:
         findings.fact(
             "none", "nothing is sent: the journal waits for `stepspan sync` (OTEL_EXPORTER_OTLP_ENDPOINT is not set)"
         )
+    for ignored in dict.fromkeys(text for exporter in exporters for text in exporter.ignored):
+        findings.failure("variable", ignored)
+    for warning in dict.fromkeys(text for exporter in exporters for text in exporter.warnings):
+        findings.fact("warning", warning)
     for exporter in exporters:
         for signal in SIGNALS:
             if signal in exporter.endpoints:

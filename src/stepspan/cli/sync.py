@@ -21,7 +21,7 @@ from stepspan.deliver.deliverer import SILENCE_LIMIT_S, Deliverer, caught_up
 from stepspan.deliver.ledgers import cursors, first_pending_time, session_ledger
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock
 from stepspan.deliver.options import Options
-from stepspan.errors import ConfigError, JournalError
+from stepspan.errors import ConfigError, JournalError, StepspanError
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.cursor import Position
@@ -95,6 +95,8 @@ class Sync:
         print(f"delivered {', '.join(sent)}; rejected {rejected:,}{thinned}; {after['pending']:,} lines wait")
         problems = [key for key, count in after.items() if count and (": hold: " in key or ": retry: " in key)]
         problems += delivery_failures(deliverer)
+        for fault, signals in self._exporter.faults.items():
+            problems += [f"{signal}: nothing is sent: {fault}" for signal in signals if fault not in str(problems)]
         for problem in problems:
             print(problem)
         return 1 if problems or (after["pending"] and not complete and not follow) else 0
@@ -138,6 +140,11 @@ class Sync:
     def _require_endpoint(self) -> None:
         if not self._exporter.signals:
             raise ConfigError("--endpoint", None, "nowhere to send: give it, or OTEL_EXPORTER_OTLP_ENDPOINT")
+        for text in (*self._exporter.ignored, *self._exporter.warnings):
+            print(f"stepspan: {text}", file=sys.stderr)
+        faults = self._exporter.faults
+        if sum(map(len, faults.values())) == len(self._exporter.signals):
+            raise StepspanError(f"nothing can be sent: {'; '.join(faults)}")
 
     def _sessions(self) -> Iterator[SessionPath]:
         for path in self._paths:

@@ -230,6 +230,8 @@ class ProcessDelivery(Delivery):
         self._urls: dict[tuple[str, str], str] = {
             (e.destination, s): endpoint.display_url for e in exporters for s, endpoint in e.endpoints.items()
         }
+        self._faulty = {(e.destination, s) for e in exporters for signals in e.faults.values() for s in signals}
+        """Held from the start, for a variable is wrong, which was said there."""
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0  # Unix seconds
         self._cannot_start = False
@@ -319,7 +321,7 @@ class ProcessDelivery(Delivery):
             if state is not None and state.ledger.thinned and not self._warned_of_thinned:
                 self._warned_of_thinned = True
                 self._warn("thinned", ledgers.THINNED)
-            if state is None or state.state not in {"retry", "hold"}:
+            if state is None or state.state not in {"retry", "hold"} or target in self._faulty:
                 self._failing_since.pop(target, None)
                 continue
             since = self._failing_since.setdefault(target, now)

@@ -33,10 +33,13 @@ class OtlpExporter:
     Attributes:
         endpoints: Signal -> the `Endpoint` it goes to. Signals that are switched off or go nowhere are not in it.
         signals: The signals it takes: those of `endpoints`.
+        faults: Which variable is wrong, and how -> the signals that are held for it.
+        ignored: What of the variables says nothing and counts as unset.
+        warnings: What of the variables may not mean what it says.
         settings: The arguments from which a deliverer process makes the same exporter again.
 
     Raises:
-        ConfigError: An argument or variable is wrong; says which, and what to write.
+        ConfigError: An argument is wrong; says which, and what to write. A wrong variable holds its signals (`faults`).
 
     Example:
         `OtlpExporter("https://otlp.example.com", headers={"authorization": "Bearer …"}, processors=[Drop(["grad/*"])])`
@@ -66,6 +69,11 @@ class OtlpExporter:
         self.endpoints = resolved.endpoints
         self.processors = tuple(processors)
         self.signals: tuple[Signal, ...] = tuple(self.endpoints)
+        self.faults: dict[str, list[Signal]] = {}
+        for signal, each in self.endpoints.items():
+            if each.fault:
+                self.faults.setdefault(each.fault, []).append(signal)
+        self.ignored, self.warnings = resolved.ignored, resolved.warnings
         self.destination = destination or resolved.name
         self._transports: dict[Signal, Transport] = {}
 
@@ -167,7 +175,7 @@ def otlp_exporters(
         Those that send anything. Empty: no network at all.
 
     Raises:
-        ConfigError: A setting or variable is wrong.
+        ConfigError: A setting is wrong.
 
     """
     variables = read_variables(env)

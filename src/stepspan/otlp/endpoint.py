@@ -99,16 +99,21 @@ _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0}
 _SEPARATORS = re.compile(r"[-_/. ]")
 """Left out as words are compared."""
 _PROTOCOL_WORDS: dict[str, Protocol] = {
-    **{"http": "http/protobuf", "httpprotobuf": "http/protobuf", "httpproto": "http/protobuf"},
-    **{"protobuf": "http/protobuf", "grpc": "grpc", "httpjson": "http/json", "json": "http/json"},
+    "http": "http/protobuf",
+    "httpprotobuf": "http/protobuf",
+    "httpproto": "http/protobuf",
+    "protobuf": "http/protobuf",
+    "grpc": "grpc",
+    "httpjson": "http/json",
+    "json": "http/json",
 }
 _BOOLEAN_WORDS = {
     **dict.fromkeys(("1", "true", "t", "yes", "y", "on"), True),
     **dict.fromkeys(("0", "false", "f", "no", "n", "off"), False),
 }
 _COMPRESSION_WORDS: dict[str, Compression] = {
-    **{"none": "none", "gzip": "gzip", "deflate": "deflate", "identity": "none"},
-    **{word: "none" for word, chosen in _BOOLEAN_WORDS.items() if not chosen},
+    **{word: word for word in COMPRESSIONS},
+    **dict.fromkeys(("identity", *(word for word, means in _BOOLEAN_WORDS.items() if not means)), "none"),
 }
 _TEMPORALITY_WORDS: dict[str, Temporality] = {word: word for word in TEMPORALITIES}
 _HISTOGRAM_WORDS: dict[str, HistogramAggregation] = {word.replace("_", ""): word for word in HISTOGRAM_AGGREGATIONS}
@@ -389,7 +394,7 @@ def _address(target: _Setting) -> _Address:
     if not host.rstrip(":"):
         raise _endpoint_error(target, "no host in it (is the variable that names it empty?): write http://host:4318")
     if not _HOST.fullmatch(host):
-        raise _endpoint_error(target, "it names no one host and port: write http://host:4318, or http://[::1]:4318")
+        raise _endpoint_error(target, "it names no one host and port: write http://host:4318")
     credentials = unquote(user_info if ":" in user_info or not user_info else f"{user_info}:")
     return _Address(parts.scheme, authority, port, parts.path, parts.query, credentials)
 
