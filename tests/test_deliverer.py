@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from harness import processes
-from harness.delivery import OK, Scripted, Training, assert_true, copy, everything, trained
+from harness.delivery import OK, Scripted, Time, Training, assert_true, copy, everything, options, trained
 from harness.journals import closed_of
 from harness.processes import Ranks, under_load, until
 from harness.receiver import Answer, ScriptedReceiver
@@ -23,6 +23,7 @@ from stepspan.deliver.deliverer import Deliverer, caught_up, run_is_over
 from stepspan.deliver.ledgers import cursors
 from stepspan.deliver.lock import DELIVERERS_DIRECTORY, UNKNOWN, DeliveryLock, Outlook
 from stepspan.deliver.options import Options
+from stepspan.deliver.scheduler import MAX_WOKEN, Scheduler
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.journal.layout import find_sessions
@@ -149,12 +150,59 @@ def test_what_is_known_of_a_receiver(tmp_path: Path) -> None:
     assert abs(deliverer.outlook("there").since - time.time()) < under_load(5)
     answer = Outcome(Verdict.RETRY, "away")
     released.set()
-    until(lambda: deliverer.outlook("there") == Outlook("away"))
+    until(lambda: deliverer.outlook("there").state == "away")
     deliverer.stop()
     answer = OK
     deliverer = delivering()
-    until(lambda: deliverer.outlook("there") == Outlook("answering"))
+    until(lambda: deliverer.outlook("there").state == "answering")
     deliverer.stop()
+
+
+def test_a_wake_up_is_one_try_at_once_and_no_more_often_than_the_receiver_asks(tmp_path: Path) -> None:
+    time_, asked = Time(), [Outcome(Verdict.RETRY, "away"), Outcome(Verdict.RETRY, "away", retry_after=20.0)]
+    trained(tmp_path, 5)
+    exporter = Scripted(asked)
+    one = Scheduler("metrics", exporter, lambda: find_sessions(tmp_path), options(time_))
+    one.run_once()
+    one.run_once()
+    assert len(exporter.requests) == 1, "it waits for its next try"
+    one.wake(1.0)
+    one.run_once()
+    assert (len(exporter.requests), one.woken) == (2, 1.0)
+    one.wake(2.0)
+    one.run_once()
+    assert (len(exporter.requests), one.woken) == (2, 2.0), "the receiver asked for 20 s"
+    time_.skip(20.1)
+    one.run_once()
+    assert [outcome.verdict for *_, outcome in exporter.requests][2:] == [Verdict.DELIVERED]
+
+
+def test_a_wake_up_lets_held_sessions_try_again_those_that_began_last(tmp_path: Path) -> None:
+    for number in range(MAX_WOKEN + 10):
+        trained(tmp_path, 1, rank=number, session=f"{number:016x}", started=float(number))
+    exporter = Scripted(lambda _: Outcome(Verdict.HOLD, "no token"))
+    one = Scheduler("metrics", exporter, lambda: find_sessions(tmp_path), options())
+    one.run_once()
+    assert len(exporter.requests) == MAX_WOKEN + 10
+    exporter.answer = lambda _: OK
+    one.wake(1.0)
+    while one.run_once():
+        pass
+    assert {rank for rank, *_ in exporter.taken} == set(range(10, MAX_WOKEN + 10))
+
+
+def test_whoever_rings_is_heard_and_answered_by_the_holder_of_the_lock(tmp_path: Path) -> None:
+    holder, other = DeliveryLock(tmp_path, "node", "a"), DeliveryLock(tmp_path, "node", "a")
+    assert holder.acquire()
+    assert not holder.was_rung()
+    for _ in range(2):
+        rung = other.ring()
+        assert holder.was_rung()
+        assert not holder.was_rung()
+    holder.report(Outlook("away", 1.5, rung, rung, 77))
+    assert other.outlook() == Outlook("away", 1.5, rung, rung, 77)
+    holder.release()
+    assert other.outlook() == UNKNOWN
 
 
 def test_one_lock_a_host_and_destination(tmp_path: Path) -> None:

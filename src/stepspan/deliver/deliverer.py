@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import signal
 import threading
 import time
@@ -22,6 +23,10 @@ from stepspan.journal.layout import SessionPath
 log = logging.getLogger("stepspan.deliver")
 
 POLL_INTERVAL_S = 0.1
+WAKING_INTERVAL_S = 0.01
+"""The same while a run waits for the try that it has asked for."""
+FIRST_ANSWER_TIMEOUT_S = 0.5
+"""For which the end of a run waits for the answer to a request."""
 SILENCE_LIMIT_S = 30.0
 """A receiver that has taken nothing for so long is given up, unless a session is still being written."""
 STOP_TIMEOUT_S = 15.0
@@ -61,6 +66,8 @@ class Deliverer:
         ]
         self._pace = pace
         self._started_at = 0.0  # Unix seconds
+        self._noticed: dict[str, float] = {}
+        """Destination -> the last wake-up, Unix seconds."""
         self._stop, self._stop_health = threading.Event(), threading.Event()
         self._threads = [_thread(f"{s.exporter.destination}-{s.signal}", self._run, s) for s in self.schedulers]
         self._health_threads = [_thread("health", report.run, self._stop_health) for report in self._health]
@@ -73,7 +80,9 @@ class Deliverer:
 
     def stop(self, timeout: float = STOP_TIMEOUT_S) -> None:
         """Stop after the requests that are under way; one that hangs is left behind after `timeout` seconds."""
-        self._stop.set()
+        self.interrupt()
+        for scheduler in self.schedulers:
+            scheduler.waiting.set()
         _join(self._threads, timeout)
         self._stop_health.set()  # its last report is on what was delivered until now
         _join(self._health_threads, REQUEST_TIMEOUT_S)
@@ -86,17 +95,43 @@ class Deliverer:
 
         Args:
             done: Whether to stop waiting.
-            tick: Called about ten times a second meanwhile.
+            tick: Called about ten times a second meanwhile, and more often after `wake`.
 
         Returns:
             True: it is done. False: it was interrupted.
 
         """
-        while not self._stop.wait(POLL_INTERVAL_S):
+        while not self._stop.wait(POLL_INTERVAL_S if self._has_tried() else WAKING_INTERVAL_S):
             if done(self):
                 return True
             tick()
         return False
+
+    def wake(self, destination: str, at: float) -> None:
+        """Let each signal of a destination send what there is at once, and try once more what was put off.
+
+        Args:
+            destination: Its name.
+            at: When that was asked for, Unix seconds; `outlook` has it.
+
+        """
+        self._noticed[destination] = at
+        for scheduler in self._of(destination):
+            scheduler.wake(at)
+
+    def _has_tried(self) -> bool:
+        return all(self._tried(destination) == at for destination, at in self._noticed.items())
+
+    def _tried(self, destination: str) -> float:
+        """The last wake-up after which each signal has had its try, or one is under way that nobody waits for."""
+        noticed, overdue = self._noticed.get(destination, 0.0), time.time() - FIRST_ANSWER_TIMEOUT_S
+        return min(
+            noticed if s.broken or (s.is_asking and s.asking_since < overdue) else s.woken
+            for s in self._of(destination)
+        )
+
+    def _of(self, destination: str) -> list[Scheduler]:
+        return [s for s in self.schedulers if s.exporter.destination == destination]
 
     def has_seen_all(self) -> bool:
         """Whether every signal has found all sessions that there are now."""
@@ -104,15 +139,18 @@ class Deliverer:
 
     def outlook(self, destination: str) -> Outlook:
         """What is known of a destination's receiver by now."""
-        schedulers = [s for s in self.schedulers if s.exporter.destination == destination]
+        schedulers = self._of(destination)
+        known = Outlook("", 0.0, self._noticed.get(destination, 0.0), self._tried(destination), os.getpid())
         asked = [s.asked_at for s in schedulers if s.asked_at is not None]
         if any(s.answers for s in schedulers):
-            return Outlook("answering")
+            return known._replace(state="answering")
         if len(asked) < len(schedulers):
-            return Outlook("starting", self._started_at)
-        if any(s.is_asking for s in schedulers) or all(s.answers is None for s in schedulers):
-            return Outlook("asking", min(asked))
-        return Outlook("away")
+            return known._replace(state="starting", since=self._started_at)
+        if asking := [s.asking_since for s in schedulers if s.is_asking]:
+            return known._replace(state="asking", since=min(asking))
+        if all(s.answers is None for s in schedulers):
+            return known._replace(state="asking", since=min(asked))
+        return known._replace(state="away")
 
     def interrupt(self) -> None:
         """End `wait` at once; may be called from a signal handler."""
@@ -135,7 +173,8 @@ class Deliverer:
                 if self._pace:
                     self._pace(time.thread_time() - before)
                 if not moved:
-                    self._stop.wait(POLL_INTERVAL_S)
+                    scheduler.waiting.wait(POLL_INTERVAL_S)
+                    scheduler.waiting.clear()
         except Exception:  # a defect in one signal: log it, and leave the others alone
             log.exception(
                 "stepspan: delivery of %s to %s has stopped", scheduler.signal, scheduler.exporter.destination

@@ -86,6 +86,7 @@ class Delivery:
             Whether they have it.
 
         """
+        self._ring()
         return self._wait(session, lambda state: _has_all(state, seq), timeout)
 
     def pause(self, session: Path | None, timeout: float) -> None:
@@ -149,7 +150,7 @@ class Delivery:
 
     def _may_answer(self, session: Path, destination: str, signal: str, begun: float) -> bool:
         """Whether a receiver may soon take what it has not refused: it has not been asked for long."""
-        state, since = self._outlook(destination)
+        state, since, *_ = self._outlook(destination)
         if state == "asking":
             return time.time() - since < FIRST_ANSWER_TIMEOUT_S
         if state == "answering" and (session / "cursors" / cursor_name(destination, signal)).exists():
@@ -159,6 +160,10 @@ class Delivery:
     def _outlook(self, _destination: str) -> Outlook:
         """What the deliverer says of a receiver."""
         return UNKNOWN
+
+    def _ring(self) -> float:
+        """Let what delivers send at once what there is, and try once more what was put off: when, Unix seconds."""
+        return 0.0
 
     def after_fork(self) -> None:
         """Forget the parent's deliverer, in a forked child."""
@@ -295,7 +300,17 @@ class ProcessDelivery(Delivery):
     def _outlook(self, destination: str) -> Outlook:
         if self._cannot_start or self._restart_delay:  # it died without having delivered anything
             return UNKNOWN
-        return DeliveryLock(self._directory, self._host, destination).outlook()
+        return self._lock(destination).outlook()
+
+    def _ring(self) -> float:
+        rung = 0.0
+        for destination in {destination for destination, _ in self.targets}:
+            with suppress(OSError):  # a full disk: it comes when its time has come
+                rung = self._lock(destination).ring()
+        return rung
+
+    def _lock(self, destination: str) -> DeliveryLock:
+        return DeliveryLock(self._directory, self._host, destination)
 
     def after_fork(self) -> None:
         """As the base: the deliverer is no child of this process, or outlives it."""
@@ -355,7 +370,7 @@ class ProcessDelivery(Delivery):
         locks: dict[str, DeliveryLock] = {}
         try:
             for destination in dict.fromkeys(exporter.destination for exporter in self._exporters):
-                lock = DeliveryLock(self._directory, self._host, destination)
+                lock = self._lock(destination)
                 if lock.acquire():
                     locks[destination] = lock
             if locks:
@@ -428,6 +443,12 @@ class ThreadDelivery(Delivery):
 
     def _outlook(self, destination: str) -> Outlook:
         return UNKNOWN if self._cannot_start else self._deliverer.outlook(destination)
+
+    def _ring(self) -> float:
+        now = time.time()
+        for destination in {destination for destination, _ in self.targets}:
+            self._deliverer.wake(destination, now)
+        return now
 
     def _sessions(self, _destination: str) -> list[SessionPath]:
         """Those of this rank of the job that were written on this host: of this run, its workers, earlier attempts."""

@@ -23,7 +23,8 @@ from stepspan.journal.layout import open_path, read_file, slug
 
 DELIVERERS_DIRECTORY = ".deliverers"
 RETRY_INTERVAL_S = 0.1
-OUTLOOK_BYTES = 64
+OUTLOOK_BYTES = 128
+RING_OFFSET, RING_BYTES = 128, 32
 
 
 class Outlook(NamedTuple):
@@ -33,7 +34,13 @@ class Outlook(NamedTuple):
     """The deliverer is starting; its first request is on its way; the receiver takes something; it does not. "": nobody
     says anything."""
     since: float = 0.0
-    """Unix seconds: when the deliverer was started, or its first request began."""
+    """Unix seconds: when the deliverer was started, or the request that is under way began."""
+    noticed: float = 0.0
+    """When the last wake-up was seen (`DeliveryLock.ring`), Unix seconds; 0: none was."""
+    tried: float = 0.0
+    """When that wake-up was seen after which each signal has had its try, or is under way for longer than runs wait."""
+    pid: int = 0
+    """The deliverer's process; 0: not known."""
 
 
 UNKNOWN = Outlook("")
@@ -58,6 +65,7 @@ class DeliveryLock:
         self._fd = -1
         self.reported: Outlook | None = None
         """What this object has said since it has the lock."""
+        self._heard = b""
 
     def acquire(self, timeout: float = 0.0) -> bool:
         """Take the lock if it is free.
@@ -109,18 +117,48 @@ class DeliveryLock:
         if outlook != self.reported:
             self.reported = outlook
             with suppress(OSError):  # a full disk: runs wait as if nothing was known
-                text = f"{outlook.state} {outlook.since!r}".encode()
-                os.pwrite(self._fd, text.ljust(OUTLOOK_BYTES), 0)
+                text = f"{outlook.state or '-'} {outlook.since!r} {outlook.noticed!r} {outlook.tried!r} {outlook.pid}"
+                os.pwrite(self._fd, text.encode().ljust(OUTLOOK_BYTES), 0)
 
     def outlook(self) -> Outlook:
         """What the holder of the lock said last; unknown where nobody holds it."""
         path = self._directory / DELIVERERS_DIRECTORY / self._name
         try:
-            state, since = (read_file(path, OUTLOOK_BYTES) or b"").decode().split()
-            found = Outlook(state, float(since))  # type: ignore[arg-type] # the holder wrote it
-        except ValueError:
+            state, since, noticed, tried, pid = (read_file(path, OUTLOOK_BYTES) or b"").decode().split()
+            state = state.strip("-")
+            found = Outlook(state, float(since), float(noticed), float(tried), int(pid))  # type: ignore[arg-type]
+        except ValueError:  # nobody has said anything, or an earlier version has
             return UNKNOWN
         return found if self._is_taken() else UNKNOWN
+
+    def ring(self) -> float:
+        """Wake the holder: it sends what there is, and tries once more what it has put off.
+
+        Any process may, of any rank. The holder sees it within a tenth of a second, and says so in its `Outlook`.
+
+        Returns:
+            The time, Unix seconds: the holder has seen this call if it has `noticed` one no earlier.
+
+        Raises:
+            OSError: The lock's file cannot be written.
+
+        """
+        now = time.time()
+        fd = open_deliverers_file(self._directory, self._name, os.O_WRONLY | os.O_CREAT)
+        try:
+            os.pwrite(fd, (b"%.6f %s" % (now, os.urandom(4).hex().encode())).ljust(RING_BYTES), RING_OFFSET)
+        finally:
+            os.close(fd)
+        return now
+
+    def was_rung(self) -> bool:
+        """Whether somebody has rung since this was last asked; only the holder may ask."""
+        try:
+            heard = os.pread(self._fd, RING_BYTES, RING_OFFSET)
+        except OSError:
+            return False
+        last, self._heard = self._heard, heard
+        return heard != last
 
     def _is_taken(self) -> bool:
         try:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -94,8 +95,11 @@ def _with_lock(
 
 
 def _report(deliverer: Deliverer, locks: Mapping[str, DeliveryLock]) -> None:
-    """Say in the lock files how things stand: runs that end read it there."""
+    """Say in the lock files how things stand, for runs that end, and do what they have rung for."""
     for destination in {scheduler.exporter.destination for scheduler in deliverer.schedulers}:
+        now = time.time()
+        if locks[destination].was_rung():
+            deliverer.wake(destination, now)
         outlook = deliverer.outlook(destination)
         if outlook.state != "starting" or locks[destination].reported in {None, UNKNOWN}:  # else it knows from before
             locks[destination].report(outlook)

@@ -16,6 +16,7 @@ changed.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +39,8 @@ REST_FACTOR, MAX_REST_S = 9, 1.0
 many seconds: to look at a thousand journals then costs a tenth of a core, and their requests become fuller."""
 IN_USE_TIMEOUT_S = 2.5
 """For which a session is waited for that another deliverer sends: it may have been killed just now, or be ending."""
+MAX_WOKEN = 64
+"""Held sessions that a wake-up lets try again: those that began last. A directory may have thousands."""
 UNREADABLE_RETRY_INTERVAL_S = 60.0
 """Until a session that could not be read is looked at again: a disk may have been full, an upgrade may come."""
 
@@ -88,6 +91,12 @@ class Scheduler:
         """When the first request began, Unix seconds."""
         self.is_asking = False
         """Whether a request is on its way, or about to be."""
+        self.asking_since = 0.0
+        """When that began, Unix seconds."""
+        self.waiting = threading.Event()
+        """Set by `wake`: who waits between two calls of `run_once` waits for this, and clears it."""
+        self.woken = 0.0
+        """The last `wake` after which every session has had its try."""
         self.answers: bool | None = None
         """Whether the receiver took what was last sent; None: it has not answered yet, or nothing was sent."""
         self.broken = False
@@ -98,17 +107,34 @@ class Scheduler:
         self._in_use_since: dict[Path, float] = {}
         self._defective: set[Path] = set()
         self._living = False
+        self._wake = 0.0
         self._failing_since: float | None = None
         self._scanned_at: float | None = None
         self._not_before = self._rest_until = 0.0
 
     def run_once(self) -> bool:
         """Let every session that may go on deliver a batch. Whether any cursor moved."""
+        wake = self._wake
+        if wake != self.woken:
+            self._end_waits()
         if self._options.clock() < self._rest_until:
             return False
         moved = self._dispatch()
         self._update_status(moved)
+        self.woken = wake
         return moved
+
+    def wake(self, at: float) -> None:
+        """Let the next `run_once` send what there is, and try once more what was put off. Any thread may call it.
+
+        What a receiver asked for (Retry-After) still holds.
+
+        Args:
+            at: When it was called for, Unix seconds; `woken` has it when that is done.
+
+        """
+        self._wake = at
+        self.waiting.set()
 
     def receiver_unreachable(self, limit: float) -> bool:
         """Whether no session lives and the receiver has been silent for `limit` seconds."""
@@ -129,6 +155,15 @@ class Scheduler:
             task.close()
         self.tasks.clear()
 
+    def _end_waits(self) -> None:
+        """Look for sessions, and try again, as soon as receivers allow."""
+        self._scanned_at, self._rest_until = None, 0.0
+        latest = sorted(self.tasks.values(), key=lambda task: int(task.header["started"]), reverse=True)
+        held = [task for task in latest if task.held]
+        for task in (*(task for task in latest if not task.held), *held[:MAX_WOKEN]):
+            task.wake()
+        self._not_before = max((task.not_before for task in latest if not task.held), default=0.0)
+
     def _dispatch(self) -> bool:
         now = self._options.clock()
         if self._scanned_at is None or now - self._scanned_at >= RESCAN_INTERVAL_S:
@@ -144,8 +179,9 @@ class Scheduler:
             horizon = _horizon(task, reached)
             if task.time > horizon or task.not_before > now:
                 continue
+            self.asking_since = self._options.wall_clock()
             if self.asked_at is None:
-                self.asked_at = self._options.wall_clock()
+                self.asked_at = self.asking_since
             answered, self.is_asking = task.state.answered, True
             try:
                 if task.advance(horizon):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast
 
 from stepspan.deliver import dead_letters
-from stepspan.deliver.backoff import Backoff
+from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, Backoff
 from stepspan.deliver.batches import Batch, BatchReader
 from stepspan.deliver.isolation import Isolation, Send
 from stepspan.deliver.ledgers import THINNED
@@ -65,6 +65,8 @@ class DeliveryTask:
         self.signal: Signal = signal
         self.not_before = 0.0
         """When to try again, by the options' clock."""
+        self.asked_until = 0.0
+        """Before which the receiver has asked not to be tried, by the options' clock."""
         self.failing_since: float | None = None
         """Since when nothing was delivered although something is there, by the options' clock."""
         self._exporter = exporter
@@ -201,6 +203,10 @@ class DeliveryTask:
             self._batches.forget()
         return False
 
+    def wake(self) -> None:
+        """Let the next try be as soon as the receiver allows it."""
+        self.not_before = min(self.not_before, self.asked_until)
+
     def close(self) -> None:
         """Close the journal's and the cursor's files; the next task goes on from the cursor."""
         self._files.close()
@@ -221,7 +227,7 @@ class DeliveryTask:
             log.info("stepspan: %s %s: delivering again", self.session.path, self.signal)
         self._known_good_record = isolation.known_good_record
         self._backoff.reset()
-        self.not_before, self.failing_since = 0.0, None
+        self.not_before, self.asked_until, self.failing_since = 0.0, 0.0, None
         rejected = len(isolation.rejected) + isolation.dropped
         if not rejected or not message:
             message = state.message if rejected or state.state == "ok" else ""
@@ -233,6 +239,7 @@ class DeliveryTask:
                 answered=self._options.wall_clock() if batch.records else state.answered,
                 state="ok",
                 message=message,
+                asked_until=0.0,
                 session=self.session.session,
             )
         )
@@ -244,13 +251,16 @@ class DeliveryTask:
     def _back_off(self, outcome: Outcome) -> None:
         """Put off the next try of a batch that was not taken, and say why."""
         state, delay, message = self._backoff.next_try(outcome)
-        now = self._options.clock()
-        self.not_before = now + delay
+        now, asked = self._options.clock(), min(outcome.retry_after or 0.0, MAX_HOLD_DELAY_S)
+        self.not_before, self.asked_until = now + delay, now + asked
         if self.failing_since is None:
             self.failing_since = now
         if (state, message) != (self.state.state, self.state.message):
             log.warning("stepspan: %s %s: %s: %s", self.session.path, self.signal, state, message)
-        self._cursor.write(replace(self.state, state=state, message=message, session=self.session.session))
+        until = self._options.wall_clock() + asked if asked else 0.0
+        self._cursor.write(
+            replace(self.state, state=state, message=message, asked_until=until, session=self.session.session)
+        )
 
     def _maybe_out_of_window(self, record: Record) -> bool:
         """Whether a receiver may refuse a record for its time alone."""

@@ -85,6 +85,8 @@ class CursorState:
     """new, ok, retry or hold."""
     message: str = ""
     """What the receiver said, and what to fix."""
+    asked_until: float = 0.0
+    """Before when the receiver has asked not to be tried again, Unix seconds; 0: it has not."""
     needs: int = 0
     """The oldest segment that a restart would read."""
     session: str = ""
@@ -99,6 +101,7 @@ class CursorState:
             answered=float(content["answered"]),
             state=str(content["state"]),
             message=str(content["message"]),
+            asked_until=float(content.get("asked_until", 0.0)),
             needs=int(content["needs"]),
             session=str(content["session"]),
         )
