@@ -34,6 +34,8 @@ VARIABLES: dict[str, tuple[str, Any]] = {
     "directory": ("/data/runs", Path("/data/runs")),
     "endpoint": ("http://127.0.0.1:4318", "http://127.0.0.1:4318"),
     "protocol": ("grpc", "grpc"),
+    "destination": ("our-collector", "our-collector"),
+    "headers_file": ("/run/secrets/otlp", Path("/run/secrets/otlp")),
     "delivery": ("thread", "thread"),
     "send_interval": ("0", 0.0),
     "durability": ("disk", "disk"),

@@ -7,6 +7,7 @@ Which process this is (job, rank, attempt) is for `stepspan.identity`, and where
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
@@ -61,6 +62,12 @@ def _name_classes(value: Any) -> Any:
     return [f"{word.__module__}.{word.__qualname__}" if isinstance(word, type) else word for word in words]
 
 
+def _destination_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value):
+        raise ValueError("give up to 64 letters, digits, '-' and '_'")
+    return value
+
+
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 ClassNames = Annotated[list[str], BeforeValidator(_name_classes)]
 Table = Annotated[dict[str, Any], BeforeValidator(_split_pairs)]
@@ -69,6 +76,7 @@ DeliveryMode: TypeAlias = Literal["process", "thread", "off"]
 Durability: TypeAlias = Literal["process", "disk"]
 SamplerName: TypeAlias = Literal["host", "process", "gpu", "torch"]
 Samplers = Annotated[list[SamplerName], BeforeValidator(_split_names)]
+DestinationName = Annotated[str, AfterValidator(_destination_name)]
 Entries = Annotated[list[dict[str, Any]], BeforeValidator(_parse_json)]
 
 
@@ -99,6 +107,10 @@ class OtlpSettings(_Strict):
     """None: what the variables say."""
     headers: Table | None = None
     """Sent with each request; credentials, mostly."""
+    headers_file: Path | None = None
+    """A file with further headers, read again when it changes; None: STEPSPAN_HEADERS_FILE."""
+    destination: DestinationName | None = None
+    """A name for the receiver; None: its address stands for it."""
     compression: Literal["none", "gzip"] | None = None
     """None: what the variables say."""
     timeout: float | None = Field(default=None, gt=0)
@@ -131,6 +143,11 @@ class Settings(_Strict):
     """OTLP base URL; None: the OTEL_EXPORTER_OTLP_* variables, and without those nothing is sent."""
     protocol: Protocol | None = None
     """Of the endpoint; None: what the variables say, else http/protobuf."""
+    destination: DestinationName | None = None
+    """A name for the receiver that the endpoint leads to: delivery goes on where it was, whatever the address and the
+    credentials are. None: the address stands for it."""
+    headers_file: Path | None = None
+    """A file with further headers of each request, such as a token: `key=value` lines. Read again when it changes."""
     delivery: DeliveryMode = "process"
     """What sends the journal: a process for each host, threads of the training process, or nothing."""
     send_interval: float = Field(default=1.0, ge=0, le=60)

@@ -74,6 +74,8 @@ def start_run(
     directory: str | Path | None = None,
     endpoint: str | None = None,
     protocol: Protocol | None = None,
+    destination: str | None = None,
+    headers_file: str | Path | None = None,
     delivery: DeliveryMode | None = None,
     send_interval: float | None = None,
     health: bool | None = None,
@@ -119,6 +121,10 @@ def start_run(
         directory: Where the journal goes, "stepspan-runs" by default.
         endpoint: An OTLP endpoint. Without one, here or in the OTEL_EXPORTER_OTLP_* variables, nothing is sent.
         protocol: Of the endpoint: "http/protobuf", "grpc" or "http/json".
+        destination: A name for the receiver that the endpoint leads to. Delivery goes on where it was, whatever address
+            and credentials a later run gives. By default the address stands for it.
+        headers_file: A file with further headers of each request, such as a token: `key=value` lines. Read again when
+            it changes, and when the receiver refuses what it has said before.
         delivery: What sends the journal: "process", one for each host; "thread", this process; "off", nothing.
         send_interval: Seconds between two requests for what the ranks of a host have written, 1 by default; 0: one for
             each rank at once. Errors, `flush()` and the end never wait for it.
@@ -320,7 +326,14 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
     from stepspan.exporters.otlp import otlp_exporters
 
     further = [entry.model_dump() for entry in settings.exporters]
-    return otlp_exporters(os.environ, endpoint=settings.endpoint, protocol=settings.protocol, further=further)
+    return otlp_exporters(
+        os.environ,
+        endpoint=settings.endpoint,
+        protocol=settings.protocol,
+        destination=settings.destination,
+        headers_file=settings.headers_file,
+        further=further,
+    )
 
 
 def _alive(identity: Identity, directory: Path) -> dict[str, Path]:
@@ -364,7 +377,8 @@ def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline,
     def session() -> Path | None:
         return journal.session.path if journal.session else None
 
-    portable = [e for e in followers if isinstance(e, OtlpExporter) and all(hasattr(p, "spec") for p in e.processors)]
+    otlp = [e for e in followers if isinstance(e, OtlpExporter) and e.is_portable]
+    portable = [e for e in otlp if all(hasattr(p, "spec") for p in e.processors)]
     if settings.delivery == "process" and len(portable) == len(followers):
         return ProcessDelivery(
             journal.directory,

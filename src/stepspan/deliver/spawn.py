@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepspan.deliver.lock import DELIVERERS_DIRECTORY, DeliveryLock, open_deliverers_file
+from stepspan.environment import PREFIX
 from stepspan.journal.layout import slug
 from stepspan.processors import specs
 
@@ -35,8 +36,9 @@ SEND_INTERVAL_VARIABLE = "STEPSPAN_SEND_INTERVAL"
 """Holds the setting, whatever the run has it from."""
 LOG_LIMIT_BYTES = 1 << 20
 """A log that is longer is emptied when the next deliverer starts."""
-CERTIFICATE_VARIABLES = frozenset(
+PATH_VARIABLES = frozenset(
     {
+        f"{PREFIX}HEADERS_FILE",
         *("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR", "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"),
         *(
             f"OTEL_EXPORTER_OTLP_{signal}{file}"
@@ -96,10 +98,10 @@ def spawn(
 
 
 def with_absolute_paths(env: Mapping[str, str]) -> dict[str, str]:
-    """A copy of an environment in which the paths of certificates are absolute."""
+    """A copy of an environment in which the paths of certificates and of the headers' file are absolute."""
     found = dict(env)
     with suppress(OSError):  # the working directory is gone
-        for name in CERTIFICATE_VARIABLES & found.keys():
+        for name in PATH_VARIABLES & found.keys():
             paths = found[name].strip().split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
             found[name] = os.pathsep.join(os.path.abspath(path) if path else "" for path in paths)
     return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from stepspan.mapping.records import Attributes, Record, Signal
-from stepspan.otlp.endpoint import read_variables, resolve_destination
+from stepspan.otlp.credentials import absolute_path
+from stepspan.otlp.endpoint import read_variables, resolve_destination, route_digest
 from stepspan.otlp.outcome import Outcome, Transport, Verdict
 from stepspan.otlp.transport import open_transport
 from stepspan.processors import Processor, build, specs
@@ -22,12 +24,15 @@ class OtlpExporter:
         endpoint: A general endpoint, such as `"http://localhost:4318"`; each signal has its path below it. None: where
             the OTEL_EXPORTER_OTLP_* variables say, and without them nowhere. Over the variables.
         protocol: "http/protobuf", "grpc" or "http/json". None: gRPC if the port is 4317, otherwise http/protobuf.
-        headers: Further headers of every request. Credentials belong here or in OTEL_EXPORTER_OTLP_HEADERS.
+        headers: Further headers of every request. Credentials belong here or in OTEL_EXPORTER_OTLP_HEADERS. Or a
+            function that gives them, called before each request: then delivery runs on threads of the process.
+        headers_file: A file with further headers, `key=value` lines, which is read again when it changes, and when the
+            receiver refuses what it has said before. None: STEPSPAN_HEADERS_FILE.
         compression: "none" or "gzip".
         timeout: Seconds for one request, 10 by default.
         processors: Run on the events of this exporter alone, after the journal.
-        destination: Names its cursors and its lock: letters, digits, "-" and "_". None: a hash of the endpoints and of
-            the tenant.
+        destination: A name for the receiver: letters, digits, "-" and "_". Cursors have it, so delivery goes on where
+            it was, whatever address and credentials are. None: a hash of the endpoints and of the tenant.
         env: The environment to read, or what `stepspan.otlp.endpoint.read_variables` made of it; None: `os.environ`.
 
     Attributes:
@@ -36,6 +41,9 @@ class OtlpExporter:
         faults: Which variable is wrong, and how -> the signals that are held for it.
         ignored: What of the variables says nothing and counts as unset.
         warnings: What of the variables may not mean what it says.
+        address: The name that the destination has where none is given.
+        is_named: Whether one is.
+        is_portable: Whether another process can send in its place.
         settings: The arguments from which a deliverer process makes the same exporter again.
 
     Raises:
@@ -51,7 +59,8 @@ class OtlpExporter:
         endpoint: str | None = None,
         *,
         protocol: str | None = None,
-        headers: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
+        headers_file: str | Path | None = None,
         compression: str | None = None,
         timeout: float | None = None,
         processors: Sequence[Processor] = (),
@@ -61,7 +70,8 @@ class OtlpExporter:
         self.settings: dict[str, Any] = {
             "endpoint": endpoint,
             "protocol": protocol,
-            "headers": None if headers is None else dict(headers),
+            "headers": headers if headers is None or callable(headers) else dict(headers),
+            "headers_file": None if headers_file is None else absolute_path(headers_file),
             "compression": compression,
             "timeout": timeout,
         }
@@ -74,7 +84,9 @@ class OtlpExporter:
             if each.fault:
                 self.faults.setdefault(each.fault, []).append(signal)
         self.ignored, self.warnings = resolved.ignored, resolved.warnings
+        self.address, self.is_named = resolved.name, bool(destination)
         self.destination = destination or resolved.name
+        self._configured = resolved.configured
         self._transports: dict[Signal, Transport] = {}
 
     def clone(self, timeout: float) -> OtlpExporter:
@@ -85,9 +97,30 @@ class OtlpExporter:
 
         """
         other = copy(self)
-        other.endpoints = {s: replace(e, timeout=min(e.timeout, timeout)) for s, e in self.endpoints.items()}
+        other.endpoints = {
+            s: replace(e, timeout=min(e.timeout, timeout), credentials=copy(e.credentials))
+            for s, e in self.endpoints.items()
+        }
         other._transports = {}
         return other
+
+    @property
+    def is_portable(self) -> bool:
+        """Whether a deliverer process can make the same exporter."""
+        credentials = [endpoint.credentials for endpoint in self.endpoints.values()]
+        return not callable(self.settings["headers"]) and all(each is None or each.is_portable for each in credentials)
+
+    def route_digest(self, salt: bytes) -> str:
+        """How the receiver is reached: with which headers and certificates and, where it has a name, at which address.
+
+        Args:
+            salt: Random bytes of the journals' directory.
+
+        Returns:
+            12 hex digits, or "".
+
+        """
+        return route_digest(self._configured, salt, with_address=self.is_named)
 
     def prepare(self, signal: Signal) -> None:
         """Import what sends a signal, which may take longer than the first request; nothing is sent.
@@ -160,7 +193,13 @@ class OtlpExporter:
 
 
 def otlp_exporters(
-    env: Mapping[str, str], *, endpoint: str | None, protocol: str | None, further: Sequence[Mapping[str, Any]] = ()
+    env: Mapping[str, str],
+    *,
+    endpoint: str | None,
+    protocol: str | None,
+    destination: str | None = None,
+    headers_file: str | Path | None = None,
+    further: Sequence[Mapping[str, Any]] = (),
 ) -> list[OtlpExporter]:
     """The OTLP exporters that settings and standard variables name. Each variable is looked up once.
 
@@ -168,6 +207,8 @@ def otlp_exporters(
         env: The environment.
         endpoint: The setting of this name; None: by the variables.
         protocol: The setting of this name.
+        destination: The setting of this name.
+        headers_file: The setting of this name.
         further: The entries of the setting `exporters`: arguments of `OtlpExporter`, with processors as
             `stepspan.processors.build` takes them. One that repeats another exporter is left out.
 
@@ -179,7 +220,9 @@ def otlp_exporters(
 
     """
     variables = read_variables(env)
-    exporters = [OtlpExporter(endpoint, protocol=protocol, env=variables)]
+    exporters = [
+        OtlpExporter(endpoint, protocol=protocol, destination=destination, headers_file=headers_file, env=variables)
+    ]
     for entry in further:
         exporter = OtlpExporter(**{**entry, "processors": build(entry["processors"])}, env=variables)
         if not any(_does_the_same(exporter, other) for other in exporters):

@@ -32,6 +32,7 @@ class Answer(NamedTuple):
         reason_hidden: As `Outcome.reason_hidden`.
         too_old: As `Outcome.too_old`.
         may_pass: As `Outcome.may_pass`.
+        denied: As `Outcome.denied`.
 
     """
 
@@ -40,6 +41,7 @@ class Answer(NamedTuple):
     reason_hidden: bool = False
     too_old: bool = False
     may_pass: bool = False
+    denied: bool = False
 
 
 _SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
@@ -51,8 +53,8 @@ _OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}"
 
 HTTP_ANSWERS: Mapping[int, Answer] = {
     **dict.fromkeys((400, 422), Answer(Verdict.ISOLATE, _REFUSED)),
-    401: Answer(Verdict.HOLD, _SET_HEADERS),
-    403: Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True),
+    401: Answer(Verdict.HOLD, _SET_HEADERS, denied=True),
+    403: Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True, denied=True),
     404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path", may_pass=True),
     405: Answer(Verdict.HOLD, "{url} takes no POST: check the path"),
     407: Answer(Verdict.HOLD, "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"),
@@ -77,8 +79,8 @@ GRPC_ANSWERS: Mapping[str, Answer] = {
     "DEADLINE_EXCEEDED": Answer(Verdict.RETRY, "no answer from {url} in time"),
     "INVALID_ARGUMENT": Answer(Verdict.ISOLATE, _REFUSED),
     "NOT_FOUND": Answer(Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the address", may_pass=True),
-    "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True),
-    "UNAUTHENTICATED": Answer(Verdict.HOLD, _SET_HEADERS),
+    "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True, denied=True),
+    "UNAUTHENTICATED": Answer(Verdict.HOLD, _SET_HEADERS, denied=True),
     "UNAVAILABLE": Answer(Verdict.RETRY, "no receiver at {url}, or it is busy"),
     "UNIMPLEMENTED": Answer(
         Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the port, or try protocol {other}", may_pass=True
@@ -189,6 +191,7 @@ def failed_outcome(
         reason_hidden=answer.reason_hidden,
         too_old=answer.too_old,
         may_pass=answer.may_pass,
+        denied=answer.denied,
     )
 
 

@@ -20,7 +20,8 @@ A wrong argument is a `ConfigError`. A wrong variable never is one, for it must 
   a key without its certificate), the signal is held: its endpoint has a `fault`, and sends nothing.
 - What may not mean what it says is among `Destination.warnings`.
 
-Each variable is read once, by `read_variables`; everything else works on what it returns.
+Headers that change while requests go out come from `Endpoint.credentials` (`stepspan.otlp.credentials`): a file, or a
+provider. Each variable is read once, by `read_variables`; everything else works on what it returns.
 
 Credentials leave a URL here, as the Basic authorization header they stand for, and no `repr`, error or name that this
 module makes shows a header's value or a URL's query.
@@ -31,17 +32,31 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stepspan.environment import unquoted
 from stepspan.errors import ConfigError
 from stepspan.mapping.records import SIGNALS, Signal
+from stepspan.otlp.credentials import (
+    ChannelProvider,
+    Credentials,
+    CredentialsError,
+    HeadersFile,
+    HeadersFunction,
+    HeaderSupply,
+    SessionProvider,
+    absolute_path,
+    valid_headers,
+)
 from stepspan.values import to_float
 
 Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
@@ -63,18 +78,28 @@ _GRPC_PORT = 4317
 _MIN_MILLISECONDS = 1000.0
 
 _PATHS = ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE")
+HEADERS_FILE = "STEPSPAN_HEADERS_FILE"
 _SETTINGS = ("ENDPOINT", "PROTOCOL", "HEADERS", "COMPRESSION", "TIMEOUT", "INSECURE", *_PATHS)
 """The last word of the variables that exist in general and for each signal."""
 _TEMPORALITY = "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE"
 _HISTOGRAM_AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
 _VARIABLES = (
     "OTEL_SDK_DISABLED",
+    HEADERS_FILE,
+    *(
+        f"OTEL_PYTHON_EXPORTER_OTLP_{protocol}_{signal}CREDENTIAL_PROVIDER"
+        for protocol in ("HTTP", "GRPC")
+        for signal in ("", *(f"{signal.upper()}_" for signal in SIGNALS))
+    ),
     *(f"OTEL_{signal.upper()}_EXPORTER" for signal in SIGNALS),
     *(f"OTEL_EXPORTER_OTLP_{name}" for name in _SETTINGS),
     *(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}" for signal in SIGNALS for name in _SETTINGS),
     _TEMPORALITY,
     _HISTOGRAM_AGGREGATION,
 )
+
+_PARTS = {signal: (f"{signal.upper()}_", "") for signal in SIGNALS}
+"""What the variables of a signal have in their names, and then the general ones."""
 
 _GRPC_NAMING = re.compile(r"(unix|unix-abstract|vsock|dns|ipv4|ipv6|xds):", re.IGNORECASE)
 """Targets in gRPC's own naming: handed to it as they are."""
@@ -87,8 +112,6 @@ _GRPC_TARGET = "grpc target"
 _GRPC_SCHEMES = frozenset((_GRPC_TARGET, "grpc", "grpcs"))
 _INSECURE_SCHEMES = {"http": True, "grpc": True, "https": False, "grpcs": False}
 """Schemes that say whether there is no TLS."""
-_HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what HTTP and gRPC both take
-_HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
 _HEADER_ENTRY = re.compile(r"(?P<name>[A-Za-z0-9_.%-]+)[ \t]*(?P<separator>=|:[ \t])(?P<value>.*)", re.DOTALL)
 """As the specification has it, or as a line of HTTP."""
 _HEADER_TEXT = re.compile(r"[ !#-+\--:<-\[\]-~]*")
@@ -148,6 +171,7 @@ class Endpoint:
         temporality: Of sums and histograms: "cumulative", "delta" or "lowmemory".
         histogram_aggregation: "base2_exponential_bucket_histogram" or "explicit_bucket_histogram".
         fault: Which variable is wrong, and how: then nothing is sent, and each request is held for this reason.
+        credentials: Has all headers, where some of them may change at any time; None: `headers` are all.
 
     """
 
@@ -164,6 +188,22 @@ class Endpoint:
     temporality: Temporality = "cumulative"
     histogram_aggregation: HistogramAggregation = "base2_exponential_bucket_histogram"
     fault: str = ""
+    credentials: Credentials | None = None
+
+    def request_headers(self, body: bytes = b"") -> Mapping[str, str]:
+        """The headers of a request that is sent now: what a transport puts on it, beside its own.
+
+        Args:
+            body: What the request holds, as it is sent.
+
+        Returns:
+            Name in lower case -> value; the same object as before unless they have changed.
+
+        Raises:
+            CredentialsError: They can't be had; the message says why, and shows no credential.
+
+        """
+        return self.headers if self.credentials is None else self.credentials.headers(self.url, body)
 
     @property
     def display_url(self) -> str:
@@ -175,7 +215,11 @@ class Endpoint:
         """What no message may show, longest first: header values, the token in each, the URL's query."""
         query = urlsplit(self.url).query
         secrets = {query, *(value for _, value in parse_qsl(query))}
-        for value in self.headers.values():
+        headers = self.headers
+        if self.credentials is not None:
+            with suppress(CredentialsError):
+                headers = {**headers, **self.credentials.headers(self.url, b"")}
+        for value in headers.values():
             user, password = _basic_credentials(value)
             secrets |= {value, value.rpartition(" ")[2], f"{user}:{password}", password or user}
         return sorted((text for text in secrets if len(text) >= 4), key=len, reverse=True)
@@ -196,6 +240,7 @@ class Destination(NamedTuple):
         name: A name for state files, as `_destination_name` makes it.
         ignored: Variables whose values say nothing and count as unset, each with its value and the fix.
         warnings: Variables that may not mean what they say, likewise.
+        configured: The endpoints of all signals, those included that are switched off.
 
     """
 
@@ -203,6 +248,7 @@ class Destination(NamedTuple):
     name: str
     ignored: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    configured: Mapping[Signal, Endpoint] = MappingProxyType({})
 
 
 def read_variables(env: Mapping[str, str]) -> dict[str, str]:
@@ -215,7 +261,8 @@ def resolve_destination(
     *,
     endpoint: str | None = None,
     protocol: str | None = None,
-    headers: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None,
+    headers_file: str | Path | None = None,
     compression: str | None = None,
     timeout: float | None = None,
 ) -> Destination:
@@ -226,7 +273,8 @@ def resolve_destination(
             off, `OTEL_SDK_DISABLED=true` all of them.
         endpoint: A general endpoint, as `OTEL_EXPORTER_OTLP_ENDPOINT` is. Replaces every endpoint variable.
         protocol: Over the variables, as `compression` is.
-        headers: Added to those of the variables, over which they win.
+        headers: Added to those of the variables, over which they win; or a function that gives such headers.
+        headers_file: A file with headers, in place of STEPSPAN_HEADERS_FILE: over the variables' headers.
         compression: "none" or "gzip".
         timeout: Seconds for one request.
 
@@ -244,14 +292,20 @@ def resolve_destination(
         findings.ignore(_Setting(disabled, "OTEL_SDK_DISABLED", "general"), "only true switches the sending off")
     arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
     given = {signal: _settings(signal, variables, arguments) for signal in SIGNALS}
+    more = {} if headers is None or callable(headers) else headers
+    supplies: list[HeaderSupply] = [HeadersFunction(headers)] if callable(headers) else []
+    if file := headers_file or variables.get(HEADERS_FILE):
+        supplies.insert(0, HeadersFile(absolute_path(file)))
     resolved = {
-        s: _endpoint(s, settings, headers or {}, _Findings() if s in switched_off else findings)
+        s: _supplied(
+            _endpoint(s, settings, more, _Findings() if s in switched_off else findings), variables, supplies, more
+        )
         for s, settings in given.items()
         if "ENDPOINT" in settings
     }
     sent = {signal: endpoint for signal, endpoint in resolved.items() if signal not in switched_off}
-    name = _destination_name(resolved)
-    return Destination(sent, name, *(tuple(dict.fromkeys(each)) for each in (findings.ignored, findings.warnings)))
+    ignored, warnings = (tuple(dict.fromkeys(each)) for each in (findings.ignored, findings.warnings))
+    return Destination(sent, _destination_name(resolved), ignored, warnings, resolved)
 
 
 def _is_none(exporters: str) -> bool:
@@ -364,6 +418,27 @@ def _endpoint(signal: Signal, settings: _Settings, more: Mapping[str, str], find
         histogram_aggregation=aggregation or "base2_exponential_bucket_histogram",
         fault=str(faults[0]) if faults else "",
     )
+
+
+def _supplied(
+    endpoint: Endpoint, variables: Mapping[str, str], supplies: Sequence[HeaderSupply], over: Mapping[str, str]
+) -> Endpoint:
+    """The endpoint with what its changing headers come from, if there are any.
+
+    Args:
+        endpoint: With the headers that don't change.
+        variables: As `read_variables` gives them.
+        supplies: Of changing headers; the signal's credential provider comes to them.
+        over: Headers that win over all.
+
+    """
+    transport, provider = ("GRPC", ChannelProvider) if endpoint.protocol == "grpc" else ("HTTP", SessionProvider)
+    names = (f"OTEL_PYTHON_EXPORTER_OTLP_{transport}_{part}CREDENTIAL_PROVIDER" for part in _PARTS[endpoint.signal])
+    variable = next((name for name in names if name in variables), None)
+    given = [*supplies, *([provider(variables[variable], variable)] if variable else [])]
+    if not given:
+        return endpoint
+    return replace(endpoint, credentials=Credentials(endpoint.headers, given, valid_headers(over)))
 
 
 def _add_fault(faults: list[ConfigError], error: ConfigError, setting: _Setting) -> None:
@@ -504,12 +579,10 @@ def _choice(
 
 def _valid_headers(name: str, headers: Mapping[str, str]) -> dict[str, str]:
     """The headers by lower-case name, if HTTP and gRPC can both send them."""
-    for key, value in headers.items():
-        if not isinstance(key, str) or not _HEADER_NAME.fullmatch(key):
-            raise ConfigError(name, key, "a header's name is letters, digits, '-', '_' and '.'")
-        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
-            raise ConfigError(name, "<hidden>", f"the value of header {key} must be a string of printable ASCII")
-    return {key.lower(): value.strip() for key, value in headers.items()}
+    try:
+        return valid_headers(headers)
+    except ValueError as error:
+        raise ConfigError(name, "<hidden>", str(error)) from None
 
 
 def _destination_name(endpoints: Mapping[Signal, Endpoint]) -> str:
@@ -540,3 +613,33 @@ def _basic_credentials(authorization: str) -> tuple[str, str]:
             user, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
             return user, password
     return "", ""
+
+
+def route_digest(configured: Mapping[Signal, Endpoint], salt: bytes, *, with_address: bool) -> str:
+    """12 hex digits of how a receiver is reached: with which headers and certificates. None of them can be read in it.
+
+    Headers that may change count as where they come from: a file's path, where a provider is imported from.
+
+    Args:
+        configured: The endpoints of all signals.
+        salt: Random bytes: equal digests of two directories say nothing.
+        with_address: Whether the address counts, too: where it is no part of the destination's name.
+
+    Returns:
+        "" where there is nothing that counts.
+
+    """
+    found = [[signal, *_route(configured[signal], with_address)] for signal in sorted(configured)]
+    if not any(any(parts[1:]) for parts in found):
+        return ""
+    return hashlib.blake2b(json.dumps(found).encode(), key=salt[:64], digest_size=6).hexdigest()
+
+
+def _route(endpoint: Endpoint, with_address: bool) -> list[Any]:
+    paths = (endpoint.certificate, endpoint.client_certificate, endpoint.client_key)
+    return [
+        sorted(endpoint.headers.items()),
+        [] if endpoint.credentials is None else endpoint.credentials.identity,
+        [absolute_path(path) for path in paths if path],
+        [endpoint.url, endpoint.protocol, endpoint.insecure] if with_address else [],
+    ]

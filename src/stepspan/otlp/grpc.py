@@ -6,6 +6,7 @@ from its own back-off for up to two minutes: when to try again is decided by del
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,18 +50,18 @@ class GrpcTransport:
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
         self._channel: grpc.Channel | None = None
-        self._metadata = tuple(
-            (name, value.encode() if name.endswith("-bin") else value) for name, value in endpoint.headers.items()
-        )
+        self._headers: Mapping[str, str] | None = None
+        self._metadata: tuple[tuple[str, str | bytes], ...] = ()
 
     def send(self, body: bytes) -> Outcome:
         """Call Export once, with the request as its bytes are; gRPC compresses it if the endpoint says so."""
         with answers.uninstrumented():
             try:
+                metadata = self._request_metadata(body)
                 if self._channel is None:
                     self._channel = _open_channel(self._endpoint)
                 export = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
-                answer: bytes = export(body, timeout=self._endpoint.timeout, metadata=self._metadata)
+                answer: bytes = export(body, timeout=self._endpoint.timeout, metadata=metadata)
             except OSError as error:  # a certificate file
                 return answers.failed_outcome(self._endpoint, "", answers.TLS_FAULT, str(error))
             except grpc.RpcError as error:
@@ -72,6 +73,13 @@ class GrpcTransport:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
+
+    def _request_metadata(self, body: bytes) -> tuple[tuple[str, str | bytes], ...]:
+        headers = self._endpoint.request_headers(body)
+        if headers is not self._headers:
+            self._headers = headers
+            self._metadata = tuple((n, value.encode() if n.endswith("-bin") else value) for n, value in headers.items())
+        return self._metadata
 
     def _error_outcome(self, error: Any) -> Outcome:
         code = error.code().name
@@ -98,7 +106,8 @@ def _open_channel(endpoint: Endpoint) -> grpc.Channel:
     compression = grpc.Compression.Gzip if endpoint.compression == "gzip" else grpc.Compression.NoCompression
     if endpoint.insecure:
         return grpc.insecure_channel(endpoint.url, options=options, compression=compression)
-    credentials = grpc.ssl_channel_credentials(
+    provided = None if endpoint.credentials is None else endpoint.credentials.channel_credentials()
+    credentials = provided or grpc.ssl_channel_credentials(
         root_certificates=_file_bytes(endpoint.certificate),
         # As with HTTP, one file may hold both.
         private_key=_file_bytes(endpoint.client_key or endpoint.client_certificate),

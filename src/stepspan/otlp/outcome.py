@@ -43,6 +43,7 @@ class Outcome(NamedTuple):
         too_old: The receiver says that a record is older than it takes.
         may_pass: A HOLD that may end by itself where the receiver has answered well before: a rollout, a DNS server that
             is away. It is then retried for minutes before it holds.
+        denied: The receiver does not take these credentials, or there are none to be had: others may help.
 
     """
 
@@ -53,6 +54,7 @@ class Outcome(NamedTuple):
     reason_hidden: bool = False
     too_old: bool = False
     may_pass: bool = False
+    denied: bool = False
 
 
 class Transport(Protocol):

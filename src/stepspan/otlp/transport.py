@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stepspan.otlp.credentials import Credentials, CredentialsError
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Transport, Verdict
 
@@ -10,13 +11,16 @@ def open_transport(endpoint: Endpoint) -> Transport:
     """Make the transport for the endpoint's protocol. It connects on the first `send`."""
     if endpoint.fault:
         return HeldTransport(endpoint.fault)
+    transport: Transport
     if endpoint.protocol == "grpc":
         from stepspan.otlp.grpc import GrpcTransport
 
-        return GrpcTransport(endpoint)
-    from stepspan.otlp.http import HttpTransport
+        transport = GrpcTransport(endpoint)
+    else:
+        from stepspan.otlp.http import HttpTransport
 
-    return HttpTransport(endpoint)
+        transport = HttpTransport(endpoint)
+    return transport if endpoint.credentials is None else RenewingTransport(transport, endpoint.credentials)
 
 
 class HeldTransport:
@@ -36,3 +40,32 @@ class HeldTransport:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+class RenewingTransport:
+    """Sends a request once more where its credentials were refused and there are others by now.
+
+    Args:
+        transport: Sends.
+        credentials: Of its endpoint.
+
+    """
+
+    def __init__(self, transport: Transport, credentials: Credentials) -> None:
+        self._transport, self._credentials = transport, credentials
+
+    def send(self, body: bytes) -> Outcome:
+        """Send the request, twice at most."""
+        try:
+            outcome = self._transport.send(body)
+            if outcome.denied and self._credentials.renew():
+                outcome = self._transport.send(body)
+        except CredentialsError as error:
+            return Outcome(Verdict.HOLD, str(error), denied=True)
+        if outcome.denied:
+            return outcome._replace(message=f"{outcome.message}; sent with {self._credentials.names}")
+        return outcome
+
+    def close(self) -> None:
+        """Close the connections. A later `send` opens new ones."""
+        self._transport.close()
