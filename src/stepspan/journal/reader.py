@@ -5,20 +5,26 @@ within a batch, whatever the batches are. At the live tail the newest millisecon
 session has ended, or the file has been quiet for `SETTLE` seconds.
 
 A damaged line costs that line: it shows as a hole in `seq` and is counted; its bytes stay where they are.
+
+Several threads may read a session by one reader, each from where it stands. With a `ChunkCache` lines are then read,
+checked and parsed by the first who comes to them (`chunks`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, islice, repeat
 from pathlib import Path
+from typing import NamedTuple
 
 from stepspan.errors import Damaged, NewerSchema
 from stepspan.events import MILLISECOND_NS, SCHEMA_MAJOR, Event
+from stepspan.journal.chunks import Chunk, ChunkCache, Follower, SharedLines
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.format import decode, decode_sequence
 from stepspan.journal.layout import SessionPath, open_directory, open_file, segment_name
@@ -27,7 +33,13 @@ from stepspan.journal.liveness import Closed
 SETTLE_S = 0.2
 USUAL_HEADER_BYTES = 1 << 16
 JUMP = b'"tag":"clock"'
-JUMP_SEARCH_BYTES, CHUNK_BYTES = 64 << 20, 1 << 20
+JUMP_SEARCH_BYTES, JUMP_READ_BYTES = 64 << 20, 1 << 20
+SHARED_BYTES = 1 << 16
+"""A read of so much may be worth waiting for others."""
+LISTING_INTERVAL_S = 1.0
+"""Between listings of the segments in a directory whose time of change is the same."""
+LISTING_SETTLED_NS = 50 * MILLISECOND_NS
+"""How old that time must be: what changes in the same tick of the file system's clock does not move it."""
 
 
 @dataclass(slots=True)
@@ -42,15 +54,37 @@ class EventBatch:
     """The time of the event that `until` kept out, Unix ns; 0 where there was none."""
 
 
-class JournalReader:
-    """Reads one session. The constructor raises OSError, `Damaged` (no header) or `NewerSchema`."""
+class _Tail(NamedTuple):
+    """Where a segment ends as of now, and the number of its successor; 0: there is none."""
 
-    def __init__(self, session: SessionPath, *, clock: Callable[[], float] = time.monotonic) -> None:
+    end: int
+    successor: int
+
+
+class JournalReader:
+    """Reads one session. The constructor raises OSError, `Damaged` (no header) or `NewerSchema`.
+
+    Args:
+        session: Where it lies.
+        clock: Monotonic seconds, by which the tail of a file settles.
+        cache: Keeps what followers have read for each other.
+
+    """
+
+    def __init__(
+        self, session: SessionPath, *, clock: Callable[[], float] = time.monotonic, cache: ChunkCache | None = None
+    ) -> None:
         self.session = session
+        self.lines = SharedLines()
+        """Of its followers."""
         self._clock = clock
+        self._cache = cache
+        self._lock = threading.Lock()
         self._number, self._fd = 0, -1
         self._tail = (0, 0)
         self._grew_at = clock()
+        self._listed: tuple[list[int], int, float] | None = None
+        """The segments, the time of change of their directory (ns) and when it was listed."""
         self._directory = open_directory(session.path)
         try:
             self.header = self._read_header()
@@ -58,8 +92,25 @@ class JournalReader:
             self.close()
             raise
 
-    def read(self, start: Position, *, size: int, until: int | None = None, closed: Closed | None = None) -> EventBatch:
-        """Events from `start` on: about `size` bytes, none later than `until` (ns), none past the end."""
+    def read(
+        self,
+        start: Position,
+        *,
+        size: int,
+        until: int | None = None,
+        closed: Closed | None = None,
+        follower: Follower | None = None,
+    ) -> EventBatch:
+        """The next events.
+
+        Args:
+            start: Where to read on.
+            size: How many bytes of journal, about.
+            until: The time of the last event, Unix ns.
+            closed: The end of the session.
+            follower: Who reads, of `lines`; None: what is read is not shared.
+
+        """
         number, offset, seq = start.segment or self._successor(0), start.offset, start.seq
         events: list[Event] = []
         numbers: list[int] = []  # of the segments of the events
@@ -67,51 +118,38 @@ class JournalReader:
         unsettled: int | None = None  # events of this millisecond may have siblings that we have not seen
         consumed, at_end, full, beyond = 0, False, False, 0
         while number and not full:
-            successor = self._successor(number)  # looked up first: if it exists, what we read now is all of this one
-            data = self._pread(number, offset, size - consumed)
-            complete_bytes = data.rfind(b"\n") + 1
-            lines = data[:complete_bytes].splitlines(keepends=True)
-            decoded = decode_sequence(lines, seq) if lines else None
-            if decoded and _within(decoded[-1], until, closed):
-                events += decoded
-                numbers += repeat(number, len(decoded))
-                ends += islice(accumulate(map(len, lines), initial=offset), 1, None)
-                seq, offset = decoded[-1]["seq"], offset + complete_bytes
-                lines = []
-            else:
-                lines = data[:complete_bytes].split(b"\n")[:-1]
-            for line in lines:
-                offset += len(line) + 1
-                try:
-                    event = decode(line)
-                except Damaged:
-                    continue
-                if event["seq"] <= seq:
-                    continue  # a copy: nothing of ours goes backwards
-                if closed is not None and event["seq"] > closed.seq:
-                    at_end = full = True
-                    break
-                if until is not None and event["ts"] > until:
-                    beyond, full = event["ts"], True
+            chunk, first, tail = self._chunk(number, offset, seq, size - consumed, follower)
+            found, their_ends = chunk.events, chunk.ends
+            if first:
+                found, their_ends = found[first:], their_ends[first:]
+            if found and not _within(found[-1], until, closed):
+                cut = next(index for index, event in enumerate(found) if not _within(event, until, closed))
+                if closed is not None and found[cut]["seq"] > closed.seq:
+                    at_end = True
+                else:
+                    beyond = found[cut]["ts"]
                     unsettled = beyond // MILLISECOND_NS
-                    break
-                seq = event["seq"]
-                events.append(event)
-                numbers.append(number)
-                ends.append(offset)
+                full, found = True, found[:cut]
+            if found:
+                events += found
+                numbers += repeat(number, len(found))
+                ends += their_ends
+                seq = found[-1]["seq"]
             if full:
                 break
-            consumed += complete_bytes
-            if len(data) == size - (consumed - complete_bytes):
+            consumed, offset = consumed + chunk.end - offset, chunk.end
+            if chunk.is_full or (tail is None and consumed >= size):
                 if events and events[0]["ts"] // MILLISECOND_NS != events[-1]["ts"] // MILLISECOND_NS:
                     unsettled, full = events[-1]["ts"] // MILLISECOND_NS, True
-                else:
-                    size *= 2  # one line, or one millisecond, is larger than a batch
-            elif successor:
-                number, offset = successor, 0
+                else:  # one line, or one millisecond, is larger than a batch
+                    size = max(size, consumed) * 2
+            elif tail is None:
+                continue  # it was read a while ago: there may be more by now
+            elif tail.successor:
+                number, offset = tail.successor, 0
             else:
                 at_end = full = True
-                if closed is None and not self._quiet(number, offset + len(data) - complete_bytes) and events:
+                if closed is None and not self._quiet(number, tail.end) and events:
                     unsettled = events[-1]["ts"] // MILLISECOND_NS
         while events and events[-1]["ts"] // MILLISECOND_NS == unsettled:
             events.pop()
@@ -124,6 +162,43 @@ class JournalReader:
         position = Position(numbers[len(events) - 1], ends[len(events) - 1], last["seq"], last["ts"])
         return EventBatch(events, position, counts, at_end, beyond)
 
+    def _chunk(
+        self, number: int, offset: int, seq: int, size: int, follower: Follower | None
+    ) -> tuple[Chunk, int, _Tail | None]:
+        """What stands at a place: a chunk, the index of its first event there, and the segment's end as of now.
+
+        The end is None where the chunk was read before.
+        """
+        place, cache = (number, offset), self._cache
+        if follower is None or cache is None or len(self.lines.followers) < 2:
+            with self._lock:
+                return self._parse(number, offset, seq, size)
+        if (found := cache.find(follower, place, seq)) is not None:
+            return *found, None
+        if size >= SHARED_BYTES:
+            cache.wait_for_room(size)
+        with self._lock:
+            if (found := cache.find(follower, place, seq)) is not None:  # somebody has read it meanwhile
+                return *found, None
+            parsed = self._parse(number, offset, seq, size)
+            if parsed[0].events:
+                cache.keep(follower, parsed[0])
+            return parsed
+
+    def _parse(self, number: int, offset: int, seq: int, size: int) -> tuple[Chunk, int, _Tail]:
+        """Read what stands at a place."""
+        successor = self._successor(number)  # looked up first: if it exists, what we read now is all of this one
+        data = self._pread(number, offset, size)
+        end = data.rfind(b"\n") + 1
+        tail = _Tail(offset + len(data), successor)
+        lines = data[:end].splitlines(keepends=True)
+        events = decode_sequence(lines, seq) if lines else []
+        if events is not None:
+            ends = list(islice(accumulate(map(len, lines), initial=offset), 1, None))
+        else:
+            events, ends = _decode_each(data[:end].split(b"\n")[:-1], offset, seq)
+        return Chunk((number, offset), offset + end, seq, events, ends, len(data) == size), 0, tail
+
     def next_jump(self, start: Position) -> Event | None:
         """The next event after a position that sets a clock forward, if that is near: all times before it were wrong.
 
@@ -133,8 +208,8 @@ class JournalReader:
         """
         left, number, offset, rest = JUMP_SEARCH_BYTES, start.segment or self._successor(0), start.offset, b""
         while number and left > 0:
-            data = self.session.read(number, offset, CHUNK_BYTES)
-            offset, left = offset + len(data), left - CHUNK_BYTES
+            data = self.session.read(number, offset, JUMP_READ_BYTES)
+            offset, left = offset + len(data), left - JUMP_READ_BYTES
             complete, _, rest = (rest + data).rpartition(b"\n")
             if JUMP in complete:
                 for line in complete.split(b"\n"):
@@ -169,12 +244,24 @@ class JournalReader:
 
     def _successor(self, number: int) -> int:
         """The next segment that is there; 0 for none."""
-        found = min((there for there in self.session.segments() if there > number), default=0)
+        found = min((there for there in self._segments() if there > number), default=0)
         if number and found > number + 1:  # is one missing, or did it appear while the directory was read?
             with contextlib.suppress(OSError):
                 os.stat(segment_name(number + 1), dir_fd=self._directory, follow_symlinks=False)
                 return number + 1
         return found
+
+    def _segments(self) -> list[int]:
+        """The segments that are there. They are listed again when the directory has changed, and now and then."""
+        changed, now = os.fstat(self._directory).st_mtime_ns, time.monotonic()
+        if self._listed is not None:
+            segments, changed_before, listed_at = self._listed
+            if changed == changed_before and now - listed_at < LISTING_INTERVAL_S:
+                return segments
+        has_settled = time.time_ns() - changed > LISTING_SETTLED_NS
+        segments = self.session.segments()
+        self._listed = (segments, changed, now) if has_settled else None
+        return segments
 
     def _pread(self, number: int, offset: int, size: int) -> bytes:
         if number != self._number:
@@ -207,6 +294,28 @@ class JournalReader:
                 check_schema(event, self.session.path)
                 return event
         raise Damaged(f"{self.session.path}: no segment begins with a header that can be read")
+
+
+def _decode_each(lines: list[bytes], offset: int, seq: int) -> tuple[list[Event], list[int]]:
+    """The events of lines among which any may be damaged, and where each ends.
+
+    Args:
+        lines: Without their newlines.
+        offset: Where they begin.
+        seq: The number of the last event before them: nothing goes backwards, what does is a copy.
+
+    """
+    events: list[Event] = []
+    ends: list[int] = []
+    for line in lines:
+        offset += len(line) + 1
+        with contextlib.suppress(Damaged):
+            event = decode(line)
+            if event["seq"] > seq:
+                seq = event["seq"]
+                events.append(event)
+                ends.append(offset)
+    return events, ends
 
 
 def _within(event: Event, until: int | None, closed: Closed | None) -> bool:
