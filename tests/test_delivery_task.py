@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -311,6 +312,27 @@ def test_changed_processors_rebuild_the_mapper_and_hold_from_here_on(tmp_path: P
     deliver(session, without_lr, options())
     rest = [record for record in expected[sent:] if record[1] != "training.lr"]
     assert without_lr.taken == rest
+
+
+def test_what_a_processor_changes_for_one_destination_changes_it_for_no_other(tmp_path: Path) -> None:
+    class ChangesInPlace:
+        tags = frozenset({"metrics"})
+
+        def __call__(self, event: Event) -> Event:
+            event["metrics"]["renamed"] = event["metrics"].pop("loss")
+            return event
+
+    session, how = trained(tmp_path, 5), options()
+    changing = Scripted(processors=[ChangesInPlace()], destination="changed")
+    plain_one = Scripted(destination="plain")
+    with (
+        closing(DeliveryTask(session, "metrics", changing, how)) as first,
+        closing(DeliveryTask(session, "metrics", plain_one, how)) as second,
+    ):
+        while first.advance(ALL) | second.advance(ALL):
+            pass
+    changed, unchanged = ({name for _, name, *_ in exporter.taken} for exporter in (changing, plain_one))
+    assert changed ^ unchanged == {"training.loss", "training.renamed"}
 
 
 def test_an_exporters_own_processors_hold_for_it_alone(tmp_path: Path) -> None:

@@ -34,10 +34,13 @@ from harness.processes import under_load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stepspan.deliver.open_sessions import OpenSessions
 from stepspan.errors import Damaged, NewerSchema
 from stepspan.events import Event
+from stepspan.journal import chunks
+from stepspan.journal import reader as reader_module
 from stepspan.journal.cursor import Ledger, Position
-from stepspan.journal.format import encode
+from stepspan.journal.format import decode_sequence, encode
 from stepspan.journal.layout import SessionPath, find_sessions, segment_name
 from stepspan.journal.liveness import Closed
 from stepspan.journal.reader import SETTLE_S, EventBatch, JournalReader, last_event
@@ -516,3 +519,107 @@ def test_the_last_event_may_stand_in_an_earlier_segment(tmp_path: Path) -> None:
 
 def test_there_may_be_no_last_event(tmp_path: Path) -> None:
     assert last_event(lay_down(tmp_path, [b"torn"])) == (0, 0)
+
+
+# ---------------------------------------------------------------- several who read one session
+
+
+class Follower:
+    """One of several readers of a session, and what it has got."""
+
+    def __init__(self, sessions: OpenSessions, session: SessionPath, name: str) -> None:
+        self.reader = sessions.open(session, name, time.monotonic)
+        self.events: list[Event] = []
+        self.ledger = Ledger()
+        self.position = Position()
+        self.at_end = False
+
+    def read(self, size: int, until: int | None = None) -> None:
+        batch = self.reader.read(self.position, size=size, until=until, closed=END)
+        self.events += batch.events
+        self.ledger = self.ledger.plus(batch.counts)
+        self.position, self.at_end = batch.position, batch.at_end
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), segments=journals())
+def test_each_who_reads_along_gets_what_it_would_get_alone(
+    tmp_path: Path, data: st.DataObject, segments: list[list[Any]]
+) -> None:
+    shutil.rmtree(tmp_path / "j", ignore_errors=True)
+    session = lay_down(tmp_path / "j", *segments)
+    events, ledger = read_all(session)
+    sessions = OpenSessions()
+    followers = [Follower(sessions, session, name) for name in "abc"]
+    sizes, untils = st.integers(1, 5000), st.none() | st.integers(0, 60).map(lambda ms: NOON + ms * MILLISECOND)
+    for turn, size, until in data.draw(st.lists(st.tuples(st.integers(0, 2), sizes, untils), max_size=40)):
+        followers[turn].read(size, until)
+    for follower in followers:
+        while not follower.at_end:
+            follower.read(700)
+        assert follower.events == events
+        assert follower.ledger == ledger
+        follower.reader.close()
+
+
+def test_a_line_is_parsed_once_for_all_who_read_it_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = lay_down(tmp_path, [at(n, n) for n in range(2000)], [at(n, n) for n in range(2000, 4000)])
+    parsed = []
+
+    def counted(lines: Sequence[bytes], seq: int) -> list[Event] | None:
+        parsed.append(len(lines))
+        return decode_sequence(lines, seq)
+
+    monkeypatch.setattr(reader_module, "decode_sequence", counted)
+    sessions = OpenSessions()
+    followers = [Follower(sessions, session, name) for name in "abc"]
+    while not all(follower.at_end for follower in followers):
+        for follower in followers:
+            follower.read(1 << 14)
+    again = len([size for size in parsed if size])  # at most the last line of each chunk is read twice
+    assert [logged(follower.events) for follower in followers] == [list(range(4000))] * 3
+    assert sum(parsed) <= 4000 + 2 + again
+    for follower in followers:
+        follower.reader.close()
+
+
+def test_what_is_kept_for_others_is_bounded_and_one_that_hangs_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr(chunks, "STANDSTILL_S", 0.01)
+    monkeypatch.setattr(reader_module, "SHARED_BYTES", 1 << 10)
+    session = lay_down(tmp_path, [at(n, n) for n in range(5000)])
+    sessions = OpenSessions()
+    ahead, hanging = Follower(sessions, session, "ahead"), Follower(sessions, session, "hanging")
+    hanging.read(1 << 12)
+    kept = []
+    waited = -time.monotonic()
+    while not ahead.at_end:
+        ahead.read(1 << 12)
+        kept.append(sum(chunk.end - chunk.start[1] for chunk in ahead.reader._opened.reader.lines.chunks))
+    waited += time.monotonic()
+    assert logged(ahead.events) == list(range(5000))
+    assert 0 < max(kept) <= 1 << 16
+    assert waited < chunks.SLOW_THREAD_S, "it was waited for at each batch"
+    while not hanging.at_end:
+        hanging.read(1 << 14)
+    assert hanging.events == ahead.events
+    for follower in (ahead, hanging):
+        follower.reader.close()
+
+
+def test_the_last_who_reads_a_session_closes_its_files(tmp_path: Path) -> None:
+    session = lay_down(tmp_path, [at(0, 0)])
+    opened = set(os.listdir("/dev/fd"))
+    sessions = OpenSessions()
+    followers = [Follower(sessions, session, name) for name in "abc"]
+    for follower in followers:
+        follower.read(WHOLE)
+        follower.reader.close()
+        follower.reader.close()  # twice is once
+    assert set(os.listdir("/dev/fd")) == opened
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        followers[0].read(WHOLE)

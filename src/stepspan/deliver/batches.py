@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import BATCH_BYTES, Options
 from stepspan.deliver.session_end import SessionEnd
 from stepspan.events import SECOND_NS, Event
@@ -23,7 +24,6 @@ from stepspan.exporters import Exporter
 from stepspan.journal.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.liveness import Closed
-from stepspan.journal.reader import JournalReader
 from stepspan.mapping.mapper import VERSION, Mapper, mapper
 from stepspan.mapping.records import Record, Signal
 from stepspan.processors import apply, specs
@@ -56,7 +56,7 @@ class BatchReader:
     """
 
     def __init__(
-        self, reader: JournalReader, signal: Signal, exporter: Exporter, checkpoint: Path, options: Options
+        self, reader: SharedReader, signal: Signal, exporter: Exporter, checkpoint: Path, options: Options
     ) -> None:
         self.at_end = False
         """Whether nothing more stood there at the last look."""
@@ -167,7 +167,11 @@ class BatchReader:
         return {"version": VERSION, "session": self._reader.session.session, "processors": processors}
 
     def _process(self, events: list[Event]) -> list[Event]:
-        """The events after the exporter's own processors."""
+        """The events after the exporter's own processors, which get copies: others have the same events."""
+        if not self._processors:
+            return events
+        tags = frozenset[str]().union(*(processor.tags for processor in self._processors))
+        events = [orjson.loads(orjson.dumps(event)) if event["tag"] in tags else event for event in events]
         for processor in self._processors:
             kept: list[Event] = []
             for event in events:

@@ -59,6 +59,7 @@ class Deliverer:
             Scheduler(signal, e, partial(find, e.destination), options) for e in exporters for signal in e.signals
         ]
         self._exporters = exporters
+        self._sessions = options.sessions
         self._health = [
             Health(e, [s for s in self.schedulers if s.exporter is e], health, options)
             for e in exporters
@@ -158,6 +159,7 @@ class Deliverer:
 
     def after_fork(self) -> None:
         """In a forked child, which has none of the threads: close its copies of their files, which would keep locks."""
+        self._sessions.after_fork()
         for scheduler in self.schedulers:
             with contextlib.suppress(OSError):  # one that was being closed just then
                 scheduler.close()

@@ -7,36 +7,49 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TypeVar, cast
 
-from stepspan.events import Event
-from stepspan.journal.chunks import ChunkCache
+from stepspan.journal.chunks import ChunkCache, Follower
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath
 from stepspan.journal.liveness import Closed
 from stepspan.journal.reader import EventBatch, JournalReader
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+T = TypeVar("T")
+
+
+@dataclass(slots=True, eq=False)
+class OpenSession:
+    """A session that some task has open.
+
+    Attributes:
+        reader: Its one reader.
+        users: How many tasks have it open.
+        end: What looks for its end; None before a task has asked for it.
+
+    """
+
+    reader: JournalReader
+    users: int = 0
+    end: object = None
 
 
 class OpenSessions:
-    """All that a deliverer has open."""
+    """All that a deliverer has open. Any thread may call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._cache = ChunkCache()
-        self._users: dict[JournalReader, int] = {}
-        self._readers: dict[Path, JournalReader] = {}
+        self._open: dict[Path, OpenSession] = {}
 
-    def open(self, session: SessionPath, lane: str, clock: Callable[[], float]) -> SharedReader:
+    def open(self, session: SessionPath, thread: str, clock: Callable[[], float]) -> SharedReader:
         """One task's reader of a session.
 
         Args:
             session: Where it lies.
-            lane: Names the thread of the task.
+            thread: Names the thread of the task.
             clock: Monotonic seconds.
 
         Raises:
@@ -45,19 +58,63 @@ class OpenSessions:
 
         """
         with self._lock:
-            reader = self._readers.get(session.path)
-            if reader is not None:
-                self._users[reader] += 1
-        if reader is None:
-            made = JournalReader(session, clock=clock, cache=self._cache)
+            opened = self._open.get(session.path)
+            if opened is not None:
+                opened.users += 1
+        if opened is None:
+            made = OpenSession(JournalReader(session, clock=clock, cache=self._cache))
             with self._lock:
-                reader = self._readers.setdefault(session.path, made)
-                self._users[reader] = self._users.get(reader, 0) + 1
-            if reader is not made:  # another thread was faster
-                made.close()
-        return SharedReader(self, reader, lane)
+                opened = self._open.setdefault(session.path, made)
+                opened.users += 1
+            if opened is not made:  # another thread was faster
+                made.reader.close()
+        return SharedReader(self, opened, self._cache.follow(opened.reader.lines, thread))
+
+    def shared_end(self, opened: OpenSession, make: Callable[[], T]) -> T:
+        """What looks for the end of a session, for all of its tasks; `make` makes it for the first of them."""
+        with self._lock:
+            if opened.end is None:
+                opened.end = make()
+            return cast("T", opened.end)
+
+    def leave(self, opened: OpenSession, follower: Follower) -> None:
+        """A task reads no more; the last one closes the files."""
+        self._cache.leave(follower)
+        with self._lock:
+            opened.users -= 1
+            is_last = not opened.users
+            if is_last:
+                self._open.pop(opened.reader.session.path, None)
+        if is_last:
+            opened.reader.close()
 
     def after_fork(self) -> None:
-        """In a forked child, before its copies of the files are closed: locks that no thread of it holds are free."""
+        """In a forked child, before it closes its copies of the files: no lock is held by a thread that it lacks."""
         self._lock = threading.Lock()
         self._cache.after_fork()
+
+
+class SharedReader:
+    """One task's reader of a session; reads as `JournalReader` does."""
+
+    def __init__(self, sessions: OpenSessions, opened: OpenSession, follower: Follower) -> None:
+        self.session = opened.reader.session
+        self.header = opened.reader.header
+        self.next_jump = opened.reader.next_jump
+        self._sessions = sessions
+        self._opened = opened
+        self._follower: Follower | None = follower
+
+    def read(self, start: Position, *, size: int, until: int | None = None, closed: Closed | None = None) -> EventBatch:
+        """The next events, which nobody may change: `JournalReader.read`."""
+        return self._opened.reader.read(start, size=size, until=until, closed=closed, follower=self._follower)
+
+    def end(self, make: Callable[[], T]) -> T:
+        """What looks for the session's end: the one of all tasks, which the first of them makes."""
+        return self._sessions.shared_end(self._opened, make)
+
+    def close(self) -> None:
+        """Read no more."""
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            self._sessions.leave(self._opened, follower)

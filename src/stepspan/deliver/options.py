@@ -5,9 +5,10 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from stepspan.deliver.open_sessions import OpenSessions
 from stepspan.journal.liveness import DEAD_AFTER_S
 
 BATCH_BYTES = 512 << 10
@@ -28,6 +29,7 @@ class Options:
         clock: Monotonic seconds.
         wall_clock: Unix seconds.
         jitter: A random number in [0, 1).
+        sessions: Those that are open.
 
     """
 
@@ -39,3 +41,4 @@ class Options:
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     jitter: Callable[[], float] = random.SystemRandom().random
+    sessions: OpenSessions = field(default_factory=OpenSessions, compare=False)

@@ -26,6 +26,7 @@ from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, Backoff
 from stepspan.deliver.batches import Batch, BatchReader
 from stepspan.deliver.isolation import Isolation, Send
 from stepspan.deliver.ledgers import THINNED
+from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import Options
 from stepspan.deliver.session_end import SessionEnd
 from stepspan.errors import JournalError
@@ -33,7 +34,6 @@ from stepspan.events import Event
 from stepspan.exporters import Exporter
 from stepspan.journal.cursor import Cursor, CursorState, Position, cursor_name
 from stepspan.journal.layout import SessionPath, writable_by_us
-from stepspan.journal.reader import JournalReader
 from stepspan.mapping.records import Point, Record, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 
@@ -78,17 +78,17 @@ class DeliveryTask:
         self._batch: Batch | None = None
         """The one that was prepared, and is not delivered yet."""
         with ExitStack() as files:  # it is tried again and again: descriptors must not pile up
-            reader = files.enter_context(closing(JournalReader(session, clock=options.clock)))
+            name = cursor_name(exporter.destination, signal)
+            reader = files.enter_context(closing(options.sessions.open(session, name, options.clock)))
             self.header = _checked_header(reader)
             self.state_directory = _state_directory(session, options)
             directory = self.state_directory / "cursors"
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            name = cursor_name(exporter.destination, signal)
             self._cursor = files.enter_context(closing(Cursor(directory / name)))
             if not self._cursor_fits():
                 log.warning("stepspan: %s %s: the cursor is of another journal: starting anew", session.path, signal)
                 self._cursor.state = CursorState()
-            self._end = SessionEnd(session, self.header, self.state_directory, options)
+            self._end = reader.end(lambda: SessionEnd(session, self.header, self.state_directory, options))
             self._batches = BatchReader(reader, signal, exporter, directory / f"{name}.state", options)
             self._files = files.pop_all()
 
@@ -290,7 +290,7 @@ class DeliveryTask:
             return True
 
 
-def _checked_header(reader: JournalReader) -> Event:
+def _checked_header(reader: SharedReader) -> Event:
     missing = [name for name, kind in HEADER_FIELDS.items() if type(reader.header.get(name)) is not kind]
     if missing:
         raise JournalError(f"{reader.session.path}: its header lacks {', '.join(missing)}")

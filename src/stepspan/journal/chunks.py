@@ -3,10 +3,10 @@
 A **chunk** is what one read of a segment gave. It is kept while a **follower** of the session stands before or in it,
 and taken from there by whoever comes to it. All chunks of a cache together are of at most `MAX_CHUNK_BYTES` of journal.
 
-Who is ahead waits a moment, `LAG_TIMEOUT_S`, before it reads what would push out a chunk that another one still needs:
-on one interpreter that costs no time, and otherwise the slower ones would read everything again, always just behind. A
-**lane** (the followers of one thread) that has not come on by then is neither waited for nor read for in the next
-`SLOW_LANE_S`: one that hangs stops no other.
+Who is ahead waits before it reads what would push out a chunk that another one still needs: on one interpreter that
+costs no time, and otherwise the slower ones would read everything again, always just behind. It waits for as long as
+they come on, `MAX_WAIT_S` at most, and `STANDSTILL_S` where they don't. A thread that was waited for in vain is not
+waited for again in the next `SLOW_THREAD_S`, and nothing is kept for it: one that hangs stops no other.
 
 Any thread may call, for any session. Parsed events are shared: nobody may change them.
 """
@@ -20,10 +20,12 @@ from dataclasses import dataclass, field
 
 from stepspan.events import Event
 
-MAX_CHUNK_BYTES = 3 << 19
-"""Of journal; parsed that is some six times as much. Three full batches, so that who is ahead may send meanwhile."""
-LAG_TIMEOUT_S = 0.25
-SLOW_LANE_S = 10.0
+MAX_CHUNK_BYTES = 1 << 20
+"""Of journal; parsed that is some six times as much. Two full batches, so that who is ahead may send meanwhile."""
+MAX_LAG_BYTES = 16 << 20
+"""Who is further behind is not waited for."""
+STANDSTILL_S, MAX_WAIT_S = 0.25, 1.0
+SLOW_THREAD_S = 10.0
 IDLE_FOLLOWER_S = 30.0
 """A follower that has not read for so long (it is held, say) is one that nothing is kept for."""
 
@@ -42,6 +44,7 @@ class Chunk:
         events: Theirs, by ascending number; of a damaged line there is none.
         ends: The offset at which the line of each event ends.
         is_full: Whether as much was read as had been asked for, so that more stands behind it.
+        ends_a_millisecond: Whether it is full, and ends between two milliseconds.
 
     """
 
@@ -51,6 +54,7 @@ class Chunk:
     events: list[Event]
     ends: list[int]
     is_full: bool
+    ends_a_millisecond: bool = False
 
     def index(self, place: Place, seq: int) -> int | None:
         """The index of the first event after a place and number; None where that is none of the places between them."""
@@ -77,16 +81,16 @@ class Follower:
 
     Attributes:
         lines: Of the session.
-        lane: Names the thread that reads.
+        thread: Names the thread that reads, of all of its followers.
         place: Where what it has taken ends.
-        read_at: When it last read, monotonic seconds.
+        read_at: When it last read, or began, monotonic seconds.
 
     """
 
     lines: SharedLines
-    lane: str
+    thread: str
     place: Place = (0, 0)
-    read_at: float = -IDLE_FOLLOWER_S
+    read_at: float = field(default_factory=time.monotonic)
 
 
 class ChunkCache:
@@ -97,23 +101,26 @@ class ChunkCache:
         self._kept: dict[Chunk, SharedLines] = {}
         """In the order in which they were read."""
         self._bytes = 0
+        self._waiting = 0
+        """How many threads wait for room."""
         self._slow: dict[str, float] = {}
-        """A lane that was waited for in vain -> until when it is not waited for again, monotonic seconds."""
+        """A thread that was waited for in vain -> until when it is not waited for again, monotonic seconds."""
 
     def after_fork(self) -> None:
         """In a forked child: a thread that it does not have may have held the lock."""
         self._changed = threading.Condition(threading.Lock())
 
-    def follow(self, lines: SharedLines, lane: str) -> Follower:
+    def follow(self, lines: SharedLines, thread: str) -> Follower:
         """A new follower of a session."""
         with self._changed:
-            lines.followers.append(follower := Follower(lines, lane))
+            lines.followers.append(follower := Follower(lines, thread))
         return follower
 
     def leave(self, follower: Follower) -> None:
         """A follower reads no more."""
         with self._changed:
-            follower.lines.followers.remove(follower)
+            if follower in follower.lines.followers:
+                follower.lines.followers.remove(follower)
             self._drop_passed(follower.lines)
 
     def find(self, follower: Follower, place: Place, seq: int) -> tuple[Chunk, int] | None:
@@ -131,27 +138,36 @@ class ChunkCache:
         lines = follower.lines
         with self._changed:
             follower.place, follower.read_at = place, time.monotonic()
+            if self._waiting:
+                self._changed.notify_all()
             if lines.chunks:
                 self._drop_passed(lines)
             for chunk in lines.chunks:
                 index = chunk.index(place, seq)
                 if index is not None:
-                    self._take(follower, chunk)
+                    self._move_past(follower, chunk)
                     return chunk, index
         return None
 
     def wait_for_room(self, size: int) -> None:
-        """Wait for others to pass what a chunk of `size` bytes would push out; no longer than `LAG_TIMEOUT_S`."""
+        """Wait for others to pass what a chunk of `size` bytes would push out."""
         with self._changed:
-            deadline = time.monotonic() + LAG_TIMEOUT_S
+            begun = standing_since = time.monotonic()
+            places: list[Place] = []
             while self._kept and self._bytes + size > MAX_CHUNK_BYTES:
-                now = time.monotonic()
                 oldest, lines = next(iter(self._kept.items()))
-                lanes = self._lanes_before(oldest, lines, now)
-                if lanes and now < deadline:
-                    self._changed.wait(deadline - now)
+                now = time.monotonic()
+                behind = self._followers_before(oldest, lines, now)
+                before, places = places, [follower.place for follower in lines.followers]
+                if places != before:
+                    standing_since = now
+                rest = min(begun + MAX_WAIT_S, standing_since + STANDSTILL_S) - now
+                if behind and rest > 0:
+                    self._waiting += 1
+                    self._changed.wait(rest)
+                    self._waiting -= 1
                     continue
-                self._slow.update(dict.fromkeys(lanes, now + SLOW_LANE_S))
+                self._slow.update({follower.thread: now + SLOW_THREAD_S for follower in behind})
                 self._drop(oldest)
 
     def keep(self, follower: Follower, chunk: Chunk) -> None:
@@ -163,30 +179,31 @@ class ChunkCache:
             self._kept[chunk] = lines
             self._bytes += size
             lines.chunks.append(chunk)
-            self._take(follower, chunk)
+            self._move_past(follower, chunk)
             while self._bytes > MAX_CHUNK_BYTES:
                 self._drop(next(iter(self._kept)))
 
-    def _take(self, follower: Follower, chunk: Chunk) -> None:
+    def _move_past(self, follower: Follower, chunk: Chunk) -> None:
         """Note that a follower has a chunk, which it may be the last one to need."""
         follower.place = chunk.start[0], chunk.end
         self._drop_passed(follower.lines)
 
-    def _lanes_before(self, chunk: Chunk, lines: SharedLines, now: float) -> list[str]:
-        """The lanes that will come to a chunk soon."""
-        end = chunk.start[0], chunk.end
+    def _followers_before(self, chunk: Chunk, lines: SharedLines, now: float) -> list[Follower]:
+        """Those that will come to a chunk soon."""
+        (segment, start), end = chunk.start, (chunk.start[0], chunk.end)
         return [
-            follower.lane
+            follower
             for follower in lines.followers
             if follower.place < end
             and now - follower.read_at < IDLE_FOLLOWER_S
-            and self._slow.get(follower.lane, 0.0) <= now
+            and (start - follower.place[1] < MAX_LAG_BYTES if follower.place[0] == segment else start < MAX_LAG_BYTES)
+            and self._slow.get(follower.thread, 0.0) <= now
         ]
 
     def _drop_passed(self, lines: SharedLines) -> None:
         """Give up the chunks of a session that nobody will come to."""
         now = time.monotonic()
-        for chunk in [chunk for chunk in lines.chunks if not self._lanes_before(chunk, lines, now)]:
+        for chunk in [chunk for chunk in lines.chunks if not self._followers_before(chunk, lines, now)]:
             self._drop(chunk)
 
     def _drop(self, chunk: Chunk) -> None:

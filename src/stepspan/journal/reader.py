@@ -38,7 +38,7 @@ SHARED_BYTES = 1 << 16
 """A read of so much may be worth waiting for others."""
 LISTING_INTERVAL_S = 1.0
 """Between listings of the segments in a directory whose time of change is the same."""
-LISTING_SETTLED_NS = 50 * MILLISECOND_NS
+LISTING_AGE_NS = 50 * MILLISECOND_NS
 """How old that time must be: what changes in the same tick of the file system's clock does not move it."""
 
 
@@ -138,7 +138,9 @@ class JournalReader:
             if full:
                 break
             consumed, offset = consumed + chunk.end - offset, chunk.end
-            if chunk.is_full or (tail is None and consumed >= size):
+            if chunk.ends_a_millisecond:
+                full = True
+            elif chunk.is_full or consumed >= size:
                 if events and events[0]["ts"] // MILLISECOND_NS != events[-1]["ts"] // MILLISECOND_NS:
                     unsettled, full = events[-1]["ts"] // MILLISECOND_NS, True
                 else:  # one line, or one millisecond, is larger than a batch
@@ -197,7 +199,15 @@ class JournalReader:
             ends = list(islice(accumulate(map(len, lines), initial=offset), 1, None))
         else:
             events, ends = _decode_each(data[:end].split(b"\n")[:-1], offset, seq)
-        return Chunk((number, offset), offset + end, seq, events, ends, len(data) == size), 0, tail
+        chunk = Chunk((number, offset), offset + end, seq, events, ends, is_full=len(data) == size)
+        if chunk.is_full and events:
+            last = events[-1]["ts"] // MILLISECOND_NS
+            if events[0]["ts"] // MILLISECOND_NS != last:  # so that all who read it go on from one place
+                while events[-1]["ts"] // MILLISECOND_NS == last:
+                    events.pop()
+                    ends.pop()
+                chunk.end, chunk.ends_a_millisecond = ends[-1], True
+        return chunk, 0, tail
 
     def next_jump(self, start: Position) -> Event | None:
         """The next event after a position that sets a clock forward, if that is near: all times before it were wrong.
@@ -258,9 +268,9 @@ class JournalReader:
             segments, changed_before, listed_at = self._listed
             if changed == changed_before and now - listed_at < LISTING_INTERVAL_S:
                 return segments
-        has_settled = time.time_ns() - changed > LISTING_SETTLED_NS
+        is_of_before = time.time_ns() - changed > LISTING_AGE_NS
         segments = self.session.segments()
-        self._listed = (segments, changed, now) if has_settled else None
+        self._listed = (segments, changed, now) if is_of_before else None
         return segments
 
     def _pread(self, number: int, offset: int, size: int) -> bytes:
