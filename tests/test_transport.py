@@ -269,7 +269,7 @@ def test_grpc_metadata(receiver: Any) -> None:
 
 def test_http_keeps_its_connection(receiver: Any) -> None:
     receiver.script(
-        "metrics", [OK, Answer(503, "busy"), Answer(302, headers={"Location": "/x"}), Answer(200, body=b"junk")]
+        "metrics", [OK, Answer(400, "no"), Answer(302, headers={"Location": "/x"}), Answer(200, body=b"junk")]
     )
     with transport(receiver, "http/protobuf") as opened:
         for _ in range(6):
@@ -288,7 +288,7 @@ def test_a_transport_can_be_used_after_close(receiver: Any, protocol: Any) -> No
 # Successes that are not quite
 
 JUNK = [
-    b"<html>welcome</html>",
+    b"welcome",
     b"\xff\xfe\x00",
     b"[1]",
     b'{"partialSuccess": 7}',
@@ -609,7 +609,7 @@ def test_grpc_refuses_a_message_over_4_mib_by_its_own_words(receiver: Any) -> No
 # Beside other OpenTelemetry
 
 
-LOADED = {"http/json": ["requests"], "http/protobuf": ["requests"], "grpc": ["google.protobuf", "grpc"]}
+LOADED = {"http/json": [], "http/protobuf": [], "grpc": ["google.protobuf", "grpc"]}
 
 
 @pytest.mark.parametrize(("protocol", "loaded"), LOADED.items())
@@ -618,7 +618,7 @@ def test_only_what_a_protocol_needs_is_imported(receiver: Any, protocol: Any, lo
 import sys
 from stepspan.otlp.endpoint import resolve_destination
 from stepspan.otlp.transport import open_transport
-watched = {"grpc", "requests", "google.protobuf", "opentelemetry.sdk", "pydantic"}
+watched = {"grpc", "requests", "urllib3", "google.protobuf", "opentelemetry.sdk", "pydantic"}
 endpoints = resolve_destination({}, endpoint=sys.argv[1], protocol=sys.argv[2]).endpoints
 print(sorted(watched & set(sys.modules)))
 transport = open_transport(endpoints["logs"])
@@ -664,7 +664,8 @@ def test_an_instrumented_client_makes_no_span_of_a_send(
         with transport(receiver, protocol) as opened:
             for _ in range(5):
                 opened.send(body("metrics", protocol))
-        assert len(receiver.seen) == 2 + 5
+        again = protocol != "grpc"  # over HTTP, what was cut on a kept connection goes out once more
+        assert len(receiver.seen) == 2 + 5 + again
         assert len(spans.get_finished_spans()) == 2
         assert "traceparent" not in receiver.seen[-1].headers
 

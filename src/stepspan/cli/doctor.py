@@ -36,7 +36,7 @@ from stepspan.values import format_seconds
 
 PROBE_LINES = 2000
 """Lines that are written to a journal to measure what one costs."""
-PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp", "grpcio", "orjson", "pydantic", "requests", "torch")
+PACKAGES = ("opentelemetry-sdk", "opentelemetry-exporter-otlp", "grpcio", "orjson", "pydantic", "torch")
 
 
 class Findings:
@@ -168,7 +168,8 @@ def _probe(findings: Findings, signal: Signal, endpoint: Endpoint) -> None:
     body = b"{}" if endpoint.protocol == "http/json" else b""
     outcome = transport.send(body)
     transport.close()
-    target = f"{endpoint.display_url}  {endpoint.protocol}"
+    through = f"  through proxy {transport.proxy}" if transport.proxy else ""
+    target = f"{endpoint.display_url}  {endpoint.protocol}{through}"
     if outcome.verdict is Verdict.DELIVERED:
         findings.fact(signal, f"{target}  answers")
     elif outcome.verdict is Verdict.RETRY:

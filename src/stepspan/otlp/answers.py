@@ -3,12 +3,13 @@
 The tables are docs/architecture.md's delivery table as data: an `Answer` for each HTTP status and gRPC code, and
 phrases for what a receiver only says in words. To change how a refused request is handled, change its row here.
 
-What both transports share stands here, too. Everything that a send does runs in `uninstrumented()`: an instrumented
-`requests` or gRPC would otherwise make spans about telemetry, which make telemetry, without end.
+What both transports share stands here, too. What gRPC does for a send runs in `uninstrumented()`: an instrumented one
+would otherwise make spans about telemetry, which make telemetry, without end.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -21,6 +22,10 @@ from stepspan.values import shorten
 USER_AGENT = f"stepspan/{__version__}"
 MAX_TEXT_CHARS = 300
 """Characters of a receiver's text that a message shows."""
+MAX_CONNECTION_AGE_S = 240.0
+_PAGE_TYPES = frozenset({"text/html", "application/xhtml+xml"})
+_BEFORE_A_PAGE = b" \t\r\n\f\v\0\xef\xbb\xbf\xfe\xff"
+"""White space and the marks of an encoding."""
 
 
 class Answer(NamedTuple):
@@ -49,6 +54,7 @@ _NOT_ALLOWED = "the credentials in OTEL_EXPORTER_OTLP_HEADERS may not write {sig
 _BUSY = "the receiver is busy or away"
 _REFUSED = "the receiver refuses something in the request"
 _FAILED = "the receiver failed: look in its log"
+_PROXY_CREDENTIALS = "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"
 _OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}"
 
 HTTP_ANSWERS: Mapping[int, Answer] = {
@@ -57,7 +63,7 @@ HTTP_ANSWERS: Mapping[int, Answer] = {
     403: Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True, denied=True),
     404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path", may_pass=True),
     405: Answer(Verdict.HOLD, "{url} takes no POST: check the path"),
-    407: Answer(Verdict.HOLD, "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"),
+    407: Answer(Verdict.HOLD, _PROXY_CREDENTIALS),
     413: Answer(Verdict.ISOLATE, "the request is larger than the receiver takes"),
     415: Answer(Verdict.HOLD, _OTHER_PROTOCOL),
     500: Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
@@ -70,6 +76,18 @@ HTTP_ANSWERS: Mapping[int, Answer] = {
 HTTP_REDIRECT = Answer(
     Verdict.HOLD, "{url} redirects, and telemetry follows no redirect: set {location} as the endpoint"
 )
+WEB_PAGE = Answer(
+    Verdict.HOLD,
+    "{url} answers with a web page and is no OTLP receiver, or a login or a proxy is in between: "
+    "check the address, the path and the credentials",
+)
+"""A success that is none: the page of a login, a proxy, a web server that answers everything."""
+PROXY_ANSWERS: Mapping[int, Answer] = {
+    407: Answer(Verdict.HOLD, _PROXY_CREDENTIALS),
+    **dict.fromkeys((408, 429, 500, 502, 503, 504), Answer(Verdict.RETRY, "the proxy does not reach {url}")),
+}
+"""By the status with which a proxy refuses to connect."""
+PROXY_REFUSES = Answer(Verdict.HOLD, "the proxy refuses to connect to {url}: allow it there", may_pass=True)
 
 GRPC_ANSWERS: Mapping[str, Answer] = {
     **dict.fromkeys(
@@ -89,6 +107,13 @@ GRPC_ANSWERS: Mapping[str, Answer] = {
 
 UNKNOWN_ANSWER = Answer(Verdict.HOLD, "not an answer that OTLP knows: is {url} an OTLP receiver?")
 """Any HTTP status or gRPC code that is not in the tables."""
+
+
+def answer_of_status(status: int) -> Answer:
+    """The row of an HTTP status that is no success."""
+    return HTTP_REDIRECT if 300 <= status < 400 else HTTP_ANSWERS.get(status, UNKNOWN_ANSWER)
+
+
 TLS_FAULT = Answer(
     Verdict.HOLD,
     "no TLS with {url}: check that it speaks TLS (http:// is without), and the files that "
@@ -97,6 +122,9 @@ TLS_FAULT = Answer(
 )
 NAME_FAULT = Answer(
     Verdict.HOLD, "the name in {url} has no address: check OTEL_EXPORTER_OTLP_ENDPOINT and DNS", may_pass=True
+)
+PROXY_NAME_FAULT = Answer(
+    Verdict.HOLD, "the name of the proxy has no address: check HTTPS_PROXY, HTTP_PROXY and DNS", may_pass=True
 )
 PROTOCOL_FAULT = Answer(
     Verdict.HOLD, "what answers at {url} does not speak {protocol}: check scheme and port, or try {other}"
@@ -161,6 +189,7 @@ def failed_outcome(
     phrases: tuple[Phrase, ...] = PHRASES,
     retry_after: float | None = None,
     location: str = "",
+    proxy: str = "",
 ) -> Outcome:
     """The outcome of a request that did not succeed.
 
@@ -172,6 +201,7 @@ def failed_outcome(
         phrases: Those that may replace `answer`, by the words in `text`.
         retry_after: Seconds that the receiver asked to wait.
         location: Where a redirect points.
+        proxy: The URL of the proxy in between, without credentials; "" for none.
 
     """
     lower = text.lower()
@@ -183,7 +213,8 @@ def failed_outcome(
         other="http/json" if endpoint.protocol == "http/protobuf" else "http/protobuf",
         location=redacted_line(endpoint, location) or "the right URL",
     )
-    message = ": ".join(filter(None, (status, fix))) + _quoted(redacted_line(endpoint, text))
+    through = f", through proxy {proxy}" if proxy else ""
+    message = ": ".join(filter(None, (status, fix))) + through + _quoted(redacted_line(endpoint, text))
     return Outcome(
         answer.verdict,
         message,
@@ -208,6 +239,36 @@ def delivered_outcome(endpoint: Endpoint, rejected: int, text: str) -> Outcome:
     if rejected > 0:
         return Outcome(Verdict.DELIVERED, f"{rejected} rejected by the receiver{_quoted(line)}", rejected=rejected)
     return Outcome(Verdict.DELIVERED, line)
+
+
+def is_web_page(content_type: str, content: bytes) -> bool:
+    """Whether what came with a success is a page for people: no OTLP receiver's answer begins with `<`."""
+    return content_type in _PAGE_TYPES or content.lstrip(_BEFORE_A_PAGE)[:1] == b"<"
+
+
+def page_title(content: bytes) -> str:
+    """The title of a web page; where it has none, its text."""
+    text = content.decode("utf-8", "replace")
+    title = re.search(r"<title[^>]*>(.*?)</title", text, re.IGNORECASE | re.DOTALL)
+    return title[1] if title else text
+
+
+def another_may_do_better(status: int, outcome: Outcome) -> bool:
+    """Whether the connection is to be dropped after an answer: what is behind another one may be another replica.
+
+    Args:
+        status: Of the answer.
+        outcome: What it means. What is refused for its content would be refused by all of them.
+
+    """
+    if outcome.verdict in (Verdict.ISOLATE, Verdict.HALVE):
+        return False
+    return outcome.may_pass or status in (408, 429) or status >= 500
+
+
+def connection_age(jitter: float) -> float:
+    """Seconds until a connection is replaced, so that new addresses and replicas are found. `jitter`: in [0, 1)."""
+    return MAX_CONNECTION_AGE_S * (0.5 + jitter / 2)
 
 
 def partial_success(content: bytes) -> tuple[int, str]:

@@ -1,29 +1,40 @@
 """OTLP over gRPC: one unary call a request, with the bytes as they are.
 
 The channel is opened by the first send and dropped when the connection fails, because a channel that has failed answers
-from its own back-off for up to two minutes: when to try again is decided by delivery.
+from its own back-off for up to two minutes: when to try again is decided by delivery. It is dropped, too, where the
+receiver is busy, for another one may lead to another replica, and by its age: a new one resolves the name again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import grpc
 
 from stepspan.otlp import answers
-from stepspan.otlp.answers import Phrase
+from stepspan.otlp.answers import Answer, Phrase
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.otlp.proxies import proxy_of_grpc
 
 _METHODS = {
     "metrics": "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
     "traces": "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
     "logs": "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
 }
-_CONNECTION_FAILED = frozenset({"UNAVAILABLE", "DEADLINE_EXCEEDED", "CANCELLED"})
+_COMPRESSION = {"gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate}
+_SERVICE_CONFIG = '{"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": true}}]}'
+"""A name's addresses in any order: the first one may be the replica that fails."""
+_HTTP_STATUS = re.compile(r"http2 header with status: (\d{3})")
+"""How gRPC says that something in between answered with HTTP alone."""
 _UNAVAILABLE = frozenset({Verdict.RETRY})
+_UNKNOWN = frozenset({Verdict.RETRY_THEN_HOLD})
 
 GRPC_PHRASES: tuple[Phrase, ...] = (
     # gRPC has one code, UNAVAILABLE, for all that keeps it from connecting. By the words of 1.50 to 1.85.
@@ -35,6 +46,11 @@ GRPC_PHRASES: tuple[Phrase, ...] = (
     Phrase("security handshaker", answers.TLS_FAULT, _UNAVAILABLE),
     Phrase("expected settings frame", answers.PROTOCOL_FAULT, _UNAVAILABLE),
     Phrase("http1.x server", answers.PROTOCOL_FAULT, _UNAVAILABLE),
+    # A gRPC answer ends with a status: what lacks one is a web page, of which gRPC shows nothing.
+    Phrase("data frame with end_stream flag", answers.WEB_PAGE, _UNKNOWN),
+    Phrase("no status received", answers.WEB_PAGE, _UNKNOWN),
+    Phrase("proxy returned response code 407", answers.PROXY_ANSWERS[407], _UNAVAILABLE),
+    Phrase("proxy returned response code 4", answers.PROXY_REFUSES, _UNAVAILABLE),
     *answers.PHRASES,
 )
 
@@ -47,19 +63,27 @@ class GrpcTransport:
 
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, jitter: Callable[[], float] = random.random) -> None:
         self._endpoint = endpoint
+        self._jitter = jitter
         self._channel: grpc.Channel | None = None
+        self._expires_at = 0.0
         self._headers: Mapping[str, str] | None = None
         self._metadata: tuple[tuple[str, str | bytes], ...] = ()
+        proxy = proxy_of_grpc(endpoint.url)
+        self.proxy = proxy.display_url if proxy else ""
+        """The URL of the proxy in between, as a message may show it; "" for none."""
 
     def send(self, body: bytes) -> Outcome:
         """Call Export once, with the request as its bytes are; gRPC compresses it if the endpoint says so."""
+        if time.monotonic() >= self._expires_at:
+            self.close()
         with answers.uninstrumented():
             try:
                 metadata = self._request_metadata(body)
                 if self._channel is None:
                     self._channel = _open_channel(self._endpoint)
+                    self._expires_at = time.monotonic() + answers.connection_age(self._jitter())
                 export = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
                 answer: bytes = export(body, timeout=self._endpoint.timeout, metadata=metadata)
             except OSError as error:  # a certificate file
@@ -82,19 +106,28 @@ class GrpcTransport:
         return self._metadata
 
     def _error_outcome(self, error: Any) -> Outcome:
-        code = error.code().name
-        if code in _CONNECTION_FAILED:
-            self.close()
+        code, text = error.code().name, error.details() or ""
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
         status = answers.status_details(details)  # with the seconds to wait by its RetryInfo
-        return answers.failed_outcome(
+        outcome = answers.failed_outcome(
             self._endpoint,
             code,
-            answers.GRPC_ANSWERS.get(code, answers.UNKNOWN_ANSWER),
-            error.details() or "",
+            _answer(code, text),
+            text,
             phrases=GRPC_PHRASES,
             retry_after=None if status is None else status[1],
+            proxy=self.proxy,
         )
+        if outcome.may_pass or outcome.verdict in (Verdict.RETRY, Verdict.RETRY_THEN_HOLD):
+            self.close()
+        return outcome
+
+
+def _answer(code: str, text: str) -> Answer:
+    """The row of a code, or of the HTTP status behind an UNKNOWN."""
+    if code == "UNKNOWN" and (found := _HTTP_STATUS.search(text)) is not None:
+        return answers.answer_of_status(int(found[1]))
+    return answers.GRPC_ANSWERS.get(code, answers.UNKNOWN_ANSWER)
 
 
 def _open_channel(endpoint: Endpoint) -> grpc.Channel:
@@ -102,18 +135,25 @@ def _open_channel(endpoint: Endpoint) -> grpc.Channel:
         ("grpc.primary_user_agent", answers.USER_AGENT),
         # Otherwise a new channel inherits the failed connection of the one that was dropped, and its back-off.
         ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.service_config", _SERVICE_CONFIG),
     )
-    compression = grpc.Compression.Gzip if endpoint.compression == "gzip" else grpc.Compression.NoCompression
+    compression = _COMPRESSION.get(endpoint.compression, grpc.Compression.NoCompression)
     if endpoint.insecure:
         return grpc.insecure_channel(endpoint.url, options=options, compression=compression)
     provided = None if endpoint.credentials is None else endpoint.credentials.channel_credentials()
     credentials = provided or grpc.ssl_channel_credentials(
-        root_certificates=_file_bytes(endpoint.certificate),
+        root_certificates=_file_bytes(endpoint.certificate or _usual_authorities()),
         # As with HTTP, one file may hold both.
         private_key=_file_bytes(endpoint.client_key or endpoint.client_certificate),
         certificate_chain=_file_bytes(endpoint.client_certificate),
     )
     return grpc.secure_channel(endpoint.url, credentials, options=options, compression=compression)
+
+
+def _usual_authorities() -> str | None:
+    """The file that SSL_CERT_FILE names, unless gRPC has a variable of its own; None: gRPC's roots."""
+    path = os.environ.get("SSL_CERT_FILE")
+    return path if path and os.path.isfile(path) and "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH" not in os.environ else None
 
 
 def _file_bytes(path: str | None) -> bytes | None:

@@ -1,62 +1,76 @@
-"""OTLP over HTTP: one POST a request, protobuf or JSON, through `requests`.
+"""OTLP over HTTP: one POST a request, protobuf or JSON, on a connection that is kept.
 
-Proxies, and the certificates of `REQUESTS_CA_BUNDLE`, are taken from the environment as the official exporter does; a
-`.netrc` is not, for its password would replace the authorization header that was set. A redirect is an answer, never
-followed. At most 64 KiB of an answer are read.
+A redirect is an answer, never followed; a `.netrc` is not read; proxies are the environment's (`proxies`), and so are
+further certificates: REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, SSL_CERT_FILE. At most 64 KiB of an answer are read.
+
+The connection is dropped where another one may do better: after an answer that says "not now", which may be one of
+several replicas', after any fault, and by its age, so that a name's new address is found. It is opened anew and the
+request sent again where a kept one turns out to have been closed meanwhile.
 """
 
 from __future__ import annotations
 
 import gzip
-import http.client
 import math
 import os
+import random
 import socket
 import ssl
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import quote, urlsplit
 
 import orjson
-import requests
-import urllib3
 
 from stepspan.otlp import answers
 from stepspan.otlp.answers import Answer
+from stepspan.otlp.connection import (
+    Connection,
+    ConnectionLost,
+    Origin,
+    ProxyNameError,
+    ProxyRefusal,
+    Reply,
+    TlsFiles,
+    connect,
+)
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.otlp.proxies import proxy_of_url
 from stepspan.values import to_float
 
 _CONTENT_TYPES = {"http/protobuf": "application/x-protobuf", "http/json": "application/json"}
-_OWN_HEADERS = frozenset({"content-type", "content-encoding"})
-"""What the encoding of a request decides."""
 _REJECTED = {"metrics": "rejectedDataPoints", "traces": "rejectedSpans", "logs": "rejectedLogRecords"}
-MAX_ANSWER_BYTES = 64 * 1024
 _GZIP_LEVEL = 1  # 5.5 µs a step against 13.7 at level 6, for a few percent of size
+_COMPRESSORS: Mapping[str, Callable[[bytes], bytes]] = {
+    "gzip": lambda body: gzip.compress(body, _GZIP_LEVEL, mtime=0),
+    "deflate": lambda body: zlib.compress(body, _GZIP_LEVEL),  # as HTTP calls zlib's format
+}
+_OWN_HEADERS = frozenset({"content-length", "content-type", "content-encoding", "host"})
+"""What the request itself decides, or stands elsewhere in it."""
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_IN_PATHS = "!#$%&'()*+,/:;=?@[]~"
+"""What stays as it is in a URL's path and query."""
 
 FAULTS: tuple[tuple[type[BaseException], Answer], ...] = (
-    (requests.exceptions.SSLError, answers.TLS_FAULT),
-    (ssl.SSLError, answers.TLS_FAULT),
+    (ProxyNameError, answers.PROXY_NAME_FAULT),
     (socket.gaierror, answers.NAME_FAULT),
-    (http.client.RemoteDisconnected, Answer(Verdict.RETRY, "{url} closed the connection")),
-    (http.client.BadStatusLine, answers.PROTOCOL_FAULT),
-    (requests.exceptions.Timeout, Answer(Verdict.RETRY, "no answer from {url} in time")),
+    (ssl.SSLError, answers.TLS_FAULT),
+    (ConnectionLost, Answer(Verdict.RETRY, "{url} closed the connection")),
+    (TimeoutError, Answer(Verdict.RETRY, "no answer from {url} in time")),
+    (OSError, Answer(Verdict.RETRY, "no connection to {url}")),
+    (HTTPException, answers.PROTOCOL_FAULT),
     (
         ValueError,
         Answer(Verdict.HOLD, "no request can be sent to {url}: check OTEL_EXPORTER_OTLP_ENDPOINT and the proxy's URL"),
     ),
-    (requests.exceptions.RequestException, Answer(Verdict.RETRY, "no connection to {url}")),
-    (urllib3.exceptions.HTTPError, Answer(Verdict.RETRY, "no connection to {url}")),
-    (OSError, answers.TLS_FAULT),  # requests' error for a certificate file that is not there
 )
-"""Why there is no answer, by the first type that is in the chain of errors."""
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> str | None:
-        """None: requests would read the body and check the target even with allow_redirects=False."""
-        return None
+"""Why there is no answer, by the first type that fits."""
 
 
 class HttpTransport:
@@ -64,59 +78,124 @@ class HttpTransport:
 
     Args:
         endpoint: Where and how; of protocol "http/protobuf" or "http/json".
+        jitter: A random number in [0, 1), for a connection's age.
 
     """
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, *, jitter: Callable[[], float] = random.random) -> None:
         self._endpoint = endpoint
-        self._session = _Session()
-        self._session.stream = True  # `_content` reads the body, and not more of it than it must
-        # The environment is read once: for each request that was a third of the time of sending. And no .netrc.
-        self._session.trust_env = False
-        self._session.proxies = requests.utils.get_environ_proxies(endpoint.url)
-        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE")
-        self._session.verify = endpoint.certificate or bundle or True
-        self._session.cert = endpoint.client_certificate
-        if endpoint.client_certificate and endpoint.client_key:
-            self._session.cert = endpoint.client_certificate, endpoint.client_key
-        self._session.headers["user-agent"] = answers.USER_AGENT
-        self._session.headers["content-type"] = _CONTENT_TYPES[endpoint.protocol]
-        if endpoint.compression == "gzip":
-            self._session.headers["content-encoding"] = "gzip"
+        self._jitter = jitter
+        self._connection: Connection | None = None
+        self._expires_at = 0.0
+        self._given: Mapping[str, str] | None = None
+        """The endpoint's headers as of the last request."""
+        self._headers = b""
+        self._avoided: Any = None
+        """The address where something failed last."""
+        parts = urlsplit(endpoint.url)
+        self._origin = Origin(parts.scheme, parts.hostname or "", parts.port or _DEFAULT_PORTS[parts.scheme])
+        self._host = parts.netloc.removesuffix(f":{_DEFAULT_PORTS[parts.scheme]}")
+        self._path = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=_IN_PATHS)
+        self._files = TlsFiles(
+            endpoint.certificate or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or "",
+            endpoint.client_certificate or "",
+            endpoint.client_key or "",
+        )
+        self._proxy_error: ValueError | None = None
+        try:  # the environment is read once: for each request that was a third of the time of sending
+            self._proxy = proxy_of_url(endpoint.url)
+        except ValueError as error:
+            self._proxy, self._proxy_error = None, error
+
+    @property
+    def proxy(self) -> str:
+        """The URL of the proxy in between, as a message may show it; "" for none."""
+        return self._proxy.display_url if self._proxy else ""
 
     def send(self, body: bytes) -> Outcome:
-        """Post the request once, compressed if the endpoint says so."""
+        """Post the request, compressed if the endpoint says so."""
         endpoint = self._endpoint
-        data = gzip.compress(body, _GZIP_LEVEL, mtime=0) if endpoint.compression == "gzip" else body
-        given = endpoint.request_headers(data)
-        headers = {name: value for name, value in given.items() if name not in _OWN_HEADERS}
-        with answers.uninstrumented():
-            try:
-                response = self._session.post(
-                    endpoint.url, data, headers=headers, timeout=endpoint.timeout, allow_redirects=False
-                )
-            except (OSError, ValueError, urllib3.exceptions.HTTPError) as error:
-                return _fault_outcome(endpoint, error)
-            with response:
-                content = _content(response, endpoint.timeout)
-        return self._outcome(response, content)
+        compress = _COMPRESSORS.get(endpoint.compression)
+        data = compress(body) if compress else body
+        try:
+            reply = self._exchange(self._head(data) + data, time.monotonic() + endpoint.timeout)
+        except ProxyRefusal as refusal:
+            self.close()
+            answer = answers.PROXY_ANSWERS.get(refusal.status, answers.PROXY_REFUSES)
+            return self._failed(str(refusal.status), answer, refusal.reason, phrases=())
+        except (OSError, HTTPException, ValueError) as error:
+            self._drop()
+            answer = next(answer for kind, answer in FAULTS if isinstance(error, kind))
+            return self._failed("", answer, str(error) or type(error).__name__, phrases=())
+        outcome = self._outcome(reply)
+        if answers.another_may_do_better(reply.status, outcome):
+            self._drop()
+        elif self._avoided is not None and outcome.verdict is Verdict.DELIVERED:
+            self._avoided = None
+        return outcome
 
     def close(self) -> None:
-        """Close the connections. A later `send` opens new ones."""
-        self._session.close()
+        """Close the connection. A later `send` opens a new one."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
 
-    def _outcome(self, response: requests.Response, content: bytes) -> Outcome:
-        endpoint, code = self._endpoint, response.status_code
+    def _drop(self) -> None:
+        """Close the connection, and go to another address first where there is one."""
+        if self._connection is not None:
+            self._avoided = self._connection.address
+        self.close()
+
+    def _exchange(self, request: bytes, deadline: float) -> Reply:
+        if self._connection is not None:
+            if time.monotonic() < self._expires_at and self._connection.is_usable():
+                with suppress(ConnectionLost):  # closed by the receiver, just as we wrote
+                    return self._connection.exchange(request, deadline)
+            self.close()
+        if self._proxy_error is not None:
+            raise self._proxy_error
+        self._connection = connect(self._origin, self._proxy, self._files, deadline, self._avoided)
+        self._expires_at = time.monotonic() + answers.connection_age(self._jitter())
+        return self._connection.exchange(request, deadline)
+
+    def _head(self, data: bytes) -> bytes:
+        """What goes before a request's body: the request line and the headers, the endpoint's own among them."""
+        given = self._endpoint.request_headers(data)
+        if given is not self._given:
+            self._given, self._headers = given, self._encoded_headers(given)
+        return b"%bcontent-length: %d\r\n\r\n" % (self._headers, len(data))
+
+    def _encoded_headers(self, given: Mapping[str, str]) -> bytes:
+        endpoint, proxy, path = self._endpoint, self._proxy, self._path
+        headers = {"user-agent": answers.USER_AGENT, "accept": "*/*", "accept-encoding": "identity"}
+        headers |= {name: value for name, value in given.items() if name not in _OWN_HEADERS}
+        headers["content-type"] = _CONTENT_TYPES[endpoint.protocol]
+        if endpoint.compression != "none":
+            headers["content-encoding"] = endpoint.compression
+        if proxy is not None and self._origin.scheme == "http" and proxy.scheme in ("http", "https"):
+            path = f"http://{self._host}{path}"
+            if proxy.authorization:
+                headers["proxy-authorization"] = proxy.authorization
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        return f"POST {path} HTTP/1.1\r\nhost: {given.get('host', self._host)}\r\n{lines}".encode("latin-1")
+
+    def _outcome(self, reply: Reply) -> Outcome:
+        endpoint, code, kind = self._endpoint, reply.status, _content_type(reply)
+        content = reply.content if reply.complete else b""  # its status was given, and that is what counts
         if 200 <= code < 300:
-            return answers.delivered_outcome(endpoint, *_partial_success(endpoint, content))
-        return answers.failed_outcome(
-            endpoint,
+            if answers.is_web_page(kind, reply.content):
+                return self._failed(str(code), answers.WEB_PAGE, answers.page_title(reply.content), phrases=())
+            return answers.delivered_outcome(endpoint, *_partial_success(endpoint, kind, content))
+        return self._failed(
             str(code),
-            answers.HTTP_REDIRECT if 300 <= code < 400 else answers.HTTP_ANSWERS.get(code, answers.UNKNOWN_ANSWER),
-            _error_text(response, content),
-            retry_after=retry_after(response.headers.get("retry-after"), time.time()),
-            location=response.headers.get("location", "").partition("?")[0],
+            answers.answer_of_status(code),
+            _error_text(kind, content),
+            retry_after=retry_after(reply.headers.get("retry-after"), time.time()),
+            location=(reply.headers.get("location") or "").partition("?")[0],
         )
+
+    def _failed(self, status: str, answer: Answer, text: str, **more: Any) -> Outcome:
+        return answers.failed_outcome(self._endpoint, status, answer, text, proxy=self.proxy, **more)
 
 
 def retry_after(value: str | None, now: float) -> float | None:
@@ -134,30 +213,15 @@ def retry_after(value: str | None, now: float) -> float | None:
     return None if seconds is None or not math.isfinite(seconds) else max(seconds, 0.0)
 
 
-def _content(response: requests.Response, timeout: float) -> bytes:
-    """The answer's body, b"" if it breaks off or takes over `timeout` s: its status was given, and that is what counts.
-
-    The socket's own timeout starts anew with each byte that arrives, so it does not bound the whole.
-    """
-    content, deadline = b"", time.monotonic() + timeout
-    read = getattr(response.raw, "read1", response.raw.read)  # which an older urllib3 lacks
-    try:
-        while len(content) < MAX_ANSWER_BYTES:
-            piece = read(MAX_ANSWER_BYTES - len(content), decode_content=True)
-            if not piece:
-                break
-            if time.monotonic() > deadline:
-                return b""
-            content += piece
-    except (OSError, urllib3.exceptions.HTTPError):
-        return b""
-    return content
+def _content_type(reply: Reply) -> str:
+    return (reply.headers.get("content-type") or "").partition(";")[0].strip().lower()
 
 
-def _partial_success(endpoint: Endpoint, content: bytes) -> tuple[int, str]:
+def _partial_success(endpoint: Endpoint, kind: str, content: bytes) -> tuple[int, str]:
+    """What a success says: the number of records not accepted, and why. Some answer protobuf with JSON."""
     if not content.strip():
         return 0, ""
-    if endpoint.protocol == "http/protobuf":
+    if endpoint.protocol == "http/protobuf" and kind != _CONTENT_TYPES["http/json"]:
         return answers.partial_success(content)
     try:
         partial = orjson.loads(content).get("partialSuccess") or {}
@@ -166,28 +230,11 @@ def _partial_success(endpoint: Endpoint, content: bytes) -> tuple[int, str]:
         return 0, answers.malformed_note(content)
 
 
-def _error_text(response: requests.Response, content: bytes) -> str:
+def _error_text(kind: str, content: bytes) -> str:
     """What a failure says: OTLP puts a google.rpc.Status there, many receivers plain text."""
-    kind = response.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == _CONTENT_TYPES["http/json"]:
         with suppress(KeyError, TypeError, ValueError):
             return str(orjson.loads(content)["message"])
     if kind == _CONTENT_TYPES["http/protobuf"] and (status := answers.status_details(content)) is not None:
         return status[0]
     return content.decode("utf-8", "replace")
-
-
-def _fault_outcome(endpoint: Endpoint, error: BaseException) -> Outcome:
-    """The outcome of a request that got no answer."""
-    chain = list(_error_chain(error))
-    answer = next(answer for kind, answer in FAULTS if any(isinstance(link, kind) for link in chain))
-    return answers.failed_outcome(endpoint, "", answer, str(chain[-1]) or type(chain[-1]).__name__, phrases=())
-
-
-def _error_chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what it wraps, outermost first: requests wraps urllib3's, which wraps the socket's."""
-    link: BaseException | None = error
-    while link is not None:
-        yield link
-        wrapped = [*link.args, getattr(link, "reason", None), link.__cause__]
-        link = next((inner for inner in wrapped if isinstance(inner, BaseException)), None)

@@ -41,8 +41,8 @@ class Outcome(NamedTuple):
         reason_hidden: The request was refused by something behind what answered, so the reason may be one that time
             cures. An old or future record is then held instead of rejected.
         too_old: The receiver says that a record is older than it takes.
-        may_pass: A HOLD that may end by itself where the receiver has answered well before: a rollout, a DNS server that
-            is away. It is then retried for minutes before it holds.
+        may_pass: A HOLD that may end by itself where the receiver has answered well before: a rollout, a DNS server
+            that is away. It is then retried for minutes before it holds.
         denied: The receiver does not take these credentials, or there are none to be had: others may help.
 
     """
@@ -59,6 +59,10 @@ class Outcome(NamedTuple):
 
 class Transport(Protocol):
     """Sends the requests of one signal to one endpoint. Used by one thread at a time."""
+
+    @property
+    def proxy(self) -> str:
+        """The URL of the proxy in between, as a message may show it; "" for none."""
 
     def send(self, body: bytes) -> Outcome:
         """Send one encoded export request once.

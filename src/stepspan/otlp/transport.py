@@ -31,6 +31,8 @@ class HeldTransport:
 
     """
 
+    proxy = ""
+
     def __init__(self, fault: str) -> None:
         self._fault = fault
 
@@ -53,6 +55,11 @@ class RenewingTransport:
 
     def __init__(self, transport: Transport, credentials: Credentials) -> None:
         self._transport, self._credentials = transport, credentials
+
+    @property
+    def proxy(self) -> str:
+        """As the transport's."""
+        return self._transport.proxy
 
     def send(self, body: bytes) -> Outcome:
         """Send the request, twice at most."""
