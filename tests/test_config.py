@@ -80,6 +80,19 @@ def test_every_field_can_be_set_by_its_variable(field: str) -> None:
     assert settings.model_fields_set == {field}
 
 
+@pytest.mark.parametrize("field", [field for field, (text, _) in VARIABLES.items() if '"' not in text])
+def test_quotes_and_space_around_a_variable_are_none_of_it(field: str) -> None:
+    text, meaning = VARIABLES[field]
+    assert getattr(load({}, {f"STEPSPAN_{field.upper()}": f' "{text}" '}), field) == meaning
+    assert getattr(load({}, {f"STEPSPAN_{field.upper()}": f"'{text}'"}), field) == meaning
+
+
+@pytest.mark.parametrize("word", ["HTTP/JSON", "http-json", "http_json"])
+def test_a_protocol_has_spellings(word: str) -> None:
+    assert load({"protocol": word}, {}).protocol == "http/json"
+    assert load({}, {"STEPSPAN_PROTOCOL": word}).protocol == "http/json"
+
+
 def test_json_in_a_variable_is_a_mapping() -> None:
     assert load({}, {"STEPSPAN_RESOURCE": ' {"team": "a,b", "n": 3}'}).resource == {"team": "a,b", "n": 3}
 
@@ -212,8 +225,25 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, name: str, source: str) -> N
         load(
             {}, {"STEPSPAN_CONFIG": path} if source == "variable" else {}, config=path if source == "argument" else None
         )
-    assert refused.value.field == "config"
+    assert refused.value.field == ("config" if source == "argument" else "STEPSPAN_CONFIG")
     assert refused.value.value == path
+
+
+@pytest.mark.parametrize("path", ["no-such-file.yaml", ".", "needs-yaml.yaml"])
+def test_a_file_that_a_variable_names_and_this_machine_lacks_costs_its_settings_only(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
+) -> None:
+    monkeypatch.setenv("STEPSPAN_CONFIG", path)
+    if path == "needs-yaml.yaml":
+        monkeypatch.setitem(sys.modules, "yaml", None)
+        Path(path).write_text("name: other")
+    with start(name="mine") as run:
+        run.log_metrics({"loss": 1.0})
+    assert events(run, "run_begin")[0]["name"] == "mine"
+    [told] = [record.getMessage() for record in caplog.records if "STEPSPAN_CONFIG" in record.getMessage()]
+    assert told.endswith("ignored")
+    with pytest.raises(ConfigError, match="^config="):
+        start(config="no-such-file.yaml")
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

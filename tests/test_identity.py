@@ -773,6 +773,33 @@ def test_what_the_user_said_wrongly_is_refused_with_field_value_and_fix(argument
     assert caught.value.field in message
 
 
+# A variable of ours that a launcher's contradict, which may be right on another machine: what is said, rank and size.
+CONTRADICTED = {
+    "world size": (
+        {**torchrun(1), "STEPSPAN_WORLD_SIZE": "1"}, "STEPSPAN_WORLD_SIZE=1: it is not above RANK=1: ignored", (1, 2)
+    ),
+    "rank": ({**torchrun(0), "STEPSPAN_RANK": "2"}, "STEPSPAN_RANK=2: it is not below WORLD_SIZE=2: ignored", (0, 2)),
+    "local rank": (
+        {**torchrun(0), "STEPSPAN_LOCAL_RANK": "7"},
+        "STEPSPAN_LOCAL_RANK=7: it is not below WORLD_SIZE=2: ignored",
+        (0, 2),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("env", "message", "found"), CONTRADICTED.values(), ids=CONTRADICTED)
+def test_a_variable_that_a_launcher_contradicts_is_ignored_with_a_warning(env: Any, message: Any, found: Any) -> None:
+    identity = who(env)
+    assert message in identity.warnings
+    assert (identity.rank, identity.world_size) == found
+
+
+def test_quotes_around_a_variable_are_none_of_it() -> None:
+    identity = who({name: f'"{value}"' for name, value in torchrun(1).items()})
+    assert (identity.rank, identity.world_size, identity.launcher) == (1, 2, "torchrun")
+    assert identity.warnings == ()
+
+
 MALFORMED = {
     "rank is a word": ({"RANK": "abc", "WORLD_SIZE": "2"}, "RANK='abc' is not a whole number: ignored"),
     "rank is negative": ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK='-1' is not a whole number: ignored"),

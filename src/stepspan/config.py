@@ -1,5 +1,7 @@
 """Settings: arguments over `STEPSPAN_*` variables over a YAML file; STEPSPAN_DISABLED over all. Each default is here.
 
+Quotes and space around a variable's value are none of it: `docker --env-file` keeps them.
+
 Which process this is (job, rank, attempt) is for `stepspan.identity`, and where OTLP goes by the standard variables for
 `stepspan.otlp.endpoint`. A file is named by `config=` or STEPSPAN_CONFIG; an unknown key is an error.
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path, PurePath
@@ -17,9 +19,10 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from stepspan.conversion import json_value
-from stepspan.environment import PREFIX, switched_off
+from stepspan.environment import PREFIX, switched_off, unquoted
 from stepspan.errors import ConfigError
 from stepspan.journal.disk import Limits
+from stepspan.otlp.endpoint import Compression, Protocol, protocol_named
 from stepspan.values import NONFINITE
 
 
@@ -68,10 +71,15 @@ def _destination_name(value: str) -> str:
     return value
 
 
+def _protocol_name(value: Any) -> Any:
+    """`HTTP/JSON` and `http` are spellings of protocols."""
+    return protocol_named(value) or value if isinstance(value, str) else value
+
+
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 ClassNames = Annotated[list[str], BeforeValidator(_name_classes)]
 Table = Annotated[dict[str, Any], BeforeValidator(_split_pairs)]
-Protocol: TypeAlias = Literal["http/protobuf", "grpc", "http/json"]
+AnyProtocol = Annotated[Protocol, BeforeValidator(_protocol_name)]
 DeliveryMode: TypeAlias = Literal["process", "thread", "off"]
 Durability: TypeAlias = Literal["process", "disk"]
 SamplerName: TypeAlias = Literal["host", "process", "gpu", "torch"]
@@ -103,7 +111,7 @@ class OtlpSettings(_Strict):
 
     endpoint: str | None = None
     """Base URL; None: what the variables say."""
-    protocol: Protocol | None = None
+    protocol: AnyProtocol | None = None
     """None: what the variables say."""
     headers: Table | None = None
     """Sent with each request; credentials, mostly."""
@@ -111,7 +119,7 @@ class OtlpSettings(_Strict):
     """A file with further headers, read again when it changes; None: STEPSPAN_HEADERS_FILE."""
     destination: DestinationName | None = None
     """A name for the receiver; None: its address stands for it."""
-    compression: Literal["none", "gzip"] | None = None
+    compression: Compression | None = None
     """None: what the variables say."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds for a request; None: what the variables say."""
@@ -141,7 +149,7 @@ class Settings(_Strict):
     """The directory below which each run keeps its journal; made where it is missing."""
     endpoint: str | None = None
     """OTLP base URL; None: the OTEL_EXPORTER_OTLP_* variables, and without those nothing is sent."""
-    protocol: Protocol | None = None
+    protocol: AnyProtocol | None = None
     """Of the endpoint; None: what the variables say, else http/protobuf."""
     destination: DestinationName | None = None
     """A name for the receiver that the endpoint leads to: delivery goes on where it was, whatever the address and the
@@ -201,24 +209,40 @@ class Settings(_Strict):
         )
 
 
-def load(arguments: Mapping[str, Any], env: Mapping[str, str], *, config: str | Path | None = None) -> Settings:
+def load(
+    arguments: Mapping[str, Any],
+    env: Mapping[str, str],
+    *,
+    config: str | Path | None = None,
+    warn: Callable[[str], object] | None = None,
+) -> Settings:
     """The settings in force.
 
     Args:
         arguments: What the program gave; None means not given.
         env: The environment; a blank variable means not given.
         config: A YAML file; None: the one that STEPSPAN_CONFIG names, if any.
+        warn: Takes why the file that STEPSPAN_CONFIG names cannot be read on this machine, which then counts for
+            nothing. None: that is an error.
 
     Raises:
         ConfigError: A setting is wrong or unknown; it names the argument, the variable, or the entry of the file.
 
     """
-    path = config or env.get(f"{PREFIX}CONFIG", "").strip()
-    values = _read_file(path) if path else {}
+    named = unquoted(env.get(f"{PREFIX}CONFIG", ""))
+    values: dict[str, Any] = {}
+    path = config or named
+    if path:
+        try:
+            values = _parse_file(path, *_read_file(path, "config" if config else f"{PREFIX}CONFIG"))
+        except _Unreadable as error:
+            if config or warn is None:
+                raise
+            warn(f"{error}; ignored")
     origin = {field: f"{field} in {path}" for field in values}
     for field in Settings.model_fields:
         variable = f"{PREFIX}{field.upper()}"
-        value = env.get(variable, "").strip()
+        value = unquoted(env.get(variable, ""))
         if value:
             values[field], origin[field] = value, variable
     for field, argument in arguments.items():
@@ -252,15 +276,24 @@ def _config_error(error: ValidationError, origin: Mapping[str, str]) -> ConfigEr
     return ConfigError(field, value, fix)
 
 
-def _read_file(path: str | Path) -> dict[str, Any]:
+class _Unreadable(ConfigError):
+    """A file cannot be read on this machine; on another one it might be."""
+
+
+def _read_file(path: str | Path, field: str) -> tuple[str, Any]:
+    """What a file holds, and the module that reads it."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, TypeError, ValueError) as error:  # no file, not a path, not UTF-8
-        raise ConfigError("config", path, f"the file cannot be read: {error}") from None
+        raise _Unreadable(field, path, f"the file cannot be read: {error}") from None
     try:
         import yaml
     except ImportError:
-        raise ConfigError("config", str(path), "reading YAML needs `pip install 'stepspan[yaml]'`") from None
+        raise _Unreadable(field, str(path), "reading YAML needs `pip install 'stepspan[yaml]'`") from None
+    return text, yaml
+
+
+def _parse_file(path: str | Path, text: str, yaml: Any) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

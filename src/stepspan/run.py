@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from stepspan.conversion import json_value, preview
 from stepspan.deliver.delivery import Delivery
+from stepspan.environment import unquoted
 from stepspan.events import Event
 from stepspan.journal.writer import SessionWriter
 from stepspan.recording.decorators import F
@@ -778,7 +779,7 @@ class Run:
 def _default_directory() -> Path:
     from stepspan.config import Settings
 
-    return Path(os.environ.get("STEPSPAN_DIRECTORY", "").strip() or Settings().directory).expanduser()
+    return Path(unquoted(os.environ.get("STEPSPAN_DIRECTORY", "")) or Settings().directory).expanduser()
 
 
 DISABLED = Run(NullRecorder())

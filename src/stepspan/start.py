@@ -158,7 +158,8 @@ def start_run(
         The run, open; use it as a context manager, or close it.
 
     Raises:
-        ConfigError: An argument, variable or file entry is wrong.
+        ConfigError: An argument, a STEPSPAN_* variable or an entry of the file is wrong. Other variables never raise:
+            what is wrong with them is said once, and where it could mislead what is sent, that waits in the journal.
 
     """
     given: dict[str, Any] = dict(locals())
@@ -170,7 +171,7 @@ def start_run(
     for field in ("processors", "exporters"):
         given[field], objects[field] = _entries_or_objects(field, given[field])
     who = {field: given.pop(field) for field in IDENTITY}
-    settings = configuration.load(given, os.environ, config=given.pop("config"))
+    settings = configuration.load(given, os.environ, config=given.pop("config"), warn=_log_warning)
     if not settings.enabled:
         return DISABLED
     try:
@@ -184,6 +185,10 @@ def start_run(
     run._unused = True
     OPEN_RUNS.add(run)
     return run
+
+
+def _log_warning(message: str) -> None:
+    log.warning("stepspan: %s", message)
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepspan.deliver.lock import DELIVERERS_DIRECTORY, DeliveryLock, open_deliverers_file
-from stepspan.environment import PREFIX
+from stepspan.environment import PREFIX, unquoted
 from stepspan.journal.layout import slug
 from stepspan.processors import specs
 
@@ -103,6 +103,8 @@ def with_absolute_paths(env: Mapping[str, str]) -> dict[str, str]:
     with suppress(OSError):  # the working directory is gone
         for name in PATH_VARIABLES & found.keys():
             paths = found[name].strip().split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
+        for name in CERTIFICATE_VARIABLES & found.keys():
+            paths = unquoted(found[name]).split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
             found[name] = os.pathsep.join(os.path.abspath(path) if path else "" for path in paths)
     return found
 

@@ -105,6 +105,8 @@ def resolve(
     variables = Variables(env)
     given = {field: _given_count(field, arguments, variables) for field in _COUNTS}
     row = _find_launcher(variables, given)
+    if _drop_contradicted(given, row, variables):
+        row = _find_launcher(variables, given)
     rank = given["rank"] or variables.first_count(row.rank) or FoundCount(0, "default")
     size = given["world_size"] or variables.first_count(row.size) or FoundCount(1, "default")
     _check_ranks(rank, size, given["local_rank"])
@@ -203,6 +205,30 @@ def _find_launcher(env: Variables, given: Mapping[str, FoundCount | None]) -> La
             " if it is not, give STEPSPAN_RANK and STEPSPAN_WORLD_SIZE"
         )
     return NO_LAUNCHER
+
+
+def _drop_contradicted(given: dict[str, FoundCount | None], row: Launcher, env: Variables) -> bool:
+    """Leave out STEPSPAN_* variables that a launcher's contradict: they may be right elsewhere. Whether there are any."""
+    launched, size = env.first_count(row.rank), given["world_size"] or env.first_count(row.size)
+    rank = given["rank"] or launched
+    limit = f"{size.source}={size.value}" if size else ""
+    contradicted: dict[str, str] = {}
+    if rank and size and rank.value >= size.value and rank.source != size.source:
+        if _is_variable(given["world_size"]) and rank is launched:
+            contradicted["world_size"] = f"it is not above {rank.source}={rank.value}"
+        elif _is_variable(given["rank"]) and size is not given["world_size"]:
+            contradicted["rank"] = f"it is not below {limit}"
+    local = given["local_rank"]
+    if local and size and _is_variable(local) and size is not given["world_size"] and local.value >= size.value:
+        contradicted["local_rank"] = f"it is not below {limit}"
+    for field, why in contradicted.items():
+        env.warnings.append(f"STEPSPAN_{field.upper()}={given[field].value}: {why}: ignored")  # type: ignore[union-attr]
+        given[field] = None
+    return bool(contradicted)
+
+
+def _is_variable(found: FoundCount | None) -> bool:
+    return found is not None and found.source.startswith("STEPSPAN_")
 
 
 def _check_ranks(rank: FoundCount, size: FoundCount, local_rank: FoundCount | None) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
+from stepspan.environment import unquoted
 from stepspan.errors import ConfigError
 from stepspan.identity.resolution import Identity
 from stepspan.identity.variables import Variables, valid_text
@@ -43,6 +44,8 @@ def resource_attributes(
     """
     variables = Variables(env)
     given: dict[str, Attribute] = {**_from_variable(variables)}
+    if not str(given.get("service.name", "")).strip():
+        given.pop("service.name", None)
     if name := variables.get("OTEL_SERVICE_NAME"):
         given["service.name"] = name
     for key, value in (resource or {}).items():
@@ -71,7 +74,7 @@ def _from_variable(env: Variables) -> dict[str, str]:
         try:
             if not (key and equals):
                 raise ValueError
-            found[key] = unquote(value, errors="strict")
+            found[key] = unquote(unquoted(value), errors="strict")
         except ValueError:
             env.warnings.append(f"OTEL_RESOURCE_ATTRIBUTES: {pair.strip()!r} is not key=value: ignored")
     return found

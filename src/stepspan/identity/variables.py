@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from stepspan.environment import unquoted
 from stepspan.errors import ConfigError
 
 DIGITS = re.compile(r"[0-9]{1,10}")  # `int` would take `1_000` and the digits of every script
@@ -44,7 +45,7 @@ class Variables:
     def get(self, name: str) -> str:
         """The value of one variable; "" where it is blank or unset."""
         # Bytes that are not UTF-8 become `?`: neither JSON nor protobuf could carry them.
-        return self._env.get(name, "").strip().encode("utf-8", "replace").decode()
+        return unquoted(self._env.get(name, "")).encode("utf-8", "replace").decode()
 
     def first_text(self, names: str) -> FoundText | None:
         """The first of these variables that is set."""

@@ -251,6 +251,20 @@ class Destination(NamedTuple):
     configured: Mapping[Signal, Endpoint] = MappingProxyType({})
 
 
+def protocol_named(word: str) -> Protocol | None:
+    """The protocol that a word stands for, in any spelling; None: it is none.
+
+    Args:
+        word: As in `http/protobuf`, `HTTP/JSON` or `http`.
+
+    """
+    return _PROTOCOL_WORDS.get(_spelling(word))
+
+
+def _spelling(word: str) -> str:
+    return _SEPARATORS.sub("", word.lower())
+
+
 def read_variables(env: Mapping[str, str]) -> dict[str, str]:
     """The variables that say where OTLP goes, each looked up once: no blank ones, no space or quotes around values."""
     return {name: value for name in _VARIABLES if (value := unquoted(env.get(name, "")))}
@@ -456,7 +470,7 @@ def _address(target: _Setting) -> _Address:
     if _NOT_FILLED_IN.search(text.partition("?")[0].rpartition("@")[2]):
         raise _endpoint_error(target, "a variable in it was not filled in: write http://host:4318")
     try:
-        if re.search(r"[\s\x00-\x1f\x7f]", text):
+        if re.search(r"[\s\x00-\x1f\x7f\ud800-\udfff]", text):
             raise ValueError("a space or control character")
         parts = urlsplit(text if "://" in text else f"//{text}")
         port = parts.port
@@ -475,7 +489,8 @@ def _address(target: _Setting) -> _Address:
 
 
 def _endpoint_error(target: _Setting, fix: str) -> ConfigError:
-    without_secrets = _USER_INFO.sub(r"\1***@", str(target.value)).partition("?")[0]
+    text = str(target.value).encode("utf-8", "replace").decode()
+    without_secrets = _USER_INFO.sub(r"\1***@", text).partition("?")[0]
     return ConfigError(target.field, without_secrets, fix)
 
 
@@ -570,7 +585,7 @@ def _choice(
 ) -> Choice | None:
     """What the first setting of this name says that says anything; None: nothing is set."""
     for setting in settings.get(name, ()):
-        word = _SEPARATORS.sub("", str(setting.value).lower())
+        word = _spelling(str(setting.value))
         if word in words:
             return words[word]
         findings.ignore(setting, f"must be one of {', '.join(choices)}")

@@ -31,7 +31,7 @@ from stepspan.compat.cloudmesh.track import Tracked
 from stepspan.compat.cloudmesh.writing import Emitted, Writing
 from stepspan.conversion import json_value
 from stepspan.copying import SharedByCopies
-from stepspan.environment import switched_off
+from stepspan.environment import switched_off, unquoted
 from stepspan.errors import ConfigError, short_repr
 from stepspan.identity import Identity, host_facts, resolve
 from stepspan.processors.redact import Redact
@@ -427,7 +427,7 @@ class Telemetry(SharedByCopies):
 
 def is_off(env: Mapping[str, str]) -> bool:
     """Whether an environment variable turns telemetry off."""
-    return env.get(VARIABLE, "").strip().lower() in {"1", "true", "yes"} or switched_off(env)
+    return unquoted(env.get(VARIABLE, "")).lower() in {"1", "true", "yes"} or switched_off(env)
 
 
 def _backend(given: str | Backend, path: Any) -> Backend:

@@ -1,0 +1,140 @@
+"""Variables: none keeps training from starting, and what is wrong with one is said where people look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from harness import runs
+from harness.receiver import CERTIFICATE, ScriptedReceiver
+from harness.runs import command, python
+
+from stepspan.identity import LAUNCHERS
+from stepspan.otlp.endpoint import PROTOCOLS, read_variables
+from stepspan.run import Run
+
+start = runs.start
+
+E = "OTEL_EXPORTER_OTLP_"
+TRAIN = """
+import stepspan
+with stepspan.start_run(job_id="job", directory="stepspan-runs") as run:
+    for step in run.steps(range(3)):
+        run.log_metrics({"loss": 1.0})
+"""
+NONSENSE = ["", '"', "-1", "0", "7", "1e9", "%ff", "\udcff", "\u00e9,=,a", "http://:4318", "unix:", "http://[", "00-0-0-0"]
+RANKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+
+
+class Lookups(dict[str, str]):
+    """An environment that notes which names are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: str = "") -> str:  # type: ignore[override]
+        self.names.add(name)
+        return default
+
+
+def names_read() -> list[str]:
+    """The names of the variables that `start_run` reads, but stepspan's own."""
+    env = Lookups()
+    read_variables(env)
+    rows = [row for launcher in LAUNCHERS for row in launcher if isinstance(row, str) and row.isupper()]
+    others = ["OTEL_RESOURCE_ATTRIBUTES", "OTEL_SERVICE_NAME", "HTTP_PROXY", "HOSTNAME", "TRACEPARENT", "TRACESTATE"]
+    return sorted({*env.names, *" ".join(rows).split(), *others, "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"})
+
+
+@pytest.mark.parametrize("launched", [{}, RANKS], ids=["alone", "by torchrun"])
+@pytest.mark.parametrize("value", NONSENSE, ids=ascii)
+def test_no_variable_keeps_training_from_starting(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, launched: dict[str, str], value: str
+) -> None:
+    for name in names_read():
+        with monkeypatch.context() as patch:
+            for variable, text in {f"{E}ENDPOINT": "http://127.0.0.1:9", **launched, name: value}.items():
+                patch.setenv(variable, text)
+            with start(delivery="off", samplers=[], stall_after=0) as run:
+                run.log_metrics({"loss": 1.0})
+            assert run.stats()["journaled"] >= 3, name
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_a_variable_spoils_waits_in_the_journal_and_is_said_everywhere(tmp_path: Path, protocol: str) -> None:
+    with ScriptedReceiver() as receiver:
+        right = {f"{E}ENDPOINT": receiver.grpc_target if protocol == "grpc" else receiver.url, f"{E}PROTOCOL": protocol}
+        wrong = {**right, f"{E}TRACES_HEADERS": "authorization=Bearer hunter2,hunter3"}
+        trained = python(TRAIN, tmp_path, **wrong)
+        assert trained.returncode == 0, trained.stderr
+        [told] = [line for line in trained.stderr.splitlines() if f"{E}TRACES_HEADERS" in line and "warnings of" not in line]
+        assert "traces: nothing is sent" in told
+        assert "%2C" in told or "percent-encode" in told
+        assert f"stepspan sync {tmp_path / 'stepspan-runs'}" in told
+
+        found = command("doctor", "--directory", tmp_path / "elsewhere", **wrong)
+        assert found.returncode == 1
+        [failed] = [line for line in found.stdout.splitlines() if "FAIL" in line]
+        assert failed.split()[0] == "traces"
+        assert f"{E}TRACES_HEADERS" in failed
+
+        synced = command("sync", tmp_path / "stepspan-runs", **wrong)
+        assert synced.returncode == 1
+        assert f"{E}TRACES_HEADERS" in synced.stdout
+        assert receiver.points()
+        assert not receiver.spans()
+        texts = trained.stderr + found.stdout + synced.stdout + synced.stderr
+        for file in (tmp_path / "stepspan-runs").rglob("*"):
+            texts += file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
+        assert "hunter" not in texts
+
+        healed = command("sync", tmp_path / "stepspan-runs", **right)
+        assert healed.returncode == 0, healed.stdout
+        assert len(receiver.spans("training.step")) == 3
+
+
+def test_sync_fails_at_once_where_nothing_can_be_sent(tmp_path: Path) -> None:
+    assert python(TRAIN, tmp_path).returncode == 0
+    synced = command("sync", tmp_path / "stepspan-runs", **{f"{E}ENDPOINT": "http://$(NODE_IP):4318"})
+    assert synced.returncode == 2
+    assert f"{E}ENDPOINT='http://$(NODE_IP):4318': a variable in it was not filled in" in synced.stderr
+
+
+def test_what_counts_as_unset_is_said_once_and_fails_the_doctor(tmp_path: Path) -> None:
+    with ScriptedReceiver() as receiver:
+        wrong = {f"{E}ENDPOINT": receiver.url, f"{E}COMPRESSION": "zstd", f"{E}TIMEOUT": "700"}
+        trained = python(TRAIN, tmp_path, **wrong)
+        assert receiver.points()
+        found = command("doctor", "--directory", tmp_path / "elsewhere", **wrong)
+    assert trained.returncode == 0
+    said = [line for line in trained.stderr.splitlines() if "COMPRESSION" in line and "warnings of" not in line]
+    assert len(said) == 1
+    assert found.returncode == 1
+    assert any("FAIL" in line and "COMPRESSION='zstd'" in line for line in found.stdout.splitlines())
+    assert any(line.startswith("  warning") and "TIMEOUT='700'" in line for line in found.stdout.splitlines())
+
+
+def test_deflate_and_quotes_reach_the_receiver(tmp_path: Path) -> None:
+    with ScriptedReceiver() as receiver:
+        spelled = {f"{E}ENDPOINT": f'"{receiver.url}"', f"{E}TIMEOUT": "10s", f"{E}HEADERS": '"X-Team: a b"'}
+        trained = python(TRAIN, tmp_path, **spelled)
+        assert receiver.points()
+    assert [line for line in trained.stderr.splitlines() if "the journal is in" not in line] == []
+
+
+def test_a_certificate_that_appears_later_heals(tmp_path: Path) -> None:
+    certificate = tmp_path / "ca.pem"
+    with ScriptedReceiver(tls=True) as receiver:
+        variables = {f"{E}ENDPOINT": receiver.url, f"{E}CERTIFICATE": str(certificate)}
+        trained = python(TRAIN, tmp_path, **variables)
+        assert trained.returncode == 0
+        assert not receiver.points()
+        failed = command("sync", tmp_path / "stepspan-runs", **variables)
+        assert failed.returncode == 1
+        assert str(certificate) in failed.stdout
+        certificate.write_text(CERTIFICATE)
+        healed = command("sync", tmp_path / "stepspan-runs", **variables)
+        assert healed.returncode == 0, healed.stdout
+        assert receiver.points()
