@@ -242,7 +242,7 @@ def test_a_file_that_a_variable_names_and_this_machine_lacks_costs_its_settings_
     assert events(run, "run_begin")[0]["name"] == "mine"
     [told] = [record.getMessage() for record in caplog.records if "STEPSPAN_CONFIG" in record.getMessage()]
     assert told.endswith("ignored")
-    with pytest.raises(ConfigError, match="^config="):
+    with pytest.raises(ConfigError, match=r"^config="):
         start(config="no-such-file.yaml")
 
 

@@ -90,6 +90,6 @@ def test_an_import_only_points_down() -> None:
     ]
 
 
-def test_identity_needs_nothing_but_errors() -> None:
+def test_identity_needs_nothing_but_errors_and_how_variables_are_quoted() -> None:
     of_identity = {part(other) for module in FILES if part(module) == "identity" for other in IMPORTS[module]}
-    assert of_identity <= {"identity", "errors"}
+    assert of_identity <= {"identity", "errors", "environment"}

@@ -23,7 +23,7 @@ with stepspan.start_run(job_id="job", directory="stepspan-runs") as run:
     for step in run.steps(range(3)):
         run.log_metrics({"loss": 1.0})
 """
-NONSENSE = ["", '"', "-1", "0", "7", "1e9", "%ff", "\udcff", "\u00e9,=,a", "http://:4318", "unix:", "http://[", "00-0-0-0"]
+NONSENSE = ['"', "-1", "7", "1e9", "\udcff", "\u00e9,=,a,b=%ff", "http://:4318", "unix:", "http://["]
 RANKS = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
 
 
@@ -48,12 +48,18 @@ def names_read() -> list[str]:
     return sorted({*env.names, *" ".join(rows).split(), *others, "SLURM_RESTART_COUNT", "SLURM_ARRAY_JOB_ID"})
 
 
+def said(text: str, word: str) -> list[str]:
+    """The lines that a run logs about something, but the summary at its end."""
+    return [line for line in text.splitlines() if word in line and "warnings of this run" not in line]
+
+
 @pytest.mark.parametrize("launched", [{}, RANKS], ids=["alone", "by torchrun"])
 @pytest.mark.parametrize("value", NONSENSE, ids=ascii)
 def test_no_variable_keeps_training_from_starting(
     start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, launched: dict[str, str], value: str
 ) -> None:
-    for name in names_read():
+    names = names_read()
+    for name in [name for name in names if not name.startswith(E)] if launched else names:
         with monkeypatch.context() as patch:
             for variable, text in {f"{E}ENDPOINT": "http://127.0.0.1:9", **launched, name: value}.items():
                 patch.setenv(variable, text)
@@ -69,14 +75,14 @@ def test_what_a_variable_spoils_waits_in_the_journal_and_is_said_everywhere(tmp_
         wrong = {**right, f"{E}TRACES_HEADERS": "authorization=Bearer hunter2,hunter3"}
         trained = python(TRAIN, tmp_path, **wrong)
         assert trained.returncode == 0, trained.stderr
-        [told] = [line for line in trained.stderr.splitlines() if f"{E}TRACES_HEADERS" in line and "warnings of" not in line]
+        [told] = said(trained.stderr, f"{E}TRACES_HEADERS")
         assert "traces: nothing is sent" in told
         assert "%2C" in told or "percent-encode" in told
         assert f"stepspan sync {tmp_path / 'stepspan-runs'}" in told
 
         found = command("doctor", "--directory", tmp_path / "elsewhere", **wrong)
         assert found.returncode == 1
-        [failed] = [line for line in found.stdout.splitlines() if "FAIL" in line]
+        [failed] = [line for line in found.stdout.splitlines() if "FAIL:" in line]
         assert failed.split()[0] == "traces"
         assert f"{E}TRACES_HEADERS" in failed
 
@@ -109,8 +115,7 @@ def test_what_counts_as_unset_is_said_once_and_fails_the_doctor(tmp_path: Path) 
         assert receiver.points()
         found = command("doctor", "--directory", tmp_path / "elsewhere", **wrong)
     assert trained.returncode == 0
-    said = [line for line in trained.stderr.splitlines() if "COMPRESSION" in line and "warnings of" not in line]
-    assert len(said) == 1
+    assert len(said(trained.stderr, "COMPRESSION")) == 1
     assert found.returncode == 1
     assert any("FAIL" in line and "COMPRESSION='zstd'" in line for line in found.stdout.splitlines())
     assert any(line.startswith("  warning") and "TIMEOUT='700'" in line for line in found.stdout.splitlines())

@@ -40,9 +40,10 @@ from stepspan.recording.warnings import WarningSink
 from stepspan.run import DISABLED, Run
 
 if TYPE_CHECKING:
-    from stepspan.config import DeliveryMode, Durability, Protocol, SamplerName, Settings
+    from stepspan.config import DeliveryMode, Durability, SamplerName, Settings
     from stepspan.exporters.otlp import OtlpExporter
     from stepspan.identity import Identity
+    from stepspan.otlp.endpoint import Protocol
 
 log = logging.getLogger("stepspan")
 

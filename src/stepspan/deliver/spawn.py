@@ -102,8 +102,6 @@ def with_absolute_paths(env: Mapping[str, str]) -> dict[str, str]:
     found = dict(env)
     with suppress(OSError):  # the working directory is gone
         for name in PATH_VARIABLES & found.keys():
-            paths = found[name].strip().split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
-        for name in CERTIFICATE_VARIABLES & found.keys():
             paths = unquoted(found[name]).split(os.pathsep if name == "SSL_CERT_DIR" else "\0")
             found[name] = os.pathsep.join(os.path.abspath(path) if path else "" for path in paths)
     return found

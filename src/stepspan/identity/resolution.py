@@ -208,7 +208,7 @@ def _find_launcher(env: Variables, given: Mapping[str, FoundCount | None]) -> La
 
 
 def _drop_contradicted(given: dict[str, FoundCount | None], row: Launcher, env: Variables) -> bool:
-    """Leave out STEPSPAN_* variables that a launcher's contradict: they may be right elsewhere. Whether there are any."""
+    """Leave out our variables that a launcher's contradict: they may be right elsewhere. Whether there are any."""
     launched, size = env.first_count(row.rank), given["world_size"] or env.first_count(row.size)
     rank = given["rank"] or launched
     limit = f"{size.source}={size.value}" if size else ""
