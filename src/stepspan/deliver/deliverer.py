@@ -202,7 +202,7 @@ def prepare_process() -> None:
     """Tune a process that only delivers.
 
     Events come and go by the thousand and hold no cycles, so look for those rarely: Python's own pace costs a third of
-    the time of the mapping. And each live session holds nine files open, so allow as many as this user may have.
+    the time of the mapping. And each live session holds five files open, so allow as many as this user may have.
     """
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)

@@ -18,10 +18,14 @@ These are on disk and in backends for ever: what is hashed, and how it is writte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from hashlib import blake2b
+from typing import Any
 
 from stepspan.values import utf8
 
+MAX_SPLITS = 100
+"""Whose names are remembered."""
 HOUR_NS = 3600 * 1_000_000_000
 
 
@@ -39,8 +43,8 @@ def step_trace_id(run_key: str, split: str, epoch: int | None, lap: int, step: i
         16 bytes.
 
     """
-    named = f"step\0{epoch}\0{lap}\0{step}\0{len(split)}\0{split}{run_key}"
-    return blake2b(utf8(named), digest_size=16).digest()
+    named = utf8(f"step\0{epoch}\0{lap}\0{step}") + _which_steps(split, run_key)
+    return blake2b(named, digest_size=16).digest()
 
 
 def unique_role(role: str, session: str, schema: str = "") -> str:
@@ -56,7 +60,52 @@ def step_span_id(trace_id: bytes, rank: int, role: str = "") -> bytes:
 
     `role` is as `unique_role` has it.
     """
-    return blake2b(trace_id + b"%d\0%b" % (rank, utf8(role)), digest_size=8).digest()
+    return blake2b(trace_id + _whose_span(rank, role), digest_size=8).digest()
+
+
+def _which_steps(split: str, run_key: str) -> bytes:
+    return utf8(f"\0{len(split)}\0{split}{run_key}")
+
+
+def _whose_span(rank: int, role: str) -> bytes:
+    return b"%d\0%b" % (rank, utf8(role))
+
+
+class StepIds:
+    """The ids of one session's steps: what all of them share is put together once.
+
+    Args:
+        header: The session's header.
+
+    """
+
+    def __init__(self, header: Mapping[str, Any]) -> None:
+        role = unique_role(header["role"], header.get("session", ""), header["schema"])
+        self._run_key: str = header["run_key"]
+        self._own = _whose_span(header["rank"], role)
+        self._root = None if self._own == _whose_span(0, "") else _whose_span(0, "")
+        self._named: dict[str, bytes] = {}
+        """A split -> the last part of what its steps' traces hash."""
+
+    def of(self, begin: Mapping[str, Any]) -> tuple[bytes, bytes, bytes | None]:
+        """The ids of a step.
+
+        Args:
+            begin: Its begin event.
+
+        Returns:
+            Of its trace, of its span, and of its parent; None where it is the root.
+
+        """
+        split: str = begin["split"]
+        if split not in self._named:
+            if len(self._named) >= MAX_SPLITS:
+                self._named.clear()
+            self._named[split] = _which_steps(split, self._run_key)
+        step = utf8(f"step\0{begin.get('epoch')}\0{begin.get('lap', 0)}\0{begin['step']}")
+        trace_id = blake2b(step + self._named[split], digest_size=16).digest()
+        root = self._root and blake2b(trace_id + self._root, digest_size=8).digest()
+        return trace_id, blake2b(trace_id + self._own, digest_size=8).digest(), root
 
 
 def outside_trace_id(run_key: str, rank: int, role: str, epoch: int | None, ts: int) -> bytes:

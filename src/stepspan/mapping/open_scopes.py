@@ -111,6 +111,7 @@ class OpenScopes:
         header: The session's header.
 
     Attributes:
+        step_ids: Makes the ids of steps.
         open: The `seq` of a begin event -> its scope, in the order in which they began.
         run: The `seq` of the run's begin event; 0 where it is not known.
         run_ids: The run's trace and span id in hex, also after it has ended; None where it is not known.
@@ -119,6 +120,7 @@ class OpenScopes:
 
     def __init__(self, header: Event) -> None:
         self._header = header
+        self.step_ids = ids.StepIds(header)
         self.open: dict[int, ScopeState] = {}
         self.run = 0
         self.run_ids: tuple[str, str] | None = None
@@ -186,11 +188,8 @@ class OpenScopes:
         begin, parent, header = scope.begin, scope.parent, self._header
         rank, role = header["rank"], header["role"]
         if isinstance(scope, StepState):
-            trace_id = step_trace_id(header, begin)
-            if rank or role:
-                scope.parent_id = ids.step_span_id(trace_id, 0).hex()
-            unique = ids.unique_role(role, header["session"], header["schema"])
-            scope.trace_id, scope.span_id = trace_id.hex(), ids.step_span_id(trace_id, rank, unique).hex()
+            trace_id, span_id, parent_id = self.step_ids.of(begin)
+            scope.trace_id, scope.span_id, scope.parent_id = trace_id.hex(), span_id.hex(), (parent_id or b"").hex()
             return
         scope.span_id = ids.span_id(header["session"], begin["seq"]).hex()
         if parent is not None and begin["tag"] == "span_begin" and parent.begin["tag"] in {"span_begin", "step_begin"}:

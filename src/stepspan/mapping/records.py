@@ -132,11 +132,12 @@ class SpanEvent:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """Another span that this one belongs with."""
+    """Another span that this one belongs with. `encoded`: what encoders keep, as `Series.encoded`."""
 
     trace_id: bytes
     span_id: bytes
     attributes: Attributes
+    encoded: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(slots=True)

@@ -140,7 +140,10 @@ class TraceMapper(NothingAhead):
     def _emit_step(self, step: StepState) -> None:
         """Send a step's span and those in it."""
         children, step.children = step.children, None
-        self._emit(step, step.ended)
+        if step.events is None and not self._steps.time.corrections:
+            self._spans.append(self._plain_step_span(step))
+        else:
+            self._emit(step, step.ended)
         for child in children or ():
             if isinstance(child, ScopeState):
                 self._emit(child, step.ended)
@@ -189,16 +192,40 @@ class TraceMapper(NothingAhead):
             dropped_events=scope.dropped_events,
         )
 
+    def _plain_step_span(self, step: StepState) -> Span:
+        """What `_span` makes of a step without events whose times are right: of almost every span there is."""
+        begin, end = step.begin, step.end
+        start, ended = begin["ts"], end["ended" if "ended" in end else "ts"]
+        trace_id, span_id, parent_id = self._steps.step_ids.of(begin)
+        failed = (step.error is not None or "status" in end) and step.failed
+        return Span(
+            trace_id,
+            span_id,
+            parent_id,
+            "training.step",
+            start,
+            ended if ended > start else start,
+            self._step_attributes(step),
+            (end.get("status", "") if step.error is None else step.error) if failed else None,
+            (),
+            self._links(),
+        )
+
+    @staticmethod
+    def _step_attributes(step: StepState) -> Attributes:
+        begin, end = step.begin, step.end
+        fields: dict[str, Any] = {name: begin[name] for name in STEP_FIELDS if name in begin}
+        if "data_wait" in end:
+            fields["data_wait"] = end["data_wait"]
+        if step.wait is not None:
+            fields["wait"] = step.wait
+        return fields
+
     def _attributes(self, kind: str, scope: ScopeState) -> tuple[Attributes, int]:
         """The attributes of a scope's span, and how many more there were."""
         begin, end = scope.begin, scope.end
-        if kind == "step":
-            fields: dict[str, Any] = {name: begin[name] for name in STEP_FIELDS if name in begin}
-            if "data_wait" in end:
-                fields["data_wait"] = end["data_wait"]
-            if isinstance(scope, StepState) and scope.wait is not None:
-                fields["wait"] = scope.wait
-            return fields, 0
+        if isinstance(scope, StepState):
+            return self._step_attributes(scope), 0
         if kind == "epoch":
             return {"epoch": begin["epoch"]}, 0
         if kind == "run":

@@ -16,13 +16,27 @@ from operator import eq
 from typing import Any, NamedTuple
 
 from stepspan._version import __version__
-from stepspan.mapping.records import Attributes, AttributeValue, Histogram, Log, Record, Series, Signal, Span, Sum
+from stepspan.mapping.records import (
+    Attributes,
+    AttributeValue,
+    Histogram,
+    Link,
+    Log,
+    Record,
+    Series,
+    Signal,
+    Span,
+    Sum,
+)
 from stepspan.otlp import rules
 from stepspan.values import utf8
 
 _fixed64 = struct.Struct("<BQ").pack
 _two_fixed64 = struct.Struct("<BQBQ").pack
 _gauge_point = struct.Struct("<QBd").pack
+MAX_SHORT_CHARS = 24
+"""Of a key or text whose attribute is short enough for lengths of one byte, whatever its characters."""
+MAX_SHORT_INT = 1 << 63
 
 
 class _Layout(NamedTuple):
@@ -158,10 +172,11 @@ _SPAN_FLAGS = struct.pack("<HI", 0x0185, rules.HAS_IS_REMOTE)  # field 16: a tag
 
 def _span(span: Span) -> bytes:
     encoded = [
-        _bytes_field(b"\x0a", span.trace_id),
-        _bytes_field(b"\x12", span.span_id),
-        _string_field(b"\x2a", span.name),
-        b"\x30\x01",  # kind = INTERNAL
+        b"\x0a\x10",
+        span.trace_id,
+        b"\x12\x08",
+        span.span_id,
+        _span_name(span.name),
         _two_fixed64(0x39, span.start, 0x41, span.end),
         _key_values(b"\x4a", span.attributes),
         _SPAN_FLAGS,
@@ -169,17 +184,29 @@ def _span(span: Span) -> bytes:
         _count(b"\x60", span.dropped_events),
     ]
     if span.parent_id is not None:
-        encoded.append(_bytes_field(b"\x22", span.parent_id))
+        encoded += b"\x22\x08", span.parent_id
     for event in span.events:
         named = _fixed64(0x09, event.time) + _string_field(b"\x12", event.name)
         dropped = _count(b"\x20", event.dropped_attributes)
         encoded.append(_bytes_field(b"\x5a", named + _key_values(b"\x1a", event.attributes) + dropped))
     for link in span.links:
-        ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
-        encoded.append(_bytes_field(b"\x6a", ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS))
+        field = link.encoded.get("protobuf")
+        encoded.append(field if isinstance(field, bytes) else _link(link))
     if span.error is not None:
         encoded.append(_bytes_field(b"\x7a", _string_field(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
     return b"".join(encoded)
+
+
+@lru_cache(maxsize=1024)
+def _span_name(name: str) -> bytes:
+    return _string_field(b"\x2a", name) + b"\x30\x01"  # kind = INTERNAL
+
+
+def _link(link: Link) -> bytes:
+    """A link, which most spans of a session have in common."""
+    ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
+    link.encoded["protobuf"] = field = _bytes_field(b"\x6a", ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS)
+    return field
 
 
 # --- logs
@@ -210,13 +237,24 @@ def _log(log: Log) -> bytes:
 
 def _key_values(tag: bytes, attributes: Attributes, depth: int = 0) -> bytes:
     """Attributes as repeated KeyValue fields under this tag."""
-    return b"".join(
-        [
-            _bytes_field(tag, _key(key) + _bytes_field(b"\x12", _any_value(value, depth)))
-            for key, value in attributes.items()
-            if value is not None
-        ]
-    )
+    encoded: list[bytes] = []
+    value: Any
+    for key, value in attributes.items():
+        kind = type(value)
+        if kind is int and 0 <= value < MAX_SHORT_INT and len(key) <= MAX_SHORT_CHARS:
+            name, digits = _key(key), _varint(value)
+            size = len(digits) + 1
+            encoded += tag, _ONE_BYTE[len(name) + size + 2], name, b"\x12", _ONE_BYTE[size], b"\x18", digits
+        elif kind is str and len(value) <= MAX_SHORT_CHARS and len(key) <= MAX_SHORT_CHARS:
+            encoded.append(_text_attribute(tag, key, value))
+        elif value is not None:
+            encoded.append(_bytes_field(tag, _key(key) + _bytes_field(b"\x12", _any_value(value, depth))))
+    return b"".join(encoded)
+
+
+@lru_cache(maxsize=4096)
+def _text_attribute(tag: bytes, key: str, text: str) -> bytes:
+    return _bytes_field(tag, _key(key) + _bytes_field(b"\x12", _string_field(b"\x0a", text)))
 
 
 @lru_cache(maxsize=1024)
