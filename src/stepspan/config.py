@@ -76,6 +76,47 @@ def _protocol_name(value: Any) -> Any:
     return protocol_named(value) or value if isinstance(value, str) else value
 
 
+RANK_RANGE = re.compile(r"(?:rank[ _-]?)?(\d{1,9})(?:-(\d{1,9}))?", re.IGNORECASE)
+
+
+def _rank_ranges(value: Any) -> str:
+    """`rank0`, `0,8,16-23`, or a list of numbers: "all", or ranges as `sends` reads them."""
+    items = value.split(",") if isinstance(value, str) else value
+    if isinstance(items, (bool, int)) or not hasattr(items, "__iter__"):
+        items = [items]
+    words = [word for item in items if (word := "" if isinstance(item, bool) else str(item).strip())]
+    if [word.lower() for word in words] == ["all"]:
+        return ALL_RANKS
+    ranges = []
+    for word in words:
+        match = RANK_RANGE.fullmatch(word)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise ValueError(f"give all, rank0, or ranks as in 0,8,16-23; {word:.40} is none")
+        ranges.append((first, last))
+    if not ranges:
+        raise ValueError(
+            "give all, rank0, or ranks as in 0,8,16-23; to send none at all set OTEL_<SIGNAL>_EXPORTER=none"
+        )
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in sorted(set(ranges)))
+
+
+def sends(ranks: str, rank: int) -> bool:
+    """Whether a rank is among those that a setting `<signal>_ranks` names."""
+    return ranks == ALL_RANKS or any(int(first) <= rank <= int(last or first) for first, last in _ranges(ranks))
+
+
+def smallest(ranks: str) -> int:
+    """The smallest rank that such a setting names."""
+    return 0 if ranks == ALL_RANKS else min(int(first) for first, _ in _ranges(ranks))
+
+
+def _ranges(ranks: str) -> list[tuple[str, str]]:
+    return [(first, last) for first, _, last in (part.partition("-") for part in ranks.split(","))]
+
+
+ALL_RANKS = "all"
+Ranks = Annotated[str, BeforeValidator(_rank_ranges)]
 Words = Annotated[list[str], BeforeValidator(_split_words)]
 ClassNames = Annotated[list[str], BeforeValidator(_name_classes)]
 Table = Annotated[dict[str, Any], BeforeValidator(_split_pairs)]
@@ -161,6 +202,16 @@ class Settings(_Strict):
     send_interval: float = Field(default=1.0, ge=0, le=60)
     """Seconds between two requests of a deliverer process for what its host's ranks have written; 0: one for each rank,
     as soon as something is written. The first line after a pause, errors, `flush()` and the end never wait for it."""
+    close_timeout: float = Field(default=5.0, ge=0, le=3600)
+    """Seconds that the end of a run waits for its delivery at most, and only while the receiver answers; 0: not at all.
+    Then it says what waits, and what sends it."""
+    metrics_ranks: Ranks = ALL_RANKS
+    """Whose metrics are sent: `all`, `rank0`, or ranks as in `0,8,16-23`. Journals hold all; what is left out counts as
+    filtered, and `stepspan sync --all-ranks` sends it."""
+    traces_ranks: Ranks = ALL_RANKS
+    """Whose traces are sent, likewise. Rank 0's spans of steps go with any of them: they are the traces' roots."""
+    logs_ranks: Ranks = ALL_RANKS
+    """Whose logs are sent, likewise."""
     durability: Durability = "process"
     """What an event survives once its call has returned: the process, or with fdatasync the machine."""
     sync_every: float = Field(default=1.0, ge=0)

@@ -63,6 +63,12 @@ class Header(Line):
     pid: Annotated[int, "of the process that writes"]
     host: Annotated[str, "name of the machine"]
     destinations: NotRequired[Annotated[list[str], "names of those that it is delivered to while the job runs"]]
+    left_out: NotRequired[
+        Annotated[list[str], "signals that are not sent for this rank: the settings metrics_ranks, traces_ranks …"]
+    ]
+    step_roots: NotRequired[
+        Annotated[bool, "true: of traces that are left out the spans of steps are sent: the roots of other ranks'"]
+    ]
     resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
 
 

@@ -79,6 +79,10 @@ def start_run(
     headers_file: str | Path | None = None,
     delivery: DeliveryMode | None = None,
     send_interval: float | None = None,
+    close_timeout: float | None = None,
+    metrics_ranks: str | int | Iterable[int] | None = None,
+    traces_ranks: str | int | Iterable[int] | None = None,
+    logs_ranks: str | int | Iterable[int] | None = None,
     health: bool | None = None,
     processors: Sequence[Processor] | Sequence[Mapping[str, Any]] | None = None,
     exporters: Sequence[Exporter | JsonlExporter] | Sequence[Mapping[str, Any]] | None = None,
@@ -129,6 +133,11 @@ def start_run(
         delivery: What sends the journal: "process", one for each host; "thread", this process; "off", nothing.
         send_interval: Seconds between two requests for what the ranks of a host have written, 1 by default; 0: one for
             each rank at once. Errors, `flush()` and the end never wait for it.
+        close_timeout: Seconds that the end of the run waits for its delivery at most, 5 by default, and only while the
+            receiver answers; then it says what waits, why, and what sends it.
+        metrics_ranks: Whose metrics are sent: "all", "rank0", or ranks: `[0, 8]`, "0,8,16-23". Journals hold all.
+        traces_ranks: Whose traces are sent, likewise; rank 0's spans of steps, their roots, go with any of them.
+        logs_ranks: Whose logs are sent, likewise.
         health: Whether the deliverer sends metrics about the delivery.
         processors: Objects: called before the journal, after redaction and those of the settings. Or mappings
             `{name: {argument: value}}`: in place of those of the settings.
@@ -251,6 +260,7 @@ def open_run(
             warnings=warnings,
             boot_id=facts.boot_id,
             destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
+            left_out=_left_out(settings, identity),
             propagate=settings.propagate,
             outcomes=Outcomes(settings.interruptions),
             deduplicate=lambda identity: _deduplicate_instance(identity, journal.directory),
@@ -270,6 +280,18 @@ def open_run(
     )
     _announce(run, settings.directory, journal)
     return run
+
+
+def _left_out(settings: Settings, identity: Identity) -> dict[str, Any]:
+    """What is not sent of a rank, for its header: it is filtered wherever its journal is delivered."""
+    from stepspan.config import sends, smallest
+
+    ranks = {"metrics": settings.metrics_ranks, "traces": settings.traces_ranks, "logs": settings.logs_ranks}
+    left_out = [signal for signal, named in ranks.items() if not sends(named, identity.rank)]
+    if not left_out:
+        return {}
+    has_roots = identity.rank == 0 and "traces" in left_out and smallest(ranks["traces"]) < identity.world_size
+    return {"left_out": left_out, **({"step_roots": True} if has_roots else {})}
 
 
 def _entries_or_objects(field: str, value: Any) -> tuple[list[Mapping[str, Any]] | None, list[Any] | None]:

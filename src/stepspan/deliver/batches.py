@@ -16,6 +16,7 @@ from typing import Any
 
 import orjson
 
+from stepspan.deliver.left_out import chooser
 from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import BATCH_BYTES, Options
 from stepspan.deliver.session_end import SessionEnd
@@ -41,6 +42,8 @@ class Batch:
     records: Sequence[Record]
     position: Position
     counts: Ledger
+    left_out: int = 0
+    """Of those that `counts` has as filtered: what is not sent for its rank."""
 
 
 class BatchReader:
@@ -68,6 +71,7 @@ class BatchReader:
         self._checkpoint = checkpoint
         self._batch_bytes = options.batch_bytes
         self._wall_clock = options.wall_clock
+        self._choose = chooser(reader.header, signal, all_ranks=options.all_ranks)
         self._mapper: Mapper | None = None
         self._since_checkpoint = 0
         self._failed_processors: set[str] = set()
@@ -104,7 +108,7 @@ class BatchReader:
             position = replace(position, seq=max(closed.seq, position.seq), finished=True, held_until=0)
         counts.filtered, counts.thinned = fold.filtered - filtered, fold.thinned - thinned
         counts.mapped = len(records) + counts.filtered + counts.thinned
-        return Batch(records, position, counts)
+        return self._chosen(Batch(records, position, counts))
 
     def _release(self, fold: Mapper, position: Position) -> Batch | None:
         """The points that were held back, and whose time has come."""
@@ -113,7 +117,16 @@ class BatchReader:
         if not records:
             return None
         position = replace(position, held_until=fold.held_until, released=now)
-        return Batch(records, position, Ledger(mapped=len(records)))
+        return self._chosen(Batch(records, position, Ledger(mapped=len(records))))
+
+    def _chosen(self, batch: Batch) -> Batch:
+        """The batch without what is not sent of its session."""
+        if self._choose is None:
+            return batch
+        records = self._choose(batch.records)
+        left_out = len(batch.records) - len(records)
+        batch.counts.filtered += left_out
+        return Batch(records, batch.position, batch.counts, left_out)
 
     def wrong_before(self, position: Position) -> int:
         """The time before which the clock is known to have been wrong, by what follows a position; 0: it is not known.

@@ -26,6 +26,7 @@ class Options:
         batch_bytes: Journal bytes in a batch, about.
         send_interval: Seconds between two requests for what is fresh of a host's sessions, which go together; 0: what
             is new is sent as soon as it is seen, in a request for each session.
+        all_ranks: Whether what sessions leave out by their rank is sent, too.
         clock: Monotonic seconds.
         wall_clock: Unix seconds.
         jitter: A random number in [0, 1).
@@ -38,6 +39,7 @@ class Options:
     state_directory: Path | None = None
     batch_bytes: int = BATCH_BYTES
     send_interval: float = SEND_INTERVAL_S
+    all_ranks: bool = False
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
     jitter: Callable[[], float] = random.SystemRandom().random

@@ -88,6 +88,9 @@ class DeliveryTask:
             if not self._cursor_fits():
                 log.warning("stepspan: %s %s: the cursor is of another journal: starting anew", session.path, signal)
                 self._cursor.state = CursorState()
+            elif options.all_ranks and self.state.left_out:
+                log.info("stepspan: %s %s: from its beginning, with what was left out", session.path, signal)
+                self._cursor.state = CursorState()
             self._end = reader.end(lambda: SessionEnd(session, self.header, self.state_directory, options))
             self._batches = BatchReader(reader, signal, exporter, directory / f"{name}.state", options)
             self._files = files.pop_all()
@@ -240,6 +243,7 @@ class DeliveryTask:
                 state="ok",
                 message=message,
                 asked_until=0.0,
+                left_out=state.left_out + batch.left_out,
                 session=self.session.session,
             )
         )

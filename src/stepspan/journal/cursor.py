@@ -48,7 +48,8 @@ class Ledger:
     delivered: int = 0
     rejected: int = 0
     filtered: int = 0
-    """Left out: a later point of its series in its millisecond went out, or the step's trace is one of too many."""
+    """Left out: a later point of its series in its millisecond went out, the step's trace is one of too many, or the
+    signal is not sent for this rank."""
     thinned: int = 0
     """Values that gave way to later ones of their call: there were more of them than milliseconds."""
 
@@ -87,6 +88,8 @@ class CursorState:
     """What the receiver said, and what to fix."""
     asked_until: float = 0.0
     """Before when the receiver has asked not to be tried again, Unix seconds; 0: it has not."""
+    left_out: int = 0
+    """How many of the filtered records were not sent for their rank: `stepspan sync --all-ranks` sends them."""
     needs: int = 0
     """The oldest segment that a restart would read."""
     session: str = ""
@@ -102,6 +105,7 @@ class CursorState:
             state=str(content["state"]),
             message=str(content["message"]),
             asked_until=float(content.get("asked_until", 0.0)),
+            left_out=int(content.get("left_out", 0)),
             needs=int(content["needs"]),
             session=str(content["session"]),
         )

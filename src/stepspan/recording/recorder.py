@@ -117,6 +117,7 @@ class JournalRecorder:
         warnings: Counts what goes wrong.
         boot_id: Of the host's kernel.
         destinations: The names of those that the run is delivered to.
+        left_out: The fields of the header that say what is not sent of this rank.
         propagate: Whether steps become parents of the user's own OpenTelemetry spans; None: unless a global
             TracerProvider is installed.
         outcomes: Tells which exceptions are failures.
@@ -138,6 +139,7 @@ class JournalRecorder:
         warnings: WarningSink,
         boot_id: str,
         destinations: Iterable[str] = (),
+        left_out: Event | None = None,
         propagate: bool | None = None,
         outcomes: Outcomes | None = None,
         deduplicate: Callable[[Identity], Identity] | None = None,
@@ -174,6 +176,7 @@ class JournalRecorder:
         self._dropped = DroppedValues(self.emit_background)
         self._boot_id = boot_id
         self._destinations = sorted(set(destinations))
+        self._left_out = left_out or {}
         self._deferred: DeferredMetrics | None = None
         self._lost_reported = 0
 
@@ -383,6 +386,7 @@ class JournalRecorder:
             "host": me.host,
             "boot_id": self._boot_id,
             "destinations": self._destinations,
+            **self._left_out,
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
         directory, started = self._journal.directory, header["started"]
