@@ -99,7 +99,7 @@ def test_what_was_left_out_can_be_sent_later_once(start: Callable[..., Run], tmp
         status = command("status", tmp_path / "runs").stdout
         assert "`stepspan sync --all-ranks` sends them" in status
         doctor = command("doctor", "--directory", tmp_path / "new", STEPSPAN_METRICS_RANKS="1-3", STEPSPAN_RANK="0")
-        assert "not sent of rank 0: STEPSPAN_METRICS_RANKS is 1-3" in doctor.stdout
+        assert "not sent of rank 0: metrics_ranks is 1-3" in doctor.stdout
         sent = len(receiver.seen)
         assert command("sync", tmp_path / "runs", "--endpoint", receiver.url).returncode == 0
         assert len(receiver.seen) == sent
@@ -114,9 +114,7 @@ def test_what_was_left_out_can_be_sent_later_once(start: Callable[..., Run], tmp
         assert "left out" not in done.stdout
 
 
-def test_no_roots_are_sent_for_ranks_that_the_run_has_not(
-    start: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_no_roots_are_sent_for_ranks_that_the_run_has_not(start: Callable[..., Run], tmp_path: Path) -> None:
     with start(
         directory=tmp_path / "runs", job_id="job", rank=0, world_size=2, traces_ranks="5", delivery="off"
     ) as run:
@@ -135,7 +133,8 @@ def test_no_roots_are_sent_for_ranks_that_the_run_has_not(
     ("given", "meant"),
     [
         ("all", "all"), ("rank0", "0"), ("ALL", "all"), ("3, 1,1", "1,3"), ("0-3,8", "0-3,8"), (7, "7"), ([], None),
-        ("", None), ({2, 0}, "0,2"), (range(3), "0,1,2"), ("rank0, rank8", "0,8"), ("none", None), ("3-1", None), ("-1", None),
+        ("", None), ({2, 0}, "0,2"), (range(3), "0,1,2"),
+        ("rank0, rank8", "0,8"), ("none", None), ("3-1", None), ("-1", None),
         ([True], None), (True, None), (1.5, None), ("all,1", None), (["all"], "all"), ("0-", None), ("1,,2", "1,2"),
     ],
 )  # fmt: skip

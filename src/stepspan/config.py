@@ -248,6 +248,10 @@ class Settings(_Strict):
     exporters: Annotated[list[OtlpSettings], BeforeValidator(_parse_json)] = []
     """Further OTLP destinations, each with processors of its own: drop, sample_steps, attributes, rename."""
 
+    def ranks(self) -> dict[str, str]:
+        """Signal -> whose it is that is sent: what `sends` reads."""
+        return {"metrics": self.metrics_ranks, "traces": self.traces_ranks, "logs": self.logs_ranks}
+
     def limits(self) -> Limits:
         """How much of the disk a session of the journal may take."""
         return Limits(

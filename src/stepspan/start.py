@@ -286,7 +286,7 @@ def _left_out(settings: Settings, identity: Identity) -> dict[str, Any]:
     """What is not sent of a rank, for its header: it is filtered wherever its journal is delivered."""
     from stepspan.config import sends, smallest
 
-    ranks = {"metrics": settings.metrics_ranks, "traces": settings.traces_ranks, "logs": settings.logs_ranks}
+    ranks = settings.ranks()
     left_out = [signal for signal, named in ranks.items() if not sends(named, identity.rank)]
     if not left_out:
         return {}

@@ -71,14 +71,19 @@ def sync(
         str | None, typer.Option(help="Name of the cursors; by default a hash of the endpoints.")
     ] = None,
     rejected: Annotated[bool, typer.Option("--rejected", help="Send only the rejected records, once more.")] = False,
+    all_ranks: Annotated[
+        bool,
+        typer.Option("--all-ranks", help="Also what is left out by rank: metrics_ranks, traces_ranks, logs_ranks."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what is pending, and how old it is.")] = False,
     state_directory: StateDirectory = None,
     dead_after: DeadAfter = DEAD_AFTER_S,
 ) -> None:
     """Send journals to an OTLP receiver: what has not been delivered yet, exactly as a live run would have sent it.
 
-    It can be interrupted at any time and continues where it was. Exit code 0: everything is delivered; 1: something is
-    pending, is held or cannot be read, and the last lines say why; 2: wrong arguments.
+    It can be interrupted at any time and continues where it was. Then it says what was delivered, and what of these
+    journals did not go out and why. Exit code 0: nothing waits; 1: something is pending, is held or cannot be read, and
+    the last lines say why; 2: wrong arguments.
     """
     from stepspan.cli.sync import Sync
 
@@ -90,6 +95,7 @@ def sync(
         destination=destination,
         state_directory=state_directory,
         dead_after=dead_after,
+        all_ranks=all_ranks,
     )
     if dry_run:
         raise typer.Exit(command.dry_run())

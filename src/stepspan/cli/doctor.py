@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from stepspan._version import __version__
-from stepspan.config import Settings, load
+from stepspan.config import Settings, load, sends
 from stepspan.environment import unknown_variables
 from stepspan.errors import ConfigError
 from stepspan.events import SCHEMA
@@ -72,7 +72,7 @@ def examine(directory: Path | None, endpoint: str | None) -> int:
         return 1
     if not settings.enabled:
         print("settings\n  enabled          no: start_run() does nothing (STEPSPAN_DISABLED)")
-    local_rank = _identity(findings, settings.directory, settings.service_name)
+    local_rank = _identity(findings, settings)
     _journal(findings, settings.directory, settings.limits())
     _endpoints(findings, settings)
     _samplers(findings, settings.samplers, settings.sample_interval, local_rank)
@@ -81,13 +81,13 @@ def examine(directory: Path | None, endpoint: str | None) -> int:
     return 1 if findings.failures else 0
 
 
-def _identity(findings: Findings, directory: Path, service_name: str | None) -> int:
+def _identity(findings: Findings, settings: Settings) -> int:
     """Who this process would be. The local rank."""
     print("identity")
     try:
-        earlier = lambda job, rank: len(sessions_of_rank(directory, job, rank))  # noqa: E731
+        earlier = lambda job, rank: len(sessions_of_rank(settings.directory, job, rank))  # noqa: E731
         identity = resolve({}, os.environ, host_facts(), earlier_sessions=earlier)
-        attributes, warnings = resource_attributes(identity, os.environ, service_name=service_name)
+        attributes, warnings = resource_attributes(identity, os.environ, service_name=settings.service_name)
     except ConfigError as error:
         findings.failure("identity", error)
         return 0
@@ -101,6 +101,10 @@ def _identity(findings: Findings, directory: Path, service_name: str | None) -> 
         findings.failure(
             "job_id", "nothing distinguishes this launch from the next one: give STEPSPAN_JOB_ID, new for each launch"
         )
+    for signal, ranks in settings.ranks().items():
+        if not sends(ranks, identity.rank):
+            roots = " but for the steps' spans" if signal == "traces" and identity.rank == 0 else ""
+            findings.fact(signal, f"not sent of rank {identity.rank}{roots}: {signal}_ranks is {ranks}")
     return identity.local_rank
 
 

@@ -53,6 +53,15 @@ def print_ledgers(ledgers: Sequence[dict[str, Any]], console: Console | None = N
         }
         for message in messages:
             print_line(console, message)
+    left_out = sum(
+        state["left_out"]
+        for ledger in ledgers
+        for states in ledger["destinations"].values()
+        for state in states.values()
+    )
+    if left_out:
+        console.print()
+        print_line(console, f"left out by rank, of those filtered: {left_out}; `stepspan sync --all-ranks` sends them")
     offline = sum(not ledger["destinations"] and not ledger["begun_for"] for ledger in ledgers)
     if offline:
         console.print()

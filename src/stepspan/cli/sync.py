@@ -18,22 +18,37 @@ from stepspan.compat.stormlog.reader import Follower
 from stepspan.compat.stormlog.sink import SEGMENTS
 from stepspan.config import load
 from stepspan.deliver.deliverer import SILENCE_LIMIT_S, Deliverer, caught_up
-from stepspan.deliver.ledgers import cursors, first_pending_time, session_ledger
+from stepspan.deliver.ledgers import cursors, first_pending_time, session_ledger, signal_ledger
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock
 from stepspan.deliver.options import Options
 from stepspan.errors import ConfigError, JournalError, StepspanError
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
-from stepspan.journal.cursor import Position
+from stepspan.journal.cursor import CursorState, Position
 from stepspan.journal.layout import SessionPath, find_sessions
+from stepspan.mapping.records import Signal
 from stepspan.reading.sessions import SessionReader, state_path
 from stepspan.values import format_seconds
 
 LOCK_TIMEOUT_S = SILENCE_LIMIT_S + 5.0
 """How long to wait for another deliverer, which gives up a silent receiver within this time."""
 IMPORT_INTERVAL_S = 1.0
-NOT_BEGUN = {"delivered": 0, "rejected": 0, "thinned": 0, "state": "", "message": ""}
-"""What the ledger says of a signal whose delivery has not begun."""
+UNSENT_RECORDS = {
+    "rejected": "rejected: they are in rejected.jsonl, `--rejected` sends them again",
+    "partial": "rejected in part of a request: the receiver took the rest, and says not which",
+    "left_out": "left out by rank (`--all-ranks` sends them)",
+    "thinned": "thinned: logged faster than one a millisecond, for over 10 s",
+    "filtered": "filtered: points of one millisecond of which the last went out, traces of steps beyond ten a second",
+}
+"""A ledger's count of records that do not go out -> what they are."""
+UNSENT_LINES = {
+    "damaged": "lines damaged in the journal",
+    "pruned": "lines removed from the journal for want of disk space",
+    "dropped": "lines that could not be written",
+}
+"""The same of lines, which each signal reads."""
+NOT_BEGUN = CursorState(state="")
+"""Of a signal whose delivery has not begun."""
 
 
 class Sync:
@@ -49,6 +64,7 @@ class Sync:
         destination: str | None,
         state_directory: Path | None,
         dead_after: float,
+        all_ranks: bool = False,
     ) -> None:
         require_directories(paths)
         settings = load({"endpoint": endpoint, "protocol": protocol}, os.environ)
@@ -65,7 +81,11 @@ class Sync:
         self._only_host = facts.host if this_host else None
         self._exporter = OtlpExporter(settings.endpoint, protocol=settings.protocol, destination=destination)
         self._state_directory = state_directory
-        self._options = Options(boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory)
+        self._refused: set[Path] = set()
+        """The directories that this user may not list."""
+        self._options = Options(
+            boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory, all_ranks=all_ranks
+        )
         self._send_interval = settings.send_interval
         self._followers = [Follower(sink, imported, boot_id=facts.boot_id) for sink in self._sinks]
         self._next_import = 0.0
@@ -89,16 +109,23 @@ class Sync:
                 self._poll_sinks if follow else caught_up, deliverer, lines=lines, verb="delivering"
             )
             after = self._totals()
-        sent = [f"{after[f'{s} delivered'] - before[f'{s} delivered']:,} {s}" for s in self._exporter.signals]
-        rejected = after["rejected"] - before["rejected"]
-        thinned = thinned_text(after["thinned"] - before["thinned"])
-        print(f"delivered {', '.join(sent)}; rejected {rejected:,}{thinned}; {after['pending']:,} lines wait")
-        problems = [key for key, count in after.items() if count and (": hold: " in key or ": retry: " in key)]
+        now = after - before  # never below 0: a cursor may have begun anew
+        sent = [f"{now[f'{signal} delivered']:,} {signal}" for signal in self._exporter.signals]
+        told = f"; rejected {now['rejected']:,}{thinned_text(now['thinned'])}; {after['pending']:,} lines wait"
+        print(f"delivered {', '.join(sent)}{told}")
+        if unsent := self._unsent(after):
+            print(f"did not go out, of these journals in all: {'; '.join(unsent)}")
+        problems = self._failing()
         problems += delivery_failures(deliverer)
+        problems += [f"{path}: passed over: this user may not read it" for path in sorted(self._refused)]
         for fault, signals in self._exporter.faults.items():
             problems += [f"{signal}: nothing is sent: {fault}" for signal in signals if fault not in str(problems)]
         for problem in problems:
             print(problem)
+        if self._only_host:
+            others = sum(len(list(find_sessions(path))) for path in self._paths) - len(list(self._sessions()))
+            if others:
+                print(f"sessions of other hosts, left alone (--this-host): {others}")
         return 1 if problems or (after["pending"] and not complete and not follow) else 0
 
     def resend(self) -> int:
@@ -135,6 +162,8 @@ class Sync:
                 pending = journaled - position.seq
                 print(f"{session.path}  {signal}: {pending} lines wait, the oldest for {format_seconds(ages[-1])}")
         print(f"the oldest pending point is {format_seconds(max(ages))} old" if ages else "nothing waits")
+        for path in sorted(self._refused):
+            print(f"{path}: this user may not read it")
         return 0
 
     def _require_endpoint(self) -> None:
@@ -148,25 +177,48 @@ class Sync:
 
     def _sessions(self) -> Iterator[SessionPath]:
         for path in self._paths:
-            yield from find_sessions(path, host=self._only_host)
+            yield from find_sessions(path, host=self._only_host, refused=self._refused.add)
 
     def _ledger(self, session: SessionPath) -> dict[str, Any]:
         return session_ledger(session, state_path(session, self._state_directory))
 
-    def _totals(self) -> Counter[str]:
-        """Of all sessions: records by what became of them, lines pending, how many signals wait for what reason."""
-        totals: Counter[str] = Counter()
+    def _states(self) -> Iterator[dict[Signal, dict[str, Any]]]:
+        """Each session's ledgers, by signal."""
         for session in self._sessions():
             ledger = self._ledger(session)
             states = ledger["destinations"].get(self._exporter.destination, {})
-            for signal in self._exporter.signals:
-                state = states.get(signal, NOT_BEGUN | {"pending": ledger["journaled"]})
+            not_begun = signal_ledger(NOT_BEGUN, ledger["journaled"], ledger["last_event"])
+            yield {signal: states.get(signal, not_begun) for signal in self._exporter.signals}
+
+    def _totals(self) -> Counter[str]:
+        """Of all sessions: records and lines by what became of them."""
+        totals: Counter[str] = Counter()
+        for states in self._states():
+            for signal, state in states.items():
                 totals[f"{signal} delivered"] += state["delivered"]
-                totals["rejected"] += state["rejected"]
-                totals["thinned"] += state["thinned"]
-                totals["pending"] += state["pending"]
-                totals[f"{signal}: {state['state']}: {state['message']}"] += state["state"] in {"hold", "retry"}
+                totals.update({name: state[name] for name in (*UNSENT_RECORDS, "pending")})
+            totals.update({name: max(state[name] for state in states.values()) for name in UNSENT_LINES})
         return totals
+
+    @staticmethod
+    def _unsent(totals: Counter[str]) -> list[str]:
+        """What will not go out by itself, each with the reason and what can be done."""
+        counts = Counter(totals)
+        counts["filtered"] -= counts["left_out"]
+        counts["rejected"] -= counts["partial"]
+        return [f"{counts[name]:,} {why}" for name, why in (UNSENT_RECORDS | UNSENT_LINES).items() if counts[name]]
+
+    def _failing(self) -> list[str]:
+        """A line for each reason for which signals wait."""
+        sessions: Counter[str] = Counter()
+        lines: Counter[str] = Counter()
+        for states in self._states():
+            for signal, state in states.items():
+                if state["state"] in {"hold", "retry"}:
+                    reason = f"{signal}: {state['state']}: {state['message']}"
+                    sessions[reason] += 1
+                    lines[reason] += state["pending"]
+        return [f"{why} ({lines[why]:,} lines in {count:,} sessions wait)" for why, count in sessions.items()]
 
     @contextmanager
     def _locks(self) -> Iterator[None]:

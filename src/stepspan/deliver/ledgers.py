@@ -98,8 +98,9 @@ def signal_ledger(state: CursorState, seq: int, ts: int, pending_since: int = 0)
         pending_since: The time of the first line that waits, Unix ns; 0: none does.
 
     Returns:
-        JSON: the ledger's fields, `pending` (lines), `lag` (seconds of event time that wait), `finished`, `state`,
-        `message` and `answered` (Unix seconds).
+        JSON: the ledger's fields, `partial` (of those rejected) and `left_out` (of those filtered) as a cursor has
+        them, `pending` (lines), `lag` (seconds of event time that wait), `finished`, `state`, `message` and `answered`
+        (Unix seconds).
 
     """
     ledger = asdict(state.ledger)
@@ -107,6 +108,8 @@ def signal_ledger(state: CursorState, seq: int, ts: int, pending_since: int = 0)
     pending = max(0, seq - counted)
     return {
         **ledger,
+        "partial": state.partial,
+        "left_out": state.left_out,
         "pending": pending,
         "lag": round(max(0, ts - pending_since) / 1e9, 3) if pending and pending_since else 0.0,
         "finished": state.position.finished,

@@ -243,6 +243,7 @@ class DeliveryTask:
                 state="ok",
                 message=message,
                 asked_until=0.0,
+                partial=state.partial + isolation.dropped,
                 left_out=state.left_out + batch.left_out,
                 session=self.session.session,
             )

@@ -88,6 +88,8 @@ class CursorState:
     """What the receiver said, and what to fix."""
     asked_until: float = 0.0
     """Before when the receiver has asked not to be tried again, Unix seconds; 0: it has not."""
+    partial: int = 0
+    """How many of the rejected records the receiver left out of requests that it took: nobody knows which."""
     left_out: int = 0
     """How many of the filtered records were not sent for their rank: `stepspan sync --all-ranks` sends them."""
     needs: int = 0
@@ -105,6 +107,7 @@ class CursorState:
             state=str(content["state"]),
             message=str(content["message"]),
             asked_until=float(content.get("asked_until", 0.0)),
+            partial=int(content.get("partial", 0)),
             left_out=int(content.get("left_out", 0)),
             needs=int(content["needs"]),
             session=str(content["session"]),

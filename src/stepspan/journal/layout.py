@@ -12,7 +12,7 @@ import fcntl
 import os
 import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -238,24 +238,36 @@ class SessionPath:
             return os.pread(file.fileno(), size, offset)
 
 
-def find_sessions(root: Path, *, host: str | None = None) -> Iterator[SessionPath]:
-    """All sessions at or below a path, in name order; with `host` only those in a folder of that host's name."""
+def find_sessions(
+    root: Path, *, host: str | None = None, refused: Callable[[Path], None] = lambda _: None
+) -> Iterator[SessionPath]:
+    """All sessions at or below a path, in name order.
+
+    Args:
+        root: All runs, one job, or one session.
+        host: Only those in a folder of this host's name.
+        refused: Called with each directory that this user may not list; what is in it is passed over.
+
+    """
     start = SessionPath.of(root)
     if start:
         yield start
         return
-    yield from _descend(root, DIRECTORY_LEVELS, slug(host) if host else None)
+    yield from _descend(root, DIRECTORY_LEVELS, slug(host) if host else None, refused)
 
 
-def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]:
+def _descend(path: Path, levels: int, host: str | None, refused: Callable[[Path], None]) -> Iterator[SessionPath]:
     if host is not None and path.name != host:  # a job's folder: of a thousand hosts' folders, look into one
-        mine = list(_descend(path / host, 1, host))
+        mine = list(_descend(path / host, 1, host, refused))
         if mine:
             yield from mine
             return
     try:
         with os.scandir(path) as entries:
             names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False))
+    except PermissionError:
+        refused(path)
+        return
     except OSError:
         return
     for name in names:
@@ -264,7 +276,7 @@ def _descend(path: Path, levels: int, host: str | None) -> Iterator[SessionPath]
             if host is None or path.name == host:
                 yield found
         elif levels > 1:
-            yield from _descend(path / name, levels - 1, host)
+            yield from _descend(path / name, levels - 1, host, refused)
 
 
 def sessions_of_rank(directory: Path, job_id: str, rank: int) -> list[SessionPath]:
