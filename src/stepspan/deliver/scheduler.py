@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from stepspan.deliver.options import Options
+from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
@@ -103,6 +104,7 @@ class Scheduler:
         """Whether a defect has ended the thread."""
         self._find = find
         self._options = options
+        self._memory = ReceiverMemory(options.clock)
         self._retry_at: dict[Path, float] = {}
         self._in_use_since: dict[Path, float] = {}
         self._defective: set[Path] = set()
@@ -218,7 +220,7 @@ class Scheduler:
             if path in self.progress and self.progress[path].finished:
                 continue
             try:
-                task = DeliveryTask(session, self.signal, self.exporter, self._options)
+                task = DeliveryTask(session, self.signal, self.exporter, self._options, self._memory)
             except CursorInUse as error:  # may be left to us at any time
                 if self.unreadable.get(path) != str(error):
                     log.info("stepspan: %s %s: left alone: %s", path, self.signal, error)

@@ -8,6 +8,9 @@ A crash leaves: before the cursor moved, a batch that is sent again, with the sa
 twice; after that, nothing to be done again. A cursor that cannot be written, or is lost, costs sending again what was
 delivered, which is harmless: the mapping gives the same points.
 
+A batch of which something is refused is delivered in parts, over several calls if need be (`isolation.py`); until all
+of it is accounted for, only memory knows what was taken.
+
 A task belongs to the thread of its scheduler; other threads may read its properties. `advance` is called again and
 again, never before `not_before`; when it raises, the task is closed and a new one starts from the cursor.
 """
@@ -15,7 +18,7 @@ again, never before `not_before`; when it raises, the task is closed and a new o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -24,17 +27,18 @@ from typing import cast
 from stepspan.deliver import dead_letters
 from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, Backoff
 from stepspan.deliver.batches import Batch, BatchReader
-from stepspan.deliver.isolation import Isolation, Send
+from stepspan.deliver.isolation import MAX_TRIES, Isolation, Send
 from stepspan.deliver.ledgers import THINNED
 from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import Options
+from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.session_end import SessionEnd
 from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.exporters import Exporter
 from stepspan.journal.cursor import Cursor, CursorState, Position, cursor_name
 from stepspan.journal.layout import SessionPath, writable_by_us
-from stepspan.mapping.records import Point, Record, Signal
+from stepspan.mapping.records import Attributes, Point, Record, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
 
 log = logging.getLogger("stepspan.deliver")
@@ -43,6 +47,10 @@ HEADER_FIELDS = {"run_key": str, "rank": int, "world_size": int, "role": str, "s
 """What mapping and merging rely on."""
 WINDOW_NS = 3600 * 1_000_000_000
 """Points that are older than this, or in the future, may be refused for their time alone."""
+
+MAX_ROUND_REQUESTS = 64
+MAX_ROUND_S = 0.5
+"""What a task may take to find what is refused, before other sessions have their turn."""
 
 
 class DeliveryTask:
@@ -53,6 +61,7 @@ class DeliveryTask:
         signal: Which records of it are delivered.
         exporter: Sends them.
         options: What all tasks have in common.
+        memory: What is known of the receiver; None: nothing.
 
     Raises:
         JournalError: The session cannot be read, or its cursors cannot be kept.
@@ -60,7 +69,14 @@ class DeliveryTask:
 
     """
 
-    def __init__(self, session: SessionPath, signal: Signal, exporter: Exporter, options: Options) -> None:
+    def __init__(
+        self,
+        session: SessionPath,
+        signal: Signal,
+        exporter: Exporter,
+        options: Options,
+        memory: ReceiverMemory | None = None,
+    ) -> None:
         self.session = session
         self.signal: Signal = signal
         self.not_before = 0.0
@@ -77,10 +93,18 @@ class DeliveryTask:
         """The time (Unix ns) before which the journal's clock is known to have been wrong."""
         self._batch: Batch | None = None
         """The one that was prepared, and is not delivered yet."""
+        self._isolation: Isolation | None = None
+        """Its delivery."""
+        self._delivered = 0
+        """How many of its records have been taken."""
+        self._named = 0
+        """How many of the things that it has found to be refused have been named."""
+        self._memory = memory or ReceiverMemory(options.clock)
         with ExitStack() as files:  # it is tried again and again: descriptors must not pile up
             name = cursor_name(exporter.destination, signal)
             reader = files.enter_context(closing(options.sessions.open(session, name, options.clock)))
             self.header = _checked_header(reader)
+            self._owner = repr(self.header["resource"].get("service.instance.id"))
             self.state_directory = _state_directory(session, options)
             directory = self.state_directory / "cursors"
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -123,7 +147,12 @@ class DeliveryTask:
     @property
     def at_end(self) -> bool:
         """Whether nothing more stood in the journal at the last look."""
-        return self._batches.at_end
+        return self._batches.at_end and not self._is_under_way
+
+    @property
+    def _is_under_way(self) -> bool:
+        """Whether a part of a batch was sent, and the rest has yet to be."""
+        return self._isolation is not None and self.failing_since is None
 
     @property
     def time(self) -> int:
@@ -159,7 +188,7 @@ class DeliveryTask:
             until: The time of the last event that may be in it, Unix ns.
 
         Returns:
-            The batch, for `deliver`; None where there is nothing now.
+            The batch, for `deliver`, without what the receiver is known to refuse; None where there is nothing now.
 
         Raises:
             JournalError: The session cannot be read any more.
@@ -167,7 +196,20 @@ class DeliveryTask:
 
         """
         self._batch = self._batch or self._batches.read(self.position, until, self._end)
-        return self._batch
+        if self._batch is None:
+            return None
+        if self._isolation is None:
+            self._isolation = self._isolate(self._batch)
+        return replace(self._batch, records=self._isolation.first_request)
+
+    @property
+    def goes_alone(self) -> bool:
+        """Whether the batch that was prepared cannot go in one request with others'.
+
+        So it is where something travels apart: a probe of what the receiver has refused, points whose time the user
+        gave; and where a part was sent before.
+        """
+        return self._isolation is not None and self._isolation.goes_alone
 
     def deliver(self, batch: Batch, send: Send | None = None) -> bool:
         """Send a batch, and move the cursor or put off the next try.
@@ -178,31 +220,49 @@ class DeliveryTask:
                 become is given by a function that returns its outcome.
 
         Returns:
-            Whether the cursor moved. False: it was not taken (`not_before`, `held`).
+            Whether it went on: the cursor moved, or a part was sent. False: it was not taken (`not_before`, `held`).
 
         Raises:
             OSError: The cursor cannot be written.
 
         """
-        send = send or self._send
-        isolation = self._isolation(send)
-        outcome = isolation.run(batch.records) if batch.records else Outcome(Verdict.DELIVERED)
+        isolation = self._isolation
+        if self._batch is None or isolation is None:
+            raise ValueError("deliver() was called without prepare()")
+        isolation.send = lambda records: send(records) if send and records is batch.records else self._send(records)
+        outcome = isolation.run(goes_on=self._budget())
         if (
-            outcome.verdict is Verdict.HOLD
+            outcome is not None
+            and outcome.verdict is Verdict.HOLD
             and (wrong := self._batches.wrong_before(self.position)) > self._wrong_before
         ):
             self._wrong_before = wrong  # no window is too small for these: they need not be waited for
-            isolation = self._isolation(send)
-            outcome = isolation.run(batch.records)
+            self._isolation = isolation = self._isolate(self._batch)
+            outcome = isolation.run(goes_on=self._budget())
+        if isolation.delivered > self._delivered:
+            self._delivered = isolation.delivered
+            self._backoff.reset()
+            self.failing_since = None
+        if isolation.accepted and isolation.known_good_record is not None:
+            self._memory.known_good = self.header["resource"], isolation.known_good_record
+        for name in isolation.refused_traits[self._named :]:
+            log.warning(
+                "stepspan: %s is refused by %s (%s): its records are rejected while it is, and all others go on",
+                name, self._exporter.destination, isolation.rejected[-1][1],
+            )  # fmt: skip
+        self._named = len(isolation.refused_traits)
+        if outcome is None:
+            self.not_before, self.failing_since = 0.0, None
+            return True
         if outcome.verdict is Verdict.DELIVERED:
-            self._batch = None
+            batch, self._batch, self._isolation = self._batch, None, None
             if isolation.rejected:
                 self._dead_letter(isolation.rejected)
             self._commit(batch, isolation, outcome.message)
             return True
         self._back_off(outcome)
         if self.held:  # for minutes, maybe: others need the memory
-            self._batch = None
+            self._batch = self._isolation = None
             self._batches.forget()
         return False
 
@@ -214,12 +274,36 @@ class DeliveryTask:
         """Close the journal's and the cursor's files; the next task goes on from the cursor."""
         self._files.close()
 
-    def _isolation(self, send: Send) -> Isolation:
-        return Isolation(send, self._known_good_record, self._maybe_out_of_window, self._wrong_before)
+    def _isolate(self, batch: Batch) -> Isolation:
+        isolation = Isolation(
+            self._send,
+            self._known_good_record,
+            self._maybe_out_of_window,
+            self._wrong_before,
+            self._memory,
+            self._owner,
+            self._send_known_good,
+            failures=MAX_TRIES if self.held else 0,
+        )
+        isolation.begin(batch.records)
+        self._named = self._delivered = 0
+        return isolation
+
+    def _budget(self) -> Callable[[], bool]:
+        """Whether another request may be sent before other sessions have their turn."""
+        numbers, until = iter(range(MAX_ROUND_REQUESTS)), self._options.clock() + MAX_ROUND_S
+        return lambda: next(numbers, None) is not None and self._options.clock() <= until
 
     def _send(self, records: Sequence[Record]) -> Outcome:
+        return self._export(self.header["resource"], records)
+
+    def _send_known_good(self) -> Outcome | None:
+        good = self._memory.known_good
+        return self._export(good[0], [good[1]]) if good else None
+
+    def _export(self, resource: Attributes, records: Sequence[Record]) -> Outcome:
         try:
-            return self._exporter.export(self.signal, self.header["resource"], records)
+            return self._exporter.export(self.signal, resource, records)
         except Exception as error:  # a user's exporter: it may pass, and must not stop the other sessions
             return Outcome(Verdict.RETRY_THEN_HOLD, f"{type(self._exporter).__name__} failed: {error!r}")
 

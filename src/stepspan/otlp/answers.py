@@ -36,6 +36,7 @@ class Answer(NamedTuple):
         fix: For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`.
         reason_hidden: As `Outcome.reason_hidden`.
         too_old: As `Outcome.too_old`.
+        too_new: As `Outcome.too_new`.
         may_pass: As `Outcome.may_pass`.
         denied: As `Outcome.denied`.
 
@@ -45,6 +46,7 @@ class Answer(NamedTuple):
     fix: str = ""
     reason_hidden: bool = False
     too_old: bool = False
+    too_new: bool = False
     may_pass: bool = False
     denied: bool = False
 
@@ -151,7 +153,9 @@ class Phrase(NamedTuple):
 
 _TOO_LARGE = Answer(Verdict.HALVE, "larger than the receiver takes")
 _IN_FUTURE = Answer(
-    Verdict.HOLD, "the points are in the receiver's future: set the clocks of this host and of the receiver"
+    Verdict.HOLD,
+    "the points are in the receiver's future: set the clocks of this host and of the receiver",
+    too_new=True,
 )
 _TOO_OLD = Answer(
     Verdict.HOLD,
@@ -221,6 +225,7 @@ def failed_outcome(
         retry_after,
         reason_hidden=answer.reason_hidden,
         too_old=answer.too_old,
+        too_new=answer.too_new,
         may_pass=answer.may_pass,
         denied=answer.denied,
     )

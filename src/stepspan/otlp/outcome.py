@@ -41,6 +41,7 @@ class Outcome(NamedTuple):
         reason_hidden: The request was refused by something behind what answered, so the reason may be one that time
             cures. An old or future record is then held instead of rejected.
         too_old: The receiver says that a record is older than it takes.
+        too_new: The receiver says that a record is of its future.
         may_pass: A HOLD that may end by itself where the receiver has answered well before: a rollout, a DNS server
             that is away. It is then retried for minutes before it holds.
         denied: The receiver does not take these credentials, or there are none to be had: others may help.
@@ -53,6 +54,7 @@ class Outcome(NamedTuple):
     rejected: int = 0
     reason_hidden: bool = False
     too_old: bool = False
+    too_new: bool = False
     may_pass: bool = False
     denied: bool = False
 
