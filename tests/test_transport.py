@@ -110,9 +110,10 @@ HTTP_TABLE = {
     Verdict.DELIVERED: [200, 202, 204],
     Verdict.RETRY: [408, 429, 502, 503, 504],
     Verdict.RETRY_THEN_HOLD: [500],
-    Verdict.ISOLATE: [400, 413, 422],
+    Verdict.ISOLATE: [400, 406, 409, 410, 418, 422, 431, 501, 505],
+    Verdict.HALVE: [413],
     Verdict.HOLD: [
-        *(300, 301, 302, 303, 304, 307, 308, 401, 403, 404, 405, 406, 407, 409, 410, 415, 418, 431, 501, 505),
+        *(300, 301, 302, 303, 304, 307, 308, 401, 403, 404, 405, 407, 415),
         *range(520, 531),
     ],
 }
@@ -124,9 +125,9 @@ GRPC_TABLE = {
         *("OUT_OF_RANGE", "RESOURCE_EXHAUSTED", "UNAVAILABLE"),
     ],
     Verdict.RETRY_THEN_HOLD: ["INTERNAL", "UNKNOWN"],
-    Verdict.ISOLATE: ["INVALID_ARGUMENT"],
+    Verdict.ISOLATE: ["ALREADY_EXISTS", "FAILED_PRECONDITION", "INVALID_ARGUMENT"],
     Verdict.HOLD: [
-        *("ALREADY_EXISTS", "FAILED_PRECONDITION", "NOT_FOUND"),
+        "NOT_FOUND",
         *("PERMISSION_DENIED", "UNAUTHENTICATED", "UNIMPLEMENTED"),
     ],
 }
@@ -173,6 +174,10 @@ PHRASES = {
     "duplicate": (400, "duplicate sample for timestamp", Verdict.ISOLATE, "refuses something"),
     "too old, while busy": (503, "too old", Verdict.RETRY, "busy"),
     "size": (429, "grpc: received message larger than max (5 vs. 4)", Verdict.HALVE, "larger"),
+    "trace": (500, "TRACE_TOO_LARGE: max size of trace (5) exceeded", Verdict.ISOLATE, "max_bytes_per_trace"),
+    "trace, busy": (429, "max size of trace (5) exceeded", Verdict.ISOLATE, "max_bytes_per_trace"),
+    "traces": (400, "LIVE_TRACES_EXCEEDED: max live traces exceeded", Verdict.RETRY, "busy"),
+    "body": (400, "http: request body too large", Verdict.HALVE, "larger"),
     "size, in a 500": (500, "received message after decompression larger than max", Verdict.HALVE, "larger"),
     "VictoriaMetrics": (400, "json encoding isn't supported for opentelemetry format", Verdict.HOLD, "try protocol"),
 }

@@ -27,10 +27,12 @@ receiver or for the other sessions, and goes on where it was.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from itertools import pairwise
+from typing import Any, TypeAlias
 
 from stepspan.deliver.refused import Group, ReceiverMemory
 from stepspan.mapping.columns import split_past
@@ -229,9 +231,9 @@ class Isolation:
                 yield from self._refuse(records[0], outcome)
                 return
             else:
-                half = len(records) // 2
-                yield from self._offer(records[:half])
-                records = records[half:]
+                for part in _parts(records, outcome):
+                    yield from self._offer(part)
+                return
 
     def _ask(self, records: Sequence[Record], *, is_known: bool = False) -> _Answer:
         """Send records until they are taken, or refused for what they are.
@@ -391,9 +393,9 @@ class Isolation:
                 yield from self._offer_oldest_first(points, outcome)
                 return
             else:
-                half = len(points) // 2
-                yield from self._offer_past(points[:half])
-                points = points[half:]
+                for part in _parts(points, outcome):
+                    yield from self._offer_past(part)
+                return
 
     def _offer_oldest_first(self, points: Sequence[PastPoint], outcome: Outcome) -> _Steps:
         """Send points of one series, of which the receiver has said (`outcome`) that some are too old.
@@ -432,6 +434,13 @@ class Isolation:
         if self.memory is not None and not dropped:
             self.memory.note_taken(self.owner, records)
         return dropped < len(records)
+
+
+def _parts(records: Sequence[Any], outcome: Outcome) -> list[Sequence[Any]]:
+    """The two halves of what was refused; of what is too large as many parts as the receiver's limit asks for."""
+    count = min(len(records), math.ceil(1 / outcome.max_ratio)) if outcome.max_ratio else 2
+    ends = [len(records) * number // count for number in range(count + 1)]
+    return [records[begin:end] for begin, end in pairwise(ends)]
 
 
 def _time(record: Record) -> int:

@@ -13,6 +13,7 @@ from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.credentials import absolute_path
 from stepspan.otlp.endpoint import read_variables, resolve_destination, route_digest
 from stepspan.otlp.outcome import Outcome, Transport, Verdict
+from stepspan.otlp.request_sizes import RequestSizes
 from stepspan.otlp.transport import open_transport
 from stepspan.processors import Processor, build, specs
 
@@ -88,6 +89,7 @@ class OtlpExporter:
         self.destination = destination or resolved.name
         self._configured = resolved.configured
         self._transports: dict[Signal, Transport] = {}
+        self._sizes = {signal: RequestSizes() for signal in self.signals}
 
     def clone(self, timeout: float) -> OtlpExporter:
         """The same receiver over connections of its own, for another thread.
@@ -102,6 +104,7 @@ class OtlpExporter:
             for s, e in self.endpoints.items()
         }
         other._transports = {}
+        other._sizes = {signal: RequestSizes() for signal in self.signals}
         return other
 
     @property
@@ -155,7 +158,7 @@ class OtlpExporter:
             body = encode(signal, resource, records)
         except ValueError as error:
             return Outcome(Verdict.ISOLATE, f"not OTLP: {error}")
-        return self._send(signal, body)
+        return self._send(signal, body, can_be_cut=len(records) > 1)
 
     def send_json(self, signal: Signal, request: bytes) -> Outcome:
         """Send one request that is OTLP JSON already, over this exporter's protocol.
@@ -177,8 +180,13 @@ class OtlpExporter:
                 return Outcome(Verdict.ISOLATE, f"not OTLP JSON: {error}")
         return self._send(signal, request)
 
-    def _send(self, signal: Signal, body: bytes) -> Outcome:
-        return self._transport(signal).send(body)
+    def _send(self, signal: Signal, body: bytes, *, can_be_cut: bool = False) -> Outcome:
+        sizes = self._sizes[signal]
+        outcome = sizes.check(len(body)) if can_be_cut else None
+        if outcome is None:
+            outcome = self._transport(signal).send(body)
+            sizes.learn(len(body), outcome)
+        return outcome
 
     def _transport(self, signal: Signal) -> Transport:
         if signal not in self._transports:

@@ -22,6 +22,7 @@ from stepspan.values import shorten
 USER_AGENT = f"stepspan/{__version__}"
 MAX_TEXT_CHARS = 300
 """Characters of a receiver's text that a message shows."""
+_SIZES = re.compile(r"\((\d+) vs\.? (\d+)\)")
 MAX_CONNECTION_AGE_S = 240.0
 _PAGE_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 _BEFORE_A_PAGE = b" \t\r\n\f\v\0\xef\xbb\xbf\xfe\xff"
@@ -66,7 +67,7 @@ HTTP_ANSWERS: Mapping[int, Answer] = {
     404: Answer(Verdict.HOLD, "no OTLP receiver at {url}: check the path", may_pass=True),
     405: Answer(Verdict.HOLD, "{url} takes no POST: check the path"),
     407: Answer(Verdict.HOLD, _PROXY_CREDENTIALS),
-    413: Answer(Verdict.ISOLATE, "the request is larger than the receiver takes"),
+    413: Answer(Verdict.HALVE, "the request is larger than the receiver takes"),
     415: Answer(Verdict.HOLD, _OTHER_PROTOCOL),
     500: Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
     **dict.fromkeys((408, 429, 502, 503, 504), Answer(Verdict.RETRY, _BUSY)),
@@ -97,7 +98,7 @@ GRPC_ANSWERS: Mapping[str, Answer] = {
     ),
     **dict.fromkeys(("INTERNAL", "UNKNOWN"), Answer(Verdict.RETRY_THEN_HOLD, _FAILED)),
     "DEADLINE_EXCEEDED": Answer(Verdict.RETRY, "no answer from {url} in time"),
-    "INVALID_ARGUMENT": Answer(Verdict.ISOLATE, _REFUSED),
+    **dict.fromkeys(("FAILED_PRECONDITION", "INVALID_ARGUMENT"), Answer(Verdict.ISOLATE, _REFUSED)),
     "NOT_FOUND": Answer(Verdict.HOLD, "no OTLP receiver for {signal} at {url}: check the address", may_pass=True),
     "PERMISSION_DENIED": Answer(Verdict.HOLD, _NOT_ALLOWED, may_pass=True, denied=True),
     "UNAUTHENTICATED": Answer(Verdict.HOLD, _SET_HEADERS, denied=True),
@@ -107,8 +108,8 @@ GRPC_ANSWERS: Mapping[str, Answer] = {
     ),
 }
 
-UNKNOWN_ANSWER = Answer(Verdict.HOLD, "not an answer that OTLP knows: is {url} an OTLP receiver?")
-"""Any HTTP status or gRPC code that is not in the tables."""
+UNKNOWN_ANSWER = Answer(Verdict.ISOLATE, "not an answer that OTLP knows: is {url} an OTLP receiver?")
+"""Any HTTP status or gRPC code that is not in the tables: it may be about one record."""
 
 
 def answer_of_status(status: int) -> Answer:
@@ -152,6 +153,7 @@ class Phrase(NamedTuple):
 
 
 _TOO_LARGE = Answer(Verdict.HALVE, "larger than the receiver takes")
+_TRACE_TOO_LARGE = Answer(Verdict.ISOLATE, "the trace is larger than the receiver takes (Tempo: max_bytes_per_trace)")
 _IN_FUTURE = Answer(
     Verdict.HOLD,
     "the points are in the receiver's future: set the clocks of this host and of the receiver",
@@ -169,8 +171,18 @@ _REFUSED_BEHIND = Answer(
     reason_hidden=True,
 )
 
+_ANY_FAILURE = _REFUSALS | {Verdict.RETRY}
 PHRASES: tuple[Phrase, ...] = (
-    Phrase("larger than max", _TOO_LARGE, _REFUSALS | {Verdict.RETRY}),
+    # Tempo says these as FAILED_PRECONDITION, 500 or 429: of one trace for good, of a tenant until it has room.
+    Phrase("trace_too_large", _TRACE_TOO_LARGE, _ANY_FAILURE),
+    Phrase("max size of trace", _TRACE_TOO_LARGE, _ANY_FAILURE),
+    Phrase("live_traces_exceeded", Answer(Verdict.RETRY, _BUSY), _ANY_FAILURE),
+    Phrase("larger than max", _TOO_LARGE, _ANY_FAILURE),
+    Phrase("body too large", _TOO_LARGE, _ANY_FAILURE),
+    Phrase("payload too large", _TOO_LARGE, _ANY_FAILURE),
+    Phrase("entity too large", _TOO_LARGE, _ANY_FAILURE),
+    Phrase("request too large", _TOO_LARGE, _ANY_FAILURE),
+    Phrase("message too large", _TOO_LARGE, _ANY_FAILURE),
     # Prometheus says "out of bounds: timestamp is too far in the future": the future first.
     Phrase("too far in the future", _IN_FUTURE),
     Phrase("out of bounds", _TOO_OLD),
@@ -228,7 +240,14 @@ def failed_outcome(
         too_new=answer.too_new,
         may_pass=answer.may_pass,
         denied=answer.denied,
+        max_ratio=_max_ratio(text) if answer.verdict is Verdict.HALVE else 0.0,
     )
+
+
+def _max_ratio(text: str) -> float:
+    """The size that a receiver takes, as a part of what it was sent: of "larger than max (6 vs. 4)" 2/3. 0: unknown."""
+    found = _SIZES.search(text)
+    return float(found[2]) / float(found[1]) if found and 0 < float(found[2]) < float(found[1]) else 0.0
 
 
 def delivered_outcome(endpoint: Endpoint, rejected: int, text: str) -> Outcome:

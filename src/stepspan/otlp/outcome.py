@@ -44,6 +44,7 @@ class Outcome(NamedTuple):
         too_new: The receiver says that a record is of its future.
         may_pass: A HOLD that may end by itself where the receiver has answered well before: a rollout, a DNS server
             that is away. It is then retried for minutes before it holds.
+        max_ratio: Of HALVE: how large a request may be, as a part of this one; 0: not known.
         denied: The receiver does not take these credentials, or there are none to be had: others may help.
 
     """
@@ -57,6 +58,7 @@ class Outcome(NamedTuple):
     too_new: bool = False
     may_pass: bool = False
     denied: bool = False
+    max_ratio: float = 0.0
 
 
 class Transport(Protocol):
