@@ -26,6 +26,7 @@ from stepspan.journal.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from stepspan.journal.cursor import Ledger, Position
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.mapper import VERSION, Mapper, mapper
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Record, Signal
 from stepspan.processors import apply, specs
 
@@ -68,6 +69,7 @@ class BatchReader:
         self._reader = reader
         self._signal: Signal = signal
         self._processors = exporter.processors
+        self._mapping_options: MappingOptions = getattr(exporter, "mapping_options", DEFAULT_OPTIONS)
         self._checkpoint = checkpoint
         self._batch_bytes = options.batch_bytes
         self._wall_clock = options.wall_clock
@@ -156,7 +158,7 @@ class BatchReader:
 
     def _rebuild(self, target: Position) -> Mapper:
         """A mapper that has seen everything before a position."""
-        fold = mapper(self._signal, self._reader.header)
+        fold = mapper(self._signal, self._reader.header, self._mapping_options)
         if target.finished:
             return fold
         position = Position()
@@ -177,7 +179,9 @@ class BatchReader:
     def _key(self) -> dict[str, Any]:
         """What a checkpoint must agree with."""
         processors = blake2b(orjson.dumps(specs(self._processors)), digest_size=8).hexdigest()
-        return {"version": VERSION, "session": self._reader.session.session, "processors": processors}
+        key = {"version": VERSION, "session": self._reader.session.session, "processors": processors}
+        options = self._mapping_options.key()
+        return {**key, "options": options} if options else key
 
     def _process(self, events: list[Event]) -> list[Event]:
         """The events after the exporter's own processors, which get copies: others have the same events."""

@@ -13,6 +13,7 @@ from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.credentials import absolute_path
 from stepspan.otlp.endpoint import read_variables, resolve_destination, route_digest
 from stepspan.otlp.outcome import Outcome, Transport, Verdict
+from stepspan.otlp.record_variables import read_record_variables
 from stepspan.otlp.request_sizes import RequestSizes
 from stepspan.otlp.transport import open_transport
 from stepspan.processors import Processor, build, specs
@@ -40,6 +41,7 @@ class OtlpExporter:
         endpoints: Signal -> the `Endpoint` it goes to. Signals that are switched off or go nowhere are not in it.
         signals: The signals it takes: those of `endpoints`.
         faults: Which variable is wrong, and how -> the signals that are held for it.
+        mapping_options: What the variables say of the records that are sent.
         ignored: What of the variables says nothing and counts as unset.
         warnings: What of the variables may not mean what it says.
         address: The name that the destination has where none is given.
@@ -76,7 +78,9 @@ class OtlpExporter:
             "compression": compression,
             "timeout": timeout,
         }
-        resolved = resolve_destination(os.environ if env is None else env, **self.settings)
+        variables = read_variables(os.environ if env is None else env)
+        resolved = resolve_destination(variables, **self.settings)
+        self.mapping_options, ignored = read_record_variables(variables)
         self.endpoints = resolved.endpoints
         self.processors = tuple(processors)
         self.signals: tuple[Signal, ...] = tuple(self.endpoints)
@@ -84,7 +88,7 @@ class OtlpExporter:
         for signal, each in self.endpoints.items():
             if each.fault:
                 self.faults.setdefault(each.fault, []).append(signal)
-        self.ignored, self.warnings = resolved.ignored, resolved.warnings
+        self.ignored, self.warnings = (*resolved.ignored, *ignored), resolved.warnings
         self.address, self.is_named = resolved.name, bool(destination)
         self.destination = destination or resolved.name
         self._configured = resolved.configured

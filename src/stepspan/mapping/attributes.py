@@ -26,22 +26,23 @@ class Flat(NamedTuple):
     dropped: int
 
 
-def flatten(values: Mapping[str, Any], *, cut: int = 0) -> Flat:
+def flatten(values: Mapping[str, Any], *, cut: int = 0, limit: int = MAX_ATTRIBUTES) -> Flat:
     """Nested mappings as flat attributes.
 
     Args:
         values: As the journal holds them.
         cut: How many the journal itself could not hold.
+        limit: How many are kept.
 
     Returns:
-        At most `MAX_ATTRIBUTES`: those of a mapping have dotted names; numbers, texts and short lists of them stay,
+        At most `limit`: those of a mapping have dotted names; numbers, texts and short lists of them stay,
         None is left out, everything else is text.
 
     """
     attributes: dict[str, Scalar | list[Scalar]] = {}
     dropped = cut
     for name, value in leaves(values):
-        if len(attributes) < MAX_ATTRIBUTES or name in attributes:
+        if len(attributes) < limit or name in attributes:
             attributes[name] = attribute_value(value)
         else:
             dropped += 1
@@ -115,33 +116,36 @@ def artifact_attributes(event: Event) -> dict[str, Any]:
     return flatten({name: event[name] for name in ARTIFACT_FIELDS if name in event}).attributes
 
 
-def event_attributes(event: Event) -> Flat:
+def event_attributes(event: Event, limit: int = MAX_ATTRIBUTES) -> Flat:
     """The attributes of a milestone, as an event of the run's span and as a log record.
 
     Args:
         event: An `event` event.
+        limit: How many of the user's are kept.
 
     Returns:
         The user's attributes, flat, and the status if it has one, which replaces a user's attribute of that name.
 
     """
-    flat, status = flatten(event.get("attributes", {}), cut=event.get("cut", 0)), event.get("status")
+    flat = flatten(event.get("attributes", {}), cut=event.get("cut", 0), limit=limit)
+    status = event.get("status")
     if status is not None:
         flat.attributes["status"] = status
     return flat
 
 
-def exception_attributes(error: Mapping[str, Any]) -> Flat:
+def exception_attributes(error: Mapping[str, Any], limit: int = MAX_ATTRIBUTES) -> Flat:
     """The attributes of an exception, by OpenTelemetry's semantic conventions.
 
     Args:
         error: An `error` event, or the `exception` of a `log` event.
+        limit: How many of the user's are kept.
 
     Returns:
         The user's attributes, flat, and `exception.type`, `.message` and `.stacktrace`.
 
     """
-    flat = flatten(error.get("attributes", {}), cut=error.get("cut", 0))
+    flat = flatten(error.get("attributes", {}), cut=error.get("cut", 0), limit=limit)
     flat.attributes["exception.type"] = error["type"]
     flat.attributes["exception.message"] = shorten(error["message"], MAX_TEXT_CHARS)
     flat.attributes["exception.stacktrace"] = shorten(error["stack"], MAX_TEXT_CHARS)

@@ -11,6 +11,7 @@ from stepspan.events import Event
 from stepspan.mapping import ids
 from stepspan.mapping.histogram import HistogramState
 from stepspan.mapping.open_scopes import StepState, step_trace_id
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Exemplar, Histogram
 from stepspan.mapping.thinning import Thinning
 
@@ -18,7 +19,8 @@ from stepspan.mapping.thinning import Thinning
 class Durations:
     """Steps in, histograms out."""
 
-    def __init__(self, header: Event) -> None:
+    def __init__(self, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> None:
+        self._options = None if options == DEFAULT_OPTIONS else options
         self._thinning = Thinning(header)
         self._histograms: dict[str, HistogramState] = {}
         self._slowest: dict[str, tuple[float, int, Event]] = {}
@@ -40,8 +42,15 @@ class Durations:
             self._histograms.setdefault(split, HistogramState()).add(values)
         for step in self._thinning.filter(steps):
             split = step.begin["split"]
-            if split not in slowest or step.duration > slowest[split][0]:
+            if (split not in slowest or step.duration > slowest[split][0]) and self._has_trace(step):
                 slowest[split] = step.duration, step.end["ts"], step.begin
+
+    def _has_trace(self, step: StepState) -> bool:
+        """Whether a step may be an exemplar: its trace goes out."""
+        if self._options is None:
+            return True
+        trace_id = step_trace_id(self._thinning.header, step.begin)
+        return self._options.exemplars and self._options.sampler.keeps(trace_id)
 
     def values(self, start: int) -> Iterator[tuple[str, Histogram]]:
         """The histograms so far. An exemplar goes out once, so the next call has those of the time since.

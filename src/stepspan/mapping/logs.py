@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import (
+    MAX_ATTRIBUTES,
     MAX_TEXT_CHARS,
+    Flat,
     artifact_attributes,
     event_attributes,
     exception_attributes,
@@ -18,6 +20,7 @@ from stepspan.mapping.attributes import (
 from stepspan.mapping.clock import clock_text, seconds_ahead
 from stepspan.mapping.dispatch import NothingAhead, dispatch
 from stepspan.mapping.open_scopes import OpenScopes
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Log, Record, SdkRecord
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.values import shorten
@@ -32,8 +35,10 @@ FAILED_STATUSES = frozenset({"failed", "error", "failure"})
 class LogMapper(NothingAhead):
     """One session's events as log records, each with the ids of the span it was logged in."""
 
-    def __init__(self, header: Event) -> None:
+    def __init__(self, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> None:
         self.filtered = 0
+        self._limits = options.limits if options.limits != DEFAULT_OPTIONS.limits else None
+        self._max_attributes = max(MAX_ATTRIBUTES, options.limits.log.count or 0)
         self._scopes = OpenScopes(header)
         self._logs: list[Log | SdkRecord] = []
         self._sdk_records = SdkRecords("logs")
@@ -57,7 +62,8 @@ class LogMapper(NothingAhead):
         """The log records of the next events."""
         self._logs = []
         dispatch(self._handlers, events)
-        return list(self._logs)
+        limits = self._limits
+        return list(self._logs) if limits is None else [limits.apply("logs", record) for record in self._logs]
 
     def finish(self, closed: Closed) -> list[Record]:
         """Nothing: the run's span says how the session ended."""
@@ -83,9 +89,12 @@ class LogMapper(NothingAhead):
         trace_id, span_id = map(bytes.fromhex, ids) if ids else (None, None)
         self._logs.append(Log(event["ts"], severity, body, name, attributes, trace_id, span_id, dropped))
 
+    def _flatten(self, values: Mapping[str, Any], event: Event) -> Flat:
+        return flatten(values, cut=event.get("cut", 0), limit=self._max_attributes)
+
     def _hyperparams(self, event: Event) -> None:
         params = event["params"]
-        self._add(event, INFO, "training.hyperparams", json_text(params), *flatten(params, cut=event.get("cut", 0)))
+        self._add(event, INFO, "training.hyperparams", json_text(params), *self._flatten(params, event))
 
     def _artifact(self, event: Event) -> None:
         body = f"{event['kind']} {event['name']}: {event['path']}"
@@ -96,14 +105,15 @@ class LogMapper(NothingAhead):
         severity = ERROR if status is not None and status.lower() in FAILED_STATUSES else INFO
         severity = SEVERITIES.get(event.get("severity", ""), severity)
         body = event["name"] if status is None else f"{event['name']}: {status}"
-        self._add(event, severity, event["name"], body, *event_attributes(event))
+        self._add(event, severity, event["name"], body, *event_attributes(event, self._max_attributes))
 
     def _error(self, event: Event) -> None:
-        self._add(event, ERROR, "exception", f"{event['type']}: {event['message']}", *exception_attributes(event))
+        attributes = exception_attributes(event, self._max_attributes)
+        self._add(event, ERROR, "exception", f"{event['type']}: {event['message']}", *attributes)
 
     def _log(self, event: Event) -> None:
         severity = SEVERITIES.get(event["severity"], INFO)
-        attributes, dropped = flatten(event.get("attributes", {}), cut=event.get("cut", 0))
+        attributes, dropped = self._flatten(event.get("attributes", {}), event)
         attributes["logger"] = shorten(event["logger"], MAX_TEXT_CHARS)
         if "exception" in event:
             attributes |= exception_attributes(event["exception"]).attributes

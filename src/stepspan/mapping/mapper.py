@@ -19,6 +19,7 @@ from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.logs import LogMapper
 from stepspan.mapping.metrics import MetricMapper
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Record, Signal
 from stepspan.mapping.traces import TraceMapper
 
@@ -82,15 +83,20 @@ class Mapper(Protocol):
         """Go on from a state of the same `VERSION`, which now belongs to the mapper."""
 
 
-MAPPERS: dict[Signal, Callable[[Event], Mapper]] = {"metrics": MetricMapper, "traces": TraceMapper, "logs": LogMapper}
+MAPPERS: dict[Signal, Callable[[Event, MappingOptions], Mapper]] = {
+    "metrics": MetricMapper,
+    "traces": TraceMapper,
+    "logs": LogMapper,
+}
 
 
-def mapper(signal: Signal, header: Event) -> Mapper:
+def mapper(signal: Signal, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> Mapper:
     """A mapper that has seen nothing yet.
 
     Args:
         signal: What it makes: points, spans or log records.
         header: The header of the session.
+        options: What the records' destination wants.
 
     """
-    return MAPPERS[signal](header)
+    return MAPPERS[signal](header, options)

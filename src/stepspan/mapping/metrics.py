@@ -19,6 +19,7 @@ from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import MetricName, metric_name, split_in_key
 from stepspan.mapping.open_scopes import StepState
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.progress import RunProgress
 from stepspan.mapping.records import Attributes, Kind, PastPoint, Record, Series, Sum
@@ -82,7 +83,7 @@ class MetricState:
 class MetricMapper:
     """One session's events as points; each series' points in time order."""
 
-    def __init__(self, header: Event) -> None:
+    def __init__(self, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> None:
         self._start: int = header["started"]
         self._series: dict[Any, Series] = {}
         """By name and attributes."""
@@ -103,7 +104,7 @@ class MetricMapper:
         self._millisecond = 0
         self._state = MetricState()
         self._steps = StepFold(header)
-        self._durations = Durations(header)
+        self._durations = Durations(header, options)
         self._progress = RunProgress()
         self._uncounted: list[StepState] = []
         self._sdk_records = SdkRecords("metrics")

@@ -137,6 +137,8 @@ class Link:
     trace_id: bytes
     span_id: bytes
     attributes: Attributes
+    dropped_attributes: int = 0
+    trace_state: str = ""
     encoded: dict[str, object] = field(default_factory=dict, compare=False, repr=False)
 
 
@@ -157,6 +159,8 @@ class Span:
         events: In the order of their times.
         dropped_events: How many more there were.
         links: To other traces.
+        dropped_links: How many more there were.
+        trace_state: What others have to say of its trace, as W3C Trace Context writes it.
 
     """
 
@@ -172,6 +176,8 @@ class Span:
     links: Sequence[Link] = ()
     dropped_attributes: int = 0
     dropped_events: int = 0
+    dropped_links: int = 0
+    trace_state: str = ""
 
 
 @dataclass(slots=True)

@@ -25,6 +25,7 @@ from stepspan.mapping.attributes import (
 )
 from stepspan.mapping.dispatch import MALFORMED, NothingAhead, dispatch, warn_unmappable
 from stepspan.mapping.open_scopes import ScopeState, StepState
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, SpanEvent
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold
@@ -42,8 +43,14 @@ STEP_FIELDS = ("step", "split", "epoch", "lap")
 class TraceMapper(NothingAhead):
     """One session's events as finished spans."""
 
-    def __init__(self, header: Event) -> None:
+    def __init__(self, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> None:
         self.filtered = 0
+        self._options = options
+        self._is_cut = options.limits != DEFAULT_OPTIONS.limits
+        self._is_sampled = options.sampler != DEFAULT_OPTIONS.sampler
+        self._max_attributes = max(MAX_ATTRIBUTES, options.limits.span.count or 0)
+        self._max_event_attributes = max(MAX_ATTRIBUTES, options.limits.event.count or 0)
+        self._max_events = max(MAX_EVENTS, options.limits.events or 0)
         self._header = header
         self._steps = StepFold(header)
         self._thinning = Thinning(header)
@@ -70,7 +77,7 @@ class TraceMapper(NothingAhead):
         """The spans that the next events complete."""
         self._spans = []
         dispatch(self._handlers, events)
-        return list(self._spans)
+        return self._outgoing()
 
     def finish(self, closed: Closed) -> list[Record]:
         """What is still open in a session that has ended, innermost first: ERROR, ended at the last event."""
@@ -81,7 +88,7 @@ class TraceMapper(NothingAhead):
             end = self._end_step if isinstance(scope, StepState) else self._end
             status = closed.status if seq == self._steps.run else "interrupted"
             end({"begin": seq, "ts": closed.ts, "status": status})
-        return list(self._spans)
+        return self._outgoing()
 
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
@@ -92,6 +99,18 @@ class TraceMapper(NothingAhead):
         self.filtered = state["filtered"]
         self._steps.restore(state["steps"])
         self._thinning = Thinning(**state["thinning"])
+
+    def _outgoing(self) -> list[Record]:
+        """The spans that were made, as the destination wants them."""
+        spans: list[Record] = [span for span in self._spans if not self._is_sampled or self._keeps(span)]
+        self.filtered += len(self._spans) - len(spans)
+        limits = self._options.limits
+        return [limits.apply("traces", span) for span in spans] if self._is_cut else spans
+
+    def _keeps(self, span: Span | SdkRecord) -> bool:
+        """Whether the trace of a span goes out."""
+        trace_id = span.trace_id if isinstance(span, Span) else bytes.fromhex(span.record.get("traceId", ""))
+        return self._options.sampler.keeps(trace_id)
 
     def _end(self, event: Event) -> None:
         scope = self._steps.end(event)
@@ -241,7 +260,7 @@ class TraceMapper(NothingAhead):
                 "status": end.get("status", ""),
             }
             return {**about, **kept}, len(params) - len(kept) + scope.cut_hyperparams
-        flat = flatten(begin.get("attributes", {}), cut=begin.get("cut", 0))
+        flat = flatten(begin.get("attributes", {}), cut=begin.get("cut", 0), limit=self._max_attributes)
         if begin.get("collective"):
             flat.attributes["collective"] = True
         return flat
@@ -264,7 +283,7 @@ class TraceMapper(NothingAhead):
             return
         params = run.hyperparams = run.hyperparams or {}
         for key, value in leaves(event["params"], "hyperparams."):
-            kept = params[key] is not None if key in params else len(params) < MAX_ATTRIBUTES
+            kept = params[key] is not None if key in params else len(params) < self._max_attributes
             params[key] = attribute_value(value) if kept else None
         run.cut_hyperparams = max(run.cut_hyperparams, event.get("cut", 0))
 
@@ -272,18 +291,18 @@ class TraceMapper(NothingAhead):
         self._add_event(self._run, "training.artifact", event["ts"], Flat(artifact_attributes(event), 0))
 
     def _event(self, event: Event) -> None:
-        self._add_event(self._run, event["name"], event["ts"], event_attributes(event))
+        self._add_event(self._run, event["name"], event["ts"], event_attributes(event, self._max_event_attributes))
 
     def _error(self, event: Event) -> None:
-        self._add_event(self._steps.error(event), "exception", event["ts"], exception_attributes(event))
+        attributes = exception_attributes(event, self._max_event_attributes)
+        self._add_event(self._steps.error(event), "exception", event["ts"], attributes)
 
-    @staticmethod
-    def _add_event(scope: ScopeState | None, name: str, ts: int, flat: Flat) -> None:
+    def _add_event(self, scope: ScopeState | None, name: str, ts: int, flat: Flat) -> None:
         if scope is None:
             return
         if scope.events is None:
             scope.events = []
-        if len(scope.events) < MAX_EVENTS:
+        if len(scope.events) < self._max_events:
             scope.events.append((name, ts, *flat))
         else:
             scope.dropped_events += 1

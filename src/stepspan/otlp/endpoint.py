@@ -46,6 +46,7 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 from stepspan.environment import unquoted
 from stepspan.errors import ConfigError
 from stepspan.mapping.records import SIGNALS, Signal
+from stepspan.otlp import record_variables
 from stepspan.otlp.credentials import (
     ChannelProvider,
     Credentials,
@@ -96,6 +97,7 @@ _VARIABLES = (
     *(f"OTEL_EXPORTER_OTLP_{signal.upper()}_{name}" for signal in SIGNALS for name in _SETTINGS),
     _TEMPORALITY,
     _HISTOGRAM_AGGREGATION,
+    *record_variables.NAMES,
 )
 
 _PARTS = {signal: (f"{signal.upper()}_", "") for signal in SIGNALS}

@@ -171,6 +171,8 @@ def _span(span: Span) -> _Json:
                 "spanId": link.span_id.hex(),
                 "attributes": key_values(link.attributes),
                 "flags": rules.HAS_IS_REMOTE,
+                **({"traceState": link.trace_state} if link.trace_state else {}),
+                **({"droppedAttributesCount": link.dropped_attributes} if link.dropped_attributes else {}),
             }
             for link in span.links
         ]
@@ -178,6 +180,10 @@ def _span(span: Span) -> _Json:
         encoded["droppedAttributesCount"] = span.dropped_attributes
     if span.dropped_events:
         encoded["droppedEventsCount"] = span.dropped_events
+    if span.dropped_links:
+        encoded["droppedLinksCount"] = span.dropped_links
+    if span.trace_state:
+        encoded["traceState"] = span.trace_state
     if span.error is not None:
         encoded["status"] = {"code": _STATUS_ERROR, "message": span.error}
     return encoded

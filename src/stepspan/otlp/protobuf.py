@@ -192,6 +192,10 @@ def _span(span: Span) -> bytes:
     for link in span.links:
         field = link.encoded.get("protobuf")
         encoded.append(field if isinstance(field, bytes) else _link(link))
+    if span.dropped_links:
+        encoded.append(_count(b"\x70", span.dropped_links))
+    if span.trace_state:
+        encoded.append(_string_field(b"\x1a", span.trace_state))
     if span.error is not None:
         encoded.append(_bytes_field(b"\x7a", _string_field(b"\x12", span.error) + b"\x18\x02"))  # code = ERROR
     return b"".join(encoded)
@@ -205,7 +209,8 @@ def _span_name(name: str) -> bytes:
 def _link(link: Link) -> bytes:
     """A link, which most spans of a session have in common."""
     ids = _bytes_field(b"\x0a", link.trace_id) + _bytes_field(b"\x12", link.span_id)
-    link.encoded["protobuf"] = field = _bytes_field(b"\x6a", ids + _key_values(b"\x22", link.attributes) + _LINK_FLAGS)
+    rest = _string_field(b"\x1a", link.trace_state) + _count(b"\x28", link.dropped_attributes) + _LINK_FLAGS
+    link.encoded["protobuf"] = field = _bytes_field(b"\x6a", ids + _key_values(b"\x22", link.attributes) + rest)
     return field
 
 

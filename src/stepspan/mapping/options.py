@@ -1,0 +1,34 @@
+"""What a destination wants of the mapping. The same options and journal give the same records, always."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from stepspan.mapping.limits import RecordLimits
+from stepspan.mapping.sampling import Sampler
+
+
+@dataclass(frozen=True, slots=True)
+class MappingOptions:
+    """How the events of a session become the records of one destination.
+
+    Attributes:
+        sampler: Which traces go out.
+        exemplars: Whether histograms have exemplars.
+        limits: How much of a span or log record goes out.
+
+    """
+
+    sampler: Sampler = field(default_factory=Sampler)
+    exemplars: bool = True
+    limits: RecordLimits = field(default_factory=RecordLimits)
+
+    def key(self) -> dict[str, Any]:
+        """What a checkpoint must agree with, as JSON; empty by default."""
+        found = asdict(self)
+        default = asdict(DEFAULT_OPTIONS)
+        return {name: value for name, value in found.items() if value != default[name]}
+
+
+DEFAULT_OPTIONS = MappingOptions()
