@@ -23,6 +23,7 @@ from stepspan.deliver.deliverer import Deliverer, caught_up, run_is_over
 from stepspan.deliver.ledgers import cursors
 from stepspan.deliver.lock import DELIVERERS_DIRECTORY, UNKNOWN, DeliveryLock, Outlook
 from stepspan.deliver.options import Options
+from stepspan.deliver.routes import route_of
 from stepspan.deliver.scheduler import MAX_WOKEN, Scheduler
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
@@ -463,5 +464,6 @@ def test_a_run_that_comes_and_goes_while_it_ends_is_delivered_too(
                 signal.signal(number, handler)
         assert {span["rank"] for span in receiver.spans("training.run")} == {0, 1}
     assert len(stops) == 2
-    assert DeliveryLock(tmp_path, "node", "there").outlook() == UNKNOWN, "no other rank waits for it"
+    lock = route_of(OtlpExporter(receiver.url, destination="there", env={}), tmp_path).lock_name
+    assert DeliveryLock(tmp_path, "node", lock).outlook() == UNKNOWN, "no other rank waits for it"
     assert_ledgers(tmp_path)

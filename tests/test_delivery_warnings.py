@@ -272,8 +272,10 @@ def test_a_training_process_imports_what_starts_a_deliverer_and_nothing_that_del
     below = [name.removeprefix("stepspan.") for name in json.loads(modules) if name.startswith("stepspan.")]
     assert {name for name in below if name.startswith("deliver.")} == {
         "deliver.delivery",
+        "deliver.begun",
         "deliver.ledgers",
         "deliver.lock",
+        "deliver.routes",
         "deliver.spawn",
     }
     assert {name for name in below if name.startswith("mapping.")} <= {

@@ -25,6 +25,7 @@ from harness.runs import is_ours
 from stepspan.deliver import delivery
 from stepspan.deliver.delivery import ProcessDelivery
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock, Outlook
+from stepspan.deliver.routes import route_of
 from stepspan.exporters.memory import MemoryExporter
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import Cursor, CursorState, cursor_name
@@ -224,7 +225,7 @@ class Closing:
         self.session.mkdir()
         monkeypatch.setattr(delivery, "spawn", lambda *_, **__: pytest.fail("a deliverer is at work"))
         exporter = OtlpExporter("http://127.0.0.1:9", env={}, destination="there")
-        self.lock = DeliveryLock(directory, "node", "there")
+        self.lock = DeliveryLock(directory, "node", route_of(exporter, directory).lock_name)
         assert self.lock.acquire()
         self.delivery = ProcessDelivery(
             directory, "node", [exporter], first=True, health=False, warn=lambda *_, **__: None
@@ -290,6 +291,7 @@ def test_a_deliverer_that_is_starting_is_not_started_again_unless_it_does_not_co
     inherit = lambda *given, **_: starting.append(os.dup(given[3]["there"].fileno()))  # noqa: E731
     monkeypatch.setattr(delivery, "spawn", inherit)
     exporter = OtlpExporter("http://127.0.0.1:9", env={}, destination="there")
+    lock = DeliveryLock(tmp_path, "node", route_of(exporter, tmp_path).lock_name)
     first, second, third = (
         ProcessDelivery(tmp_path, "node", [exporter], first=True, health=False, warn=lambda *_, **__: None)
         for _ in range(3)
@@ -297,9 +299,9 @@ def test_a_deliverer_that_is_starting_is_not_started_again_unless_it_does_not_co
     first.start()
     second.start()
     assert len(starting) == 1
-    assert DeliveryLock(tmp_path, "node", "there").outlook().state == "starting"
+    assert lock.outlook().state == "starting"
     os.close(starting[0])  # it dies as it starts
-    assert DeliveryLock(tmp_path, "node", "there").outlook() == UNKNOWN
+    assert lock.outlook() == UNKNOWN
     third.start()
     assert len(starting) == 2
     os.close(starting[1])

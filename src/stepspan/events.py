@@ -69,6 +69,12 @@ class Header(Line):
     step_roots: NotRequired[
         Annotated[bool, "true: of traces that are left out the spans of steps are sent: the roots of other ranks'"]
     ]
+    routes: NotRequired[
+        Annotated[
+            list[Any],
+            "of each of those its name, the name that its address stands for, and a salted digest of how it is reached",
+        ]
+    ]
     resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
 
 

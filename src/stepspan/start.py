@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
+from stepspan.deliver.routes import route_of
 from stepspan.environment import switched_off, unknown_variables
 from stepspan.errors import ConfigError
 from stepspan.exporters import Exporter
@@ -251,6 +252,7 @@ def open_run(
         pipeline = Pipeline(
             [*redact, *build(settings.processors), *processors], [jsonl, *followers], warn=warnings.warn_once
         )
+        live = [follower for follower in pipeline.followers if follower.signals and settings.delivery != "off"]
         recorder = JournalRecorder(
             identity,
             resource,
@@ -259,8 +261,9 @@ def open_run(
             pipeline.process,
             warnings=warnings,
             boot_id=facts.boot_id,
-            destinations=[e.destination for e in pipeline.followers if e.signals and settings.delivery != "off"],
             left_out=_left_out(settings, identity),
+            destinations=[follower.destination for follower in live],
+            routes=[route_of(follower, journal.directory).header for follower in live],
             propagate=settings.propagate,
             outcomes=Outcomes(settings.interruptions),
             deduplicate=lambda identity: _deduplicate_instance(identity, journal.directory),

@@ -3,7 +3,9 @@
 In the training process:
 
 delivery      what a run holds of it: none, a deliverer process, or threads
-lock          the right to deliver to a destination from a host
+routes        a destination, and how it is reached: with which credentials
+begun         what a session's header says of where it goes
+lock          the right to deliver by a route from a host
 spawn         starting a deliverer process
 shared_exporter  an exporter object that several runs of the process were given
 

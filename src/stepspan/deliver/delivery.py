@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver import ledgers
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock, Outlook
+from stepspan.deliver.routes import route_of
 from stepspan.deliver.spawn import SEND_INTERVAL_VARIABLE, log_path, spawn, with_absolute_paths
 from stepspan.errors import Warn
-from stepspan.journal.cursor import CursorState, cursor_name
+from stepspan.journal.cursor import CursorState, cursor_is_open, cursor_name
 from stepspan.journal.layout import SessionPath, find_sessions
 from stepspan.journal.liveness import is_alive_here, quiet_for
 
@@ -235,8 +236,10 @@ class ProcessDelivery(Delivery):
         self._urls: dict[tuple[str, str], str] = {
             (e.destination, s): endpoint.display_url for e in exporters for s, endpoint in e.endpoints.items()
         }
+        self._routes = {e.destination: route_of(e, directory) for e in exporters}
         self._faulty = {(e.destination, s) for e in exporters for signals in e.faults.values() for s in signals}
         """Held from the start, for a variable is wrong, which was said there."""
+        self._is_first_start = first
         self._process: subprocess.Popen[bytes] | None = None
         self._spawned_at = 0.0  # Unix seconds
         self._cannot_start = False
@@ -252,15 +255,37 @@ class ProcessDelivery(Delivery):
             self._leaves_it_to_first_rank = False
             self._next_check += self.check_interval_s
             return
+        self._warn_of_new_address()
         try:
             self._cannot_start = True
             with self._free_locks() as locks:
                 if locks:
                     free = [exporter for exporter in self._exporters if exporter.destination in locks]
-                    self._process = spawn(self._directory, self._host, free, locks, health=self._health, env=self._env)
+                    self._process = spawn(
+                        self._directory,
+                        self._host,
+                        free,
+                        locks,
+                        routes=self._routes,
+                        health=self._health,
+                        env=self._env,
+                    )
             self._cannot_start = False
         except Exception as error:  # a run that can't start a process still has its journal
             self._warn("deliverer", f"no deliverer could be started: {error!r}; `stepspan sync` sends it later")
+
+    def _warn_of_new_address(self) -> None:
+        """Say once how many finished sessions of the job an address does not get by itself: all would be sent anew."""
+        session = self._session()
+        if session is None or not self._is_first_start:
+            return
+        self._is_first_start = False
+        with suppress(Exception):  # the deliverer finds out for itself
+            from stepspan.deliver.begun import count_new, new_text
+
+            for route in self._routes.values():
+                if count := count_new(session, route):
+                    self._warn("new address", new_text(count, route, self._directory), key=route.destination)
 
     def watch(self) -> None:
         """Restart a deliverer that died, and warn about signals that need a person. Looks every few seconds."""
@@ -310,7 +335,7 @@ class ProcessDelivery(Delivery):
         return rung
 
     def _lock(self, destination: str) -> DeliveryLock:
-        return DeliveryLock(self._directory, self._host, destination)
+        return DeliveryLock(self._directory, self._host, self._routes[destination].lock_name)
 
     def after_fork(self) -> None:
         """As the base: the deliverer is no child of this process, or outlives it."""
@@ -373,6 +398,8 @@ class ProcessDelivery(Delivery):
                 lock = self._lock(destination)
                 if lock.acquire():
                     locks[destination] = lock
+                if lock.is_held and self._is_sent_by_others(destination):
+                    locks.pop(destination).release()
             if locks:
                 self._spawned_at = time.time()
             for lock in locks.values():
@@ -381,6 +408,14 @@ class ProcessDelivery(Delivery):
         finally:
             for lock in locks.values():
                 lock.release()
+
+    def _is_sent_by_others(self, destination: str) -> bool:
+        """Whether a deliverer with later credentials has taken the run's session over, which ours were refused for."""
+        session = self._session()
+        signals = [signal for name, signal in self.targets if name == destination]
+        return session is not None and all(
+            cursor_is_open(session / "cursors" / cursor_name(destination, signal)) for signal in signals
+        )
 
 
 class ThreadDelivery(Delivery):
@@ -405,6 +440,8 @@ class ThreadDelivery(Delivery):
         super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
         self._arguments = exporters, session, boot_id
         self._session = session
+        self._addresses = {e.destination: getattr(e, "address", e.destination) for e in exporters}
+        self._new: dict[tuple[str, Path], bool] = {}
         self._closing = threading.Event()
         self._cannot_start = False
         options = Options(boot_id=boot_id, batch_bytes=self.BATCH_BYTES)
@@ -450,13 +487,28 @@ class ThreadDelivery(Delivery):
             self._deliverer.wake(destination, now)
         return now
 
-    def _sessions(self, _destination: str) -> list[SessionPath]:
-        """Those of this rank of the job that were written on this host: of this run, its workers, earlier attempts."""
+    def _sessions(self, destination: str) -> list[SessionPath]:
+        """Those of this rank of the job that were written on this host: of this run, its workers, earlier attempts.
+
+        Without those that were begun for other destinations, and would all be sent anew.
+        """
         path = self._session()
         own = SessionPath.of(path) if path else None
         if path is None or own is None:
             return []
-        return [session for session in find_sessions(path.parent) if session.rank == own.rank]
+        of_rank = [session for session in find_sessions(path.parent) if session.rank == own.rank]
+        return [session for session in of_rank if session.path == path or not self._is_new(session, destination)]
+
+    def _is_new(self, session: SessionPath, destination: str) -> bool:
+        from stepspan.deliver.begun import is_new, read_begun
+        from stepspan.deliver.routes import Route
+
+        key = destination, session.path
+        if key not in self._new:
+            begun = read_begun(session)
+            route = Route(destination, address=self._addresses[destination])
+            self._new[key] = begun is not None and begun.name_for(route) is None and is_new(session, begun, route)
+        return self._new[key]
 
     def _pace(self, busy: float) -> None:
         self._closing.wait(busy * (1 / self.CPU_SHARE - 1))

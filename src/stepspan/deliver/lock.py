@@ -1,13 +1,13 @@
-"""The right to deliver: one lock for each host and destination, and the directory where deliverers keep their files.
+"""The right to deliver: one lock for each host and route, and the directory where deliverers keep their files.
 
-    <directory>/.deliverers/<host>-<destination>.lock   flock'ed by the one deliverer at work, whose `Outlook` it holds
-    <directory>/.deliverers/<host>.log                  what the deliverers of that host log
+    <directory>/.deliverers/<host>-<route>.lock   flock'ed by the one deliverer at work, whose `Outlook` it holds
+    <directory>/.deliverers/<host>.log            what the deliverers of that host log
 
-Only the holder of a destination's lock moves cursors of that destination for sessions of that host: two at once would
-send everything twice and overwrite each other's positions. The lock is an flock, so the kernel lets go of it however
-its holder ends; a crash leaves the file, which means nothing while nobody holds it. It is never removed: two processes
-could otherwise lock two files of one name. A rank that starts a deliverer takes the lock first, and the deliverer
-inherits it: nobody else starts one meanwhile.
+A route is a destination, and how it is reached (`stepspan.deliver.routes`). Only the holder of its lock sends by it. Of
+several routes to a destination, each has its own sessions (`stepspan.deliver.sessions`), and a cursor is open once.
+The lock is an flock, so the kernel lets go of it however its holder ends; a crash leaves the file, which means nothing
+while nobody holds it. It is never removed: two processes could otherwise lock two files of one name. A rank that starts
+a deliverer takes the lock first, and the deliverer inherits it: nobody else starts one meanwhile.
 """
 
 from __future__ import annotations
@@ -50,18 +50,18 @@ _held: set[int] = set()
 
 
 class DeliveryLock:
-    """The lock of one destination on one host.
+    """The lock of one route on one host.
 
     Args:
         directory: The directory of the journals.
         host: The name of the host whose sessions are delivered.
-        destination: The name of the exporter's destination.
+        route: The name of the route's lock.
 
     """
 
-    def __init__(self, directory: Path, host: str, destination: str) -> None:
+    def __init__(self, directory: Path, host: str, route: str) -> None:
         self._directory = directory
-        self._name = f"{slug(host)}-{destination}.lock"
+        self._name = f"{slug(host)}-{route}.lock"
         self._fd = -1
         self.reported: Outlook | None = None
         """What this object has said since it has the lock."""
@@ -129,7 +129,7 @@ class DeliveryLock:
             found = Outlook(state, float(since), float(noticed), float(tried), int(pid))  # type: ignore[arg-type]
         except ValueError:  # nobody has said anything, or an earlier version has
             return UNKNOWN
-        return found if self._is_taken() else UNKNOWN
+        return found if self.is_taken() else UNKNOWN
 
     def ring(self) -> float:
         """Wake the holder: it sends what there is, and tries once more what it has put off.
@@ -160,7 +160,8 @@ class DeliveryLock:
         last, self._heard = self._heard, heard
         return heard != last
 
-    def _is_taken(self) -> bool:
+    def is_taken(self) -> bool:
+        """Whether anybody holds it, this object included."""
         try:
             fd = open_deliverers_file(self._directory, self._name, os.O_RDONLY)
         except OSError:

@@ -1,8 +1,8 @@
 """The deliverer as a process: what runs inside it.
 
-One for each host and destination, started by a run (`spawn`) and outliving it until all is delivered. It is a process
+One for each host and route, started by a run (`spawn`) and outliving it until all is delivered. It is a process
 because a busy Python thread in the training process makes every GIL-releasing call wait for the switch interval. It is
-niced, holds the lock of each destination that it delivers to, and ends when another deliverer holds all of them.
+niced, holds the lock of each route that it delivers by, and ends when another deliverer holds all of them.
 
     python -m stepspan.deliver.process DIRECTORY HOST      with the exporters' settings in the environment
 """
@@ -22,6 +22,7 @@ from typing import Any
 from stepspan.deliver.deliverer import Deliverer, interrupt_on_signal, prepare_process, run_is_over
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock
 from stepspan.deliver.options import SEND_INTERVAL_S, Options
+from stepspan.deliver.routes import Route, route_of
 from stepspan.deliver.sessions import LiveSessions
 from stepspan.deliver.spawn import EXPORTERS_VARIABLE, HEALTH_VARIABLE, LOCKS_VARIABLE, SEND_INTERVAL_VARIABLE
 from stepspan.exporters.otlp import OtlpExporter
@@ -49,20 +50,27 @@ def serve(
     Args:
         directory: The directory of the journals.
         host: The host whose sessions are delivered.
-        settings: An `OtlpExporter`'s arguments for each destination, its processors as settings.
+        settings: An `OtlpExporter`'s arguments for each destination, its processors as settings, and its route.
         boot_id: The boot of this host.
         health: Whether metrics about the delivery are reported.
         inherited: Destination -> the descriptor that has its lock already.
         send_interval: As `Options.send_interval`.
 
     """
-    exporters = [OtlpExporter(**{**entry, "processors": build(entry["processors"])}) for entry in settings]
-    locks = {e.destination: DeliveryLock(directory, host, e.destination) for e in exporters}
+    exporters, routes = [], {}
+    for entry in settings:
+        arguments = {**entry, "processors": build(entry["processors"])}
+        route = arguments.pop("route", None)
+        exporter = OtlpExporter(**arguments)
+        exporters.append(exporter)
+        routes[exporter.destination] = found = Route(*route) if route else route_of(exporter, directory)
+        exporter.address = found.address
+    locks = {name: DeliveryLock(directory, host, route.lock_name) for name, route in routes.items()}
     for destination, fd in (inherited or {}).items():
         locks[destination].adopt(fd)
     exporters = _with_lock(exporters, locks, LOCK_TIMEOUT_S)
     options = Options(boot_id=boot_id, send_interval=send_interval)
-    sessions = LiveSessions(directory, host, options)
+    sessions = LiveSessions(directory, host, options, routes)
     while exporters:
         log.info("stepspan: delivering %s for %s to %s", directory, host, ", ".join(e.destination for e in exporters))
         deliverer = Deliverer(exporters, sessions, options, health=host if health else None)

@@ -26,6 +26,7 @@ from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
+from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import CursorInUse, Ledger
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.records import Signal
@@ -210,8 +211,10 @@ class Scheduler:
 
     def _scan(self, now: float) -> None:
         """Begin with the sessions that are new, and again with those that could not be read a while ago."""
+        found: set[Path] = set()
         for session in self._find():
             path = session.path
+            found.add(path)
             if path not in self.seen:
                 self.idle = self.over = False  # first: who finds it in `seen` must not find these as of before
                 self.seen.add(path)
@@ -236,6 +239,16 @@ class Scheduler:
             self.unreadable.pop(path, None)
             if task.finished:
                 self._retire(task)
+        for path in self.tasks.keys() - found:
+            if path.exists():  # another deliverer sends it: that its files are gone is found out, and said
+                self._retire(self.tasks[path])
+                del self.progress[path]
+        if (
+            isinstance(self.exporter, OtlpExporter)
+            and any(task.state.denied for task in self.tasks.values())
+            and self.exporter.has_new_credentials(self.signal)
+        ):
+            self._end_waits()
 
     def _record(self, task: DeliveryTask, *, moved: bool) -> None:
         path, started = task.session.path, int(task.header["started"])

@@ -48,6 +48,11 @@ class SharedExporter:
         return self._exporter.destination
 
     @property
+    def address(self) -> str:
+        """The name that the destination has where none is given."""
+        return getattr(self._exporter, "address", self.destination)
+
+    @property
     def signals(self) -> Sequence[Signal]:
         """The signals that the exporter sends."""
         return self._exporter.signals

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepspan.deliver.lock import DELIVERERS_DIRECTORY, DeliveryLock, open_deliverers_file
+from stepspan.deliver.routes import Route
 from stepspan.environment import PREFIX, unquoted
 from stepspan.journal.layout import slug
 from stepspan.processors import specs
@@ -55,6 +56,7 @@ def spawn(
     exporters: Sequence[OtlpExporter],
     locks: Mapping[str, DeliveryLock],
     *,
+    routes: Mapping[str, Route] | None = None,
     health: bool,
     env: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
@@ -65,6 +67,7 @@ def spawn(
         host: The host whose sessions it delivers; journals keep it as a folder's name.
         exporters: Where it delivers to.
         locks: The locks of their destinations, which it inherits; it takes those that are missing itself.
+        routes: How each destination is reached; None: the process finds it out.
         health: Whether it reports metrics about the delivery to its destinations.
         env: The environment that the exporters were made with.
 
@@ -75,7 +78,15 @@ def spawn(
         OSError: The log file cannot be opened, or no process started.
 
     """
-    settings = [{**e.settings, "destination": e.destination, "processors": specs(e.processors)} for e in exporters]
+    settings = [
+        {
+            **e.settings,
+            "destination": e.destination,
+            "processors": specs(e.processors),
+            "route": (routes or {}).get(e.destination),
+        }
+        for e in exporters
+    ]
     descriptors = {destination: lock.fileno() for destination, lock in locks.items()}
     with open(_open_log(directory, host), "ab") as output:
         return subprocess.Popen(

@@ -36,7 +36,7 @@ from stepspan.deliver.session_end import SessionEnd
 from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.exporters import Exporter
-from stepspan.journal.cursor import Cursor, CursorState, Position, cursor_name
+from stepspan.journal.cursor import CHECKPOINT, Cursor, CursorState, Position, cursor_name, rename_cursor
 from stepspan.journal.layout import SessionPath, writable_by_us
 from stepspan.mapping.records import Attributes, Point, Record, Signal
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -108,6 +108,8 @@ class DeliveryTask:
             self.state_directory = _state_directory(session, options)
             directory = self.state_directory / "cursors"
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (address := getattr(exporter, "address", exporter.destination)) != exporter.destination:
+                rename_cursor(directory, address, exporter.destination, signal)
             self._cursor = files.enter_context(closing(Cursor(directory / name)))
             if not self._cursor_fits():
                 log.warning("stepspan: %s %s: the cursor is of another journal: starting anew", session.path, signal)
@@ -116,7 +118,7 @@ class DeliveryTask:
                 log.info("stepspan: %s %s: from its beginning, with what was left out", session.path, signal)
                 self._cursor.state = CursorState()
             self._end = reader.end(lambda: SessionEnd(session, self.header, self.state_directory, options))
-            self._batches = BatchReader(reader, signal, exporter, directory / f"{name}.state", options)
+            self._batches = BatchReader(reader, signal, exporter, directory / f"{name}{CHECKPOINT}", options)
             self._files = files.pop_all()
 
     @property
@@ -325,6 +327,7 @@ class DeliveryTask:
                 ledger=state.ledger.plus(replace(batch.counts, delivered=isolation.delivered, rejected=rejected)),
                 answered=self._options.wall_clock() if batch.records else state.answered,
                 state="ok",
+                denied=False,
                 message=message,
                 asked_until=0.0,
                 partial=state.partial + isolation.dropped,
@@ -348,7 +351,14 @@ class DeliveryTask:
             log.warning("stepspan: %s %s: %s: %s", self.session.path, self.signal, state, message)
         until = self._options.wall_clock() + asked if asked else 0.0
         self._cursor.write(
-            replace(self.state, state=state, message=message, asked_until=until, session=self.session.session)
+            replace(
+                self.state,
+                state=state,
+                denied=outcome.denied,
+                message=message,
+                asked_until=until,
+                session=self.session.session,
+            )
         )
 
     def _maybe_out_of_window(self, record: Record) -> bool:

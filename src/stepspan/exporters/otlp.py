@@ -117,17 +117,19 @@ class OtlpExporter:
         credentials = [endpoint.credentials for endpoint in self.endpoints.values()]
         return not callable(self.settings["headers"]) and all(each is None or each.is_portable for each in credentials)
 
-    def route_digest(self, salt: bytes) -> str:
-        """How the receiver is reached: with which headers and certificates and, where it has a name, at which address.
+    def route_digest(self, salt: bytes, *, with_address: bool) -> str:
+        """How the receiver is reached: arguments and result as of `stepspan.otlp.endpoint.route_digest`."""
+        return route_digest(self._configured, salt, with_address=with_address)
+
+    def has_new_credentials(self, signal: Signal) -> bool:
+        """Whether a request would go out with other headers now than the last one did.
 
         Args:
-            salt: Random bytes of the journals' directory.
-
-        Returns:
-            12 hex digits, or "".
+            signal: One of `signals`.
 
         """
-        return route_digest(self._configured, salt, with_address=self.is_named)
+        credentials = self.endpoints[signal].credentials
+        return credentials is not None and credentials.have_changed()
 
     def prepare(self, signal: Signal) -> None:
         """Import what sends a signal, which may take longer than the first request; nothing is sent.

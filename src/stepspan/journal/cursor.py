@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ import orjson
 from stepspan.journal.layout import open_path, read_file
 
 SLOT_BYTES = 2048
+CHECKPOINT = ".state"
+"""What follows a cursor's name in that of its checkpoint."""
 MAX_MESSAGE_CHARS = 600
 ADDED_FIELDS = frozenset({"thinned", "held_until", "released"})
 """What cursors of stepspan 0.1 do not have."""
@@ -96,6 +99,8 @@ class CursorState:
     """The oldest segment that a restart would read."""
     session: str = ""
     """The id of the session that the cursor is of; "" before its first move."""
+    denied: bool = False
+    """Whether the receiver refused the credentials when it was last asked."""
 
     @classmethod
     def load(cls, content: dict[str, Any]) -> CursorState:
@@ -111,6 +116,7 @@ class CursorState:
             left_out=int(content.get("left_out", 0)),
             needs=int(content["needs"]),
             session=str(content["session"]),
+            denied=bool(content.get("denied")),
         )
 
 
@@ -191,10 +197,50 @@ class Cursor:
         os.close(self._fd)
 
 
+def rename_cursor(directory: Path, address: str, destination: str, signal: str) -> None:
+    """Let a destination that has got a name go on where its address is, unless it has begun.
+
+    Args:
+        directory: Of a session's cursors.
+        address: The name that the address stands for.
+        destination: The name that it got.
+        signal: Of the cursor.
+
+    Raises:
+        CursorInUse: Somebody sends to the address.
+        OSError: It cannot be renamed.
+
+    """
+    old, new = directory / cursor_name(address, signal), directory / cursor_name(destination, signal)
+    if new.exists() or not old.exists():
+        return
+    with closing(Cursor(old)):
+        for end in (CHECKPOINT, ""):  # a cursor without its checkpoint reads a little more
+            with suppress(FileNotFoundError):
+                os.rename(f"{old}{end}", f"{new}{end}")
+
+
 def read_cursor(path: Path) -> CursorState | None:
     """What a cursor file says, without making or changing it."""
     found = _latest(read_file(path, 2 * SLOT_BYTES) or b"")
     return found[1] if found else None
+
+
+def cursor_is_open(path: Path) -> bool:
+    """Whether a deliverer has a cursor open, as far as this host knows."""
+    try:
+        fd = open_path(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+    return False
 
 
 def cursor_name(destination: str, signal: str) -> str:

@@ -252,15 +252,13 @@ class Credentials:
 
     def renew(self) -> bool:
         """Fetch the headers anew: whether they are others now than those of the last request, or may be."""
-        if True in [supply.renew() for supply in self._supplies]:
-            return True
+        return True in [supply.renew() for supply in self._supplies] or self.have_changed()
+
+    def have_changed(self) -> bool:
+        """Whether a file or function gives other headers now than those of the last request."""
         with suppress(CredentialsError):
-            files = [
-                (each, part)
-                for each, part in zip(self._supplies, self._parts, strict=False)
-                if isinstance(each, HeadersFile)
-            ]
-            return any(file.headers() is not part for file, part in files)
+            now = [s.headers("", b"") if isinstance(s, (HeadersFile, HeadersFunction)) else {} for s in self._supplies]
+            return not self._parts or any(new and new != old for new, old in zip(now, self._parts, strict=True))
         return False
 
     def channel_credentials(self) -> Any:

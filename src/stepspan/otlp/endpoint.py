@@ -646,7 +646,7 @@ def route_digest(configured: Mapping[Signal, Endpoint], salt: bytes, *, with_add
         "" where there is nothing that counts.
 
     """
-    found = [[signal, *_route(configured[signal], with_address)] for signal in sorted(configured)]
+    found = [[str(signal), *_route(configured[signal], with_address)] for signal in sorted(configured)]
     if not any(any(parts[1:]) for parts in found):
         return ""
     return hashlib.blake2b(json.dumps(found).encode(), key=salt[:64], digest_size=6).hexdigest()

@@ -118,6 +118,7 @@ class JournalRecorder:
         boot_id: Of the host's kernel.
         destinations: The names of those that the run is delivered to.
         left_out: The fields of the header that say what is not sent of this rank.
+        routes: Of those, what the header says of how they are reached.
         propagate: Whether steps become parents of the user's own OpenTelemetry spans; None: unless a global
             TracerProvider is installed.
         outcomes: Tells which exceptions are failures.
@@ -140,6 +141,7 @@ class JournalRecorder:
         boot_id: str,
         destinations: Iterable[str] = (),
         left_out: Event | None = None,
+        routes: Iterable[Mapping[str, str]] = (),
         propagate: bool | None = None,
         outcomes: Outcomes | None = None,
         deduplicate: Callable[[Identity], Identity] | None = None,
@@ -177,6 +179,7 @@ class JournalRecorder:
         self._boot_id = boot_id
         self._destinations = sorted(set(destinations))
         self._left_out = left_out or {}
+        self._routes = [dict(route) for route in routes]
         self._deferred: DeferredMetrics | None = None
         self._lost_reported = 0
 
@@ -387,6 +390,7 @@ class JournalRecorder:
             "boot_id": self._boot_id,
             "destinations": self._destinations,
             **self._left_out,
+            "routes": self._routes,
             "resource": {**self._resource, "service.instance.id": me.instance},
         }
         directory, started = self._journal.directory, header["started"]
