@@ -28,7 +28,8 @@ from harness.delivery import (
 )
 from harness.journals import NOON, SECOND, closed_of, cursor_of, header, lay_down, metrics
 
-from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS
+from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, MAX_SERVER_ERRORS, PASSING_TIMEOUT_S
+from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError, NewerSchema
 from stepspan.events import Event
@@ -465,6 +466,98 @@ def test_what_a_receiver_asks_to_wait_is_waited(tmp_path: Path, verdict: Any) ->
     task.advance(ALL)
     assert task.not_before - time.now == 120.0
     task.close()
+
+
+PASSING = Outcome(Verdict.HOLD, "404: no receiver there", may_pass=True)
+
+
+def state_after(task: DeliveryTask, time: Time, seconds: float) -> str:
+    """The cursor's state after tries for so long."""
+    until = time.now + seconds
+    while True:
+        task.advance(ALL)
+        if task.not_before > until or not task.failing_since:
+            return task.state.state
+        time.now = task.not_before
+
+
+def test_what_may_pass_is_retried_for_minutes_where_the_receiver_has_answered_well_before(tmp_path: Path) -> None:
+    time = Time()
+    exporter = Scripted(lambda _: OK if len(exporter.requests) < 2 else PASSING)
+    task = DeliveryTask(trained(tmp_path, 60), "metrics", exporter, options(time, batch_bytes=TINY))
+    assert task.advance(ALL)
+    assert task.advance(ALL)
+    assert state_after(task, time, PASSING_TIMEOUT_S - 31) == "retry"
+    assert state_after(task, time, 62) == "hold"
+    exporter.answer = lambda _: OK
+    assert task.advance(ALL)
+    exporter.answer = lambda _: PASSING
+    assert state_after(task, time, 60) == "retry", "it has answered well again, and so it begins anew"
+    task.close()
+
+
+def test_what_may_pass_holds_at_once_where_the_receiver_has_never_answered(tmp_path: Path) -> None:
+    task = DeliveryTask(trained(tmp_path, 5), "metrics", Scripted([PASSING]), options(Time()))
+    assert not task.advance(ALL)
+    assert task.held
+    task.close()
+
+
+def test_what_may_not_pass_holds_at_once(tmp_path: Path) -> None:
+    exporter = Scripted([OK, Outcome(Verdict.HOLD, "401")])
+    task = DeliveryTask(trained(tmp_path, 60), "metrics", exporter, options(Time(), batch_bytes=TINY))
+    while task.advance(ALL):
+        pass
+    assert task.held
+    assert len(exporter.requests) == 2
+    task.close()
+
+
+def test_a_restarted_deliverer_knows_that_the_receiver_has_answered(tmp_path: Path) -> None:
+    session = trained(tmp_path, 60)
+    task = DeliveryTask(session, "metrics", Scripted(), options(batch_bytes=TINY))
+    assert task.advance(ALL)
+    task.close()
+    task = DeliveryTask(session, "metrics", Scripted([PASSING]), options(Time(), batch_bytes=TINY))
+    assert not task.advance(ALL)
+    assert task.state.state == "retry"
+    task.close()
+
+
+def test_sessions_know_what_the_receiver_has_answered_to_others(tmp_path: Path) -> None:
+    time = Time()
+    memory = ReceiverMemory(time)
+    first, second = (trained(tmp_path / name, 60) for name in "ab")
+    exporter = Scripted([OK])
+    one = DeliveryTask(first, "metrics", exporter, options(time, batch_bytes=TINY), memory)
+    other = DeliveryTask(second, "metrics", exporter, options(time, batch_bytes=TINY), memory)
+    assert one.advance(ALL)
+    exporter.answer = lambda _: PASSING
+    assert not other.advance(ALL)
+    assert other.state.state == "retry"
+    assert state_after(one, time, PASSING_TIMEOUT_S + 30) == "hold"
+    other.advance(ALL)
+    assert other.held, "they don't wait for minutes one after the other"
+    one.close()
+    other.close()
+
+
+def test_a_session_alone_that_is_refused_holds_though_others_go_on(tmp_path: Path) -> None:
+    time = Time()
+    memory = ReceiverMemory(time)
+    refusing, taking = Scripted(lambda _: PASSING), Scripted()
+    one = DeliveryTask(trained(tmp_path / "a", 60), "metrics", refusing, options(time, batch_bytes=TINY), memory)
+    other = DeliveryTask(trained(tmp_path / "b", 5000), "metrics", taking, options(time, batch_bytes=TINY), memory)
+    assert other.advance(ALL)
+    began = time.now
+    while not one.held:
+        assert time.now < began + 2 * PASSING_TIMEOUT_S
+        one.advance(ALL)
+        assert other.advance(ALL)
+        time.now = one.not_before
+    assert time.now >= began + PASSING_TIMEOUT_S
+    one.close()
+    other.close()
 
 
 def test_a_receiver_that_asks_to_wait_for_ages_is_asked_again_after_five_minutes(tmp_path: Path) -> None:

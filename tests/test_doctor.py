@@ -6,8 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from harness.raw import proxy
 from harness.receiver import Answer, ScriptedReceiver
 from harness.runs import command
+
+from stepspan.mapping.records import SIGNALS
 
 
 def doctor(*arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -47,6 +50,29 @@ def test_doctor_tries_each_endpoint(tmp_path: Path) -> None:
     assert "answers" in lines["metrics"]
     assert "FAIL" in lines["traces"]
     assert "404" in lines["traces"]
+
+
+def test_doctor_says_that_a_web_page_is_no_receiver(tmp_path: Path) -> None:
+    with ScriptedReceiver() as receiver:
+        page = b"<!DOCTYPE html><title>Sign in</title>"
+        receiver.script("all", lambda _: Answer(200, body=page, headers={"Content-Type": "text/html"}))
+        told = doctor("--directory", tmp_path / "runs", "--endpoint", receiver.url)
+    lines = {line.split()[0]: line for line in told.stdout.splitlines() if line.strip()}
+    assert told.returncode == 1
+    for signal in SIGNALS:
+        assert "FAIL" in lines[signal]
+        assert "web page" in lines[signal]
+        assert "Sign in" in lines[signal]
+
+
+def test_doctor_names_the_proxy_in_between(tmp_path: Path) -> None:
+    with ScriptedReceiver() as receiver, proxy() as between:
+        url = receiver.url.replace("127.0.0.1", "collector.invalid")
+        variables = {"HTTP_PROXY": f"http://me:s3cret@127.0.0.1:{between.port}", "NO_PROXY": ""}
+        told = doctor("--directory", tmp_path / "runs", "--endpoint", url, **variables)
+    assert told.returncode == 0, told.stdout
+    assert told.stdout.count(f"through proxy {between.url}  answers") == len(SIGNALS)
+    assert "s3cret" not in told.stdout
 
 
 @pytest.mark.parametrize(

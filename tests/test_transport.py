@@ -193,6 +193,59 @@ def test_what_a_text_says(receiver: Any, protocol: Any, status: Any, text: Any, 
     assert text in outcome.message
 
 
+# The words of stores, as they write them: signal, status, text, whether it is about the past, what the message names.
+STORES = {
+    "Prometheus": ("metrics", 400, "out of bounds", True, "storage.tsdb.out_of_order_time_window"),
+    "Prometheus, future": ("metrics", 400, "out of bounds: timestamp is too far in the future", False, "clocks"),
+    "Mimir": (
+        "metrics",
+        400,
+        "another sample is more recent, and this one is beyond the window (err-mimir-sample-timestamp-too-old)",
+        True,
+        "limits.out_of_order_time_window in Mimir",
+    ),
+    "Mimir, no window": ("metrics", 400, "(err-mimir-sample-out-of-order). The affected sample", True, "in Mimir"),
+    "Mimir, future": ("metrics", 400, "received a sample (err-mimir-too-far-in-future)", False, "clocks"),
+    "Thanos": ("metrics", 409, "store locally for endpoint: add 1 series: out of order sample", True, "time_window"),
+    "Cortex, future": ("metrics", 400, "timestamp too new: 1754000000000 metric: loss", False, "clocks"),
+    "Google Cloud": ("metrics", 400, "Points must be written in order. One or more", True, "window"),
+    "Loki, behind": (
+        "logs",
+        400,
+        "entry with timestamp 2026-11-28 ignored, reason: 'entry too far behind, entry timestamp is: 1, oldest "
+        'acceptable timestamp is: 2\' for stream: {service_name="x"}',
+        True,
+        "ingester.max_chunk_age",
+    ),
+    "Loki, old": (
+        "logs",
+        400,
+        "entry for stream '{}' has timestamp too old: 2026-01-01T00:00:00Z",
+        True,
+        "limits_config.reject_old_samples_max_age",
+    ),
+    "Loki, new": ("logs", 400, "entry for stream '{}' has timestamp too new: 2027-01-01T00:00:00Z", False, "clocks"),
+    "Loki, unordered": ("logs", 400, "entry out of order", True, "limits_config"),
+    "Loki, behind a collector": ("logs", 500, "Permanent error: HTTP 400: entry too far behind", True, "max_chunk_age"),
+    "traces": ("traces", 400, "span is too old", True, "ingestion_time_range_slack"),
+}
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("signal", "status", "text", "is_past", "named"), STORES.values(), ids=STORES)
+def test_what_a_store_says_about_time(
+    receiver: Any, protocol: Any, signal: Signal, status: int, text: str, is_past: bool, named: str
+) -> None:
+    receiver.script(signal, [Answer(status, text)])
+    outcome = send(receiver, protocol, signal)
+    assert (outcome.verdict, outcome.too_old) == (Verdict.HOLD, is_past)
+    assert named in outcome.message
+    assert ("out_of_order_time_window" in outcome.message) is (signal == "metrics" and is_past), (
+        "it is Prometheus' word"
+    )
+    assert {"metrics": "the points", "traces": "the spans", "logs": "the log records"}[signal] in outcome.message
+
+
 # What a person has to do is in the message: status, and what it names.
 FIXES = {
     401: "OTEL_EXPORTER_OTLP_HEADERS",

@@ -23,6 +23,7 @@ import struct
 import sys
 import tempfile
 import threading
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -54,6 +55,11 @@ RESPONSES: dict[Signal, Any] = {
     "metrics": ExportMetricsServiceResponse,
     "traces": ExportTraceServiceResponse,
     "logs": ExportLogsServiceResponse,
+}
+DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda body: body,
+    "gzip": gzip.decompress,
+    "deflate": zlib.decompress,
 }
 REJECTED = {"metrics": "rejected_data_points", "traces": "rejected_spans", "logs": "rejected_log_records"}
 # The code that the delivery table treats as it treats the status; FAILED_PRECONDITION, and so a hold, for all others.
@@ -364,9 +370,9 @@ class _Handler(BaseHTTPRequestHandler):
         as_json = kind == "application/json"
         headers = {name.lower(): value for name, value in self.headers.items()}
         try:
-            plain = gzip.decompress(body) if headers.get("content-encoding") == "gzip" else body
+            plain = DECOMPRESSORS[headers.get("content-encoding", "")](body)
             request = decode(signal, plain, from_json=as_json)
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             return self._send(400, {"Content-Type": "text/plain"}, str(error).encode())
         answer = receiver.decide(signal, request, "http/json" if as_json else "http/protobuf", headers, len(body))
         if answer.delay or answer.then == "hang":

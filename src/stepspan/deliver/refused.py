@@ -23,6 +23,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from stepspan.deliver.backoff import ReceiverHistory
 from stepspan.mapping.columns import Column, Points
 from stepspan.mapping.records import METRIC_DATA, Attributes, Log, Record, SdkRecord, Span
 
@@ -79,6 +80,8 @@ class ReceiverMemory:
     def __init__(self, clock: Callable[[], float]) -> None:
         self.known_good: tuple[Attributes, Record] | None = None
         """The record that the receiver has taken last, with its session's Resource."""
+        self.history = ReceiverHistory()
+        """Whether it has ever answered well, and since when it does not."""
         self._clock = clock
         self._refusals: dict[Hashable, _Refusal] = {}
         self._shared: dict[Hashable, _Refusal] = {}

@@ -87,7 +87,6 @@ class DeliveryTask:
         """Since when nothing was delivered although something is there, by the options' clock."""
         self._exporter = exporter
         self._options = options
-        self._backoff = Backoff(options.jitter)
         self._known_good_record: Record | None = None
         self._wrong_before = 0
         """The time (Unix ns) before which the journal's clock is known to have been wrong."""
@@ -100,6 +99,7 @@ class DeliveryTask:
         self._named = 0
         """How many of the things that it has found to be refused have been named."""
         self._memory = memory or ReceiverMemory(options.clock)
+        self._backoff = Backoff(options.jitter, self._memory.history)
         with ExitStack() as files:  # it is tried again and again: descriptors must not pile up
             name = cursor_name(exporter.destination, signal)
             reader = files.enter_context(closing(options.sessions.open(session, name, options.clock)))
@@ -111,6 +111,7 @@ class DeliveryTask:
             if (address := getattr(exporter, "address", exporter.destination)) != exporter.destination:
                 rename_cursor(directory, address, exporter.destination, signal)
             self._cursor = files.enter_context(closing(Cursor(directory / name)))
+            self._memory.history.has_answered |= self._cursor.state.answered > 0
             if not self._cursor_fits():
                 log.warning("stepspan: %s %s: the cursor is of another journal: starting anew", session.path, signal)
                 self._cursor.state = CursorState()
@@ -244,6 +245,7 @@ class DeliveryTask:
         if isolation.delivered > self._delivered:
             self._delivered = isolation.delivered
             self._backoff.reset()
+            self._memory.history.delivered()
             self.failing_since = None
         if isolation.accepted and isolation.known_good_record is not None:
             self._memory.known_good = self.header["resource"], isolation.known_good_record
@@ -342,8 +344,9 @@ class DeliveryTask:
 
     def _back_off(self, outcome: Outcome) -> None:
         """Put off the next try of a batch that was not taken, and say why."""
-        state, delay, message = self._backoff.next_try(outcome)
-        now, asked = self._options.clock(), min(outcome.retry_after or 0.0, MAX_HOLD_DELAY_S)
+        now = self._options.clock()
+        state, delay, message = self._backoff.next_try(outcome, now)
+        asked = min(outcome.retry_after or 0.0, MAX_HOLD_DELAY_S)
         self.not_before, self.asked_until = now + delay, now + asked
         if self.failing_since is None:
             self.failing_since = now

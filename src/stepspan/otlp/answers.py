@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from stepspan._version import __version__
+from stepspan.mapping.records import Signal
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.values import shorten
@@ -34,7 +35,8 @@ class Answer(NamedTuple):
 
     Args:
         verdict: What delivery does.
-        fix: For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try) and `{location}`.
+        fix: For a person, with `{url}`, `{signal}`, `{protocol}`, `{other}` (another protocol to try), `{location}`,
+            `{records}` (the signal's), and `{widen}` (what its stores call their window).
         reason_hidden: As `Outcome.reason_hidden`.
         too_old: As `Outcome.too_old`.
         too_new: As `Outcome.too_new`.
@@ -156,19 +158,57 @@ _TOO_LARGE = Answer(Verdict.HALVE, "larger than the receiver takes")
 _TRACE_TOO_LARGE = Answer(Verdict.ISOLATE, "the trace is larger than the receiver takes (Tempo: max_bytes_per_trace)")
 _IN_FUTURE = Answer(
     Verdict.HOLD,
-    "the points are in the receiver's future: set the clocks of this host and of the receiver",
+    "{records} are in the receiver's future: set the clocks of this host and of the receiver",
     too_new=True,
 )
 _TOO_OLD = Answer(
-    Verdict.HOLD,
-    "the points are older than the receiver takes: widen storage.tsdb.out_of_order_time_window "
-    "(Mimir and others: out_of_order_time_window), then they go out by themselves",
-    too_old=True,
+    Verdict.HOLD, "{records} are older than the receiver takes: {widen}, then they go out by themselves", too_old=True
 )
+_RECORDS: Mapping[Signal, str] = {"metrics": "the points", "traces": "the spans", "logs": "the log records"}
+_WIDEN: tuple[tuple[Signal, str, str], ...] = (
+    ("metrics", "mimir", "widen limits.out_of_order_time_window in Mimir"),
+    ("metrics", "", "widen storage.tsdb.out_of_order_time_window (Mimir and others: out_of_order_time_window)"),
+    ("traces", "", "widen what the store of traces takes of the past (Tempo: ingestion_time_range_slack)"),
+    ("logs", "too far behind", "raise ingester.max_chunk_age in Loki: a stream may lag by half of it"),
+    (
+        "logs",
+        "",
+        "widen what the store of logs takes (Loki: limits_config.reject_old_samples_max_age)",
+    ),
+)
+"""How a store is made to take older records: signal, words of the store in lower case, what to do. The first counts."""
 _REFUSED_BEHIND = Answer(
     Verdict.ISOLATE,
     "what is behind the collector refuses something in the request: its own log says why",
     reason_hidden=True,
+)
+
+IN_FUTURE_WORDS = (
+    "too far in the future",  # Prometheus, Mimir, Thanos
+    "too far into the future",
+    "too far in future",  # Mimir's "err-mimir-too-far-in-future"
+    "timestamp too new",  # Loki, Cortex
+    "minutes in the future",  # Google Cloud
+    "hours in the future",
+    "is in the future",
+    "are in the future",
+    "future timestamp",
+)
+TOO_OLD_WORDS = (
+    "out of bounds",  # Prometheus, Thanos, Amazon
+    "too old",  # of them, of Loki and Cortex, and Mimir's "err-mimir-sample-timestamp-too-old"
+    "out of order",
+    "too far behind",  # Loki, of a stream
+    "too far in the past",
+    "too far into the past",
+    "hours in the past",
+    "days in the past",
+    "is in the past",
+    "written in order",  # Google Cloud
+    "older than the retention",
+    "outside the retention",
+    "outside of the retention",
+    "beyond the retention",
 )
 
 _ANY_FAILURE = _REFUSALS | {Verdict.RETRY}
@@ -183,11 +223,9 @@ PHRASES: tuple[Phrase, ...] = (
     Phrase("entity too large", _TOO_LARGE, _ANY_FAILURE),
     Phrase("request too large", _TOO_LARGE, _ANY_FAILURE),
     Phrase("message too large", _TOO_LARGE, _ANY_FAILURE),
-    # Prometheus says "out of bounds: timestamp is too far in the future": the future first.
-    Phrase("too far in the future", _IN_FUTURE),
-    Phrase("out of bounds", _TOO_OLD),
-    Phrase("too old", _TOO_OLD),
-    Phrase("out of order", _TOO_OLD),
+    # Prometheus says "out of bounds: timestamp is too far in the future": the future first. Hyphens count as spaces.
+    *(Phrase(words, _IN_FUTURE) for words in IN_FUTURE_WORDS),
+    *(Phrase(words, _TOO_OLD) for words in TOO_OLD_WORDS),
     # VictoriaMetrics' 400; no record of the request is to blame.
     Phrase("json encoding isn't supported", Answer(Verdict.HOLD, _OTHER_PROTOCOL)),
     # The Collector's otlp_http exporter passes a 400 on without Prometheus' words: too old looks like any other reason.
@@ -221,10 +259,13 @@ def failed_outcome(
 
     """
     lower = text.lower()
-    answer = next((p.answer for p in phrases if answer.verdict in p.instead_of and p.words in lower), answer)
+    said = f"{lower}\n{lower.replace('-', ' ').replace('_', ' ')}"
+    answer = next((p.answer for p in phrases if answer.verdict in p.instead_of and p.words in said), answer)
     fix = answer.fix.format(
         url=endpoint.display_url,
         signal=endpoint.signal,
+        records=_RECORDS[endpoint.signal],
+        widen=next(do for signal, words, do in _WIDEN if signal == endpoint.signal and words in said),
         protocol=endpoint.protocol,
         other="http/json" if endpoint.protocol == "http/protobuf" else "http/protobuf",
         location=redacted_line(endpoint, location) or "the right URL",
@@ -282,11 +323,9 @@ def another_may_do_better(status: int, outcome: Outcome) -> bool:
 
     Args:
         status: Of the answer.
-        outcome: What it means. What is refused for its content would be refused by all of them.
+        outcome: What it means.
 
     """
-    if outcome.verdict in (Verdict.ISOLATE, Verdict.HALVE):
-        return False
     return outcome.may_pass or status in (408, 429) or status >= 500
 
 

@@ -261,6 +261,7 @@ def _read_head(incoming: _Incoming, method: str) -> HTTPResponse:
         response.begin()
         if response.status >= 200 or response.status == 101:
             return response
+        del response.fp  # or its end would close the one that all of them read from
 
 
 def _body(response: HTTPResponse) -> tuple[bytes, bool]:

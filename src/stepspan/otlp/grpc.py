@@ -142,7 +142,7 @@ def _open_channel(endpoint: Endpoint) -> grpc.Channel:
         return grpc.insecure_channel(endpoint.url, options=options, compression=compression)
     provided = None if endpoint.credentials is None else endpoint.credentials.channel_credentials()
     credentials = provided or grpc.ssl_channel_credentials(
-        root_certificates=_file_bytes(endpoint.certificate or _usual_authorities()),
+        root_certificates=_file_bytes(endpoint.certificate) or _usual_authorities(),
         # As with HTTP, one file may hold both.
         private_key=_file_bytes(endpoint.client_key or endpoint.client_certificate),
         certificate_chain=_file_bytes(endpoint.client_certificate),
@@ -150,10 +150,15 @@ def _open_channel(endpoint: Endpoint) -> grpc.Channel:
     return grpc.secure_channel(endpoint.url, credentials, options=options, compression=compression)
 
 
-def _usual_authorities() -> str | None:
-    """The file that SSL_CERT_FILE names, unless gRPC has a variable of its own; None: gRPC's roots."""
+def _usual_authorities() -> bytes | None:
+    """What SSL_CERT_FILE names, beside the usual ones, as with HTTP; None: gRPC's own."""
     path = os.environ.get("SSL_CERT_FILE")
-    return path if path and os.path.isfile(path) and "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH" not in os.environ else None
+    if not path or not os.path.isfile(path):
+        return None
+    import certifi
+
+    usual = os.environ.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH") or certifi.where()
+    return Path(path).read_bytes() + b"\n" + Path(usual).read_bytes()
 
 
 def _file_bytes(path: str | None) -> bytes | None:
