@@ -100,6 +100,9 @@ class RunBegin(Begin):
     group: NotRequired[Annotated[str | None, "what the job belongs to"]]
     tags: NotRequired[Annotated[list[Any], "words to find it by"]]
     attempt: NotRequired[Annotated[list[int], "as in the header"]]
+    traceparent: NotRequired[Annotated[str, "the span that has started the run, as W3C Trace Context writes it"]]
+    tracestate: NotRequired[Annotated[str, "what belongs to it"]]
+    joins: NotRequired[Annotated[bool, "the run's span is a child of that one, not only linked to it"]]
 
 
 class RunEnd(Line):

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from stepspan.conversion import json_value, preview
@@ -85,6 +86,7 @@ class Run:
         *,
         name: str | None = None,
         tags: Sequence[str] = (),
+        caller: Mapping[str, Any] = MappingProxyType({}),
         at_once: bool = True,
         when_begun: Callable[[Run], None] = lambda run: None,
     ) -> None:
@@ -109,7 +111,7 @@ class Run:
             pipeline.journal.upkeep = self._upkeep
             identity = recorder.identity
             about = {"name": name or identity.job_id, "group": identity.group, "tags": list(tags)}
-            self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt)})
+            self._scope = self._scopes.run({**json_value(about), "attempt": list(identity.attempt), **caller})
             self._when_begun = when_begun
             if at_once:
                 self._begin()

@@ -31,6 +31,7 @@ from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
 from stepspan.journal.layout import sessions_of_rank
 from stepspan.journal.liveness import is_alive_here
+from stepspan.mapping.trace_context import variable_fields
 from stepspan.pipeline import Pipeline
 from stepspan.processors import Processor, Redact, build
 from stepspan.recording.exits import note_exits
@@ -270,6 +271,7 @@ def open_run(
         )
         at_once = label is not None or not _replaces_its_own(identity, journal.directory)
         recorder.open(at_once=at_once)
+        caller, caller_warning = ({}, "") if label else variable_fields(os.environ, joins=settings.propagate is True)
     delivery = _delivery(settings, recorder, pipeline, facts.boot_id)
     delivery.start()
     run = Run(
@@ -278,8 +280,9 @@ def open_run(
         delivery,
         name=settings.name,
         tags=settings.tags,
+        caller=caller,
         at_once=at_once,
-        when_begun=lambda run: _complete_start(run, settings, resource_warnings),
+        when_begun=lambda run: _complete_start(run, settings, [*resource_warnings, *filter(None, [caller_warning])]),
     )
     _announce(run, settings.directory, journal)
     return run

@@ -30,6 +30,7 @@ from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, 
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold
 from stepspan.mapping.thinning import Thinning
+from stepspan.mapping.trace_context import joined_trace, trace_context
 from stepspan.values import shorten
 
 MAX_EVENTS = 128
@@ -196,6 +197,7 @@ class TraceMapper(NothingAhead):
         kind = begin["tag"].removesuffix("_begin")
         self._steps.name(scope)
         attributes, dropped = self._attributes(kind, scope)
+        joined = joined_trace(begin) if kind == "run" else None
         return Span(
             trace_id=bytes.fromhex(scope.trace_id),
             span_id=bytes.fromhex(scope.span_id),
@@ -206,9 +208,10 @@ class TraceMapper(NothingAhead):
             attributes=attributes,
             error=None if not scope.failed else status if scope.error is None else scope.error,
             events=events,
-            links=[] if kind == "run" or (kind == "span" and scope.parent_id) else self._links(),
+            links=self._links_of(kind, scope),
             dropped_attributes=dropped,
             dropped_events=scope.dropped_events,
+            trace_state=joined.state if joined else "",
         )
 
     def _plain_step_span(self, step: StepState) -> Span:
@@ -264,6 +267,15 @@ class TraceMapper(NothingAhead):
         if begin.get("collective"):
             flat.attributes["collective"] = True
         return flat
+
+    def _links_of(self, kind: str, scope: ScopeState) -> list[Link]:
+        """A run leads to the span that has started it, unless that is its parent; others lead to the run."""
+        if kind != "run":
+            return [] if kind == "span" and scope.parent_id else self._links()
+        caller = None if joined_trace(scope.begin) else trace_context(scope.begin)
+        if caller is None:
+            return []
+        return [Link(caller.trace_id, caller.span_id, {"relation": "caller"}, trace_state=caller.state)]
 
     def _links(self) -> list[Link]:
         """Each span that begins a part of a trace leads to its run."""

@@ -22,6 +22,7 @@ from stepspan.errors import Warn
 from stepspan.events import SECOND_NS, Event
 from stepspan.mapping import ids
 from stepspan.mapping.names import EVALUATION_SPLITS
+from stepspan.mapping.trace_context import joined_trace
 from stepspan.recording.decorators import F, decorate
 from stepspan.recording.outcomes import Outcomes, Status
 from stepspan.recording.step_loop import EVALUATION, EVALUATION_SPANS, NESTED, StepLoop
@@ -542,6 +543,8 @@ class Scopes:
             top = top.parent
         if top.tag == "step":
             trace_id = ids.step_trace_id(me.run_key, top.split or "", top.epoch, top.lap, top.step or 0)
+        elif top.tag == "run" and (caller := joined_trace(top.begin)):
+            trace_id = caller.trace_id
         else:
             trace_id = ids.outside_trace_id(me.run_key, me.rank, me.role, top.epoch, top.ts)
         session = getattr(scope.session or self._journal.session, "id", "")
