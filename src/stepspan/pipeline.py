@@ -17,7 +17,7 @@ from stepspan.events import TAGS, Event
 from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
-from stepspan.journal.writer import Begun
+from stepspan.journal.writer import Begun, Emit
 from stepspan.processors import Processor, apply
 
 FOLLOWER_ATTRIBUTES = ("destination", "signals", "processors", "export", "close")
@@ -59,7 +59,11 @@ class Pipeline:
         _check_processors(processors)
         self._warn = warn
         self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in TAGS}
-        self._append = self.journal.append
+        self.emitters: dict[str, Emit] = {
+            tag: self._emit_processed if stages else self.journal.append
+            for tag, stages in self._stages.items()
+        }
+        """What takes the events of a tag to the journal: straight there, where no processor wants them."""
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Take one event to the journal. When this returns the event survives the process.
@@ -72,14 +76,7 @@ class Pipeline:
             False where a processor dropped it.
 
         """
-        stages = self._stages[event["tag"]]
-        if stages:
-            processed = self.process(event)
-            if processed is None:
-                return False
-            event = processed
-        self._append(event, begun)
-        return True
+        return self.emitters[event["tag"]](event, begun)
 
     def process(self, event: Event) -> Event | None:
         """Take an event through the shared processors.
@@ -104,14 +101,19 @@ class Pipeline:
 
     def close(self, status: str) -> None:
         """End the journal. Events that come later are lost, with a warning."""
-        self._append = self._refuse
+        self.emitters.update(dict.fromkeys(TAGS, self._refuse))
         self.journal.close(status)
+
+    def _emit_processed(self, event: Event, begun: Begun | None = None) -> bool:
+        processed = self.process(event)
+        return processed is not None and self.journal.append(processed, begun)
 
     def _warn_of_processor(self, name: str, message: str) -> None:
         self._warn("processor", message, key=name)
 
-    def _refuse(self, event: Event, begun: Begun | None = None) -> None:
+    def _refuse(self, event: Event, begun: Begun | None = None) -> bool:
         self._warn("closed", f"the run is closed: {event['tag']} was lost, as is every later event")
+        return True
 
 
 def _check_followers(followers: Sequence[Any]) -> None:

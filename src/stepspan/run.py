@@ -97,7 +97,7 @@ class Run:
         self.closed = False
         self._active = recorder.active
         self._scopes = recorder.scopes
-        self._emit = recorder.emit
+        self._emitters = recorder.emitters
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         self._trace_id = ""
         self._handled_before = id(sys.exc_info()[1])
@@ -234,7 +234,7 @@ class Run:
             if pending or self._recorder.defers:
                 self._recorder.deferred.write_metrics(event, pending)
             else:
-                self._emit(event, written)
+                self._emitters["metrics"](event, written)
         except Exception as error:
             self._recorder.drop_event("metrics", error)
 

@@ -258,7 +258,7 @@ def open_run(
             identity,
             resource,
             journal,
-            pipeline.emit,
+            pipeline.emitters,
             pipeline.process,
             warnings=warnings,
             boot_id=facts.boot_id,

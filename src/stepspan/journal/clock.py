@@ -61,6 +61,12 @@ class Clock:
         return offset + now
 
     @property
+    def steady(self) -> tuple[Callable[[], int], int]:
+        """What gives the time until the next comparison, and what is to be added to it: this clock without its frame."""
+        offset, slow_until = self._setting
+        return (self, 0) if self.since() < slow_until else (self.since, offset)
+
+    @property
     def ahead(self) -> int:
         """Nanoseconds that are still to be made up."""
         return max(0, self._setting[1] - self.since()) // 2

@@ -39,7 +39,7 @@ from stepspan.journal.disk import Disk, Limits
 from stepspan.journal.layout import slug
 from stepspan.journal.liveness import exclusive, write_resting
 from stepspan.journal.location import choose_location, directory_mode
-from stepspan.journal.writer import Begun, SessionWriter
+from stepspan.journal.writer import UNSETTLED, WAITING, Begun, SessionWriter
 
 YOUNG_NS = SECOND_NS
 """For so long a clock that turns out to be wrong is taken for one that was set as the run began."""
@@ -91,6 +91,9 @@ class Journal:
         """How the clock was set, until whoever reports it clears it."""
         self.ended: str | None = None
         """How the run has ended, where it rests and takes what is evaluated."""
+        self._since: Callable[[], int] = self.clock
+        self._offset = 0
+        """What gives the time of an event, and what is added to it; set anew as an event is looked at more closely."""
         self._disk = disk
         self._header: Callable[[], Event] | None = None
         self._job = self._host = ""
@@ -136,12 +139,15 @@ class Journal:
             finally:
                 self._busy = False
 
-    def append(self, event: Event, begun: Begun | None = None) -> None:
+    def append(self, event: Event, begun: Begun | None = None) -> bool:
         """Write one event; when this returns it survives the process, unless it waits for a disk (`stored`).
 
         Args:
             event: Gets its `ts` and `seq`, and an end event its `begin`.
             begun: What begins or ends by this event: it keeps the `seq` and `ts` of its begin line.
+
+        Returns:
+            True: nothing here drops an event, as a processor may.
 
         Raises:
             OSError: The session has ended, and no other one can be opened.
@@ -150,17 +156,17 @@ class Journal:
         session = self.session
         if self._busy and self._lock._is_owned():  # type: ignore[attr-defined] # a signal handler of this thread logs
             self._interrupting.append((event, begun, session))
-            return
+            return True
         with self._lock:
             self._busy = True
             try:
-                ts = self.clock()
+                ts = self._since() + self._offset
                 if ts >= self._next_check or session is not self.session:
                     ts = self._admit(event, begun, session, ts)
                 if ts:
                     self.session.write(event, ts, begun)  # type: ignore[union-attr] # `_admit` sees to it
-                while self._interrupting:
-                    self._write_interrupting()
+                if self._interrupting:
+                    self._write_all_interrupting()
             except BaseException:
                 self._recover(event, begun, session)
                 raise
@@ -169,6 +175,7 @@ class Journal:
         if self._upkeep_due and self.upkeep and not self._lock._is_owned():  # type: ignore[attr-defined] # by a caller
             self._upkeep_due = False
             self.upkeep()
+        return True
 
     def stored(self) -> bool:
         """Write what waits for the disk, if that takes it now.
@@ -182,10 +189,10 @@ class Journal:
                 return not (self.session and self.session.waiting)
             self._busy = True
             try:
-                if self.state is State.OPEN and (self.session.waiting or self.session.unsettled):
+                if self.state is State.OPEN and self.session.hindrances & (WAITING | UNSETTLED):
                     self.session.maintain()
             except BaseException:
-                self.session.unsettled = True
+                self.session.hindrances |= UNSETTLED
                 raise
             finally:
                 self._busy = False
@@ -211,7 +218,8 @@ class Journal:
                 return
             busy, self._busy, self._next_check = self._busy, True, 0
             self.state = State.CLOSED if for_good else State.ENDED
-            session.unsettled |= busy  # a handler ends the run in the midst of a write
+            if busy:  # a handler ends the run in the midst of a write
+                session.hindrances |= UNSETTLED
             interruption: BaseException | None = None
             try:
                 for _ in range(MAX_INTERRUPTIONS):
@@ -222,7 +230,7 @@ class Journal:
                         session.forget()
                         break
                     except BaseException as error:  # Ctrl-C: the end is written all the same
-                        interruption, session.unsettled = interruption or error, True
+                        interruption, session.hindrances = interruption or error, session.hindrances | UNSETTLED
             finally:  # whatever it was: a free lock says that the session has ended
                 session.lost += len(self._interrupting)
                 self._interrupting.clear()
@@ -279,6 +287,8 @@ class Journal:
             self._next_check = 0
             if clock.since() > self._young_until or len(self._young) > MAX_YOUNG:
                 self._young = None
+        if clock is not None:
+            self._since, self._offset = clock.steady
         return ts
 
     def _check(self, ts: int) -> None:
@@ -313,7 +323,7 @@ class Journal:
         """
         session, ahead, young, self._young = self.session, clock.correction, self._young, None
         assert session is not None
-        if young is None or session.waiting or session.unsettled or session.is_delivered():
+        if young is None or session.hindrances & (WAITING | UNSETTLED) or session.is_delivered():
             return False
         started = session.header["started"] - ahead
         header = {**session.header, "session": os.urandom(8).hex(), "started": started}
@@ -356,12 +366,11 @@ class Journal:
         writer, self._next_check = self.session, 0
         if writer is None or self.state is not State.OPEN:
             return
-        writer.unsettled = True
+        writer.hindrances |= UNSETTLED
         with suppress(BaseException):  # the first one is on its way
             writer.settle()
             self._write_once(event, begun, session)
-            while self._interrupting:
-                self._write_interrupting()
+            self._write_all_interrupting()
 
     def _write_once(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
         """Write an event unless that was done before an exception came."""
@@ -400,6 +409,10 @@ class Journal:
             directory /= name
             directory.mkdir(mode=mode, exist_ok=True)
         return directory
+
+    def _write_all_interrupting(self) -> None:
+        while self._interrupting:
+            self._write_interrupting()
 
     def _write_interrupting(self, *, closing: bool = False) -> None:
         """Write the next event of a signal handler, which stays in the list until it has its place.

@@ -45,6 +45,9 @@ MAX_BACKLOG_BYTES = 16 << 20
 """Of lines that wait for the disk."""
 ALWAYS_BYTES = 16 << 20
 """Of a session, which are written however little is free: until the disk itself refuses."""
+UNSETTLED, WAITING, TORN, LOW = 1, 2, 4, 8
+"""What keeps a line from simply being written, as bits: an exception came in the midst of a call, and `settle` is to
+find out how far that got; lines wait; the last one was cut in the middle; the disk is low."""
 
 
 class SessionGone(OSError):
@@ -56,6 +59,13 @@ class Begun(Protocol):
 
     seq: int
     ts: int
+
+
+class Emit(Protocol):
+    """Takes an event to the journal; False where a processor dropped it."""
+
+    def __call__(self, event: Event, begun: Begun | None = None) -> bool:
+        """Write one event, begun or ended by `begun`; False where a processor dropped it."""
 
 
 class SessionWriter:
@@ -88,8 +98,8 @@ class SessionWriter:
         """Events that no line holds."""
         self.error: OSError | None = None
         """The latest, until whoever reports it clears it."""
-        self.unsettled = False
-        """Whether an exception came in the midst of a call: `settle` finds out how far that got."""
+        self.hindrances = 0
+        """What keeps the next line from simply being written: bits, as above. Lines then wait."""
         self._gap_reason: OSError | None = None
         self.header = header
         self._disk = disk or Disk()
@@ -98,7 +108,6 @@ class SessionWriter:
         self._backlog_bytes = 0
         self._dropped = self._dropped_before = self._holes = 0
         """Lines that were left out since the last gap line; those of an earlier session; and all of this session."""
-        self._torn = self._low = False
         self._bound: int | None = None
         """While the disk is low: how many bytes the session may hold."""
         self._sizes: dict[int, int] = {}
@@ -165,15 +174,13 @@ class SessionWriter:
             begun: What begins or ends by this event.
 
         """
-        if self.unsettled:
+        if self.hindrances & UNSETTLED:
             with RefusalIgnored():
                 self.settle()
         if ts <= self.ts:
             ts = self.ts + 1
-        self.ts = ts
-        seq = self.seq + 1
-        event["ts"] = ts
-        event["seq"] = seq
+        event["ts"] = self.ts = ts
+        event["seq"] = seq = self.seq + 1
         if begun is not None:
             if "begin" in event:
                 event["begin"] = begun.seq
@@ -181,7 +188,7 @@ class SessionWriter:
                 begun.seq, begun.ts = seq, ts
         line = encode(event)
         length = len(line)
-        if self._backlog or self._torn or self._low or self.unsettled:
+        if self.hindrances:
             self._enqueue(line)
             return
         try:
@@ -215,7 +222,7 @@ class SessionWriter:
         self._descriptors.close_others({self._fd, self._directory, self._lock})
         size = os.fstat(self._fd).st_size
         self._segment_room = self._sizes[max(self._sizes)] - size
-        self._torn = os.pread(self._fd, 1, size - 1) != b"\n" if size else False
+        self._mark(TORN, size > 0 and os.pread(self._fd, 1, size - 1) != b"\n")
         last = last_line(self._fd)
         if last is not None:
             while self._backlog and decode(self._backlog[0][:-1])["seq"] <= last["seq"]:
@@ -224,10 +231,10 @@ class SessionWriter:
             self.seq, self.ts = max(self.seq, newest["seq"]), max(self.ts, newest["ts"])
             self._dropped = self.seq - newest["seq"]
         self._backlog_bytes = sum(map(len, self._backlog))
-        self.unsettled = False
+        self.hindrances = self.hindrances & ~(UNSETTLED | WAITING) | (WAITING if self._backlog else 0)
         if _exists(segment_name(max(self._sizes) + 1), self._directory):
             self._rotate()
-        if not self._low:
+        if not self.hindrances & LOW:
             self._write_backlog()
 
     def is_taken(self) -> bool:
@@ -255,7 +262,7 @@ class SessionWriter:
     def maintain(self) -> None:
         """Look at the disk, and write what waits for it; about once a second."""
         self._last_seen = self.seq
-        if self.unsettled:
+        if self.hindrances & UNSETTLED:
             with RefusalIgnored():
                 self.settle()
         shortage = self._shortage()
@@ -263,10 +270,10 @@ class SessionWriter:
             self._remove_delivered()
             shortage = self._shortage()
         if shortage is None:
-            self._bound, self._low = None, False
+            self._bound, self.hindrances = None, self.hindrances & ~LOW
         else:
             self._stop_growth(shortage)
-        if not self._low and not self.unsettled:
+        if not self.hindrances & (LOW | UNSETTLED):
             self._write_backlog()
         if self.limits.sync_every:
             self._sync(self._fd)
@@ -295,10 +302,10 @@ class SessionWriter:
             status: "completed", "failed" or "interrupted".
 
         """
-        self._low, self._bound = False, None
+        self._bound, self.hindrances = None, self.hindrances & ~LOW
         if self._fd < 0 or self.is_gone():
             return
-        if self.unsettled:
+        if self.hindrances & UNSETTLED:
             with RefusalIgnored():
                 self.settle()
         self._write_backlog()
@@ -355,10 +362,14 @@ class SessionWriter:
             if error.errno is None:
                 raise
             self.error = self._gap_reason = error
-            self._torn = written > 0
+            if written:
+                self.hindrances |= TORN
             self._enqueue(line)
             return False
         return True
+
+    def _mark(self, hindrance: int, is_so: bool) -> None:
+        self.hindrances = self.hindrances | hindrance if is_so else self.hindrances & ~hindrance
 
     def _enqueue(self, line: bytes) -> None:
         """Have the next line wait, or count it where there is no room for that."""
@@ -367,23 +378,25 @@ class SessionWriter:
             self._dropped, self._holes, self.lost = self._dropped + 1, self._holes + 1, self.lost + 1
         else:
             self._backlog_bytes = size
+            self.hindrances |= WAITING
             self._backlog.append(line)
         self.seq += 1
 
     def _write_backlog(self) -> None:
         """Write what waits; stops at the first line that the disk does not take."""
         try:
-            if self._torn:
+            if self.hindrances & TORN:
                 self._disk.write(self._fd, b"\n")
-                self._torn = False
+                self.hindrances &= ~TORN
             while self._backlog:
                 line, written = self._backlog[0], 0
                 while written < len(line):
                     written += self._disk.write(self._fd, line[written:])
-                    self._torn = written < len(line)
+                    self._mark(TORN, written < len(line))
                 self._backlog.popleft()
                 self._backlog_bytes -= len(line)
                 self._segment_room -= len(line)
+            self.hindrances &= ~WAITING
         except OSError as error:
             if error.errno is None:
                 raise
@@ -434,7 +447,7 @@ class SessionWriter:
         while self._size() > self.limits.session_bytes and len(self._sizes) > 1:
             self._remove(min(self._sizes))
         if self._bound is not None:
-            self._low = self._size() >= self._bound
+            self._mark(LOW, self._size() >= self._bound)
             self._shrink_room()
 
     def _adopt(self, name: str) -> tuple[int, int]:
@@ -461,7 +474,7 @@ class SessionWriter:
         try:
             os.unlink(name, dir_fd=self._directory)
         except OSError:
-            self.unsettled = True
+            self.hindrances |= UNSETTLED
         self._descriptors.close(fd)
 
     def _size(self) -> int:
@@ -476,12 +489,12 @@ class SessionWriter:
         if self._bound is None:
             self._bound = max(self._size(), ALWAYS_BYTES)
         full = self._size() >= self._bound
-        if full and (not self._low or len(self._sizes) == 1):
+        if full and (not self.hindrances & LOW or len(self._sizes) == 1):
             self._write_backlog()
             if not self._backlog:
                 self._rotate()
-        self._low = full and self._size() >= self._bound
-        if self._low:
+        self._mark(LOW, full and self._size() >= self._bound)
+        if self.hindrances & LOW:
             self.error = self._gap_reason = shortage
         else:
             self._shrink_room()

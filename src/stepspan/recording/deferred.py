@@ -28,7 +28,7 @@ from stepspan.conversion import TEXTS, preview
 from stepspan.events import Event
 from stepspan.mapping.names import split_in_key
 from stepspan.recording import device_copies
-from stepspan.recording.scopes import Emit
+from stepspan.journal.writer import Emit
 from stepspan.values import json_number, to_text
 
 POLL_INTERVAL_S = 0.01

@@ -20,12 +20,12 @@ from stepspan.events import SCHEMA, Event
 from stepspan.journal.layout import SessionPath, session_name, slug
 from stepspan.journal.liveness import exclusive
 from stepspan.journal.numbers import WorkerNumber, take_worker_number
-from stepspan.journal.writer import Begun, SessionGone
+from stepspan.journal.writer import Begun, Emit, SessionGone
 from stepspan.mapping.clock import clock_text
 from stepspan.recording.deferred import DeferredMetrics
 from stepspan.recording.outcomes import Outcomes
 from stepspan.recording.predecessors import first_free_time
-from stepspan.recording.scopes import Emit, NullScopes, Scopes
+from stepspan.recording.scopes import NullScopes, Scopes
 from stepspan.recording.warnings import DroppedValues, WarningSink
 from stepspan.values import error_fields, error_text
 
@@ -106,13 +106,13 @@ class Recorder(Protocol):
 
 
 class JournalRecorder:
-    """Records a run through `emit` in `journal`.
+    """Records a run in `journal`.
 
     Args:
         identity: Which job and rank this process is.
         resource: Attributes of the OpenTelemetry Resource, for the header of each session.
         journal: Where the events end up.
-        emit: Takes them there, through the processors.
+        emitters: What takes the events of a tag there, through the processors.
         process: Takes a header through the processors; None where one dropped it.
         warnings: Counts what goes wrong.
         boot_id: Of the host's kernel.
@@ -134,7 +134,7 @@ class JournalRecorder:
         identity: Identity,
         resource: Mapping[str, Any],
         journal: Journal,
-        emit: Emit,
+        emitters: Mapping[str, Emit],
         process: Callable[[Event], Event | None],
         *,
         warnings: WarningSink,
@@ -153,7 +153,7 @@ class JournalRecorder:
         self._deduplicate = deduplicate
         self._is_worker = False
         self._worker_number: WorkerNumber | None = None
-        self.emit = emit
+        self.emitters = emitters
         self.clock = journal.clock
         self.warn_once = warnings.warn_once
         self.background_tasks: list[BackgroundTask] = []
@@ -165,7 +165,7 @@ class JournalRecorder:
         self.scopes = Scopes(
             identity,
             journal,
-            emit,
+            emitters,
             warn=self.warn_once,
             record_error=self.record_error,
             outcomes=outcomes or Outcomes(),
@@ -210,6 +210,10 @@ class JournalRecorder:
     def defers(self) -> bool:
         """Whether a device still computes values of an earlier call."""
         return self._deferred is not None and self._deferred.busy
+
+    def emit(self, event: Event, begun: Begun | None = None) -> bool:
+        """Write one event of training; False where a processor dropped it. May raise."""
+        return self.emitters[event["tag"]](event, begun)
 
     def emit_background(self, event: Event) -> None:
         """Write one event that does not show that training goes on."""
@@ -429,6 +433,8 @@ class NullRecorder:
     ended: str | None = None
     session = None
     warnings = WarningSink(audible=False)
+    emitters: Mapping[str, Emit] = {}
+    """Nothing is taken anywhere."""
     scopes: Scopes = NullScopes()
 
     @cached_property

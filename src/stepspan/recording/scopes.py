@@ -16,7 +16,7 @@ from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import enumerate as enumerate_threads
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from stepspan.errors import Warn
 from stepspan.events import SECOND_NS, Event
@@ -34,18 +34,11 @@ if TYPE_CHECKING:
 
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
-    from stepspan.journal.writer import Begun
+    from stepspan.journal.writer import Begun, Emit
 
 
 PUBLIC = ("epoch", "samples", "split", "step", "tokens")
 """What is for users of a scope's attributes."""
-
-
-class Emit(Protocol):
-    """Takes an event to the journal; False where a processor dropped it."""
-
-    def __call__(self, event: Event, begun: Begun | None = None) -> bool:
-        """Write one event, begun or ended by `begun`; False where a processor dropped it."""
 
 
 class Scope:
@@ -172,7 +165,7 @@ class Scopes:
     Args:
         identity: Which job and rank this process is, for the ids of spans.
         journal: Whose session the scopes lie in.
-        emit: Writes an event.
+        emitters: What writes the events of a tag.
         warn: Takes what went wrong.
         record_error: Writes the exception that a scope failed with.
         outcomes: Tells which exceptions are failures.
@@ -185,7 +178,7 @@ class Scopes:
         self,
         identity: Identity,
         journal: Journal,
-        emit: Emit,
+        emitters: Mapping[str, Emit],
         *,
         warn: Warn,
         record_error: Callable[[BaseException], None],
@@ -198,7 +191,7 @@ class Scopes:
         self.identity = identity
         """Of this process; a forked worker has its own from its first event on."""
         self._journal = journal
-        self._emit = emit
+        self._emitters = emitters
         self._warn = warn
         self._record_error = record_error
         self._outcomes = outcomes
@@ -328,7 +321,7 @@ class Scopes:
                 self.steps.begin(split, scope.step or 0)
                 if around is None or split not in EVALUATION_SPLITS or around[0] in EVALUATION_SPLITS:
                     scope.started_in = split, scope.step or 0
-            self._emit(event, scope)
+            self._emitters[event["tag"]](event, scope)
             if self.closed:
                 return
             if self._exits or self._failed_by:
@@ -642,7 +635,7 @@ class Scopes:
             if rests:
                 event["rests"] = True
             if scope.session is self._journal.session:
-                self._emit(event, scope)
+                self._emitters[event["tag"]](event, scope)
                 if scope.tag == "span" and scope.loop is not None:
                     scope.loop.ts = event["ts"] or scope.loop.ts
         except Exception as failure:
