@@ -30,7 +30,7 @@ from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.outcomes import STATUSES, to_status
 from stepspan.recording.past import past_time
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scopes import Scope, Step
 from stepspan.recording.spelling import nearest_parameter
 from stepspan.recording.steps import Amount, Steps
 from stepspan.values import error_text, to_float, to_integer, to_text
@@ -191,6 +191,13 @@ class Run:
         if self._unused:
             self._begin_use()
         try:
+            if type(metrics) is dict and step is None and split is None and time is None and metrics and not self._recorder.defers:
+                for value in metrics.values():
+                    if type(value) is not float or value - value != 0.0:
+                        break
+                else:  # as nearly always
+                    if self._scopes.write_metrics(metrics):
+                        return
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
             dropped: list[tuple[str, str, str]] | None = None
@@ -353,9 +360,16 @@ class Run:
         """
         if self._unused:
             self._begin_use()
-        number = n if type(n) is int and 0 <= n < MAX_INTEGER else self._integer("step", n)
-        scope = self._scopes.step(number, split if type(split) is str else to_text(split))
-        scope.samples, scope.tokens = samples, tokens
+        if type(split) is not str:
+            split = to_text(split)
+        if type(n) is not int or not 0 <= n < MAX_INTEGER:
+            number = self._integer("step", n)
+            n = self._scopes.next_step(split) if number is None else number
+        scope = Step(self._scopes, n, split)
+        if samples is not None:
+            scope.samples = samples
+        if tokens is not None:
+            scope.tokens = tokens
         return scope
 
     @overload
@@ -551,7 +565,7 @@ class Run:
     def _end_journal(self, error: BaseException | None, status: str) -> None:
         """End the run in its journal, and the journal, where that was not done."""
         self._scopes.end(self._scope, error, status)
-        self._scopes.closed = True
+        self._scopes.closed, self._scopes.usual = True, False
         if self._pipeline is not None:
             self._pipeline.close(status)
 

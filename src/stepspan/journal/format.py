@@ -38,6 +38,32 @@ def encode(event: Event) -> bytes:
     return b'%b,"crc":%d}\n' % (body, crc32(body))
 
 
+def template(tag: str, rest: bytes) -> bytes:
+    """What an event of one kind is but for its numbers and its checksum: `template % (ts, seq, …)`, and then the rest.
+
+    Args:
+        tag: Of the event.
+        rest: Its other fields as JSON, from a comma on, with a `%d` or `%b` for each that differs from event to event.
+
+    Returns:
+        The template; `from_template` gives the event of it.
+
+    """
+    return b'{"ts":%%d,"seq":%%d,"tag":%b%b' % (orjson.dumps(tag), rest)
+
+
+def from_template(template: bytes, *values: int | bytes) -> Event:
+    """The event that a template and its values are.
+
+    Args:
+        template: As `template` gives it.
+        values: `ts`, `seq` and those of its own.
+
+    """
+    event: Event = orjson.loads(template % values + b"}")
+    return event
+
+
 def decode(line: bytes) -> Event:
     """The event of a line.
 

@@ -186,11 +186,20 @@ class SessionWriter:
                 event["begin"] = begun.seq
             else:
                 begun.seq, begun.ts = seq, ts
-        line = encode(event)
-        length = len(line)
+        self.put(encode(event), seq)
+
+    def put(self, line: bytes, seq: int) -> None:
+        """Write a line that has its time and its number.
+
+        Args:
+            line: The newline included.
+            seq: Its number, the one after the last.
+
+        """
         if self.hindrances:
             self._enqueue(line)
             return
+        length = len(line)
         try:
             if len(THREADS) - len(IDLE_THREADS) > 1:
                 written = self._write_keeping_gil(self._fd, line, length)

@@ -16,10 +16,13 @@ from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import enumerate as enumerate_threads
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from stepspan.errors import Warn
+from orjson import dumps
+
 from stepspan.events import SECOND_NS, Event
+from stepspan.journal.format import template
 from stepspan.mapping import ids
 from stepspan.mapping.names import EVALUATION_SPLITS
 from stepspan.mapping.trace_context import joined_trace
@@ -37,8 +40,40 @@ if TYPE_CHECKING:
     from stepspan.journal.writer import Begun, Emit
 
 
+LINES_OF_ENDS = {tag: template(f"{tag}_end", b',"begin":%d%b') for tag in ("epoch", "step", "span")}
+"""Tag -> the line of a scope's end: takes `begin` and what else there is to say, as JSON from a comma on."""
 PUBLIC = ("epoch", "samples", "split", "step", "tokens")
 """What is for users of a scope's attributes."""
+
+
+T = TypeVar("T")
+
+
+class Rare(Generic[T]):
+    """An attribute that few scopes have. It lies in `more`, so that the others are made, and known, without it."""
+
+    def __init__(self, default: T) -> None:
+        self._default = default
+
+    def __set_name__(self, owner: type[Scope], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, scope: None, owner: type[Scope]) -> Self: ...
+
+    @overload
+    def __get__(self, scope: Scope, owner: type[Scope]) -> T: ...
+
+    def __get__(self, scope: Scope | None, owner: type[Scope]) -> T | Self:
+        if scope is None:
+            return self
+        return self._default if scope.more is None else scope.more.get(self._name, self._default)
+
+    def __set__(self, scope: Scope, value: T) -> None:
+        if value is not self._default:
+            scope.more = {**(scope.more or {}), self._name: value}
+        elif scope.more is not None:
+            scope.more = {name: its for name, its in scope.more.items() if name != self._name} or None
 
 
 class Scope:
@@ -55,12 +90,26 @@ class Scope:
     """
 
     __slots__ = (
-        "abandoned_at", "begin", "epoch", "in_main", "lap", "loop", "on_exit", "owner", "parent", "samples",
-        "seq", "session", "split", "started_in", "step", "tag", "task", "thread", "token", "tokens", "ts", "waited",
+        "begin", "epoch", "lap", "loop", "more", "owner", "parent", "seq", "session", "split", "started_in", "step",
+        "tag", "task", "thread", "ts", "waited",
     )  # fmt: skip
+    thread: int
+    """The ident of the thread that began it."""
+    task: int
+    """The id of the asyncio task that did; 0: none."""
 
     detached: bool = False
     """Whether what it times goes on beside the code here, so that nothing comes to lie in it."""
+    samples: Rare[float | None] = Rare(None)
+    tokens: Rare[float | None] = Rare(None)
+    abandoned_at: Rare[int] = Rare(0)
+    """When its loop was left without its knowing how, Unix ns; 0 while the loop goes on."""
+    in_main: Rare[bool] = Rare(False)
+    """Whether its parent is the main thread's, for want of one in the thread that began this."""
+    on_exit: Rare[tuple[Callable[[], None], ...]] = Rare(())
+    """To be called just before it ends."""
+    token: Rare[Any] = Rare(None)
+    """Of the OpenTelemetry context, while it is the current span there."""
 
     def __init__(
         self, owner: Scopes, tag: str, begin: Event, step: int | None = None, split: str | None = None
@@ -73,28 +122,18 @@ class Scope:
         self.split = split
         self.epoch: int | None = None
         self.seq = self.ts = self.lap = 0
-        self.abandoned_at = 0
-        """When its loop was left without its knowing how, Unix ns; 0 while the loop goes on."""
         self.loop: StepLoop | None = None
         """The loop whose step it is or lies in."""
         self.started_in: StepOf | None = None
         """The training step that it is or lies in, open or not; where there is none, an evaluation's."""
-        self.session: object | None = None
+        self.session: SessionWriter | None = None
         """The journal session that it was begun in; None while it is not open."""
         self.parent: Scope | None = None
         """The scope that it lies in. A detached one is given it; the others find it as they begin."""
-        self.in_main = False
-        """Whether that is the main thread's, for want of one in the thread that began this."""
-        self.on_exit: tuple[Callable[[], None], ...] = ()
-        """To be called just before it ends."""
         self.waited: int | None = None
         """Nanoseconds that a step waited for its data."""
-        self.samples: float | None = None
-        self.tokens: float | None = None
-        self.token: Any = None
-        """Of the OpenTelemetry context, while it is the current span there."""
-        self.thread = self.task = 0
-        """The ident of the thread, and the id of the asyncio task, that began it."""
+        self.more: dict[str, Any] | None = None
+        """What few have; None: nothing."""
 
     def __enter__(self) -> Self:
         self.owner.begin(self)
@@ -120,6 +159,11 @@ class Scope:
         with suppress(Exception):  # an object's own `__class__` or `__name__` may raise anything
             return decorate(function, self.renewed, self._renewed_detached)
         return function
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether its loop was left, or what it lies in is another thread's."""
+        return bool(self.abandoned_at or self.in_main)
 
     def renewed(self) -> Scope:
         """A scope like this one, not open yet."""
@@ -150,13 +194,70 @@ class DetachedSpan(Scope):
     detached = True
 
 
-class AdjacentStep(Scope):
+class Step(Scope):
+    """A step: the scope that is made most often, so with as little as can be.
+
+    Its begin event is made when somebody asks for it; usually its line is made from a template.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, owner: Scopes, number: int, split: str) -> None:
+        self.owner = owner
+        self.tag = "step"
+        self.step = number
+        self.split = split
+        self.seq = self.ts = self.lap = 0
+        self.loop = self.session = self.parent = self.epoch = self.started_in = self.waited = self.more = None
+
+    @property
+    def begin(self) -> Event:  # type: ignore[override] # nobody sets it
+        """The event that is written as it begins."""
+        parent = self.parent.seq if self.parent is not None and self.parent.session is not None else 0
+        event = {"ts": 0, "seq": 0, "tag": "step_begin", "parent": parent, "step": self.step, "split": self.split}
+        if self.epoch is not None:
+            event["epoch"] = self.epoch
+        if self.lap:
+            event["lap"] = self.lap
+        return event
+
+    def __enter__(self) -> Self:
+        self.owner.begin_step(self)
+        return self
+
+    def renewed(self) -> Scope:
+        """A step like this one, not open yet."""
+        step = Step(self.owner, self.step, self.split)
+        step.more = self.more and {name: self.more[name] for name in ("samples", "tokens") if name in self.more}
+        return step
+
+
+class AdjacentStep(Step):
     """A step of a loop that goes on side by side with that of another one, as in `zip`."""
 
     __slots__ = ("adjacent_to",)
     detached = True
     adjacent_to: Scope
     """The step of the other loop."""
+
+
+class LastStep:
+    """The last step of a split: steps that follow in the same epoch and lap differ in their numbers alone.
+
+    Attributes:
+        line: A line of such a step's begin: takes `parent` and `step`.
+
+    """
+
+    __slots__ = ("epoch", "lap", "line", "number", "split")
+
+    def __init__(self, split: str, epoch: int | None, lap: int) -> None:
+        self.split = split
+        self.epoch = epoch
+        self.lap = lap
+        self.number = -1
+        same = {"split": split, **({} if epoch is None else {"epoch": epoch}), **({"lap": lap} if lap else {})}
+        self.line = template("step_begin", b',"parent":%d,"step":%d,' + dumps(same)[1:-1].replace(b"%", b"%%"))
 
 
 class Scopes:
@@ -192,6 +293,8 @@ class Scopes:
         """Of this process; a forked worker has its own from its first event on."""
         self._journal = journal
         self._emitters = emitters
+        self._is_straight = all(emitters[tag] == journal.append for tag in ("metrics", "step_begin", *(f"{tag}_end" for tag in LINES_OF_ENDS)))
+        """Whether no processor wants metrics, or what begins and ends steps."""
         self._warn = warn
         self._record_error = record_error
         self._outcomes = outcomes
@@ -204,8 +307,11 @@ class Scopes:
 
     def _begin_counting(self) -> None:
         self.closed = False
+        """Whether the run has ended, and takes nothing more."""
+        self.usual = False
+        """Whether nothing is so that a scope's beginning or end has to be looked at more closely: `_look_around`."""
         self.begun = 0
-        """How many scopes have begun."""
+        """How many steps of loops have begun."""
         self.steps = StepsInForce()
         self._current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
         """The innermost scope of a thread or task. Each run has a variable, as several may be open in one context."""
@@ -213,20 +319,20 @@ class Scopes:
         """What that was where the run began: nothing, so that no context keeps a run that has ended."""
         self._main: Scope | None = None
         """The innermost run, epoch or step of the main thread."""
-        self._main_thread = self._run_thread = 0
-        """The idents of that thread, and of the one that began the run."""
-        self._trains = False
-        """Whether the main thread has begun an epoch or a step."""
+        self._main_thread = self._run_thread = self._training_thread = 0
+        """The idents of that thread, of the one that began the run, and of the first of these once it has begun an
+        epoch or a step."""
         self._branches: dict[Scope, None] = {}
         """The open spans of all threads, and steps that are detached, in the order of their beginning."""
         self._adjacent: dict[Scope, AdjacentStep] = {}
         """The open ones of these steps, by themselves."""
         self.maybe_left: dict[Scope, None] = {}
         """Steps of loops that were left, or that something followed: to be ended with the run at the latest."""
-        self._laps: dict[str, tuple[int, int, int]] = {}
-        """Split -> epoch, step and lap of its last step."""
+        self._last_steps: dict[str, LastStep] = {}
+        """Split -> its last step."""
+        self._lines_of_metrics: dict[str | None, bytes] = {}
+        """Split -> a line of its metrics, but for the numbers and values."""
         self._next_epoch = 0
-        self._next_step: dict[str, int] = {}
         self.total_steps: int | None = None
         """How many training steps there will be, where that is known."""
         self._exits: dict[int, tuple[Status, BaseException | None]] = {}
@@ -247,13 +353,10 @@ class Scopes:
         scope.epoch = number
         return scope
 
-    def step(self, number: int | None, split: str) -> Scope:
-        """A step that is not open yet; None: the one after the last of this split."""
-        if number is None:
-            number = self._next_step.get(split, 0)
-        self._next_step[split] = number + 1
-        event = {"ts": 0, "seq": 0, "tag": "step_begin", "parent": 0, "step": number, "split": split}
-        return Scope(self, "step", event, number, split)
+    def next_step(self, split: str) -> int:
+        """The number of the step after the last of this split."""
+        last = self._last_steps.get(split)
+        return 0 if last is None else last.number + 1
 
     def span(self, fields: Event) -> Scope:
         """A phase, not open yet."""
@@ -280,24 +383,55 @@ class Scopes:
         if inner is None or inner.session is None or inner.abandoned_at:
             inner = self.innermost()
         other = None if inner is None or inner.loop is None else self._find_adjacent(loop, inner, begun)
-        scope = self.step(number, loop.split)
-        if other is not None:
-            scope = adjacent = AdjacentStep(self, "step", scope.begin, scope.step, loop.split)
+        if number is None:
+            number = self.next_step(loop.split)
+        if other is None:
+            scope = Step(self, number, loop.split)
+        else:
+            scope = adjacent = AdjacentStep(self, number, loop.split)
             adjacent.adjacent_to, adjacent.parent = other, other.parent
         scope.loop, scope.waited = loop, waited
         loop.maybe_left_at = loop.followed = 0
-        self.begin(scope)
+        self.begun += 1
+        self.begin_step(scope)
         loop.step, loop.step_order, loop.ts = scope, self.begun, scope.ts
         return scope
+
+    def begin_step(self, scope: Step) -> None:
+        """Open a step: what `begin` does, in fewer steps where nothing is out of the ordinary, as nearly always."""
+        journal, here = self._journal, self._current.get()
+        session, last, thread = journal.session, self._last_steps.get(scope.split), get_ident()
+        if (
+            not self.usual
+            or here is None
+            or (here.more is not None and here.is_elsewhere)
+            or here.loop is not None
+            or here.session is not session
+            or last is None
+            or last.number >= scope.step
+            or last.epoch != here.epoch
+            or last.split != self.steps.leading
+            or thread != self._training_thread
+            or (self._propagate is not False and "opentelemetry.trace" in sys.modules)
+        ):
+            self.begin(scope)
+            return
+        try:
+            scope.thread, scope.task = thread, _current_task() if "asyncio" in sys.modules else 0
+            scope.parent, scope.epoch, scope.lap = here, here.epoch, last.lap
+            last.number = self.steps.step = number = scope.step
+            scope.started_in = last.split, number
+            journal.append_line(last.line, here.seq, number, session, scope)
+            scope.session, self._main = journal.session, scope
+            self._current.set(scope)
+        except Exception as error:
+            self._warn("begin", f"a step could not be begun: {error_text(error)}", key="step")
 
     def begin(self, scope: Scope) -> None:
         """Open a scope inside the innermost one."""
         try:
             tag, event, session = scope.tag, scope.begin, self._journal.session
-            scope.thread = get_ident()
-            if "asyncio" in sys.modules:
-                scope.task = _current_task()
-            self.begun += 1
+            scope.thread, scope.task = get_ident(), _current_task() if "asyncio" in sys.modules else 0
             if self._adjacent:
                 self._end_abandoned()
             if not scope.detached:
@@ -336,8 +470,9 @@ class Scopes:
                 self._branches[scope] = None
             elif scope.detached:
                 self._branches[scope], self._adjacent[scope] = None, scope  # type: ignore[assignment] # it is one
-            elif (scope.thread == self._main_thread and self._trains) or self._is_in_main_thread(scope):
+            elif scope.thread == self._training_thread or self._is_in_main_thread(scope):
                 self._main = scope
+            self._look_around()
             if scope.detached:
                 return
             before = self._current.set(scope)
@@ -362,7 +497,20 @@ class Scopes:
             return
         if self._current.get() is not scope:
             self._end_inside(scope, error)
-        self._close(scope, error, status, rests)
+            self._close(scope, error, status, rests)
+        elif (
+            error is not None
+            or not self.usual
+            or scope.more is not None
+            or not (line := LINES_OF_ENDS.get(scope.tag))
+            or status is not None
+            or scope.session is not self._journal.session
+            or not scope.seq
+            or ((loop := scope.loop) is not None and loop.maybe_left_at and loop.step is scope)
+        ):
+            self._close(scope, error, status, rests)
+        else:
+            self._close_usual(scope, line, loop)
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
@@ -377,6 +525,47 @@ class Scopes:
         if started_in is not None and scope is not started_in and not _has_begun_here(started_in):
             self._current.set(started_in)  # what is recorded here still belongs to it
         return scope
+
+    def write_metrics(self, metrics: dict[str, float]) -> bool:
+        """Write the values of a call that says nothing more, in fewer steps than by `attribute`.
+
+        Args:
+            metrics: Finite numbers.
+
+        Returns:
+            False where that cannot be done so: nothing is written then.
+
+        """
+        scope, steps, session = self._current.get(), self.steps, self._journal.session
+        if (
+            not self.usual
+            or scope is None
+            or scope.session is not session
+            or scope.step is None
+            or steps.differ
+            or (started_in := scope.started_in) is None
+            or started_in[1] != steps.step
+            or (scope.more is not None and scope.is_elsewhere)
+        ):
+            return False
+        loop = scope.loop
+        if loop is not None:
+            for key in metrics:
+                if loop.split != scope.split or steps.split_of_key.get(key) != "":
+                    return False
+                break
+        line = self._lines_of_metrics.get(scope.split) or self._line_of_metrics(scope.split or TRAIN)
+        try:
+            values = dumps(metrics)
+        except TypeError:  # a key is no text, or is none that JSON can hold
+            return False
+        self._journal.append_line(line, started_in[1], values, session, loop)
+        return True
+
+    def _line_of_metrics(self, split: str) -> bytes:
+        rest = b',"split":%b,"step":%%d,"metrics":%%b' % dumps(split).replace(b"%", b"%%")
+        line = self._lines_of_metrics[split] = template("metrics", rest)
+        return line
 
     def attribute(self, event: Event, metrics: Mapping[str, Any], step: int | None, split: str | None) -> Begun | None:
         """Say which split and step the values of a call belong to.
@@ -479,7 +668,7 @@ class Scopes:
 
     def note_exit(self, error: BaseException) -> None:
         """Remember an exit that is asked for, or passes a scope: as the program ends nobody sees it any more."""
-        thread = get_ident()
+        thread, self.usual = get_ident(), False
         if not self._outcomes.is_exit(error):
             self._exits.pop(thread, None)
             return
@@ -506,7 +695,7 @@ class Scopes:
             return True
         if self.total_steps is None:
             return False
-        trained = [number for split, (_, number, _) in self._laps.items() if split not in EVALUATION_SPLITS]
+        trained = [last.number for split, last in self._last_steps.items() if split not in EVALUATION_SPLITS]
         last = max(trained) if trained else self.steps.training_step(None)
         return last is None or last + 1 < self.total_steps
 
@@ -524,7 +713,7 @@ class Scopes:
 
     def mark_recorded(self, error: BaseException) -> None:
         """Remember that an exception stands in this session: the scopes it passes through need not record it again."""
-        self._failed_by = id(error)
+        self._failed_by, self.usual = id(error), False
         with suppress(Exception):  # one that takes no attribute is recorded by every scope
             error._stepspan_recorded = self._recorded_token  # type: ignore[attr-defined]
 
@@ -572,7 +761,8 @@ class Scopes:
         if self._journal.session is not None:
             self._parent_identities[self._journal.session] = self.identity
         self._main = self.total_steps = None
-        self._run_thread, self._trains = 0, False
+        self._run_thread = self._training_thread = 0
+        self.usual = False
         self._branches.clear()
         self._adjacent.clear()
         self.maybe_left.clear()
@@ -588,6 +778,26 @@ class Scopes:
             if error._stepspan_recorded == self._recorded_token:  # type: ignore[attr-defined]
                 return
         self._record_error(error)
+
+    def _close_usual(self, scope: Scope, line: bytes, loop: StepLoop | None) -> None:
+        """What `_close` does where nothing is out of the ordinary: no exception, no amounts, no loop that was left."""
+        rest = b"" if scope.waited is None else b',"data_wait":%b' % dumps(scope.waited / SECOND_NS)
+        is_span = scope.tag == "span"
+        try:
+            self._journal.append_line(line, scope.seq, rest, scope.session, loop if is_span else None)
+        except Exception as failure:
+            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}", key=scope.tag)
+        finally:
+            scope.session = None
+            self._current.set(scope.parent)
+            if is_span:
+                self._branches.pop(scope, None)
+            elif self._main is scope:
+                self._main = scope.parent
+            if loop is not None and loop.step is scope:
+                loop.step = None
+                if self.maybe_left:
+                    self.maybe_left.pop(scope, None)
 
     def _close(self, scope: Scope, error: BaseException | None, status: str | None = None, rests: bool = False) -> None:
         """Close a scope alone, with the steps that go on side by side within it."""
@@ -659,6 +869,11 @@ class Scopes:
             if scope.token is not None:
                 token, scope.token = scope.token, None
                 self._propagation.detach(token)
+            self._look_around()
+
+    def _look_around(self) -> None:
+        """See whether what begins or ends next is to be looked at more closely."""
+        self.usual = not (self.closed or self._adjacent or self._exits or self._failed_by) and self._is_straight
 
     def _restore_before(self, scope: Scope) -> None:
         """Make current here what was so before the run."""
@@ -780,8 +995,8 @@ class Scopes:
         thread = scope.thread
         if scope.tag == "run":
             self._run_thread = self._main_thread = thread
-        elif thread == self._run_thread or not self._trains or self._main_thread_is_over():
-            self._main_thread, self._trains = thread, True
+        elif thread == self._run_thread or not self._training_thread or self._main_thread_is_over():
+            self._main_thread = self._training_thread = thread
         return thread == self._main_thread
 
     def _main_thread_is_over(self) -> bool:
@@ -793,18 +1008,19 @@ class Scopes:
 
     def _number_lap(self, scope: Scope, event: Event) -> None:
         """Epoch and lap of a step: how often the steps of its split have begun again. (epoch, step) grows in a lap."""
-        epoch, number = scope.epoch, scope.step or 0
-        if epoch is None:
-            epoch = -1
-        else:
-            event["epoch"] = epoch
-        split = scope.split or ""
-        last_epoch, last_number, lap = self._laps.get(split, (-1, -1, 0))
-        if epoch < last_epoch or (epoch == last_epoch and number <= last_number):
-            lap += 1
-        self._laps[split] = epoch, number, lap
+        number, split, lap = scope.step or 0, scope.split or "", 0
+        last = self._last_steps.get(split)
+        if last is not None:
+            lap, (now, before) = last.lap, (-1 if each is None else each for each in (scope.epoch, last.epoch))
+            if now < before or (now == before and number <= last.number):
+                lap += 1
+        if last is None or (last.epoch, last.lap) != (scope.epoch, lap):
+            last = self._last_steps[split] = LastStep(split, scope.epoch, lap)
+        last.number, scope.lap = number, lap
+        if scope.epoch is not None:
+            event["epoch"] = scope.epoch
         if lap:
-            scope.lap = event["lap"] = lap
+            event["lap"] = lap
 
     def _attach(self, scope: Scope) -> None:
         if self._propagation is None:
@@ -824,6 +1040,9 @@ class NullScopes(Scopes):
 
     def begin(self, scope: Scope) -> None:
         """Leave the scope closed, so that there is nothing to end."""
+
+    def begin_step(self, scope: Step) -> None:
+        """Leave it closed, too."""
 
     def mark_recorded(self, error: BaseException) -> None:
         """Leave the exception alone."""
