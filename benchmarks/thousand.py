@@ -56,11 +56,16 @@ class Rank:
         resource_of, _ = identity.resource_attributes(me, {})
         exporter, warnings = JsonlExporter(directory, clock=clock), WarningSink(audible=False)
         pipeline = Pipeline([], [exporter])
-        emit, process = pipeline.emit, pipeline.process
         recorder = JournalRecorder(
-            me, resource_of, exporter.journal, emit, process, warnings=warnings, boot_id=facts.boot_id,
+            me,
+            resource_of,
+            exporter.journal,
+            pipeline.emitters,
+            pipeline.process,
+            warnings=warnings,
+            boot_id=facts.boot_id,
             destinations=[DESTINATION],
-        )  # fmt: skip
+        )
         recorder.open()
         self.run = Run(recorder, pipeline, name=JOB)
         self.run.log_hyperparams({"lr": 3e-4, "batch_size": 32, "model": "none"})

@@ -60,8 +60,7 @@ class Pipeline:
         self._warn = warn
         self._stages = {tag: tuple(p for p in processors if tag in p.tags) for tag in TAGS}
         self.emitters: dict[str, Emit] = {
-            tag: self._emit_processed if stages else self.journal.append
-            for tag, stages in self._stages.items()
+            tag: self._emit_processed if stages else self.journal.append for tag, stages in self._stages.items()
         }
         """What takes the events of a tag to the journal: straight there, where no processor wants them."""
 

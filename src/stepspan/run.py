@@ -191,7 +191,14 @@ class Run:
         if self._unused:
             self._begin_use()
         try:
-            if type(metrics) is dict and step is None and split is None and time is None and metrics and not self._recorder.defers:
+            if (
+                type(metrics) is dict
+                and step is None
+                and split is None
+                and time is None
+                and metrics
+                and not self._recorder.defers
+            ):
                 for value in metrics.values():
                     if type(value) is not float or value - value != 0.0:
                         break

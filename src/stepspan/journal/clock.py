@@ -62,7 +62,7 @@ class Clock:
 
     @property
     def steady(self) -> tuple[Callable[[], int], int]:
-        """What gives the time until the next comparison, and what is to be added to it: this clock without its frame."""
+        """What gives the time until the next comparison, and what is to be added to it: this clock without a call."""
         offset, slow_until = self._setting
         return (self, 0) if self.since() < slow_until else (self.since, offset)
 

@@ -161,7 +161,7 @@ class Journal:
         if self._busy:  # another thread is at work, or this one, in which a signal handler logs
             self.append(from_template(line, 0, 0, first, second), begun, session)
             return
-        seq = 0
+        event, seq = None, 0
         with self._lock:
             self._busy = True
             try:
@@ -175,16 +175,17 @@ class Journal:
                     if begun is not None:
                         begun.seq = seq
                         begun.ts = ts
-                    session.put(b'%b,"crc":%d}\n' % (body, crc32(body)), seq)
+                    session.write_line(b'%b,"crc":%d}\n' % (body, crc32(body)), seq)
                     if session.hindrances:
                         self._next_check = 0
                 else:
-                    self._write(from_template(line, 0, 0, first, second), begun, session, ts)
+                    event = from_template(line, 0, 0, first, second)
+                    self._write(event, begun, session, ts)
             except BaseException:
                 self._next_check = 0
                 if session is not None:
                     session.hindrances |= UNSETTLED
-                self._recover(from_template(line, 0, seq, first, second), begun, session)
+                self._recover(event or from_template(line, 0, seq, first, second), begun, session)
                 raise
             finally:
                 self._busy = False
@@ -409,7 +410,7 @@ class Journal:
             for event, begun in young:
                 if event["seq"]:
                     event.update((name, event[name] - ahead) for name in ("at", "ended") if name in event)
-                    fresh.write(event, event["ts"] - ahead, begun)
+                    fresh.write(event, event["ts"] - ahead, None if "begin" in event else begun)
             if (fresh.seq, fresh.waiting) != (session.seq, 0):
                 raise OSError(errno.EIO, "not all of it could be written")
             event = _clock_event(before=ahead)

@@ -171,7 +171,7 @@ class SessionWriter:
         Args:
             event: Gets its `ts` and `seq`; an end event gets its `begin`.
             ts: Its time, Unix ns; 1 ns after the last line's where the clock did not go on.
-            begun: What begins or ends by this event.
+            begun: What ends by this event, if its `begin` is 0; else what takes its `seq` and `ts`.
 
         """
         if self.hindrances & UNSETTLED:
@@ -182,13 +182,13 @@ class SessionWriter:
         event["ts"] = self.ts = ts
         event["seq"] = seq = self.seq + 1
         if begun is not None:
-            if "begin" in event:
+            if event.get("begin") == 0:
                 event["begin"] = begun.seq
             else:
                 begun.seq, begun.ts = seq, ts
-        self.put(encode(event), seq)
+        self.write_line(encode(event), seq)
 
-    def put(self, line: bytes, seq: int) -> None:
+    def write_line(self, line: bytes, seq: int) -> None:
         """Write a line that has its time and its number.
 
         Args:

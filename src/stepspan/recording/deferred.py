@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 from stepspan.conversion import TEXTS, preview
 from stepspan.events import Event
+from stepspan.journal.writer import Emit
 from stepspan.mapping.names import split_in_key
 from stepspan.recording import device_copies
-from stepspan.journal.writer import Emit
 from stepspan.values import json_number, to_text
 
 POLL_INTERVAL_S = 0.01

@@ -18,9 +18,9 @@ from threading import enumerate as enumerate_threads
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
-from stepspan.errors import Warn
 from orjson import dumps
 
+from stepspan.errors import Warn
 from stepspan.events import SECOND_NS, Event
 from stepspan.journal.format import template
 from stepspan.mapping import ids
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
-    from stepspan.journal.writer import Begun, Emit
+    from stepspan.journal.writer import Begun, Emit, SessionWriter
 
 
 LINES_OF_ENDS = {tag: template(f"{tag}_end", b',"begin":%d%b') for tag in ("epoch", "step", "span")}
@@ -201,6 +201,8 @@ class Step(Scope):
     """
 
     __slots__ = ()
+    step: int
+    split: str
 
     def __init__(self, owner: Scopes, number: int, split: str) -> None:
         self.owner = owner
@@ -293,7 +295,10 @@ class Scopes:
         """Of this process; a forked worker has its own from its first event on."""
         self._journal = journal
         self._emitters = emitters
-        self._is_straight = all(emitters[tag] == journal.append for tag in ("metrics", "step_begin", *(f"{tag}_end" for tag in LINES_OF_ENDS)))
+        self._is_straight = all(
+            emitters[tag] == journal.append
+            for tag in ("metrics", "step_begin", *(f"{tag}_end" for tag in LINES_OF_ENDS))
+        )
         """Whether no processor wants metrics, or what begins and ends steps."""
         self._warn = warn
         self._record_error = record_error
@@ -934,6 +939,8 @@ class Scopes:
 
     def _follow(self, loop: StepLoop, by: int) -> None:
         """Something follows the last thing in a loop's step, and in those that go on side by side with it."""
+        if loop.step is None:  # it has ended, and what lies in it goes on
+            return
         loop.follow(by)
         self.maybe_left[loop.step] = None
         for step in list(self._adjacent.values()):

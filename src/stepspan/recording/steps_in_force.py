@@ -40,7 +40,8 @@ class StepsInForce:
         self.leading = ""
         self.differ = False
         self._steps: dict[str, int] = {}
-        """By split: of those that are trained in or, as long as there are none, of evaluations."""
+        """By split: of those that are trained in or, as long as there are none, of evaluations. That of the leading
+        split is brought up to date as another one's begins: until then it is `step`."""
         self._is_trained = False
         self._given: int | None = None
         """The `step=` that was given last, of training unless there was none; for where nothing has stepped."""
@@ -51,8 +52,10 @@ class StepsInForce:
     def begin(self, split: str, number: int) -> None:
         """Put a step in force that has begun: in its split, and where that leads, in the splits without steps."""
         if split == self.leading:
-            self.step = self._steps[split] = number
+            self.step = number
             return
+        if self.step is not None:
+            self._steps[self.leading] = self.step
         if split in EVALUATION_SPLITS:
             if self._is_trained:
                 return
@@ -131,7 +134,7 @@ class StepsInForce:
     def _steps_in(self, split: str, step: int | None, started_in: StepOf | None) -> tuple[int, int]:
         """The step in force in a split, and the one that a value belongs to."""
         leading = split if split in self._steps else self.leading
-        in_force = self._steps[leading]
+        in_force = self.step if leading == self.leading and self.step is not None else self._steps[leading]
         if step is None:
             step = started_in[1] if started_in is not None and started_in[0] == leading else in_force
         return in_force, step

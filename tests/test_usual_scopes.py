@@ -1,0 +1,133 @@
+"""The short way of what begins, ends and is logged as nearly always: it writes what the long way writes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+from harness import runs
+from harness.journals import lines
+from harness.runs import path_of
+
+from stepspan.events import Event
+from stepspan.recording.scopes import Scopes
+from stepspan.run import Run
+
+start = runs.start
+Start = Callable[..., Run]
+
+DIFFERS = frozenset({"ts", "crc", "data_wait", "ended", "stack", "session", "started", "run_key", "pid", "resource"})
+"""What no two runs have in common."""
+
+
+class Training:
+    """A program that does what trainings do, in an order that chance decides."""
+
+    def __init__(self, run: Run, seed: int) -> None:
+        self._run, self._chance, self._number = run, random.Random(seed), 0
+
+    def work(self, depth: int = 0) -> None:
+        for _ in range(self._chance.randint(1, 4)):
+            with suppress(KeyError):
+                self._chance.choice(self._deeds() if depth < 3 else [self._log])(depth)
+
+    def _deeds(self) -> list[Callable[[int], None]]:
+        return [
+            self._log,
+            self._log,
+            self._step,
+            self._step,
+            self._span,
+            self._epoch,
+            self._loop,
+            self._evaluate,
+            self._fail,
+        ]
+
+    def _log(self, depth: int) -> None:
+        chance = self._chance
+        values = {
+            "loss": chance.random(),
+            "val_loss": 0.5,
+            "nan": float("nan"),
+            "whole": 3,
+            "flag": True,
+            "é%d": 1e300,
+            "\ud800": 1.0,
+            "none": None,
+        }
+        logged = {key: values[key] for key in chance.sample(sorted(values), chance.choice([1, 1, 2, 3]))}
+        split = chance.choice([None, None, None, "val"])
+        self._run.log_metrics(logged, chance.choice([None, None, None, self._number, 3]), split=split)
+
+    def _step(self, depth: int) -> None:
+        self._number = max(0, self._number + self._chance.choice([1, 1, 1, 2, -1]))
+        amount = self._chance.choice([None, None, 8])
+        split = self._chance.choice(["train", "train", "train", "val", "%d"])
+        with self._run.step(self._number, split=split, samples=amount) as step:
+            self.work(depth + 1)
+            if self._chance.random() < 0.2:
+                step.tokens = 5.0
+
+    def _span(self, depth: int) -> None:
+        with self._run.span(self._chance.choice(["forward", "validation", "checkpoint"])):
+            self.work(depth + 1)
+
+    def _epoch(self, depth: int) -> None:
+        with self._run.epoch(self._chance.randint(0, 2)):
+            self.work(depth + 1)
+
+    def _loop(self, depth: int) -> None:
+        for n in self._run.steps(range(self._chance.randint(1, 3)), accumulate=self._chance.choice([1, 1, 2])):
+            self.work(depth + 1)
+            if self._chance.random() < 0.2:
+                break
+            if n == 1 and self._chance.random() < 0.1:
+                raise KeyError(n)
+
+    def _evaluate(self, depth: int) -> None:
+        for _ in self._run.steps(range(2), split="val"):
+            self.work(depth + 1)
+
+    def _fail(self, depth: int) -> None:
+        if self._chance.random() < 0.5:
+            raise KeyError(depth)
+
+
+def recorded(start: Start, directory: Path, seed: int) -> list[Event]:
+    with start(directory=directory, job_id="job") as run:
+        run.log_metrics({"loss": 1.0})
+        for number in range(3):
+            with run.step(number):
+                run.log_metrics({"loss": 0.5, "lr": 1e-3})
+        Training(run, seed).work()
+    assert run.stats()["warnings"].keys() <= {"value"}
+    return [{name: value for name, value in line.items() if name not in DIFFERS} for line in lines(path_of(run))]
+
+
+def differing(first: list[Event], second: list[Event]) -> list[tuple[Event, Event]]:
+    nothing: Event = {}
+    return [pair for pair in zip_longest(first, second, fillvalue=nothing) if pair[0] != pair[1]]
+
+
+@pytest.mark.parametrize("seeds", range(4), ids=lambda part: f"seeds {part * 25} to {part * 25 + 24}")
+def test_the_short_way_writes_what_the_long_way_does(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seeds: int
+) -> None:
+    short = [recorded(start, tmp_path / f"short-{n}", n) for n in range(seeds * 25, seeds * 25 + 25)]
+    taken: list[bool] = []
+
+    def look_around(scopes: Scopes) -> None:
+        taken.append(scopes.usual)
+
+    monkeypatch.setattr(Scopes, "_look_around", look_around)
+    long = [recorded(start, tmp_path / f"long-{n}", n) for n in range(seeds * 25, seeds * 25 + 25)]
+    assert taken
+    assert not any(taken)
+    for ours, theirs in zip(short, long, strict=True):
+        assert differing(ours, theirs) == []
+    assert sum(map(len, short)) > 500
