@@ -25,9 +25,11 @@ from stepspan.journal.disk import Limits
 from stepspan.journal.journal import Journal
 from stepspan.journal.layout import sessions_of_rank
 from stepspan.mapping.records import SIGNALS, Signal
+from stepspan.mapping.trace_context import variable_fields
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Verdict
 from stepspan.otlp.transport import open_transport
+from stepspan.otlp.variable_table import without_effect
 from stepspan.processors import build
 from stepspan.samplers import sampled_by
 from stepspan.samplers.gpu import gpu
@@ -75,6 +77,7 @@ def examine(directory: Path | None, endpoint: str | None) -> int:
     local_rank = _identity(findings, settings)
     _journal(findings, settings.directory, settings.limits())
     _endpoints(findings, settings)
+    _variables(findings)
     _samplers(findings, settings.samplers, settings.sample_interval, local_rank)
     _versions(findings)
     print(f"\n{'a run would work' if not findings.failures else f'{findings.failures} problem(s): see FAIL above'}")
@@ -180,6 +183,20 @@ def _probe(findings: Findings, signal: Signal, endpoint: Endpoint) -> None:
         findings.fact(signal, f"{target}  does not answer now ({outcome.message}): a run works, and sends later")
     else:
         findings.failure(signal, f"{target}: {outcome.message}")
+
+
+def _variables(findings: Findings) -> None:
+    """The variables of OpenTelemetry that are set: the span that would have started the run, and what has no effect."""
+    fields, wrong = variable_fields(os.environ, joins=False)
+    found = without_effect(os.environ)
+    if fields or wrong or found:
+        print("variables")
+    if wrong:
+        findings.failure("TRACEPARENT", wrong)
+    elif fields:
+        findings.fact("TRACEPARENT", f"{fields['traceparent']}: the run's span leads there")
+    for name, why in found.items():
+        findings.fact("no effect", f"{name}: {why}")
 
 
 def _samplers(findings: Findings, names: Sequence[str], interval: float, local_rank: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from stepspan.events import Event
 from stepspan.mapping import ids
 from stepspan.mapping.records import Attributes
-from stepspan.mapping.trace_context import joined_trace
+from stepspan.mapping.trace_context import remote_parent
 
 MAX_OPEN = 10_000
 """Scopes that have begun and not ended; beyond that the oldest ones but the run are forgotten."""
@@ -193,7 +193,7 @@ class OpenScopes:
             scope.trace_id, scope.span_id, scope.parent_id = trace_id.hex(), span_id.hex(), (parent_id or b"").hex()
             return
         scope.span_id = ids.span_id(header["session"], begin["seq"]).hex()
-        if begin["tag"] == "run_begin" and (caller := joined_trace(begin)):
+        if begin["tag"] == "run_begin" and (caller := remote_parent(begin)):
             scope.trace_id, scope.parent_id = caller.trace_id.hex(), caller.span_id.hex()
             return
         if parent is not None and begin["tag"] == "span_begin" and parent.begin["tag"] in {"span_begin", "step_begin"}:

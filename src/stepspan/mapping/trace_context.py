@@ -75,7 +75,7 @@ def trace_context(run_begin: Mapping[str, Any]) -> TraceContext | None:
     return TraceContext(bytes.fromhex(found[1]), bytes.fromhex(found[2]), state if isinstance(state, str) else "")
 
 
-def joined_trace(run_begin: Mapping[str, Any]) -> TraceContext | None:
+def remote_parent(run_begin: Mapping[str, Any]) -> TraceContext | None:
     """The span that is the parent of a run's own; None where the run has a trace of its own.
 
     Args:

@@ -30,7 +30,7 @@ from stepspan.mapping.records import Attributes, Link, Record, SdkRecord, Span, 
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold
 from stepspan.mapping.thinning import Thinning
-from stepspan.mapping.trace_context import joined_trace, trace_context
+from stepspan.mapping.trace_context import remote_parent, trace_context
 from stepspan.values import shorten
 
 MAX_EVENTS = 128
@@ -197,7 +197,7 @@ class TraceMapper(NothingAhead):
         kind = begin["tag"].removesuffix("_begin")
         self._steps.name(scope)
         attributes, dropped = self._attributes(kind, scope)
-        joined = joined_trace(begin) if kind == "run" else None
+        parent = remote_parent(begin) if kind == "run" else None
         return Span(
             trace_id=bytes.fromhex(scope.trace_id),
             span_id=bytes.fromhex(scope.span_id),
@@ -211,7 +211,7 @@ class TraceMapper(NothingAhead):
             links=self._links_of(kind, scope),
             dropped_attributes=dropped,
             dropped_events=scope.dropped_events,
-            trace_state=joined.state if joined else "",
+            trace_state=parent.state if parent else "",
         )
 
     def _plain_step_span(self, step: StepState) -> Span:
@@ -272,7 +272,7 @@ class TraceMapper(NothingAhead):
         """A run leads to the span that has started it, unless that is its parent; others lead to the run."""
         if kind != "run":
             return [] if kind == "span" and scope.parent_id else self._links()
-        caller = None if joined_trace(scope.begin) else trace_context(scope.begin)
+        caller = None if remote_parent(scope.begin) else trace_context(scope.begin)
         if caller is None:
             return []
         return [Link(caller.trace_id, caller.span_id, {"relation": "caller"}, trace_state=caller.state)]

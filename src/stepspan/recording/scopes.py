@@ -25,7 +25,7 @@ from stepspan.events import SECOND_NS, Event
 from stepspan.journal.format import template
 from stepspan.mapping import ids
 from stepspan.mapping.names import EVALUATION_SPLITS
-from stepspan.mapping.trace_context import joined_trace
+from stepspan.mapping.trace_context import remote_parent
 from stepspan.recording.decorators import F, decorate
 from stepspan.recording.outcomes import Outcomes, Status
 from stepspan.recording.step_loop import EVALUATION, EVALUATION_SPANS, NESTED, StepLoop
@@ -730,7 +730,7 @@ class Scopes:
             top = top.parent
         if top.tag == "step":
             trace_id = ids.step_trace_id(me.run_key, top.split or "", top.epoch, top.lap, top.step or 0)
-        elif top.tag == "run" and (caller := joined_trace(top.begin)):
+        elif top.tag == "run" and (caller := remote_parent(top.begin)):
             trace_id = caller.trace_id
         else:
             trace_id = ids.outside_trace_id(me.run_key, me.rank, me.role, top.epoch, top.ts)
