@@ -187,22 +187,38 @@ values = st.recursive(
 attributes = st.dictionaries(keys, values | st.none(), max_size=5)
 
 exemplars = st.builds(Exemplar, uint64, doubles, trace_ids, span_ids)
+sums = st.builds(Sum, uint64, doubles)
+
+
+@st.composite
+def histograms(draw: Any, *, has_bounds: bool) -> Histogram:
+    finite = st.floats(allow_nan=False, allow_infinity=False)
+    bounds = draw(st.lists(finite, min_size=1, max_size=4)) if has_bounds else []
+    fewest, most = (len(bounds) + 1, len(bounds) + 1) if has_bounds else (0, 5)
+    minimum, maximum = draw(st.just((None, None)) | st.tuples(doubles, doubles))
+    return Histogram(
+        start=draw(uint64),
+        count=draw(uint64),
+        sum=draw(doubles),
+        minimum=minimum,
+        maximum=maximum,
+        scale=0 if has_bounds else draw(sint32),
+        zero_count=0 if has_bounds else draw(uint64),
+        offset=0 if has_bounds else draw(sint32),
+        counts=draw(st.lists(uint64, min_size=fewest, max_size=most)),
+        exemplars=draw(st.lists(exemplars, max_size=2)),
+        bounds=bounds,
+    )
+
+
 points_of = {
     "gauge": doubles,
-    "sum": st.builds(Sum, uint64, doubles),
-    "histogram": st.builds(
-        Histogram,
-        start=uint64,
-        count=uint64,
-        sum=doubles,
-        minimum=doubles,
-        maximum=doubles,
-        scale=sint32,
-        zero_count=uint64,
-        offset=sint32,
-        counts=st.lists(uint64, max_size=5),
-        exemplars=st.lists(exemplars, max_size=2),
-    ),
+    "sum": sums,
+    "histogram": histograms(has_bounds=False),
+    "explicit_histogram": histograms(has_bounds=True),
+    "delta_sum": sums,
+    "delta_histogram": histograms(has_bounds=False),
+    "delta_explicit_histogram": histograms(has_bounds=True),
 }
 names = st.sampled_from(["training.loss", "training.step.time"]) | texts  # so that several series share a name
 series = st.builds(Series, names, attributes, st.sampled_from(["", "s"]), st.sampled_from(list(points_of)), texts)

@@ -47,14 +47,22 @@ class Reporting:
     """A deliverer's schedulers to a scripted exporter, moved by hand, and its health, which goes to `receiver`."""
 
     def __init__(
-        self, directory: Path, receiver: Any = None, *, answers: Any = (), signals: Any = ("metrics",), **fields: Any
+        self,
+        directory: Path,
+        receiver: Any = None,
+        *,
+        answers: Any = (),
+        signals: Any = ("metrics",),
+        temporality: Any = None,
+        **fields: Any,
     ) -> None:
         self.time = Time()
         self.options = options(self.time, **fields)
         self.there = Scripted(answers, signals=signals)
         find = lambda: find_sessions(directory)  # noqa: E731
         self.schedulers = [Scheduler(signal, self.there, find, self.options) for signal in signals]
-        exporter = OtlpExporter(receiver.url if receiver else NOWHERE, destination="there", env={})
+        where = receiver.url if receiver else NOWHERE
+        exporter = OtlpExporter(where, destination="there", temporality=temporality, env={})
         self.health = Health(exporter, self.schedulers, "node-1", self.options)
 
     def run_to_end(self, rounds: Any = None) -> None:
@@ -543,3 +551,43 @@ def test_ten_thousand_open_sessions_are_told_within_a_second(tmp_path: Path) -> 
     assert time.thread_time() - before < 1.0
     scheduler.tasks.clear()
     task.close()
+
+
+def test_a_receiver_of_deltas_gets_what_has_come_on_since_the_report_before(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.steps(5)
+    before = Reporting(tmp_path)
+    before.run_to_end()  # an earlier deliverer, whose reports are not to be counted again
+    (task,) = before.schedulers[0].tasks.values()
+    read = [task.state.ledger.read]
+    before.schedulers[0].close()
+    training.steps(5)
+    with ScriptedReceiver() as receiver:
+        receiver.health.clear()
+        reporting = Reporting(tmp_path, receiver, temporality="delta")
+        reporting.after_a_look()
+        started = int(reporting.time() * SECOND)
+        for steps in (0, 2):
+            training.steps(steps)
+            reporting.time.skip(10)
+            reporting.run_to_end()
+            assert reporting.health.report()
+            (task,) = reporting.schedulers[0].tasks.values()
+            read.append(task.state.ledger.read)
+        reporting.health._exporter.close()
+        requests = list(receiver.health)
+    found = []
+    for request in requests:
+        (scope,) = request.resource_metrics[0].scope_metrics
+        for metric in scope.metrics:
+            if metric.name == "stepspan.journal.lines":
+                assert metric.sum.aggregation_temporality == 1
+                found += [
+                    (p.start_time_unix_nano, p.time_unix_nano, p.as_double)
+                    for p in metric.sum.data_points
+                    if any(a.value.string_value == "read" for a in p.attributes)
+                ]
+    (start, first, one), (second_start, _, two) = found
+    assert (start, second_start) == (started, first)
+    assert (one, two) == (read[1] - read[0], read[2] - read[1])
+    assert 0 < read[0] < read[1] < read[2]

@@ -16,12 +16,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepspan.mapping import point_buffer
-from stepspan.mapping.records import SIGNALS, PastPoint, Signal
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
+from stepspan.mapping.records import SIGNALS, PastPoint, SdkRecord, Signal
 
 GAPS = st.sampled_from([1e-9, 3e-7, 3e-4, 0.001, 0.005, 0.05, 1.0, 11.0, 3700.0])
 VALUES = st.sampled_from([0.0, 1.5, -2.0, "NaN", "Infinity", 3])
 KEYS = st.sampled_from(["loss", "train/loss", "val/loss", "a.b", "a_b", "step.time", "🔥"])
 SPLITS = st.sampled_from(["train", "val"])
+DELTAS = [
+    MappingOptions(temporality="delta"),
+    MappingOptions(temporality="lowmemory", histogram_aggregation="explicit_bucket_histogram"),
+]
+SIGNALS_AND_OPTIONS = [(signal, DEFAULT_OPTIONS) for signal in SIGNALS] + [("metrics", given) for given in DELTAS]
+
+
+def counter(value: int) -> dict[str, Any]:
+    """A metric of another instrumentation in OTLP JSON."""
+    point = {"startTimeUnixNano": str(START), "timeUnixNano": str(START + SECOND + value), "asInt": str(value)}
+    return {"name": "app.tokens", "sum": {"aggregationTemporality": 2, "isMonotonic": True, "dataPoints": [point]}}
+
+
 MOVES = st.one_of(
     st.tuples(
         st.just("metrics"),
@@ -68,6 +82,18 @@ MOVES = st.one_of(
             {"key": st.sampled_from(["loss", "f1"]), "count": st.integers(1, 4), "why": st.just("text")}
         ),
     ),
+    st.tuples(
+        st.just("sample"),
+        st.fixed_dictionaries(
+            {"values": st.lists(st.tuples(st.just("system.disk.io"), st.integers(0, 9)), max_size=2)}
+        ),
+    ),
+    st.tuples(
+        st.just("otel"),
+        st.fixed_dictionaries(
+            {"signal": st.just("metrics"), "scope": st.just({"name": "app"}), "record": st.integers(0, 9).map(counter)}
+        ),
+    ),
     st.tuples(st.just("clock"), st.sampled_from([{"forward": 3600 * SECOND}, {"forward": 1}, {"ahead": 2 * SECOND}])),
 )
 
@@ -102,7 +128,9 @@ def plain(signal: str, records: list[Any]) -> list[Any]:
     """Records so that they can be compared: NaN by its text, a series by what it is."""
     if signal == "metrics":
         return [
-            (type(point) is PastPoint, *key_of(point[0]), point[0].unit, point[0].kind, point[1], repr(point[2]))
+            repr(point)
+            if type(point) is SdkRecord
+            else (type(point) is PastPoint, *key_of(point[0]), point[0].unit, point[0].kind, point[1], repr(point[2]))
             for point in records
         ]
     return [repr(record) for record in records]
@@ -114,7 +142,7 @@ def same(signal: str, found: list[Any], expected: list[Any]) -> bool:
     Points of the past, of which a receiver may know nothing, come in any order.
     """
     if signal == "metrics":
-        of_series = lambda point: repr(point if point[0] else point[:-2])  # noqa: E731
+        of_series = lambda point: repr(point if type(point) is str or point[0] else point[:-2])  # noqa: E731
         found, expected = (sorted(points, key=of_series) for points in (found, expected))
     return found == expected
 
@@ -131,36 +159,38 @@ def crowded() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize(("signal", "wants"), SIGNALS_AND_OPTIONS)
 @settings(deadline=None, max_examples=150)
 @given(data=st.data(), s=sessions())
-def test_any_batches_with_restarts_between_them_give_the_same_records(signal: Signal, data: Any, s: Any) -> None:
+def test_any_batches_with_restarts_between_them_give_the_same_records(
+    signal: Signal, wants: MappingOptions, data: Any, s: Any
+) -> None:
     cuts = data.draw(st.sets(st.sampled_from(between_milliseconds(s) or [len(s.events)])))
-    at_once = mapper(signal, s.header)
+    at_once = mapper(signal, s.header, wants)
     expected = [*at_once.map(s.events), *at_once.finish(s.closed("interrupted"))]
-    fold, found, begin = mapper(signal, s.header), [], 0
+    fold, found, begin = mapper(signal, s.header, wants), [], 0
     for end in [*sorted(cuts), len(s.events)]:
-        fold = restored(signal, s.header, fold.state())
+        fold = restored(signal, s.header, fold.state(), wants)
         found += plain(signal, fold.map(s.events[begin:end]))
         begin = end
-    again = restored(signal, s.header, fold.state())
+    again = restored(signal, s.header, fold.state(), wants)
     found += plain(signal, again.finish(s.closed("interrupted")))
     assert same(signal, found, plain(signal, expected))
     assert (again.filtered, again.thinned) == (at_once.filtered, at_once.thinned)
 
 
-@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize(("signal", "wants"), SIGNALS_AND_OPTIONS)
 @settings(deadline=None, max_examples=40)
 @given(s=sessions())
-def test_a_restart_at_every_millisecond_gives_the_same_records(signal: Signal, s: Any) -> None:
-    at_once = mapper(signal, s.header)
+def test_a_restart_at_every_millisecond_gives_the_same_records(signal: Signal, wants: MappingOptions, s: Any) -> None:
+    at_once = mapper(signal, s.header, wants)
     expected = [*at_once.map(s.events), *at_once.release()]
-    fold, found, begin = mapper(signal, s.header), [], 0
+    fold, found, begin = mapper(signal, s.header, wants), [], 0
     for end in [*between_milliseconds(s), len(s.events)]:
-        fold = restored(signal, s.header, fold.state())
+        fold = restored(signal, s.header, fold.state(), wants)
         found += plain(signal, fold.map(s.events[begin:end]))
         begin = end
-    found += plain(signal, restored(signal, s.header, fold.state()).release())
+    found += plain(signal, restored(signal, s.header, fold.state(), wants).release())
     assert same(signal, found, plain(signal, expected))
 
 
@@ -169,7 +199,7 @@ def test_a_restart_at_every_millisecond_gives_the_same_records(signal: Signal, s
 def test_each_series_is_in_time_order_with_one_point_a_millisecond(s: Any) -> None:
     seen: dict[Any, int] = {}
     for point in s.records("metrics", status="interrupted"):
-        if type(point) is not PastPoint:
+        if type(point) not in (PastPoint, SdkRecord):
             series, millisecond = key_of(point[0]), point[1] // MS
             assert millisecond > seen.get(series, s.header["not_before"] // MS - 1), series
             seen[series] = millisecond

@@ -22,7 +22,7 @@ from stepspan.conversion import json_value
 from stepspan.environment import PREFIX, switched_off, unquoted
 from stepspan.errors import ConfigError
 from stepspan.journal.disk import Limits
-from stepspan.otlp.endpoint import Compression, Protocol, protocol_named
+from stepspan.otlp.endpoint import Compression, HistogramAggregation, Protocol, Temporality, protocol_named
 from stepspan.values import NONFINITE
 
 
@@ -164,6 +164,10 @@ class OtlpSettings(_Strict):
     """None: what the variables say."""
     timeout: float | None = Field(default=None, gt=0)
     """Seconds for a request; None: what the variables say."""
+    temporality: Temporality | None = None
+    """What sums and histograms are to be: cumulative, delta or lowmemory; None: what the variables say."""
+    histogram_aggregation: HistogramAggregation | None = None
+    """What stepspan's own histograms are to be; None: what the variables say."""
     processors: Entries = []
     """Of this destination alone, after the journal."""
 

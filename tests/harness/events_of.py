@@ -11,6 +11,7 @@ from harness.journals import RUN, header
 from stepspan.events import Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping import mapper as mappers
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Series, Signal
 
 MS = 1_000_000
@@ -93,9 +94,9 @@ def values(points: Sequence[Any], name: str, **attributes: Any) -> list[Any]:
     ]
 
 
-def restored(signal: Signal, header: Event, state: dict[str, Any]) -> Any:
+def restored(signal: Signal, header: Event, state: dict[str, Any], options: MappingOptions = DEFAULT_OPTIONS) -> Any:
     """A new mapper that goes on from a state that has been a file."""
-    fold = mapper(signal, header)
+    fold = mapper(signal, header, options)
     fold.restore(orjson.loads(orjson.dumps(state)))
     return fold
 

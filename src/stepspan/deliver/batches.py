@@ -180,8 +180,7 @@ class BatchReader:
         """What a checkpoint must agree with."""
         processors = blake2b(orjson.dumps(specs(self._processors)), digest_size=8).hexdigest()
         key = {"version": VERSION, "session": self._reader.session.session, "processors": processors}
-        options = self._mapping_options.key()
-        return {**key, "options": options} if options else key
+        return {**key, "options": self._mapping_options.key()}
 
     def _process(self, events: list[Event]) -> list[Event]:
         """The events after the exporter's own processors, which get copies: others have the same events."""

@@ -6,6 +6,8 @@
 Sums are the cursors' ledgers, added over the sessions of a job that this deliverer has found: they are durable, so they
 go on over a restart. Their start is that of the job's first session here. A job is reported while a session of it is
 open (held ones included), and once more after its last one has moved; jobs that were finished before are passed over.
+A receiver of deltas gets what has come on since the report before that it took; the first one counts from when this
+deliverer found the sessions.
 
 Nothing of this may cost the journal anything. It has a thread and connections of its own, asks nothing of a receiver
 that is away, and a request that fails is forgotten: the next one says more.
@@ -18,7 +20,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from stepspan.deliver.ledgers import first_pending_time
@@ -110,6 +112,10 @@ class Health:
         self._reported: dict[str, dict[Signal, Ledger]] = {}
         """What the receiver last took, by job."""
         self._not_before = 0.0
+        self._is_delta = exporter.mapping_options.temporality == "delta"
+        self._began = int(options.wall_clock() * SECOND_NS)
+        self._before: dict[str, Point] = {}
+        """Of deltas: the sums that the receiver took last, by what makes their series."""
 
     def run(self, stop: threading.Event) -> None:
         """Report again and again until `stop` is set, then once more where something was delivered. Raises nothing."""
@@ -132,12 +138,16 @@ class Health:
         names = list(jobs)
         for first in range(0, len(names), MAX_JOBS):
             some = {job: jobs[job] for job in names[first : first + MAX_JOBS]}
-            outcome = self._exporter.export("metrics", self.resource, list(self.points(some, now)))
+            points = list(self.points(some, now))
+            outcome = self._exporter.export(
+                "metrics", self.resource, self._deltas(points) if self._is_delta else points
+            )
             if outcome.verdict is not Verdict.DELIVERED:
                 log.debug("stepspan: health was not taken: %s", outcome.message)
                 self._not_before = self._options.clock() + RETRY_INTERVAL_S
                 return False
             self._reported |= {job: _ledgers(totals) for job, totals in some.items()}
+            self._before |= {_identity(point[0]): point for point in points if self._is_delta and type(point[2]) is Sum}
         return bool(jobs)
 
     def _receiver_answers(self) -> bool:
@@ -160,9 +170,11 @@ class Health:
         jobs: Jobs = {}
         for signal, entry in progress:
             if entry.job in due:
-                totals = jobs.setdefault(entry.job, {}).setdefault(signal, Totals(entry.started, Ledger()))
-                totals.started = min(totals.started, entry.started)
-                totals.ledger = totals.ledger.plus(entry.ledger)
+                started = self._began if self._is_delta else entry.started
+                totals = jobs.setdefault(entry.job, {}).setdefault(signal, Totals(started, Ledger()))
+                totals.started = min(totals.started, started)
+                ledger = entry.ledger.minus(entry.found) if self._is_delta else entry.ledger
+                totals.ledger = totals.ledger.plus(ledger)
         jobs = {job: t for job, t in jobs.items() if job in is_open or _ledgers(t) != self._reported.get(job)}
         for signal, task in tasks:
             if signal not in jobs.get(task.job, {}):
@@ -176,6 +188,17 @@ class Health:
             if since:
                 totals.pending_since = min(totals.pending_since or since, since)
         return jobs
+
+    def _deltas(self, points: Sequence[Point]) -> list[Point]:
+        """Points with deltas in place of sums."""
+        deltas: list[Point] = []
+        for series, now, value in points:
+            if isinstance(value, Sum):
+                series = replace(series, kind="delta_sum")
+                _, since, before = self._before.get(_identity(series), (series, value.start, None))
+                value = Sum(since, value.value - (before.value if isinstance(before, Sum) else 0.0))
+            deltas.append((series, now, value))
+        return deltas
 
     def points(self, jobs: Mapping[str, Mapping[Signal, Totals]], now: int) -> Iterator[Point]:
         """The report on some jobs. `now`: Unix ns."""
@@ -198,6 +221,10 @@ def _sums(
     for name in names:
         value = max(getattr(each.ledger, name) for each in totals)
         yield metric.series({**attributes, metric.state: name}), now, Sum(start, float(value))
+
+
+def _identity(series: Series) -> str:
+    return repr((series.name, sorted(series.attributes.items())))
 
 
 def _ledgers(totals: Mapping[Signal, Totals]) -> dict[Signal, Ledger]:

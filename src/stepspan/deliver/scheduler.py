@@ -57,6 +57,8 @@ class SessionProgress(NamedTuple):
     moved: bool
     """Whether the cursor has moved since this deliverer began."""
     finished: bool
+    found: Ledger
+    """The ledger as this deliverer found it."""
 
 
 class Scheduler:
@@ -253,7 +255,8 @@ class Scheduler:
     def _record(self, task: DeliveryTask, *, moved: bool) -> None:
         path, started = task.session.path, int(task.header["started"])
         moved = moved or (path in self.progress and self.progress[path].moved)
-        self.progress[path] = SessionProgress(task.job, started, task.state.ledger, moved, task.finished)
+        found = self.progress[path].found if path in self.progress else task.state.ledger
+        self.progress[path] = SessionProgress(task.job, started, task.state.ledger, moved, task.finished, found)
 
     def _update_status(self, moved: bool) -> None:
         """Say where things stand after a run."""

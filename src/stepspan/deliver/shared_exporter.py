@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.outcome import Outcome
 
@@ -61,6 +62,12 @@ class SharedExporter:
     def processors(self) -> Sequence[Processor]:
         """What changes or drops events for the exporter alone."""
         return self._exporter.processors
+
+    @property
+    def mapping_options(self) -> MappingOptions:
+        """What the exporter wants of the mapping."""
+        options: MappingOptions = getattr(self._exporter, "mapping_options", DEFAULT_OPTIONS)
+        return options
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Send records once, when no other run sends any of this signal. Arguments and result are the exporter's."""

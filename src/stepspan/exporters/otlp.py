@@ -32,6 +32,10 @@ class OtlpExporter:
             receiver refuses what it has said before. None: STEPSPAN_HEADERS_FILE.
         compression: "none" or "gzip".
         timeout: Seconds for one request, 10 by default.
+        temporality: "cumulative", "delta" or "lowmemory": what the receiver takes of sums and histograms. None:
+            OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE, or cumulative.
+        histogram_aggregation: "base2_exponential_bucket_histogram" or "explicit_bucket_histogram", of stepspan's own
+            histograms. None: OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION, or exponential ones.
         processors: Run on the events of this exporter alone, after the journal.
         destination: A name for the receiver: letters, digits, "-" and "_". Cursors have it, so delivery goes on where
             it was, whatever address and credentials are. None: a hash of the endpoints and of the tenant.
@@ -41,7 +45,7 @@ class OtlpExporter:
         endpoints: Signal -> the `Endpoint` it goes to. Signals that are switched off or go nowhere are not in it.
         signals: The signals it takes: those of `endpoints`.
         faults: Which variable is wrong, and how -> the signals that are held for it.
-        mapping_options: What the variables say of the records that are sent.
+        mapping_options: What arguments and variables say of the records that are sent.
         ignored: What of the variables says nothing and counts as unset.
         warnings: What of the variables may not mean what it says.
         address: The name that the destination has where none is given.
@@ -66,6 +70,8 @@ class OtlpExporter:
         headers_file: str | Path | None = None,
         compression: str | None = None,
         timeout: float | None = None,
+        temporality: str | None = None,
+        histogram_aggregation: str | None = None,
         processors: Sequence[Processor] = (),
         destination: str | None = None,
         env: Mapping[str, str] | None = None,
@@ -77,11 +83,18 @@ class OtlpExporter:
             "headers_file": None if headers_file is None else absolute_path(headers_file),
             "compression": compression,
             "timeout": timeout,
+            "temporality": temporality,
+            "histogram_aggregation": histogram_aggregation,
         }
         variables = read_variables(os.environ if env is None else env)
         resolved = resolve_destination(variables, **self.settings)
-        self.mapping_options, ignored = read_record_variables(variables)
+        options, ignored = read_record_variables(variables)
         self.endpoints = resolved.endpoints
+        if "metrics" in self.endpoints:
+            metrics = self.endpoints["metrics"]
+            aggregation = metrics.histogram_aggregation
+            options = replace(options, temporality=metrics.temporality, histogram_aggregation=aggregation)
+        self.mapping_options = options
         self.processors = tuple(processors)
         self.signals: tuple[Signal, ...] = tuple(self.endpoints)
         self.faults: dict[str, list[Signal]] = {}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from stepspan.errors import ConfigError
+from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.answers import uninstrumented
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -56,6 +57,15 @@ class SdkExporter:
         self.destination = destination
         self.signals: tuple[Signal, ...] = tuple(self._exporters)
         self.processors = tuple(processors)
+
+    @property
+    def mapping_options(self) -> MappingOptions:
+        """Deltas, where the SDK's exporter prefers them of counters; of all counters, or of all but observed ones."""
+        preferred = getattr(self._exporters.get("metrics"), "_preferred_temporality", None) or {}
+        deltas = {kind.__name__ for kind, temporality in preferred.items() if temporality.name == "DELTA"}
+        if "Counter" not in deltas:
+            return DEFAULT_OPTIONS
+        return MappingOptions(temporality="delta" if "ObservableCounter" in deltas else "lowmemory")
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Call the signal's SDK exporter once.

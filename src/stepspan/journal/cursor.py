@@ -60,6 +60,10 @@ class Ledger:
         """The sum of two ledgers."""
         return Ledger(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)))
 
+    def minus(self, other: Ledger) -> Ledger:
+        """What has come on since another one."""
+        return Ledger(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Ledger)))
+
 
 @dataclass(slots=True)
 class Position:

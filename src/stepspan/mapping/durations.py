@@ -9,7 +9,7 @@ from typing import Any
 
 from stepspan.events import Event
 from stepspan.mapping import ids
-from stepspan.mapping.histogram import HistogramState
+from stepspan.mapping.histogram import BOUNDS_S, HistogramState
 from stepspan.mapping.open_scopes import StepState, step_trace_id
 from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Exemplar, Histogram
@@ -21,6 +21,8 @@ class Durations:
 
     def __init__(self, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> None:
         self._options = None if options == DEFAULT_OPTIONS else options
+        is_exponential = options.histogram_aggregation == DEFAULT_OPTIONS.histogram_aggregation
+        self._bounds = () if is_exponential else BOUNDS_S
         self._thinning = Thinning(header)
         self._histograms: dict[str, HistogramState] = {}
         self._slowest: dict[str, tuple[float, int, Event]] = {}
@@ -39,7 +41,9 @@ class Durations:
         for step in steps:
             durations[step.begin["split"]].append(step.duration)
         for split, values in durations.items():
-            self._histograms.setdefault(split, HistogramState()).add(values)
+            if split not in self._histograms:
+                self._histograms[split] = HistogramState(bounds=self._bounds)
+            self._histograms[split].add(values)
         for step in self._thinning.filter(steps):
             split = step.begin["split"]
             if (split not in slowest or step.duration > slowest[split][0]) and self._has_trace(step):

@@ -23,7 +23,7 @@ from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Record, Signal
 from stepspan.mapping.traces import TraceMapper
 
-VERSION = 3
+VERSION = 4
 """Of the mappers' state. A checkpoint of another version is not used: the state is rebuilt from the journal."""
 
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import compress
-from typing import Any
+from typing import Any, cast
 
 from stepspan.events import MILLISECOND_NS, SECOND_NS, Event
 from stepspan.journal.liveness import Closed
 from stepspan.mapping.attributes import MAX_TEXT_CHARS
+from stepspan.mapping.columns import Points
 from stepspan.mapping.dispatch import MALFORMED, warn_unmappable
 from stepspan.mapping.durations import Durations
 from stepspan.mapping.names import MetricName, metric_name, split_in_key
@@ -22,10 +23,19 @@ from stepspan.mapping.open_scopes import StepState
 from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.point_buffer import PointBuffer, Table
 from stepspan.mapping.progress import RunProgress
-from stepspan.mapping.records import Attributes, Kind, PastPoint, Record, Series, Sum
+from stepspan.mapping.records import (
+    DELTA_OF,
+    Attributes,
+    Kind,
+    PastPoint,
+    Record,
+    Series,
+    Sum,
+)
 from stepspan.mapping.samples import sampled_values
 from stepspan.mapping.sdk_records import SdkRecords
 from stepspan.mapping.steps import StepFold, is_failed_sdk_span
+from stepspan.mapping.temporality import DELTAS, Deltas, SdkDeltas
 from stepspan.values import shorten, to_float
 
 PERIOD_NS = 10 * SECOND_NS
@@ -85,6 +95,14 @@ class MetricMapper:
 
     def __init__(self, header: Event, options: MappingOptions = DEFAULT_OPTIONS) -> None:
         self._start: int = header["started"]
+        is_delta = options.temporality != "cumulative"
+        is_exponential = options.histogram_aggregation == DEFAULT_OPTIONS.histogram_aggregation
+        histogram: Kind = "histogram" if is_exponential else "explicit_histogram"
+        kinds: dict[Kind, Kind] = {"gauge": "gauge", "sum": "sum", "histogram": histogram}
+        self._kinds = {kind: DELTA_OF.get(its, its) if is_delta else its for kind, its in kinds.items()}
+        self._sampled_kinds = kinds if options.temporality == "lowmemory" else self._kinds
+        self._deltas = Deltas() if is_delta else None
+        self._sdk_deltas = SdkDeltas() if is_delta else None
         self._series: dict[Any, Series] = {}
         """By name and attributes."""
         self._own_series: dict[tuple[str, str], Series] = {}
@@ -107,7 +125,7 @@ class MetricMapper:
         self._durations = Durations(header, options)
         self._progress = RunProgress()
         self._uncounted: list[StepState] = []
-        self._sdk_records = SdkRecords("metrics")
+        self._sdk_records = SdkRecords("metrics", self._sdk_deltas)
         self._handlers: dict[str, Callable[[Event], Any]] = {
             "metrics": self._metrics,
             "step_begin": self._steps.begin_step,
@@ -164,11 +182,11 @@ class MetricMapper:
                     warn_unmappable(event["tag"], repr(error))
         if len(self._uncounted) > MAX_UNCOUNTED:
             self._count_steps()
-        return self._points.flush(self._millisecond + MILLISECOND_NS, self._millisecond)
+        return self._leave(self._points.flush(self._millisecond + MILLISECOND_NS, self._millisecond))
 
     def release(self, until: int | None = None) -> Sequence[Record]:
         """The points that lie after the last event, up to a time."""
-        return self._points.flush(END_OF_TIME_NS if until is None else until + 1, until)
+        return self._leave(self._points.flush(END_OF_TIME_NS if until is None else until + 1, until))
 
     def finish(self, closed: Closed) -> Sequence[Record]:
         """What waits, the cumulative points after the last event, and then the end of every series."""
@@ -179,7 +197,14 @@ class MetricMapper:
         self._add_cumulative(after)
         info = self._of("training.run.info", self._state.info) if self._state.info else None
         live = (s for s in self._series.values() if s is info or s.name != "training.run.info")
-        return [*self._points.flush(END_OF_TIME_NS), *((series, after + MILLISECOND_NS, None) for series in live)]
+        ends = [(series, after + MILLISECOND_NS, None) for series in live if series.kind not in DELTAS]
+        return [*self._leave(self._points.flush(END_OF_TIME_NS)), *ends]
+
+    def _leave(self, points: Sequence[Record]) -> Sequence[Record]:
+        """Points on their way out; what is said as deltas becomes such."""
+        if self._deltas is not None:
+            self._deltas.convert(points.points if isinstance(points, Points) else cast("list[Any]", points))
+        return points
 
     def state(self) -> dict[str, Any]:
         """What is carried on, as JSON."""
@@ -192,6 +217,8 @@ class MetricMapper:
             "durations": self._durations.state(),
             "progress": asdict(self._progress),
             "points": self._points.state(index, self._millisecond),
+            "deltas": None if self._deltas is None else self._deltas.state(index),
+            "sdk_deltas": None if self._sdk_deltas is None else self._sdk_deltas.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -202,6 +229,9 @@ class MetricMapper:
         self._steps.restore(state["steps"])
         self._durations.restore(state["durations"])
         self._progress = RunProgress(**state["progress"])
+        if self._deltas is not None and self._sdk_deltas is not None:
+            self._deltas.restore(state["deltas"], series)
+            self._sdk_deltas.restore(state["sdk_deltas"])
 
     def _of(self, name: str, attributes: Attributes, unit: str = "", kind: Kind = "gauge") -> Series:
         """The series of that name and those attributes."""
@@ -217,7 +247,7 @@ class MetricMapper:
         if series is None:
             attribute, unit, kind = OWN_SERIES[name]
             value = shorten(label, MAX_TEXT_CHARS)
-            series = self._own_series[name, label] = self._of(name, {attribute: value}, unit, kind)
+            series = self._own_series[name, label] = self._of(name, {attribute: value}, unit, self._kinds[kind])
         return series
 
     def _metrics(self, event: Event) -> None:
@@ -323,7 +353,7 @@ class MetricMapper:
                     self._add_nonfinite(split, key, counts[0], event["ts"])
 
     def _add_nonfinite(self, split: str, key: str, count: int, ts: int) -> None:
-        series = self._of("training.nonfinite", {"split": split, "key": key}, "{value}", "sum")
+        series = self._of("training.nonfinite", {"split": split, "key": key}, "{value}", self._kinds["sum"])
         self._add(series, ts, Sum(self._start, float(count)))
 
     def _step_end(self, event: Event) -> None:
@@ -400,7 +430,7 @@ class MetricMapper:
     def _sample(self, event: Event) -> None:
         for name, attributes, unit, kind, value in sampled_values(event):
             point = value if kind == "gauge" else Sum(self._start, value)
-            self._add(self._of(name, attributes, unit, kind), event["ts"], point)
+            self._add(self._of(name, attributes, unit, self._sampled_kinds[kind]), event["ts"], point)
 
     def _otel(self, event: Event) -> None:
         self._points.points += self._sdk_records.of(event)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from stepspan.mapping.limits import RecordLimits
 from stepspan.mapping.sampling import Sampler
@@ -17,12 +17,19 @@ class MappingOptions:
         sampler: Which traces go out.
         exemplars: Whether histograms have exemplars.
         limits: How much of a span or log record goes out.
+        temporality: What sums and histograms are. "delta": deltas, of all monotonic sums and of histograms. "lowmemory":
+            the same, but what is read from a counter that the system keeps (`sample` events) stays cumulative.
+        histogram_aggregation: What `training.step.duration` is.
 
     """
 
     sampler: Sampler = field(default_factory=Sampler)
     exemplars: bool = True
     limits: RecordLimits = field(default_factory=RecordLimits)
+    temporality: Literal["cumulative", "delta", "lowmemory"] = "cumulative"
+    histogram_aggregation: Literal["base2_exponential_bucket_histogram", "explicit_bucket_histogram"] = (
+        "base2_exponential_bucket_histogram"
+    )
 
     def key(self) -> dict[str, Any]:
         """What a checkpoint must agree with, as JSON; empty by default."""

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 from stepspan.events import MILLISECOND_NS, SECOND_NS
@@ -176,7 +176,9 @@ class PointBuffer:
     def add(self, series: Series, ts: int, value: Any) -> None:
         """Add a single point of the current millisecond, at `ts` (Unix ns); it replaces the series' one there."""
         if ts < self.not_before:
-            self.filtered += series in self._early
+            if series in self._early:
+                self.filtered += 1
+                value = _in_place_of(self._early[series], value)
             self._early[series] = value
             return
         if self._early:
@@ -186,7 +188,7 @@ class PointBuffer:
             self._current_points[series] = len(self.points)
             self.points.append((series, ts, value))
         else:
-            self.points[index] = (series, ts, value)
+            self.points[index] = (series, ts, _in_place_of(self.points[index][2], value))
             self.filtered += 1
 
     def reserved_row(self, call: int | None, line: int) -> int:
@@ -498,6 +500,14 @@ class Timeline:
         reserved[key] = Reserved(line, WAITS if waits else table.times[-1])
 
 
+def _in_place_of(before: Any, now: Any) -> Any:
+    """The value that goes out in place of another one of its series: what was recent there is so here."""
+    if type(now) is not Histogram or type(before) is not Histogram or before.recent is None:
+        return now
+    recent = before.recent if now.recent is None else (*before.recent, *now.recent)
+    return replace(now, recent=(min(recent), max(recent)))
+
+
 def _fields(value: float | Sum | Histogram | None) -> list[Any]:
     """The value of a single point as JSON: its kind, and its fields."""
     if isinstance(value, Sum):
@@ -517,7 +527,8 @@ def _value(kind: str, *of_kind: Any) -> float | Sum | Histogram | None:
             Exemplar(time, value, bytes.fromhex(trace_id), bytes.fromhex(span_id))
             for time, value, trace_id, span_id in of_kind[0]["exemplars"]
         )
-        return Histogram(**{**of_kind[0], "exemplars": exemplars})
+        recent, bounds = of_kind[0]["recent"], tuple(of_kind[0]["bounds"])
+        return Histogram(**{**of_kind[0], "exemplars": exemplars, "bounds": bounds, "recent": recent and tuple(recent)})
     return to_float(of_kind[0])
 
 

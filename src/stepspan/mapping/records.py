@@ -18,8 +18,15 @@ Scalar: TypeAlias = "str | bool | int | float"
 AttributeValue: TypeAlias = "Scalar | Sequence[Scalar] | Mapping[str, AttributeValue]"
 """Integers beyond 64 bits are written as strings; a mapping as a key-value list (log bodies and attributes)."""
 Attributes: TypeAlias = Mapping[str, AttributeValue]
-Kind: TypeAlias = Literal["gauge", "sum", "histogram"]
-"""A sum is cumulative and monotonic; a histogram is cumulative and exponential."""
+Kind: TypeAlias = Literal[
+    "gauge", "sum", "histogram", "explicit_histogram", "delta_sum", "delta_histogram", "delta_explicit_histogram"
+]
+"""A sum is monotonic; "histogram" is an exponential one. They are cumulative, or deltas: what has come on since the
+point before, whose time is their start."""
+DELTA_OF: Mapping[Kind, Kind] = {
+    "sum": "delta_sum", "histogram": "delta_histogram", "explicit_histogram": "delta_explicit_histogram",
+}  # fmt: skip
+"""Cumulative kind -> the kind of its deltas."""
 
 METRIC_DATA = frozenset({"gauge", "sum", "histogram", "exponentialHistogram", "summary"})
 """The fields of an OTLP JSON Metric that hold data points; a Metric has one of them."""
@@ -39,7 +46,7 @@ class Series:
         name: The metric's name, as in `training.loss`.
         attributes: The attributes of each of its points.
         unit: By UCUM ("s", "By", "{sample}/s"); "" for a user's metric, whose unit is not known.
-        kind: What the values are: a float of a gauge, a `Sum`, a `Histogram`.
+        kind: What the values are: floats of a gauge, each a `Sum`, or each a `Histogram`.
         description: For people.
         encoded: What encoders keep: encoder name -> its own form.
 
@@ -55,7 +62,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Sum:
-    """The value of a cumulative, monotonic sum since `start` (Unix ns)."""
+    """What a monotonic sum has come to since `start` (Unix ns)."""
 
     start: int
     value: float
@@ -73,32 +80,37 @@ class Exemplar:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """A cumulative exponential histogram of positive values, as OTLP defines it.
+    """A histogram of values that are 0 or more, as OTLP defines it: an exponential one, or one with bounds.
 
     Attributes:
         start: Since when it counts, Unix ns.
         count: Number of values, those of 0 included.
         sum: Of all values.
-        minimum: Of all values.
-        maximum: Of all values.
+        minimum: Of all values; None where there are none.
+        maximum: Likewise.
         scale: Each bucket is 2 ** 2 ** -scale times as wide as the one before.
         zero_count: Number of values that are 0.
         offset: The index of the bucket of `counts[0]`. Bucket i holds values in (base ** i, base ** (i + 1)].
         counts: Number of values in each bucket, without a hole.
         exemplars: Values with a trace.
+        bounds: Of one with bounds: bucket i holds values in (bounds[i - 1], bounds[i]], and the last one those beyond.
+            `scale`, `zero_count` and `offset` are 0 there.
+        recent: Of a cumulative one: minimum and maximum of the values since the point before; None: there are none.
 
     """
 
     start: int
     count: int
     sum: float
-    minimum: float
-    maximum: float
+    minimum: float | None
+    maximum: float | None
     scale: int
     zero_count: int
     offset: int
     counts: Sequence[int]
     exemplars: Sequence[Exemplar] = ()
+    bounds: Sequence[float] = ()
+    recent: Sequence[float] | None = None
 
 
 Point: TypeAlias = "tuple[Series, int, float | Sum | Histogram | None]"

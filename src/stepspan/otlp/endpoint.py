@@ -281,6 +281,8 @@ def resolve_destination(
     headers_file: str | Path | None = None,
     compression: str | None = None,
     timeout: float | None = None,
+    temporality: str | None = None,
+    histogram_aggregation: str | None = None,
 ) -> Destination:
     """Where each signal goes. Has no endpoints when delivery is off or nothing says where to.
 
@@ -293,6 +295,8 @@ def resolve_destination(
         headers_file: A file with headers, in place of STEPSPAN_HEADERS_FILE: over the variables' headers.
         compression: "none" or "gzip".
         timeout: Seconds for one request.
+        temporality: Of sums and histograms: "cumulative", "delta" or "lowmemory".
+        histogram_aggregation: "base2_exponential_bucket_histogram" or "explicit_bucket_histogram".
 
     Raises:
         ConfigError: A value is wrong; names the argument or the variable.
@@ -307,7 +311,9 @@ def resolve_destination(
     if disabled not in ("", "false"):
         findings.ignore(_Setting(disabled, "OTEL_SDK_DISABLED", "general"), "only true switches the sending off")
     arguments = {"ENDPOINT": endpoint, "PROTOCOL": protocol, "COMPRESSION": compression, "TIMEOUT": timeout}
+    preferences = {_TEMPORALITY: temporality, _HISTOGRAM_AGGREGATION: histogram_aggregation}
     given = {signal: _settings(signal, variables, arguments) for signal in SIGNALS}
+    given["metrics"] |= _preferences(variables, preferences)
     more = {} if headers is None or callable(headers) else headers
     supplies: list[HeaderSupply] = [HeadersFunction(headers)] if callable(headers) else []
     if file := headers_file or variables.get(HEADERS_FILE):
@@ -372,9 +378,18 @@ def _settings(signal: Signal, variables: Mapping[str, str], arguments: Mapping[s
             found.setdefault(name, []).append(_Setting(variables[of_signal], of_signal, "signal"))
         if general in variables:
             found.setdefault(name, []).append(_Setting(variables[general], general, "general"))
-    for name in (_TEMPORALITY, _HISTOGRAM_AGGREGATION):
-        if signal == "metrics" and name in variables:
-            found[name] = [_Setting(variables[name], name, "signal")]
+    return found
+
+
+def _preferences(variables: Mapping[str, str], arguments: Mapping[str, str | None]) -> dict[str, list[_Setting]]:
+    """What metrics are to be like: settings that no other signal has."""
+    found: dict[str, list[_Setting]] = {}
+    for name, argument in arguments.items():
+        field = "temporality" if name == _TEMPORALITY else "histogram_aggregation"
+        given = [_Setting(argument, field, "argument")] if argument not in (None, "") else []
+        by_variable = [_Setting(variables[name], name, "signal")] if name in variables else []
+        if given or by_variable:
+            found[name] = given + by_variable
     return found
 
 

@@ -23,7 +23,7 @@ from stepspan.otlp import rules
 from stepspan.values import json_number, utf8
 
 _Json = dict[str, Any]
-_CUMULATIVE = 2
+_DELTA, _CUMULATIVE = 1, 2
 _KIND_INTERNAL = 1
 _STATUS_ERROR = 2
 
@@ -31,6 +31,10 @@ _DATA: dict[str, tuple[str, _Json]] = {
     "gauge": ("gauge", {}),
     "sum": ("sum", {"aggregationTemporality": _CUMULATIVE, "isMonotonic": True}),
     "histogram": ("exponentialHistogram", {"aggregationTemporality": _CUMULATIVE}),
+    "explicit_histogram": ("histogram", {"aggregationTemporality": _CUMULATIVE}),
+    "delta_sum": ("sum", {"aggregationTemporality": _DELTA, "isMonotonic": True}),
+    "delta_histogram": ("exponentialHistogram", {"aggregationTemporality": _DELTA}),
+    "delta_explicit_histogram": ("histogram", {"aggregationTemporality": _DELTA}),
 }
 """A series' kind -> the metric's data field, and what it holds in addition to the points."""
 
@@ -121,12 +125,14 @@ def _histogram(histogram: Histogram) -> _Json:
         "startTimeUnixNano": str(histogram.start),
         "count": str(histogram.count),
         "sum": json_number(histogram.sum),
-        "min": json_number(histogram.minimum),
-        "max": json_number(histogram.maximum),
-        "scale": histogram.scale,
-        "zeroCount": str(histogram.zero_count),
     }
-    if histogram.counts:
+    if histogram.minimum is not None and histogram.maximum is not None:
+        point.update(min=json_number(histogram.minimum), max=json_number(histogram.maximum))
+    if histogram.bounds:
+        point.update(bucketCounts=[str(count) for count in histogram.counts], explicitBounds=list(histogram.bounds))
+    else:
+        point.update(scale=histogram.scale, zeroCount=str(histogram.zero_count))
+    if histogram.counts and not histogram.bounds:
         point["positive"] = {"offset": histogram.offset, "bucketCounts": [str(count) for count in histogram.counts]}
     if histogram.exemplars:
         point["exemplars"] = [

@@ -56,13 +56,17 @@ class _Layout(NamedTuple):
     no_recorded_value: bytes
 
 
-_CUMULATIVE = b"\x10\x02"  # aggregation_temporality = 2
+_DELTA, _CUMULATIVE = b"\x10\x01", b"\x10\x02"  # aggregation_temporality = 1, 2
 _MONOTONIC = b"\x18\x01"  # is_monotonic = true
 _NO_VALUE = bytes([rules.NO_RECORDED_VALUE])
 _LAYOUTS = {
     "gauge": _Layout(b"\x2a", b"", b"\x3a", b"\x40" + _NO_VALUE),
     "sum": _Layout(b"\x3a", _CUMULATIVE + _MONOTONIC, b"\x3a", b"\x40" + _NO_VALUE),
     "histogram": _Layout(b"\x52", _CUMULATIVE, b"\x0a", b"\x50" + _NO_VALUE),
+    "explicit_histogram": _Layout(b"\x4a", _CUMULATIVE, b"\x4a", b"\x50" + _NO_VALUE),
+    "delta_sum": _Layout(b"\x3a", _DELTA + _MONOTONIC, b"\x3a", b"\x40" + _NO_VALUE),
+    "delta_histogram": _Layout(b"\x52", _DELTA, b"\x0a", b"\x50" + _NO_VALUE),
+    "delta_explicit_histogram": _Layout(b"\x4a", _DELTA, b"\x4a", b"\x50" + _NO_VALUE),
 }
 
 
@@ -145,21 +149,24 @@ def _point(layout: _Layout, time: int, value: float | Sum | Histogram | None) ->
 
 
 def _histogram(histogram: Histogram) -> bytes:
-    encoded = [
-        _two_fixed64(0x11, histogram.start, 0x21, histogram.count),
-        _double_field(0x29, histogram.sum),
-        b"\x30" + _zigzag(histogram.scale),
-        _fixed64(0x39, histogram.zero_count),
-        _double_field(0x61, histogram.minimum),
-        _double_field(0x69, histogram.maximum),
-    ]
-    if histogram.counts:
-        counts = b"".join([_varint(count) for count in histogram.counts])
-        encoded.append(_bytes_field(b"\x42", b"\x08" + _zigzag(histogram.offset) + _bytes_field(b"\x12", counts)))
+    encoded = [_two_fixed64(0x11, histogram.start, 0x21, histogram.count), _double_field(0x29, histogram.sum)]
+    if histogram.bounds:
+        minimum, maximum, exemplar_tag = 0x59, 0x61, b"\x42"
+        buckets, bounds = len(histogram.counts), len(histogram.bounds)
+        encoded.append(_bytes_field(b"\x32", struct.pack(f"<{buckets}Q", *histogram.counts)))
+        encoded.append(_bytes_field(b"\x3a", struct.pack(f"<{bounds}d", *histogram.bounds)))
+    else:
+        minimum, maximum, exemplar_tag = 0x61, 0x69, b"\x5a"
+        encoded.append(b"\x30" + _zigzag(histogram.scale) + _fixed64(0x39, histogram.zero_count))
+        if histogram.counts:
+            counts = _bytes_field(b"\x12", b"".join([_varint(count) for count in histogram.counts]))
+            encoded.append(_bytes_field(b"\x42", b"\x08" + _zigzag(histogram.offset) + counts))
+    if histogram.minimum is not None and histogram.maximum is not None:
+        encoded.append(_double_field(minimum, histogram.minimum) + _double_field(maximum, histogram.maximum))
     for exemplar in histogram.exemplars:
         ids = _bytes_field(b"\x22", exemplar.span_id) + _bytes_field(b"\x2a", exemplar.trace_id)
         measured = _fixed64(0x11, exemplar.time) + _double_field(0x19, exemplar.value)
-        encoded.append(_bytes_field(b"\x5a", measured + ids))
+        encoded.append(_bytes_field(exemplar_tag, measured + ids))
     return b"".join(encoded)
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from stepspan.mapping.columns import Column, Points, merge_columns
-from stepspan.mapping.records import Point, Record, SdkRecord, SdkScope, Series, Signal
+from stepspan.mapping.records import Kind, Point, Record, SdkRecord, SdkScope, Series, Signal
 
 SCOPE_NAME = "stepspan"
 
@@ -72,7 +72,7 @@ SEVERITY_TEXT = {
 }
 """Severity number -> the short name of the log data model: 9 INFO, 10 INFO2 … 24 FATAL4."""
 
-MetricKey: TypeAlias = tuple[str, str, Literal["gauge", "sum", "histogram"]]
+MetricKey: TypeAlias = tuple[str, str, Kind]
 """What makes points one metric of a request: name, unit and kind."""
 Metric: TypeAlias = tuple[MetricKey, list[Column]]
 """The points of one metric, a column for each series."""
