@@ -6,6 +6,7 @@ import re
 import subprocess
 import time
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ import pytest
 import yaml
 from harness import runs
 from harness.processes import until
+from harness.received import attributes
+from harness.receiver import ScriptedReceiver
 from harness.stack import CONFIGS, Loki, StackCollector, StackPrometheus, Tempo, binary, tempo_binary
+
+from stepspan.exporters.otlp import OtlpExporter
+from stepspan.mapping.records import Signal
+from stepspan.otlp.outcome import Verdict
 
 start = runs.start
 ROOT = CONFIGS.parent
@@ -50,6 +57,42 @@ def test_the_agent_takes_a_list_of_gateways() -> None:
     assert [one["resolver"]["static"]["hostnames"] for one in exporters.values()] == [
         ["gateway-0:4317", "gateway-1:4317"]
     ] * 3
+
+
+@pytest.mark.stack
+def test_an_agent_hands_on_a_request_of_a_host_as_one_and_always_the_same_way(tmp_path: Path) -> None:
+    hosts, kinds = [f"node{number}" for number in range(12)], {"metrics": "resource_metrics", "logs": "resource_logs"}
+    with ScriptedReceiver() as one, ScriptedReceiver() as other:
+        gateways = f"[{one.grpc_target}, {other.grpc_target}]"
+        with StackCollector(tmp_path, "agent.yaml", record=False, COLLECTOR_GATEWAYS=gateways) as agent:
+            with closing(OtlpExporter(agent.http_endpoint, env={})) as exporter:
+                for host in [*hosts, *hosts]:
+                    for signal, body in requests_of(host, ranks=8).items():
+                        assert exporter.send_json(signal, body).verdict is Verdict.DELIVERED
+            requests = lambda kind: [(r, q) for r in (one, other) for q in r.requests[kind]]  # noqa: E731
+            until(lambda: all(len(requests(kind)) >= 24 for kind in kinds), 20)
+            for kind, field in kinds.items():
+                ways: dict[str, set[int]] = {}
+                for receiver, request in requests(kind):
+                    resources = [attributes(each.resource) for each in getattr(request, field)]
+                    assert len(resources) == 8
+                    ways.setdefault(*{each["host.name"] for each in resources}, set()).add(id(receiver))
+                assert sorted(ways) == sorted(hosts)
+                assert all(len(way) == 1 for way in ways.values())
+                assert len(set.union(*ways.values())) == 2
+
+
+def requests_of(host: str, ranks: int) -> dict[Signal, bytes]:
+    """A request of metrics and one of logs, each of all ranks of a host, as OTLP JSON."""
+    text = lambda key, value: {"key": key, "value": {"stringValue": value}}  # noqa: E731
+    point = {"timeUnixNano": str(time.time_ns()), "asDouble": 1.0}
+    metrics = [{"metrics": [{"name": "training.loss", "gauge": {"dataPoints": [point]}}]}]
+    logs = [{"logRecords": [{"timeUnixNano": str(time.time_ns()), "body": {"stringValue": "x"}}]}]
+    about = [{"attributes": [text("host.name", host), text("rank", str(rank))]} for rank in range(ranks)]
+    return {
+        "metrics": orjson.dumps({"resourceMetrics": [{"resource": each, "scopeMetrics": metrics} for each in about]}),
+        "logs": orjson.dumps({"resourceLogs": [{"resource": each, "scopeLogs": logs} for each in about]}),
+    }
 
 
 @pytest.mark.stack
@@ -335,7 +378,7 @@ def test_what_an_agent_accepted_outlives_its_own_death_and_the_absence_of_the_ga
 
 
 @pytest.mark.stack
-def test_agents_send_a_session_and_a_trace_each_to_one_gateway(start: Any, tmp_path: Path) -> None:
+def test_agents_send_a_host_and_a_trace_each_to_one_gateway(start: Any, tmp_path: Path) -> None:
     with StackPrometheus(tmp_path / "prometheus") as prometheus:
         gateways = [
             StackCollector(tmp_path / f"gateway-{n}", "gateway.yaml", PROMETHEUS_OTLP=prometheus.otlp_endpoint)
@@ -356,8 +399,7 @@ def test_agents_send_a_session_and_a_trace_each_to_one_gateway(start: Any, tmp_p
             until(lambda: sum(len(gateway.metric_points()) for gateway in gateways) >= len(agent.metric_points()))
         points = [[p for p in gateway.metric_points() if "rank" in p["resource"]] for gateway in gateways]
         ranks = [{point["resource"]["rank"] for point in some} for some in points]
-        assert ranks[0] | ranks[1] == {0, 1}
-        assert not ranks[0] & ranks[1]
+        assert sorted(ranks, key=len) == [set(), {0, 1}]
         steps = [{span["traceId"] for span in gateway.spans()} for gateway in gateways]
         assert all(steps), "30 steps' traces are shared out"
         assert not steps[0] & steps[1]

@@ -8,6 +8,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -523,6 +524,27 @@ def test_a_rotated_password_is_the_same_destination_and_another_user_is_not() ->
 
     assert of("123:old@") == of("123:new@") != of("456:old@")
     assert of("token-a@") == of("token-b@") == of("")
+
+
+def test_the_stores_of_the_readme_are_where_its_variables_lead() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    table = readme[readme.index("| store | variables |") :].partition("\n\n")[0].splitlines()[2:]
+    found = {}
+    for row in table:
+        store, variables = row.strip("| ").split(" | ", 1)
+        env = dict(re.findall(r"`OTLP_([A-Z_]+)=([^`]+)`", variables))
+        destination = resolve_destination({f"{E}{name}": value for name, value in env.items()})
+        assert destination.ignored == destination.warnings == ()
+        assert not any(endpoint.fault for endpoint in destination.endpoints.values())
+        endpoint = destination.endpoints["metrics"]
+        found[store.partition(",")[0]] = endpoint.url, endpoint.temporality, sorted(endpoint.headers)
+    assert found == {
+        "Prometheus": ("http://prometheus:9090/api/v1/otlp/v1/metrics", "cumulative", []),
+        "VictoriaMetrics": ("http://victoria:8428/opentelemetry/v1/metrics", "cumulative", []),
+        "Datadog": ("https://otlp.datadoghq.com/v1/metrics", "delta", ["dd-api-key"]),
+        "Dynatrace": ("https://ENVIRONMENT.live.dynatrace.com/api/v2/otlp/v1/metrics", "delta", ["authorization"]),
+        "Honeycomb": ("https://api.honeycomb.io/v1/metrics", "cumulative", ["x-honeycomb-team"]),
+    }
 
 
 class CountedLookups(Mapping[str, str]):
