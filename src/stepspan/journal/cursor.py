@@ -16,7 +16,8 @@ import fcntl
 import os
 import struct
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from operator import add, attrgetter, sub
 from pathlib import Path
 from typing import Any, TypeVar
 from zlib import crc32
@@ -58,11 +59,14 @@ class Ledger:
 
     def plus(self, other: Ledger) -> Ledger:
         """The sum of two ledgers."""
-        return Ledger(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Ledger)))
+        return Ledger(*map(add, _counts(self), _counts(other)))
 
     def minus(self, other: Ledger) -> Ledger:
         """What has come on since another one."""
-        return Ledger(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(Ledger)))
+        return Ledger(*map(sub, _counts(self), _counts(other)))
+
+
+_counts = attrgetter(*(f.name for f in fields(Ledger)))
 
 
 @dataclass(slots=True)
@@ -122,6 +126,9 @@ class CursorState:
             session=str(content["session"]),
             denied=bool(content.get("denied")),
         )
+
+
+STATE_FIELDS = tuple(f.name for f in fields(CursorState))
 
 
 def _known(kind: type[T], content: dict[str, Any]) -> T:
@@ -185,8 +192,9 @@ class Cursor:
         self.state = state
         generation = self._generation + 1
         message = state.message.encode("utf-8", "replace").decode()
+        values = {name: getattr(state, name) for name in STATE_FIELDS}
         while True:
-            content = orjson.dumps({"generation": generation, **asdict(replace(state, message=message))})
+            content = orjson.dumps({"generation": generation, **values, "message": message})
             if len(content) <= SLOT_BYTES - 8:
                 break
             message = message[: min(len(message) // 2, MAX_MESSAGE_CHARS)]

@@ -179,13 +179,18 @@ class JournalReader:
             return *found, None
         if size >= SHARED_BYTES:
             cache.wait_for_room(size)
-        with self._lock:
-            if (found := cache.find(follower, place, seq)) is not None:  # somebody has read it meanwhile
+        is_contended = not self._lock.acquire(blocking=False)
+        if is_contended:
+            self._lock.acquire()
+        try:
+            if is_contended and (found := cache.find(follower, place, seq)) is not None:  # whoever held it has read it
                 return *found, None
             parsed = self._parse(number, offset, seq, size)
             if parsed[0].events:
                 cache.keep(follower, parsed[0])
             return parsed
+        finally:
+            self._lock.release()
 
     def _parse(self, number: int, offset: int, seq: int, size: int) -> tuple[Chunk, int, _Tail]:
         """Read what stands at a place."""

@@ -17,8 +17,8 @@ class MappingOptions:
         sampler: Which traces go out.
         exemplars: Whether histograms have exemplars.
         limits: How much of a span or log record goes out.
-        temporality: What sums and histograms are. "delta": deltas, of all monotonic sums and of histograms. "lowmemory":
-            the same, but what is read from a counter that the system keeps (`sample` events) stays cumulative.
+        temporality: What sums and histograms are. "delta": deltas, of all monotonic sums and of histograms.
+            "lowmemory": the same, but what is read from the system's own counters (`sample` events) stays cumulative.
         histogram_aggregation: What `training.step.duration` is.
 
     """

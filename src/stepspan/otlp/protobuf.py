@@ -107,10 +107,12 @@ def _metric(metric: rules.Metric) -> bytes:
     (name, unit, kind), columns = metric
     layout = _LAYOUTS[kind]
     points = b"".join([_points(layout, *column) for column in columns])
-    names = (
-        _string_field(b"\x0a", name) + _string_field(b"\x12", columns[0][0].description) + _string_field(b"\x1a", unit)
-    )
-    return names + _bytes_field(layout.data, points + layout.rest)
+    return _metric_names(name, columns[0][0].description, unit) + _bytes_field(layout.data, points + layout.rest)
+
+
+@lru_cache(maxsize=4096)
+def _metric_names(name: str, description: str, unit: str) -> bytes:
+    return _string_field(b"\x0a", name) + _string_field(b"\x12", description) + _string_field(b"\x1a", unit)
 
 
 def _points(layout: _Layout, series: Series, times: Sequence[int], values: Sequence[Any]) -> bytes:
