@@ -60,6 +60,7 @@ class Deliverer:
         ]
         self._exporters = exporters
         self._sessions = options.sessions
+        self._clock = options.clock
         self._health = [
             Health(e, [s for s in self.schedulers if s.exporter is e], health, options)
             for e in exporters
@@ -175,7 +176,8 @@ class Deliverer:
                 if self._pace:
                     self._pace(time.thread_time() - before)
                 if not moved:
-                    scheduler.waiting.wait(POLL_INTERVAL_S)
+                    until_next = scheduler.next_at - self._clock()
+                    scheduler.waiting.wait(max(0.0, min(POLL_INTERVAL_S, until_next)))
                     scheduler.waiting.clear()
         except Exception:  # a defect in one signal: log it, and leave the others alone
             log.exception(

@@ -298,8 +298,9 @@ class Isolation:
             if not self._goes_on() or (outcome.verdict is Verdict.RETRY and not self._took_again):
                 yield _Stop(outcome)
             answer = yield records[begin:end]
-            if answer.verdict is Verdict.DELIVERED and self._count_delivered(records[begin:end], answer):
-                self.known_good_record = records[end - 1]
+            if answer.verdict is Verdict.DELIVERED:
+                if self._count_delivered(records[begin:end], answer):
+                    self.known_good_record = records[end - 1]
                 return [*records[:begin], *records[end:]]
             outcome = outcome if answer.verdict in _ANSWERED else answer
         yield _Stop(outcome)

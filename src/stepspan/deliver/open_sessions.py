@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
+from stepspan.deliver.tails import TailWatch
 from stepspan.journal.chunks import ChunkCache, Follower
 from stepspan.journal.cursor import Position
 from stepspan.journal.layout import SessionPath
@@ -27,11 +28,13 @@ class OpenSession:
     Attributes:
         reader: Its one reader.
         users: How many tasks have it open.
+        tail: What looks whether the journal grows.
         end: What looks for its end; None before a task has asked for it.
 
     """
 
     reader: JournalReader
+    tail: TailWatch
     users: int = 0
     end: object = None
 
@@ -62,7 +65,8 @@ class OpenSessions:
             if opened is not None:
                 opened.users += 1
         if opened is None:
-            made = OpenSession(JournalReader(session, clock=clock, cache=self._cache))
+            reader = JournalReader(session, clock=clock, cache=self._cache)
+            made = OpenSession(reader, TailWatch(reader))
             with self._lock:
                 opened = self._open.setdefault(session.path, made)
                 opened.users += 1
@@ -101,6 +105,8 @@ class SharedReader:
         self.session = opened.reader.session
         self.header = opened.reader.header
         self.next_jump = opened.reader.next_jump
+        self.note_end = opened.reader.note_end
+        self.look = opened.tail.look
         self._sessions = sessions
         self._opened = opened
         self._follower: Follower | None = follower

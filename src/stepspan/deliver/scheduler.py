@@ -7,6 +7,9 @@
 - A session whose cursor another deliverer has open is passed over, and tried again at each scan.
 - When the receiver is away, one session asks, and all others wait for it.
 - A session that cannot be read, or that meets a defect, stops no other one. It is tried again every minute.
+- Sessions that stand at their journals' ends are read, and what is new of them goes in one request (`joint`), once in
+  `Options.send_interval`; the first line after a pause as soon as it has settled, and what must not wait (`tails`) at
+  once. In between they are looked at by `stat` alone. That is for exporters that can join; others are read each time.
 
 A scheduler belongs to one thread, which calls `run_once` again and again. The attributes that are documented below may
 be read by others: collections are copied by `list(...)` before they are gone through, entries are replaced, never
@@ -16,25 +19,34 @@ changed.
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from stepspan.deliver.batches import Batch
+from stepspan.deliver.isolation import Send
+from stepspan.deliver.joint import JointRequests, Prepared
 from stepspan.deliver.options import Options
 from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
+from stepspan.exporters.exporter import JoiningExporter
 from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.cursor import CursorInUse, Ledger
 from stepspan.journal.layout import SessionPath
+from stepspan.journal.reader import SETTLE_S
 from stepspan.mapping.records import Signal
 
 log = logging.getLogger("stepspan.deliver")
 
 MAX_LEAD_NS = 600 * 1_000_000_000
 NO_LIMIT_NS = 1 << 62
+AT_ONCE = -math.inf
+"""A time that has come."""
 RESCAN_INTERVAL_S = 1.0
 REST_FACTOR, MAX_REST_S = 9, 1.0
 """After a run that found every live session at its end a scheduler rests so many times as long as it took, up to so
@@ -45,6 +57,18 @@ MAX_WOKEN = 64
 """Held sessions that a wake-up lets try again: those that began last. A directory may have thousands."""
 UNREADABLE_RETRY_INTERVAL_S = 60.0
 """Until a session that could not be read is looked at again: a disk may have been full, an upgrade may come."""
+
+
+@dataclass(slots=True)
+class _Watch:
+    """What is known of a session that stands at its journal's end, by the options' clock."""
+
+    looked_at: float
+    """When it was read last, or seen as it was read then."""
+    news_at: float | None = None
+    """Since when something may stand there that was not read."""
+    again_at: float = math.inf
+    """When to read it again, whatever the interval."""
 
 
 class SessionProgress(NamedTuple):
@@ -105,6 +129,8 @@ class Scheduler:
         """Whether the receiver took what was last sent; None: it has not answered yet, or nothing was sent."""
         self.broken = False
         """Whether a defect has ended the thread."""
+        self.next_at = math.inf
+        """When something is to be sent that has been seen, by the options' clock."""
         self._find = find
         self._options = options
         self._memory = ReceiverMemory(options.clock)
@@ -116,6 +142,14 @@ class Scheduler:
         self._failing_since: float | None = None
         self._scanned_at: float | None = None
         self._not_before = self._rest_until = 0.0
+        self._joint = None
+        if options.send_interval > 0 and isinstance(exporter, JoiningExporter):
+            self._joint = JointRequests(signal, exporter, options)
+        self._watched: dict[Path, _Watch] = {}
+        self._sent_at = -math.inf
+        """When what was new of all sessions was sent last."""
+        self._moved = False
+        """Whether the last round moved a cursor."""
 
     def run_once(self) -> bool:
         """Let every session that may go on deliver a batch. Whether any cursor moved."""
@@ -124,10 +158,13 @@ class Scheduler:
             self._end_waits()
         if self._options.clock() < self._rest_until:
             return False
+        scanned_at = self._scanned_at
         moved = self._dispatch()
-        self._update_status(moved)
+        if moved is not None or self._moved or not self.tasks or self._scanned_at != scanned_at:
+            self._moved = bool(moved)
+            self._update_status(self._moved)
         self.woken = wake
-        return moved
+        return self._moved
 
     def wake(self, at: float) -> None:
         """Let the next `run_once` send what there is, and try once more what was put off. Any thread may call it.
@@ -168,8 +205,11 @@ class Scheduler:
         for task in (*(task for task in latest if not task.held), *held[:MAX_WOKEN]):
             task.wake()
         self._not_before = max((task.not_before for task in latest if not task.held), default=0.0)
+        for watch in self._watched.values():
+            watch.again_at = AT_ONCE
 
-    def _dispatch(self) -> bool:
+    def _dispatch(self) -> bool | None:
+        """Send what is due. Whether any cursor moved; None: nothing was due."""
         now = self._options.clock()
         if self._scanned_at is None or now - self._scanned_at >= RESCAN_INTERVAL_S:
             self._scanned_at = now
@@ -177,39 +217,120 @@ class Scheduler:
             self.listed = True
         if now < self._not_before:
             return False
-        moved = False
-        eligible = self._eligible()
-        reached = sorted(task.time for task in eligible if _has_more(task))
-        for task in eligible:
-            horizon = _horizon(task, reached)
-            if task.time > horizon or task.not_before > now:
-                continue
-            self.asking_since = self._options.wall_clock()
-            if self.asked_at is None:
-                self.asked_at = self.asking_since
-            answered, self.is_asking = task.state.answered, True
-            try:
-                if task.advance(horizon):
-                    moved = True
-                    self._record(task, moved=True)
-                    if task.state.answered != answered:
-                        self.answers = True
-                elif task.failing_since is not None:
-                    self.answers = False
-            except Exception as error:  # also a defect that only this journal meets
-                self._give_up(task.session.path, error)
-                continue
-            finally:
-                self.is_asking = False
-            if task.finished:
-                self._retire(task)
-            elif task.not_before > now and not task.held:  # the receiver is away
-                self._not_before = task.not_before
-                return moved
-        if self.tasks and all(task.at_end or task.held for task in eligible):
+        due = self.tasks.keys() if self._joint is None else self._due(now)
+        if not due:
+            return None
+        self.is_asking = True
+        try:
+            moved = self._read_and_send(due, now)
+        finally:
+            self.is_asking = False
+        if self._joint is None and self.tasks and all(task.at_end or task.held for task in self._eligible()):
             ended = self._options.clock()
             self._rest_until = ended + min(REST_FACTOR * (ended - now), MAX_REST_S)
         return moved
+
+    def _read_and_send(self, due: Collection[Path], now: float) -> bool:
+        """Let each of some sessions deliver a batch, alone or together. Whether any cursor moved."""
+        moved = False
+        eligible = self._eligible()
+        reached = sorted(task.time for task in eligible if _has_more(task))
+        fresh: list[Prepared] = []
+        for task in eligible:
+            horizon = _horizon(task, reached)
+            if task.session.path not in due or task.time > horizon or task.not_before > now:
+                continue
+            batch = self._prepare(task, horizon, now)
+            if batch is None:
+                continue
+            if self._joint is not None and self._joint.may_join(task, batch):
+                fresh.append((task, batch))
+                continue
+            moved |= self._deliver(task, batch, None)
+            if self._is_away(task, now):
+                return moved
+        for request in self._joint.send(fresh) if self._joint is not None else ():
+            is_away = False
+            for task, batch, send in request:
+                moved |= self._deliver(task, batch, send)
+                is_away |= self._is_away(task, now)
+            if is_away:
+                break
+        return moved
+
+    def _due(self, now: float) -> set[Path]:
+        """The sessions to read now: those that have more, and of those at their ends whatever may have news."""
+        due: set[Path] = set()
+        waiting: list[Path] = []
+        first_news_at = self.next_at = math.inf
+        for path, task in self.tasks.items():
+            watch = self._watched.get(path)
+            if watch is None or not task.at_end or task.failing_since is not None:
+                due.add(path)
+                continue
+            tail = task.look(now)
+            if tail.urgent_at > watch.looked_at or now >= watch.again_at:
+                due.add(path)
+            elif watch.news_at is None and tail.grew_at > watch.looked_at:
+                watch.news_at = now
+            if watch.news_at is not None:
+                waiting.append(path)
+                first_news_at = min(first_news_at, watch.news_at)
+            self.next_at = min(self.next_at, watch.again_at)
+        interval = self._options.send_interval
+        send_at = max(self._sent_at + interval, first_news_at + SETTLE_S)
+        self.next_at = min(self.next_at, send_at)
+        if now >= send_at:
+            self._sent_at = send_at if now < send_at + interval else now  # all signals keep in step
+            due.update(waiting)
+        return due
+
+    def _prepare(self, task: DeliveryTask, until: int, now: float) -> Batch | None:
+        """A session's next batch; and when it is to be read again."""
+        self.asking_since = self._options.wall_clock()
+        if self.asked_at is None:
+            self.asked_at = self.asking_since
+        path, tail, watch = task.session.path, None, self._watched.get(task.session.path)
+        if self._joint is not None:
+            tail = task.look(now)
+            is_urgent = watch is not None and (tail.urgent_at > watch.looked_at or watch.again_at == AT_ONCE)
+            watch = self._watched[path] = _Watch(max(now, tail.grew_at, tail.urgent_at))
+            if tail.grew_at > now - SETTLE_S:  # the last millisecond may have to wait
+                watch.news_at = now
+                watch.again_at = tail.grew_at + SETTLE_S if is_urgent else math.inf
+        try:
+            batch = task.prepare(until, tail)
+        except Exception as error:  # also a defect that only this journal meets
+            self._give_up(path, error)
+            return None
+        if watch is not None and (batch.position if batch else task.position).held_until:
+            watch.news_at = now  # points whose time is still to come
+        return batch
+
+    def _deliver(self, task: DeliveryTask, batch: Batch, send: Send | None) -> bool:
+        """Send a batch, or settle what was sent of it with others. Whether the cursor moved."""
+        answered, self.asking_since = task.state.answered, self._options.wall_clock()
+        try:
+            moved = task.deliver(batch, send)
+        except Exception as error:
+            self._give_up(task.session.path, error)
+            return False
+        if moved:
+            self._record(task, moved=True)
+            if task.state.answered != answered:
+                self.answers = True
+        elif task.failing_since is not None:
+            self.answers = False
+        if task.finished:
+            self._retire(task)
+        return moved
+
+    def _is_away(self, task: DeliveryTask, now: float) -> bool:
+        """Whether the receiver took nothing of a task, and is to be left alone for a while."""
+        if task.finished or task.held or task.not_before <= now:
+            return False
+        self._not_before = max(self._not_before, task.not_before)
+        return True
 
     def _scan(self, now: float) -> None:
         """Begin with the sessions that are new, and again with those that could not be read a while ago."""
@@ -269,13 +390,26 @@ class Scheduler:
         self._living = False
         for path, task in list(self.tasks.items()):
             try:
-                self._living |= task.alive
+                alive = self._has_grown(path, task) or task.alive
+                self._living |= alive
+                if not alive and path in self._watched:  # its end is to be read
+                    self._watched[path].again_at = AT_ONCE
             except Exception as error:  # a task that has something left to send again would never notice
                 self._give_up(path, error)
         now = self._options.clock()
         waits = any(now - since < IN_USE_TIMEOUT_S for since in self._in_use_since.values())
-        self.idle = all(task.held or (task.at_end and task.failing_since is None) for task in tasks) and not waits
+        has_news = any(watch.news_at is not None for watch in self._watched.values())
+        at_ends = all(task.held or (task.at_end and task.failing_since is None) for task in tasks)
+        self.idle = at_ends and not waits and not has_news
         self.over = all(task.held for task in tasks) and not self._living and not waits
+
+    def _has_grown(self, path: Path, task: DeliveryTask) -> bool:
+        """Whether a session was written just now, so that nobody needs to ask whether its writer lives."""
+        if path not in self._watched:
+            return False
+        now = self._options.clock()
+        tail = task.look(now)
+        return now - tail.grew_at < RESCAN_INTERVAL_S and tail.urgent_at <= self._watched[path].looked_at
 
     def _eligible(self) -> list[DeliveryTask]:
         """The sessions that may go on, the slowest first; of those that share a series identity only the first."""
@@ -292,6 +426,13 @@ class Scheduler:
     def _retire(self, task: DeliveryTask) -> None:
         task.close()
         del self.tasks[task.session.path]
+        self._forget(task.session.path)
+
+    def _forget(self, path: Path) -> None:
+        """Give up what is known of a session that is not followed any more."""
+        self._watched.pop(path, None)
+        if self._joint is not None:
+            self._joint.forget(path)
 
     def _give_up(self, path: Path, error: Exception) -> None:
         """Leave a session that can't be read, or that meets a defect, until it is tried again."""
@@ -307,6 +448,7 @@ class Scheduler:
         task = self.tasks.pop(path, None)
         if task is not None:
             task.close()
+            self._forget(path)
 
 
 def _has_more(task: DeliveryTask) -> bool:

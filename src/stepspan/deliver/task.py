@@ -33,6 +33,7 @@ from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import Options
 from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.session_end import SessionEnd
+from stepspan.deliver.tails import Tail
 from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.exporters import Exporter
@@ -102,7 +103,7 @@ class DeliveryTask:
         self._backoff = Backoff(options.jitter, self._memory.history)
         with ExitStack() as files:  # it is tried again and again: descriptors must not pile up
             name = cursor_name(exporter.destination, signal)
-            reader = files.enter_context(closing(options.sessions.open(session, name, options.clock)))
+            reader = self._reader = files.enter_context(closing(options.sessions.open(session, name, options.clock)))
             self.header = _checked_header(reader)
             self._owner = repr(self.header["resource"].get("service.instance.id"))
             self.state_directory = _state_directory(session, options)
@@ -138,6 +139,12 @@ class DeliveryTask:
         return str(self.header["resource"].get("job_id") or self.header.get("job_id", ""))
 
     @property
+    def resource(self) -> Attributes:
+        """The attributes of the session's Resource."""
+        resource: Attributes = self.header["resource"]
+        return resource
+
+    @property
     def held(self) -> bool:
         """Whether it waits for a person."""
         return self._cursor.state.state == "hold"
@@ -150,7 +157,12 @@ class DeliveryTask:
     @property
     def at_end(self) -> bool:
         """Whether nothing more stood in the journal at the last look."""
-        return self._batches.at_end and not self._is_under_way
+        return self.reaches_end and not self._is_under_way
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether nothing more stood in the journal behind the batch that was prepared last."""
+        return self._batches.at_end
 
     @property
     def _is_under_way(self) -> bool:
@@ -166,6 +178,10 @@ class DeliveryTask:
     def alive(self) -> bool:
         """Whether more may come: the session has no end yet, and its writer is not dead. OSError, `JournalError`."""
         return self._end.read() is None and self._end.probe() is None
+
+    def look(self, now: float) -> Tail:
+        """How the journal ends, by a look that costs little. `now`: by the options' clock."""
+        return self._reader.look(now)
 
     def advance(self, until: int) -> bool:
         """Deliver the next batch.
@@ -184,11 +200,12 @@ class DeliveryTask:
         batch = self.prepare(until)
         return batch is not None and self.deliver(batch)
 
-    def prepare(self, until: int) -> Batch | None:
+    def prepare(self, until: int, tail: Tail | None = None) -> Batch | None:
         """The next batch to deliver: the last one again, if that was not taken, or what is read now.
 
         Args:
             until: The time of the last event that may be in it, Unix ns.
+            tail: How the journal's end was seen last: since when it has been quiet.
 
         Returns:
             The batch, for `deliver`, without what the receiver is known to refuse; None where there is nothing now.
@@ -198,11 +215,16 @@ class DeliveryTask:
             OSError: The same.
 
         """
-        self._batch = self._batch or self._batches.read(self.position, until, self._end)
+        if self._batch is None:
+            if tail is not None:
+                self._reader.note_end(tail.number, tail.size, tail.grew_at)
+            self._batch = self._batches.read(self.position, until, self._end)
         if self._batch is None:
             return None
         if self._isolation is None:
             self._isolation = self._isolate(self._batch)
+        if self._isolation.first_request is self._batch.records:
+            return self._batch
         return replace(self._batch, records=self._isolation.first_request)
 
     @property
@@ -373,8 +395,7 @@ class DeliveryTask:
 
     def _dead_letter(self, rejected: list[tuple[Record, str]]) -> None:
         """Keep what was refused."""
-        resource = self.header["resource"]
-        dead_letters.append(self.state_directory, self._exporter.destination, self.signal, resource, rejected)
+        dead_letters.append(self.state_directory, self._exporter.destination, self.signal, self.resource, rejected)
         log.warning(
             "stepspan: %s %s: %d refused for good: %s", self.session.path, self.signal, len(rejected), rejected[-1][1]
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.outcome import Outcome
@@ -44,3 +44,33 @@ class Exporter(Protocol):
 
     def close(self) -> None:
         """Close connections, and whatever else is held; called once, after the last `export`."""
+
+
+@runtime_checkable
+class JoiningExporter(Exporter, Protocol):
+    """An exporter that can send records of several sessions in one request, each under a Resource of its own."""
+
+    def encode(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> bytes:
+        """One session's part of a request, which is a whole request as well.
+
+        Args:
+            signal: One of `signals`.
+            resource: The attributes of the session's Resource.
+            records: Records of this signal, of one session, in time order.
+
+        Raises:
+            ValueError: A record cannot be sent.
+
+        """
+
+    def export_encoded(self, signal: Signal, parts: Sequence[bytes]) -> Outcome:
+        """Send parts as one request, once.
+
+        Args:
+            signal: One of `signals`.
+            parts: At least one, from `encode`.
+
+        Returns:
+            What became of all of them together.
+
+        """

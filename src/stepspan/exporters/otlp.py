@@ -152,10 +152,7 @@ class OtlpExporter:
 
         """
         self._transport(signal)
-        if self.endpoints[signal].protocol == "http/json":
-            from stepspan.otlp import json  # noqa: F401
-        else:
-            from stepspan.otlp import protobuf  # noqa: F401
+        self._encoding(signal)
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Send one request, once.
@@ -169,15 +166,42 @@ class OtlpExporter:
             What became of it. ISOLATE where a record of other instrumentation is not OTLP.
 
         """
-        if self.endpoints[signal].protocol == "http/json":
-            from stepspan.otlp.json import encode
-        else:
-            from stepspan.otlp.protobuf import encode
         try:
-            body = encode(signal, resource, records)
+            part = self.encode(signal, resource, records)
         except ValueError as error:
             return Outcome(Verdict.ISOLATE, f"not OTLP: {error}")
-        return self._send(signal, body, can_be_cut=len(records) > 1)
+        return self._send(signal, part, can_be_cut=len(records) > 1)
+
+    def encode(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> bytes:
+        """One session's part of a request, which is a whole request as well.
+
+        Args:
+            signal: One of `signals`.
+            resource: The attributes of the session's Resource.
+            records: Records of this signal, of one session, in time order.
+
+        Returns:
+            An Export*ServiceRequest in the endpoint's encoding, not compressed.
+
+        Raises:
+            ValueError: A record of other instrumentation is not OTLP.
+
+        """
+        encoded: bytes = self._encoding(signal).encode(signal, resource, records)
+        return encoded
+
+    def export_encoded(self, signal: Signal, parts: Sequence[bytes]) -> Outcome:
+        """Send parts as one request, once.
+
+        Args:
+            signal: One of `signals`.
+            parts: At least one, from `encode`.
+
+        Returns:
+            What became of all of them together.
+
+        """
+        return self._send(signal, self._encoding(signal).join(signal, parts), can_be_cut=len(parts) > 1)
 
     def send_json(self, signal: Signal, request: bytes) -> Outcome:
         """Send one request that is OTLP JSON already, over this exporter's protocol.
@@ -198,6 +222,16 @@ class OtlpExporter:
             except ValueError as error:
                 return Outcome(Verdict.ISOLATE, f"not OTLP JSON: {error}")
         return self._send(signal, request)
+
+    def _encoding(self, signal: Signal) -> Any:
+        """The module that writes a signal's requests."""
+        if self.endpoints[signal].protocol == "http/json":
+            from stepspan.otlp import json
+
+            return json
+        from stepspan.otlp import protobuf
+
+        return protobuf
 
     def _send(self, signal: Signal, body: bytes, *, can_be_cut: bool = False) -> Outcome:
         sizes = self._sizes[signal]

@@ -250,6 +250,38 @@ class JournalReader:
                 counts.damaged += hole - dropped
             number, seq = here, event["seq"]
 
+    def note_end(self, number: int, end: int, at: float) -> None:
+        """Somebody saw where the journal ends: if it still does, it has been quiet since then.
+
+        Args:
+            number: The last segment.
+            end: Its size.
+            at: When it was that for the first time, by the reader's clock.
+
+        """
+        if (number, end) != self._tail:
+            self._grew_at, self._tail = at, (number, end)
+
+    def changed_ns(self) -> int:
+        """When a file of the session was last made or removed, Unix ns. OSError."""
+        return os.fstat(self._directory).st_mtime_ns
+
+    def last_segment(self) -> int:
+        """The number of the last segment; 0: there is none. OSError."""
+        return max(self.session.segments(), default=0)
+
+    def size_of(self, number: int) -> int:
+        """The size of a segment, bytes. OSError."""
+        with self._lock:
+            if number == self._number:
+                return os.fstat(self._fd).st_size
+        return os.stat(segment_name(number), dir_fd=self._directory, follow_symlinks=False).st_size
+
+    def peek(self, number: int, start: int, end: int) -> bytes:
+        """The bytes of a segment from `start` to `end`, as they are. OSError."""
+        with self._lock:
+            return self._pread(number, start, end - start)
+
     def close(self) -> None:
         """Close the files; reading on needs a new reader."""
         for fd in (self._fd, self._directory):
@@ -293,7 +325,7 @@ class JournalReader:
     def _quiet(self, number: int, end: int) -> bool:
         now = self._clock()
         if (number, end) != self._tail:
-            self._tail, self._grew_at = (number, end), now
+            self._grew_at, self._tail = now, (number, end)  # in this order: another thread may look in between
         return now - self._grew_at >= SETTLE_S
 
     def _read_header(self) -> Event:

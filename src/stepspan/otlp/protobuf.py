@@ -100,6 +100,17 @@ def encode(signal: Signal, resource: Attributes, records: Sequence[Record]) -> b
     return _bytes_field(b"\x0a", _bytes_field(b"\x0a", _key_values(b"\x0a", resource)) + b"".join(scopes))
 
 
+def join(signal: Signal, requests: Sequence[bytes]) -> bytes:
+    """Requests of several sessions as one: a message's repeated fields may follow one another.
+
+    Args:
+        signal: The signal of all of them.
+        requests: At least one, from `encode`.
+
+    """
+    return b"".join(requests)
+
+
 # --- metrics
 
 
