@@ -25,6 +25,8 @@ class Begun(NamedTuple):
     destinations: frozenset[str]
     digests: Mapping[str, str]
     """Of the destinations' routes; earlier versions give none."""
+    addresses: Mapping[str, str]
+    """Of the destinations: the name that each one's address stands for."""
     run_key: str
     started: int
     is_first_rank: bool
@@ -56,7 +58,8 @@ def read_begun(session: SessionPath) -> Begun | None:
             destinations=frozenset(d for d in listed if isinstance(d, str))
             if isinstance(listed, list)
             else frozenset(),
-            digests=_digests(header.get("routes")),
+            digests=_routes(header, "digest"),
+            addresses=_routes(header, "address"),
             run_key=str(header["run_key"]),
             started=int(header["started"]),
             is_first_rank=header["rank"] == 0 and not header["role"],
@@ -66,12 +69,13 @@ def read_begun(session: SessionPath) -> Begun | None:
         return None
 
 
-def _digests(routes: Any) -> dict[str, str]:
-    found = routes if isinstance(routes, list) else []
+def _routes(header: Mapping[str, Any], field: str) -> dict[str, str]:
+    """By destination, a field of what the header says of its route."""
+    routes = header.get("routes")
     return {
-        each["destination"]: each["digest"]
-        for each in found
-        if isinstance(each, dict) and isinstance(each.get("destination"), str) and isinstance(each.get("digest"), str)
+        each["destination"]: each[field]
+        for each in (routes if isinstance(routes, list) else [])
+        if isinstance(each, dict) and isinstance(each.get("destination"), str) and isinstance(each.get(field), str)
     }
 
 

@@ -95,7 +95,7 @@ def resend(directory: Path, exporter: OtlpExporter) -> tuple[int, int]:
     stopped: set[str] = set()
     for line in dict.fromkeys((read_file(directory / NAME) or b"").split(b"\n")):
         letter = _parse(line)
-        if letter is None or letter["destination"] != exporter.destination:
+        if letter is None or letter["destination"] not in (exporter.destination, exporter.address):
             continue
         signal = letter["signal"]
         if signal not in stopped and signal in exporter.signals:
@@ -108,7 +108,9 @@ def resend(directory: Path, exporter: OtlpExporter) -> tuple[int, int]:
         kept += 1
     if accepted:
         _remove(directory / NAME, accepted.keys())
-        _count_delivered(directory, exporter.destination, list(accepted.values()))
+        for name in (exporter.destination, exporter.address):
+            if _count_delivered(directory, name, list(accepted.values())):
+                break
     return len(accepted), kept
 
 
@@ -123,18 +125,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _count_delivered(directory: Path, destination: str, signals: Sequence[Signal]) -> None:
-    """Move records, of these signals, from rejected to delivered in the ledgers."""
-    for signal in set(signals):
-        path = directory / "cursors" / cursor_name(destination, signal)
-        if not path.exists():
-            continue
+def _count_delivered(directory: Path, destination: str, signals: Sequence[Signal]) -> bool:
+    """Move records, of these signals, from rejected to delivered in the ledgers. Whether there are any."""
+    paths = {signal: directory / "cursors" / cursor_name(destination, signal) for signal in set(signals)}
+    found = {signal: path for signal, path in paths.items() if path.exists()}
+    for signal, path in found.items():
         with closing(Cursor(path)) as cursor:
             state = cursor.state
             moved = min(signals.count(signal), state.ledger.rejected)
             if moved:
                 delivered, rejected = state.ledger.delivered + moved, state.ledger.rejected - moved
                 cursor.write(replace(state, ledger=replace(state.ledger, delivered=delivered, rejected=rejected)))
+    return bool(found)
 
 
 def _remove(path: Path, lines: Iterable[bytes]) -> None:
