@@ -166,6 +166,8 @@ class ScriptedReceiver:
         self.seen: list[Seen] = []
         self.health: list[Any] = []
         """What deliverers told of themselves: taken apart from the run's requests, without a script."""
+        self.keys: set[str] | None = None
+        """The authorizations that it takes: others get a 401. None: it asks for none."""
         self.connections = 0
         """HTTP connections accepted so far."""
         self.failures: list[BaseException] = []
@@ -271,6 +273,10 @@ class ScriptedReceiver:
     def decide(self, signal: Signal, request: Any, protocol: Any, headers: Mapping[str, str], size: int) -> Answer:
         """Record a request and look up what it gets."""
         with self._lock:
+            if self.keys is not None and headers.get("authorization") not in self.keys:
+                answer = Answer(401, "token expired")
+                self.seen.append(Seen(signal, request, protocol, headers, size, answer))
+                return answer
             if signal == "metrics" and is_health(request):
                 self.health.append(request)
                 return OK

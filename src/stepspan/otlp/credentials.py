@@ -36,7 +36,8 @@ ENTRY_POINTS = "opentelemetry_otlp_credential_provider"
 
 _HEADER_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # what HTTP and gRPC both take
 _HEADER_VALUE = re.compile(r"[\x20-\x7e]*")
-_LINE = re.compile(r"\s*([A-Za-z0-9_.-]+)\s*[=:](.*)", re.DOTALL)
+_FIELD = re.compile(r"([A-Za-z0-9_.-]+)\s*:(.*)")
+_ENTRY = re.compile(r"([A-Za-z0-9_.-]+)\s*=(.*)")
 _NEXT_ENTRY = re.compile(r",\s*(?=[A-Za-z0-9_.-]+\s*=)")
 """Where an entry of the variables' syntax ends, and another one begins."""
 
@@ -286,7 +287,7 @@ def parse_headers(content: bytes) -> dict[str, str]:
 
     Args:
         content: Lines of `key=value` or `key: value`, of which blank ones and those that begin with # are passed over;
-            or `key=value,key=value` as in OTEL_EXPORTER_OTLP_HEADERS. Values are percent-decoded, as there.
+            or `key=value,key=value` as in OTEL_EXPORTER_OTLP_HEADERS. Values after "=" are percent-decoded, as there.
 
     Returns:
         Name in lower case -> value.
@@ -296,11 +297,14 @@ def parse_headers(content: bytes) -> dict[str, str]:
 
     """
     headers: dict[str, str] = {}
-    for number, line in enumerate(content.decode("utf-8-sig").splitlines(), start=1):
-        for entry in _NEXT_ENTRY.split(line.strip().rstrip(",")):
-            if not entry or line.lstrip().startswith("#"):
-                continue
-            match = _LINE.fullmatch(entry)
+    for number, line in enumerate(map(str.strip, content.decode("utf-8-sig").splitlines()), start=1):
+        if not line or line.startswith("#"):
+            continue
+        if match := _FIELD.fullmatch(line):
+            headers[match[1].lower()] = unquoted(match[2])
+            continue
+        for entry in _NEXT_ENTRY.split(line.rstrip(",")):
+            match = _ENTRY.fullmatch(entry)
             if match is None:
                 raise ValueError(f"line {number} is neither key=value nor key: value")
             headers[match[1].lower()] = unquote(unquoted(match[2])).strip()
