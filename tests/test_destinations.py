@@ -150,6 +150,7 @@ def test_a_cursor_and_its_checkpoint_get_the_name_unless_somebody_sends_to_the_a
         again.write(CursorState())
     deliver(session, named, how)
     assert {*cursors(session.path)} == {"ours", "where"}, "one that has begun keeps its own"
+    assert (session.path / "cursors" / "where-named").exists()
     assert taken
 
 
@@ -287,7 +288,9 @@ def test_what_was_begun_for_another_address_stays_with_that(host: Host) -> None:
 
 
 def test_what_went_on_under_a_name_is_not_sent_to_its_address_again(host: Host) -> None:
-    host.session("job", ("where", ""), cursor="ours")
+    moved = host.session("job", ("where", ""), cursor="ours")
+    (path,) = (host.directory / "runs").glob(f"*/*/*{moved}")
+    (path / "cursors" / "where-named").touch()
     now = host.session("job", ("where", ""))
     assert host.sent("where") == [now]
 

@@ -30,12 +30,12 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from stepspan.deliver.begun import Begun, cursor_destinations, is_new, new_text, read_begun
+from stepspan.deliver.begun import Begun, is_new, new_text, read_begun
 from stepspan.deliver.lock import DeliveryLock
 from stepspan.deliver.options import Options
 from stepspan.deliver.routes import Route
 from stepspan.errors import JournalError
-from stepspan.journal.cursor import cursor_name, read_cursor
+from stepspan.journal.cursor import NAMED, cursor_name, read_cursor
 from stepspan.journal.layout import SessionPath, find_sessions, slug
 from stepspan.journal.liveness import read_closed, writer_is_dead
 from stepspan.mapping.records import SIGNALS
@@ -169,12 +169,8 @@ class LiveSessions:
         return self._new[key]
 
     def _has_moved(self, session: SessionPath, begun: Begun, route: Route) -> bool:
-        """Whether a session that was begun for an address went on under a name that this has got."""
-        key = route.destination, session.path
-        if key not in self._new and self.is_dead(session, begun):
-            known = cursor_destinations(session)
-            self._new[key] = bool(known - begun.destinations) and known.isdisjoint(route.names)
-        return self._new.get(key, False)
+        """Whether a session that was begun for an address goes on under a name that this has got."""
+        return not route.is_named and (session.path / "cursors" / f"{begun.name_for(route)}{NAMED}").exists()
 
     def _log_left(self, route: Route, here: Sequence[SessionPath], chosen: Sequence[SessionPath]) -> None:
         """Say once how many sessions a destination does not get."""

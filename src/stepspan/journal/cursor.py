@@ -29,6 +29,8 @@ from stepspan.journal.layout import open_path, read_file
 SLOT_BYTES = 2048
 CHECKPOINT = ".state"
 """What follows a cursor's name in that of its checkpoint."""
+NAMED = "-named"
+"""What follows an address in the name of an empty file that says: its cursors have been renamed."""
 MAX_MESSAGE_CHARS = 600
 ADDED_FIELDS = frozenset({"thinned", "held_until", "released"})
 """What cursors of stepspan 0.1 do not have."""
@@ -227,6 +229,7 @@ def rename_cursor(directory: Path, address: str, destination: str, signal: str) 
     if new.exists() or not old.exists():
         return
     with closing(Cursor(old)):
+        os.close(open_path(directory / f"{address}{NAMED}", os.O_WRONLY | os.O_CREAT))
         for end in (CHECKPOINT, ""):  # a cursor without its checkpoint reads a little more
             with suppress(FileNotFoundError):
                 os.rename(f"{old}{end}", f"{new}{end}")
