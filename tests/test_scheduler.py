@@ -165,7 +165,7 @@ def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path: Path) -> 
     for _ in range(100):
         one.run_once()
         time.skip(0.1)
-    assert len(exporter.requests) <= 6, "0.25, 0.5, 1, 2, 4 s"
+    assert len(exporter.requests) <= 8, "0.25, 0.5, 1, 2, 4 s; at the second and fourth another one asks, too"
     assert not one.idle
     assert 9.0 < one.silent_for() < 11.0
     exporter.answer = lambda _: OK
@@ -173,6 +173,20 @@ def test_while_the_receiver_is_away_one_session_asks_for_all(tmp_path: Path) -> 
     run_to_end(one)
     assert one.tasks == {}
     assert one.silent_for() == 0.0
+
+
+@pytest.mark.parametrize("verdict", [Verdict.RETRY, Verdict.RETRY_THEN_HOLD])
+def test_a_session_that_fails_for_what_it_holds_stops_no_other(tmp_path: Path, verdict: Verdict) -> None:
+    time = Time()
+    for rank in range(8):
+        trained(tmp_path, 5, rank=rank, session=f"00000000000000a{rank}")
+    exporter = Scripted()
+    exporter.export = lambda signal, resource, records: Outcome(verdict) if resource["rank"] == 0 else OK  # type: ignore[method-assign]
+    one = scheduler(tmp_path, exporter, options(time))
+    for _ in range(10):
+        one.run_once()
+        time.skip(0.1)
+    assert [task.header["rank"] for task in one.tasks.values()] == [0]
 
 
 def test_a_hold_of_one_session_is_not_the_receivers_absence(tmp_path: Path) -> None:

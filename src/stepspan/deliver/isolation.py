@@ -42,7 +42,7 @@ from stepspan.otlp.outcome import Outcome, Verdict
 MAX_REFUSALS = 16
 MAX_TRIES = 4
 """Tries of what fails as a whole, before a witness is asked."""
-STRIKES = 4
+STRIKES = 5
 """Tries of a record that fails alone while the witness is taken, before it is rejected."""
 MAX_SINGLE_SEARCH = 4
 """Single records that are tried in search of a witness."""
@@ -107,6 +107,8 @@ class Isolation:
     dropped: int = 0
     """Records of accepted requests that the receiver says it did not take, without saying which."""
     rejected: list[tuple[Record, str]] = field(default_factory=list)
+    rejected_again: int = 0
+    """Of `rejected`: those whose like was refused before."""
     refused_traits: list[str] = field(default_factory=list)
     """The names of what is refused from now on, and was not before."""
     accepted: bool = False
@@ -119,13 +121,16 @@ class Isolation:
     """Records that were refused one by one since the last one was taken."""
     _rejected_of_past: int = 0
     _partial_message: str = ""
+    _again_message: str = ""
     _late: list[Group] = field(default_factory=list)
     """What turned out to be refused again and again on the way."""
     _is_suspicious: bool = False
     """Whether records are put to the test."""
     _took_again: bool = False
     """Whether the receiver has taken again what it had taken before."""
-    _receiver_takes: bool = False
+    receiver_takes: bool = False
+    """Whether the receiver has taken anything in this round."""
+    _last_was_taken: bool = False
     """Whether what was sent last, in this round, was taken."""
     _goes_on: Callable[[], bool] = lambda: True
     _steps: _Steps | None = None
@@ -159,7 +164,7 @@ class Isolation:
         """
         if self._steps is None:
             self.begin(records)
-        self._receiver_takes, self._goes_on = False, goes_on
+        self._last_was_taken, self.receiver_takes, self._goes_on = False, False, goes_on
         step = self._step if self._step and not isinstance(self._step, _Stop) else self._next(None)
         while step is not None and not isinstance(step, _Stop):
             if not goes_on():
@@ -168,7 +173,8 @@ class Isolation:
             self.goes_alone = True
             step = self._next(outcome)
         if step is None:
-            return Outcome(Verdict.DELIVERED, self.rejected[-1][1] if self.rejected else self._partial_message)
+            rejected_message = self.rejected[-1][1] if self.rejected else ""
+            return Outcome(Verdict.DELIVERED, self._again_message or rejected_message or self._partial_message)
         return step.outcome
 
     def _next(self, outcome: Outcome | None) -> _Step | None:
@@ -187,13 +193,19 @@ class Isolation:
             outcome = self.send([self.known_good_record])
         else:
             outcome = self.send_known_good() or Outcome(Verdict.ISOLATE)
-        self._receiver_takes = outcome.verdict is Verdict.DELIVERED
-        self._took_again |= self._receiver_takes and isinstance(step, _AskAgain)
+        self._last_was_taken = outcome.verdict is Verdict.DELIVERED
+        self.receiver_takes |= self._last_was_taken
+        self._took_again |= self._last_was_taken and isinstance(step, _AskAgain)
         return outcome
 
     @property
     def _has_known_good(self) -> bool:
         return self.known_good_record is not None or (self.memory is not None and self.memory.known_good is not None)
+
+    @property
+    def _is_own_fault(self) -> bool:
+        """Whether a hold that a witness does not meet is about these records, and not about their session."""
+        return self.known_good_record is not None or self.failures > MAX_TRIES
 
     def _forget_known_good(self) -> None:
         if self.known_good_record is not None:
@@ -209,7 +221,7 @@ class Isolation:
             yield from self._offer_late(group)
         while len(self.rejected) > self._rejected_of_past and not self.accepted and not self._took_again:
             why = "the receiver has accepted nothing yet and refuses this"
-            if self.known_good_record is not None:
+            if self._has_known_good:
                 if (yield ASK_AGAIN).verdict is Verdict.DELIVERED:
                     return
                 why = "the receiver refuses a record that it accepted before"
@@ -235,12 +247,12 @@ class Isolation:
                     yield from self._offer(part)
                 return
 
-    def _ask(self, records: Sequence[Record], *, is_known: bool = False) -> _Answer:
+    def _ask(self, records: Sequence[Record], *, known: str = "") -> _Answer:
         """Send records until they are taken, or refused for what they are.
 
         Args:
             records: At least one.
-            is_known: Whether their like was refused before: no patience is needed.
+            known: The words with which their like was refused before: with these, no patience is needed.
 
         Returns:
             DELIVERED; ISOLATE or HALVE; a HOLD for their times; any other verdict where they are several, and the
@@ -249,36 +261,36 @@ class Isolation:
         """
         strikes = 0
         while True:
-            if self._is_suspicious and self._has_known_good and not self._receiver_takes:
+            if self._is_suspicious and self._has_known_good and not self._last_was_taken:
                 answer = yield ASK_AGAIN
                 if answer.verdict in _REFUSED or answer.too_old or answer.too_new:
                     self._forget_known_good()
                 elif answer.verdict is not Verdict.DELIVERED:
                     yield _Stop(answer)
                     continue
-            took_before = self._receiver_takes
+            took_before = self._last_was_taken
             outcome = yield records
             if outcome.verdict in _ANSWERED or outcome.too_old or outcome.too_new:
-                self.failures = 0
+                self.failures = 0 if outcome.verdict is Verdict.DELIVERED else self.failures
                 return outcome
             self.failures += 1
-            may_be_down = outcome.verdict in _MAY_BE_DOWN
+            may_be_down, is_known = outcome.verdict in _MAY_BE_DOWN, known != "" and outcome.message == known
             if not self._is_suspicious and (is_known or not may_be_down or self.failures >= MAX_TRIES):
                 self._is_suspicious = True
                 if self._has_known_good:
-                    self._receiver_takes = False
+                    self._last_was_taken = False
                     continue
             if not self._is_suspicious:
                 yield _Stop(outcome)
             elif self._has_known_good and not took_before:
                 continue
-            elif len(records) > 1 and self.known_good_record is None and (took_before or may_be_down):
-                return outcome
-            elif took_before and (may_be_down or is_known or self.known_good_record is not None):
+            elif took_before and (may_be_down or is_known or self._is_own_fault):
                 strikes += 1
                 if is_known or len(records) > 1 or strikes >= STRIKES:
                     return outcome._replace(verdict=Verdict.ISOLATE)
                 yield _Stop(outcome._replace(verdict=Verdict.RETRY))
+            elif len(records) > 1 and (took_before or (may_be_down and is_power_of_two(self.failures))):
+                return outcome
             else:
                 yield _Stop(outcome)
 
@@ -302,6 +314,7 @@ class Isolation:
                 if self._count_delivered(records[begin:end], answer):
                     self.known_good_record = records[end - 1]
                 return [*records[:begin], *records[end:]]
+            self.failures += 1
             outcome = outcome if answer.verdict in _ANSWERED else answer
         yield _Stop(outcome)
         return records
@@ -309,8 +322,10 @@ class Isolation:
     def _refuse(self, record: Record, outcome: Outcome) -> _Steps:
         """A record was refused alone."""
         self.rejected.append((record, outcome.message))
+        if outcome.verdict is Verdict.HALVE:  # too large, whatever else is refused
+            return
         self._refusals += 1
-        if self.memory is not None and outcome.verdict is Verdict.ISOLATE:
+        if self.memory is not None:
             name = self.memory.refuse(self.owner, record, outcome.message)
             self.refused_traits += [name] if name else []
         while self._refusals >= MAX_REFUSALS:
@@ -330,7 +345,7 @@ class Isolation:
             earlier = bisect_left(records, _time(group.records[0]), key=_time)
             yield from self._offer(records[:earlier])
             records = records[earlier:]
-            outcome = yield from self._ask(group.records[:1], is_known=True)
+            outcome = yield from self._ask(group.records[:1], known=self._why(group))
             if outcome.verdict is Verdict.DELIVERED:
                 self._count_delivered(group.records[:1], outcome)
                 records = sorted([*group.records[1:], *records], key=_time)
@@ -344,16 +359,22 @@ class Isolation:
     def _offer_late(self, group: Group) -> _Steps:
         """As `_offer_with_probes`, of records that others of their time have gone before."""
         while group.records:
-            outcome = yield from self._ask(group.records[:1], is_known=True)
+            outcome = yield from self._ask(group.records[:1], known=self._why(group))
             if outcome.verdict is Verdict.DELIVERED:
                 self._count_delivered(group.records[:1], outcome)
                 yield from self._offer(group.records[1:])
                 return
             self._reject_group(group, outcome.message)
 
+    def _why(self, group: Group) -> str:
+        return self.memory.why(group) if self.memory is not None else ""
+
     def _reject_group(self, group: Group, why: str) -> None:
         if self.memory is not None:
-            self.rejected += [(record, why) for record in self.memory.reject(self.owner, group, why)]
+            rejected = self.memory.reject(self.owner, group, why)
+            self.rejected += [(record, why) for record in rejected]
+            self.rejected_again += len(rejected)
+            self._again_message = f"{group.name} is refused: {why}"
 
     def _without_refused(self, records: Sequence[Record]) -> Sequence[Record]:
         """Records without those of what has turned out to be refused on the way."""
@@ -442,6 +463,11 @@ def _parts(records: Sequence[Any], outcome: Outcome) -> list[Sequence[Any]]:
     count = min(len(records), math.ceil(1 / outcome.max_ratio)) if outcome.max_ratio else 2
     ends = [len(records) * number // count for number in range(count + 1)]
     return [records[begin:end] for begin, end in pairwise(ends)]
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether it is 1, 2, 4, 8, …: what takes long to end is asked for less and less."""
+    return number.bit_count() == 1
 
 
 def _time(record: Record) -> int:

@@ -59,6 +59,8 @@ class Group:
 
     trait: Hashable
     records: list[Record]
+    name: str
+    """For a person."""
 
 
 @dataclass(slots=True)
@@ -107,7 +109,7 @@ class ReceiverMemory:
         traits = traits_of(owner, record)
         new = [trait for trait in traits.own if self._count(trait, 1, why, confirm=CONFIRMATIONS)]
         if new:
-            self._suspect(traits)
+            self._suspect(traits, 1)
         return traits.name if new else ""
 
     def reject(self, owner: str, group: Group, why: str) -> list[Record]:
@@ -123,11 +125,14 @@ class ReceiverMemory:
 
         """
         refusal = self._refusals.get(group.trait)
-        length = refusal.rejected if refusal and refusal.rejected >= SURE_AFTER else 1
+        traits = traits_of(owner, group.records[0])
+        elsewhere = max((self._shared[trait].rejected for trait in traits.shared if trait in self._shared), default=0)
+        sure_of = max(refusal.rejected, elsewhere) if refusal is not None else 0
+        length = sure_of if sure_of >= SURE_AFTER else 1
         rejected, group.records = group.records[:length], group.records[length:]
         self._count(group.trait, len(rejected), why, confirm=1)
         self._refusals[group.trait].probed_at = self._clock()
-        self._suspect(traits_of(owner, rejected[0]))
+        self._suspect(traits, len(rejected))
         return rejected
 
     def note_taken(self, owner: str, records: Sequence[Record]) -> None:
@@ -155,11 +160,11 @@ class ReceiverMemory:
         groups: dict[Hashable, Group] = {}
 
         def is_separate(record: Record) -> bool:
-            trait = self._refused_trait(traits_of(owner, record))
-            if trait is None:
-                return False
-            groups.setdefault(trait, Group(trait, [])).records.append(record)
-            return True
+            traits = traits_of(owner, record)
+            trait = self._refused_trait(traits)
+            if trait is not None:
+                groups.setdefault(trait, Group(trait, [], traits.name)).records.append(record)
+            return trait is not None
 
         rest: Sequence[Record]
         if isinstance(records, Points):
@@ -212,12 +217,13 @@ class ReceiverMemory:
         refusal.confirmed |= confirms
         return confirms
 
-    def _suspect(self, traits: Traits) -> None:
+    def _suspect(self, traits: Traits, records: int) -> None:
         now = self._clock()
         for trait in traits.shared:
             while len(self._shared) >= MAX_TRAITS:
                 del self._shared[next(iter(self._shared))]
-            self._shared.setdefault(trait, _Refusal(now + MEMORY_S)).probed_at = now
+            refusal = self._shared.setdefault(trait, _Refusal(now + MEMORY_S))
+            refusal.probed_at, refusal.rejected = now, refusal.rejected + records
 
     def _forget(self) -> None:
         now = self._clock()

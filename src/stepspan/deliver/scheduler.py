@@ -5,7 +5,8 @@
 - Sessions of one series identity (a job's rank, restarted) go strictly in the order in which they started; one that is
   held lets its successor pass, or an old journal would hide the run that is on.
 - A session whose cursor another deliverer has open is passed over, and tried again at each scan.
-- When the receiver is away, one session asks, and all others wait for it.
+- When the receiver is away, one session asks, and all others wait for it. At its second, fourth, eighth try another one
+  asks, too: the reason may be in the first one's records, and then the others go on.
 - A session that cannot be read, or that meets a defect, stops no other one. It is tried again every minute.
 - Sessions that stand at their journals' ends are read, and what is new of them goes in one request (`joint`), once in
   `Options.send_interval`; the first line after a pause as soon as it has settled, and what must not wait (`tails`) at
@@ -21,6 +22,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +150,8 @@ class Scheduler:
         self._watched: dict[Path, _Watch] = {}
         self._sent_at = -math.inf
         """When what was new of all sessions was sent last."""
+        self._delivered_at = -math.inf
+        """When a session went on last."""
         self._moved = False
         """Whether the last round moved a cursor."""
 
@@ -236,7 +240,9 @@ class Scheduler:
         eligible = self._eligible()
         reached = sorted(task.time for task in eligible if _has_more(task))
         fresh: list[Prepared] = []
-        for task in eligible:
+        asked_another, queue = False, deque(eligible)
+        while queue:
+            task = queue.popleft()
             horizon = _horizon(task, reached)
             if task.session.path not in due or task.time > horizon or task.not_before > now:
                 continue
@@ -248,7 +254,9 @@ class Scheduler:
                 continue
             moved |= self._deliver(task, batch, None)
             if self._is_away(task, now):
-                return moved
+                if asked_another or not task.may_be_at_fault:
+                    return moved
+                asked_another, queue = True, deque(sorted(queue, key=lambda task: task.failures))
         for request in self._joint.send(fresh) if self._joint is not None else ():
             is_away = False
             for task, batch, send in request:
@@ -316,6 +324,7 @@ class Scheduler:
             self._give_up(task.session.path, error)
             return False
         if moved:
+            self._delivered_at, self._not_before = self._options.clock(), 0.0
             self._record(task, moved=True)
             if task.state.answered != answered:
                 self.answers = True
@@ -327,7 +336,9 @@ class Scheduler:
 
     def _is_away(self, task: DeliveryTask, now: float) -> bool:
         """Whether the receiver took nothing of a task, and is to be left alone for a while."""
-        if task.finished or task.held or task.not_before <= now:
+        if task.finished or task.held or task.not_before <= now or not task.receiver_may_be_away:
+            return False
+        if task.failing_since is not None and self._delivered_at > task.failing_since:  # others have been taken since
             return False
         self._not_before = max(self._not_before, task.not_before)
         return True

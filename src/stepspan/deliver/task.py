@@ -27,7 +27,7 @@ from typing import cast
 from stepspan.deliver import dead_letters
 from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, Backoff
 from stepspan.deliver.batches import Batch, BatchReader
-from stepspan.deliver.isolation import MAX_TRIES, Isolation, Send
+from stepspan.deliver.isolation import MAX_TRIES, Isolation, Send, is_power_of_two
 from stepspan.deliver.ledgers import THINNED
 from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import Options
@@ -86,6 +86,10 @@ class DeliveryTask:
         """Before which the receiver has asked not to be tried, by the options' clock."""
         self.failing_since: float | None = None
         """Since when nothing was delivered although something is there, by the options' clock."""
+        self.failures = 0
+        """Tries in a row of which nothing was taken."""
+        self.receiver_may_be_away = False
+        """Whether the last try says nothing good of the receiver."""
         self._exporter = exporter
         self._options = options
         self._known_good_record: Record | None = None
@@ -148,6 +152,11 @@ class DeliveryTask:
     def held(self) -> bool:
         """Whether it waits for a person."""
         return self._cursor.state.state == "hold"
+
+    @property
+    def may_be_at_fault(self) -> bool:
+        """Whether to ask now if the receiver takes anything of another session: at the second, fourth, eighth try."""
+        return self.failures >= 2 and is_power_of_two(self.failures)
 
     @property
     def finished(self) -> bool:
@@ -283,9 +292,11 @@ class DeliveryTask:
         if outcome.verdict is Verdict.DELIVERED:
             batch, self._batch, self._isolation = self._batch, None, None
             if isolation.rejected:
-                self._dead_letter(isolation.rejected)
+                self._dead_letter(isolation.rejected, isolation.rejected_again)
             self._commit(batch, isolation, outcome.message)
             return True
+        self.failures = isolation.failures
+        self.receiver_may_be_away = not isolation.receiver_takes
         self._back_off(outcome)
         if self.held:  # for minutes, maybe: others need the memory
             self._batch = self._isolation = None
@@ -309,7 +320,7 @@ class DeliveryTask:
             self._memory,
             self._owner,
             self._send_known_good,
-            failures=MAX_TRIES if self.held else 0,
+            failures=max(self.failures, MAX_TRIES) if self.held else 0,
         )
         isolation.begin(batch.records)
         self._named = self._delivered = 0
@@ -393,12 +404,12 @@ class DeliveryTask:
         age = int(self._options.wall_clock() * 1e9) - cast("Point", record)[1]
         return age > WINDOW_NS or age < 0
 
-    def _dead_letter(self, rejected: list[tuple[Record, str]]) -> None:
-        """Keep what was refused."""
+    def _dead_letter(self, rejected: list[tuple[Record, str]], rejected_again: int) -> None:
+        """Keep what was refused, and say so of what is not like what was refused before."""
         dead_letters.append(self.state_directory, self._exporter.destination, self.signal, self.resource, rejected)
-        log.warning(
-            "stepspan: %s %s: %d refused for good: %s", self.session.path, self.signal, len(rejected), rejected[-1][1]
-        )
+        if new := len(rejected) - rejected_again:
+            where, why = f"{self.session.path} {self.signal}", rejected[-1][1]
+            log.warning("stepspan: %s: %d refused for good: %s", where, new, why)
 
     def _cursor_fits(self) -> bool:
         """Whether the cursor is this session's, and stands at the beginning of a line. OSError."""

@@ -1,0 +1,196 @@
+"""Random receivers, which refuse records, series, sizes, codes and connections: what is certain with any of them.
+
+The ledgers hold after each round; each record is delivered or rejected once the receiver behaves; what is rejected is
+what the receiver refuses; a session of which nothing is refused is stopped by no other; and the requests stay few.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.delivery import OK, Scripted, Time, Training, assert_true, everything, options, plain
+
+from stepspan.deliver import dead_letters
+from stepspan.deliver.scheduler import Scheduler
+from stepspan.journal.layout import SessionPath
+from stepspan.mapping.records import SIGNALS, Signal, Span
+from stepspan.otlp.outcome import Outcome, Verdict
+
+REFUSALS = {
+    "400": Outcome(Verdict.ISOLATE, "400: refused"),
+    "413": Outcome(Verdict.HALVE, "413: too large"),
+    "429": Outcome(Verdict.RETRY, "429: busy"),
+    "500": Outcome(Verdict.RETRY_THEN_HOLD, "500: failed"),
+    "503": Outcome(Verdict.RETRY, "503: busy"),
+    "403": Outcome(Verdict.HOLD, "403: forbidden", may_pass=True),
+    "closed": Outcome(Verdict.RETRY, "closed the connection"),
+}
+AWAY = (
+    Outcome(Verdict.RETRY, "no connection"),
+    Outcome(Verdict.RETRY, "503: away"),
+    Outcome(Verdict.RETRY_THEN_HOLD, "500: disk full"),
+    Outcome(Verdict.HOLD, "401: credentials", denied=True),
+    Outcome(Verdict.HOLD, "404: path", may_pass=True),
+)
+TOO_LARGE = Outcome(Verdict.HALVE, "larger than the receiver takes")
+SEEDS = int(os.environ.get("STEPSPAN_SEEDS", "8"))
+RANKS, STEPS = 3, 60
+HEALTHY_RANK = RANKS - 1
+
+
+def name_of(record: Any) -> str:
+    if type(record) is tuple:
+        return str(record[0].name)
+    return record.name if isinstance(record, Span) else f"{record.event_name} {record.severity}"
+
+
+class RandomReceiver:
+    """Refuses what a seed says, of all sessions but the healthy rank's; away now and then."""
+
+    def __init__(self, seed: int, clock: Time, signal: Signal, names: Sequence[str]) -> None:
+        chance = random.Random(f"{seed} {signal}")
+        self.clock, self.signal = clock, signal
+        self.code = chance.choice(list(REFUSALS))
+        self.bad_names = set(chance.sample(names, min(len(names) - 1, chance.choice((0, 1, 1, 2)))))
+        self.bad_ranks = set(range(HEALTHY_RANK)) if chance.random() < 0.5 else {0}
+        self.share = chance.choice((0.0, 0.0, 0.01, 0.05))
+        """Of records that are refused one by one."""
+        self.max_records = chance.choice((10**6, 10**6, 40, 7))
+        self.flaps = chance.choice((0.0, 0.0, 0.1, 0.2))
+        """Of requests that fail whatever they hold."""
+        begin = clock.now
+        self.absences = []
+        for _ in range(chance.choice((0, 1, 2))):
+            begin += chance.uniform(2, 20)
+            end = begin + chance.choice((0.5, 5.0, 40.0))
+            self.absences.append((begin, end, chance.choice(AWAY)))
+            begin = end
+        self.chance = chance
+        self.behaves = False
+
+    def refuses(self, rank: int, record: Any) -> bool:
+        if rank not in self.bad_ranks:
+            return False
+        identity = (rank, *plain([record])[0])
+        return name_of(record) in self.bad_names or random.Random(repr(identity)).random() < self.share
+
+    @property
+    def absence(self) -> Outcome | None:
+        now = self.clock.now
+        return next((outcome for begin, end, outcome in self.absences if begin <= now < end), None)
+
+    def answer(self, rank: int, records: Sequence[Any]) -> Outcome:
+        if self.absence and not self.behaves:
+            return self.absence
+        if self.chance.random() < self.flaps and not self.behaves:
+            return AWAY[1]
+        if len(records) > self.max_records:
+            return TOO_LARGE
+        return REFUSALS[self.code] if any(self.refuses(rank, record) for record in records) else OK
+
+
+class Receiver(Scripted):
+    """Answers as a random receiver says."""
+
+    def __init__(self, random_receiver: RandomReceiver) -> None:
+        super().__init__(signals=[random_receiver.signal])
+        self.random_receiver = random_receiver
+
+    def export(self, signal: Any, resource: Any, records: Any) -> Outcome:
+        outcome = self.random_receiver.answer(int(resource["rank"]), records)
+        self.requests.append((resource, plain(records), outcome))
+        return outcome
+
+
+@pytest.fixture
+def rejected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """What becomes a dead letter: rank and record."""
+    found: list[tuple[int, Any]] = []
+    append = dead_letters.append
+
+    def spy(directory: Path, destination: str, signal: Signal, resource: Any, records: Any) -> None:
+        found.extend((resource["rank"], record) for record, _ in records)
+        append(directory, destination, signal, resource, records)
+
+    monkeypatch.setattr(dead_letters, "append", spy)
+    return found
+
+
+NAMES: dict[Signal, Sequence[str]] = {
+    "metrics": ["training.loss", "training.lr", "training.step.number", "training.step.duration"],
+    "traces": ["training.step", "training.run"],
+    "logs": ["milestone 9", "training.run.begin 9"],
+}
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_any_receiver(tmp_path: Path, rejected: list[tuple[int, Any]], seed: int, signal: Signal) -> None:
+    clock = Time()
+    chance = random.Random(f"training {seed}")
+    trainings = [Training(tmp_path, rank=rank, session=f"00000000000000a{rank}") for rank in range(RANKS)]
+    receiver = RandomReceiver(seed, clock, signal, NAMES[signal])
+    exporter = Receiver(receiver)
+    how = options(clock, batch_bytes=chance.choice((700, 5000, 1 << 20)), jitter=lambda: 0.5)
+    paths = [training.path for training in trainings]
+    scheduler = Scheduler(signal, exporter, lambda: paths, how)
+    positions: dict[SessionPath, Any] = {}
+    batches = rounds_away = records = 0
+    waits = longest_wait = 0
+
+    def run_once() -> None:
+        nonlocal batches, rounds_away, waits, longest_wait
+        requests = len(exporter.requests)
+        scheduler.run_once()
+        rounds_away += any(outcome.verdict is not Verdict.DELIVERED for *_, outcome in exporter.requests[requests:])
+        for training in trainings:
+            task = scheduler.tasks.get(training.path.path)
+            if task is not None:
+                journaled = training.writer.seq
+                assert_true(task.state.ledger, journaled, pending=journaled - task.position.seq)
+                batches += positions.get(training.path) != task.position
+                positions[training.path] = task.position
+                if training is trainings[HEALTHY_RANK]:
+                    waits = waits + 1 if task.position.seq < journaled else 0
+                    longest_wait = max(longest_wait, waits)
+
+    for step in range(STEPS):
+        for training in trainings:
+            training.now = max(training.now, int(clock.now * 1e9))
+            training.steps(1, every=0.001)
+        for _ in range(chance.choice((1, 1, 10))):
+            run_once()
+            clock.skip(0.1)
+        if step == STEPS // 2:
+            clock.skip(chance.choice((0.0, 60.0)))
+    for training in trainings:
+        training.end()
+    receiver.behaves = True
+    for _ in range(3000):
+        run_once()
+        clock.skip(1.0)
+        if scheduler.over and not scheduler.tasks:
+            break
+    assert not scheduler.tasks, {task.state.state + task.state.message for task in scheduler.tasks.values()}
+    wrong = [record for rank, record in rejected if not receiver.refuses(rank, record)]
+    assert not wrong, (receiver.code, len(wrong), wrong[:3])
+    gone = {*exporter.taken, *((rank, *plain([record])[0]) for rank, record in rejected)}
+    for training in trainings:
+        rank = int(training.path.rank)
+        expected = everything(training.path)[signal]
+        records += len(expected)
+        progress = scheduler.progress[training.path.path]
+        assert_true(progress.ledger, training.writer.seq)
+        lost = [record for record in expected if record not in gone]
+        assert not lost, (receiver.code, lost[:3])
+        assert progress.ledger.rejected == sum(record[0] == rank for record in rejected)
+    single = sum(name_of(record) not in receiver.bad_names for _, record in rejected)
+    bad = len(receiver.bad_names) * len(receiver.bad_ranks) + single
+    allowed = 4 * (batches + rounds_away) + 40 * (bad + RANKS) + 2 * (records // receiver.max_records)
+    assert len(exporter.requests) <= allowed
+    assert longest_wait <= 40 or receiver.flaps or receiver.absences, "rounds, of what nothing is refused of"
