@@ -508,6 +508,30 @@ def test_an_encrypted_request_through_a_proxy(
         assert not any("proxy-authorization" in seen.headers for seen in receiver.seen)
 
 
+def test_grpc_through_a_proxy(receiver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = f"http://collector.invalid:{port_of(receiver, 'grpc')}"
+    with proxy() as between:
+        monkeypatch.setenv("https_proxy", f"http://me:pass@127.0.0.1:{between.port}")
+        with transport(where, "grpc") as opened:
+            assert opened.proxy == between.url
+            assert opened.send(b"").verdict is Verdict.DELIVERED
+        assert b"Proxy-Authorization: Basic bWU6cGFzcw==" in between.requests[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("NO_PROXY", "127.0.0.1"), ("no_proxy", "*"), ("no_grpc_proxy", "127.0.0.1"), ("no_proxy", "0.1")],
+)
+def test_grpc_past_a_proxy(receiver: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    with proxy(refusal=b"HTTP/1.1 403 No\r\n\r\n") as between:
+        monkeypatch.setenv("http_proxy", between.url)
+        assert send(receiver.grpc_target, "grpc").verdict is Verdict.HOLD
+        monkeypatch.setenv(name, value)
+        with transport(receiver.grpc_target, "grpc") as opened:
+            assert opened.proxy == ""
+            assert opened.send(b"").verdict is Verdict.DELIVERED
+
+
 PROXY_REFUSALS = {
     407: (Verdict.HOLD, "wants credentials"),
     403: (Verdict.HOLD, "refuses to connect"),
@@ -612,6 +636,14 @@ def test_a_socks_proxy(monkeypatch: pytest.MonkeyPatch, receiver: Any) -> None:
     monkeypatch.setitem(sys.modules, "socks", fake)
     assert send("http://collector.invalid:4318").verdict is Verdict.DELIVERED
     assert asked == [(("collector.invalid", 4318), "127.0.0.1", 1081, True)]
+
+
+def test_the_name_of_a_host_in_other_letters(monkeypatch: pytest.MonkeyPatch, receiver: Any) -> None:
+    with proxy() as between:
+        monkeypatch.setenv("HTTP_PROXY", between.url)
+        outcome = send(f"http://b\u00fccher.invalid:{port_of(receiver, 'http/json')}")
+        assert outcome.verdict is Verdict.DELIVERED
+        assert b"\r\nhost: xn--bcher-kva.invalid:" in between.requests[0]
 
 
 # Certificates

@@ -373,6 +373,8 @@ def malformed_note(content: bytes) -> str:
 
 def redacted_line(endpoint: Endpoint, text: str) -> str:
     """A receiver's text as a message may show it: on one line, without credentials, of about `MAX_TEXT_CHARS`."""
+    if not text:
+        return ""
     for secret in endpoint.secrets:
         text = text.replace(secret, "***")
     printable = "".join(c if c.isprintable() else " " for c in text)

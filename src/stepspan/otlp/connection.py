@@ -382,6 +382,7 @@ def tls_context(files: TlsFiles) -> ssl.SSLContext:
 @lru_cache(maxsize=8)
 def _tls_context(files: TlsFiles, _: tuple[object, ...]) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols(["http/1.1"])
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the authority that is given need not be a root
     current = files.authority
     try:

@@ -70,8 +70,7 @@ class GrpcTransport:
         self._expires_at = 0.0
         self._headers: Mapping[str, str] | None = None
         self._metadata: tuple[tuple[str, str | bytes], ...] = ()
-        proxy = proxy_of_grpc(endpoint.url)
-        self.proxy = proxy.display_url if proxy else ""
+        self.proxy = proxy.display_url if (proxy := proxy_of_grpc(endpoint.url)) else ""
         """The URL of the proxy in between, as a message may show it; "" for none."""
 
     def send(self, body: bytes) -> Outcome:
@@ -82,7 +81,7 @@ class GrpcTransport:
             try:
                 metadata = self._request_metadata(body)
                 if self._channel is None:
-                    self._channel = _open_channel(self._endpoint)
+                    self._channel = _open_channel(self._endpoint, bool(self.proxy))
                     self._expires_at = time.monotonic() + answers.connection_age(self._jitter())
                 export = self._channel.unary_unary(_METHODS[self._endpoint.signal], None, None)
                 answer: bytes = export(body, timeout=self._endpoint.timeout, metadata=metadata)
@@ -130,12 +129,13 @@ def _answer(code: str, text: str) -> Answer:
     return answers.GRPC_ANSWERS.get(code, answers.UNKNOWN_ANSWER)
 
 
-def _open_channel(endpoint: Endpoint) -> grpc.Channel:
+def _open_channel(endpoint: Endpoint, through_proxy: bool) -> grpc.Channel:
     options = (
         ("grpc.primary_user_agent", answers.USER_AGENT),
         # Otherwise a new channel inherits the failed connection of the one that was dropped, and its back-off.
         ("grpc.use_local_subchannel_pool", 1),
         ("grpc.service_config", _SERVICE_CONFIG),
+        ("grpc.enable_http_proxy", int(through_proxy)),
     )
     compression = _COMPRESSION.get(endpoint.compression, grpc.Compression.NoCompression)
     if endpoint.insecure:

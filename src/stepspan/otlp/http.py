@@ -41,7 +41,7 @@ from stepspan.otlp.connection import (
 )
 from stepspan.otlp.endpoint import Endpoint
 from stepspan.otlp.outcome import Outcome, Verdict
-from stepspan.otlp.proxies import proxy_of_url
+from stepspan.otlp.proxies import Proxy, proxy_of_url
 from stepspan.values import to_float
 
 _CONTENT_TYPES = {"http/protobuf": "application/x-protobuf", "http/json": "application/json"}
@@ -93,19 +93,22 @@ class HttpTransport:
         self._avoided: Any = None
         """The address where something failed last."""
         parts = urlsplit(endpoint.url)
-        self._origin = Origin(parts.scheme, parts.hostname or "", parts.port or _DEFAULT_PORTS[parts.scheme])
-        self._host = parts.netloc.removesuffix(f":{_DEFAULT_PORTS[parts.scheme]}")
+        default_port = _DEFAULT_PORTS[parts.scheme]
+        host, self._host = parts.hostname or "", parts.netloc.removesuffix(f":{default_port}")
         self._path = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=_IN_PATHS)
         self._files = TlsFiles(
             endpoint.certificate or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or "",
             endpoint.client_certificate or "",
             endpoint.client_key or "",
         )
-        self._proxy_error: ValueError | None = None
+        self._proxy: Proxy | None = None
+        self._url_error: ValueError | None = None
         try:  # the environment is read once: for each request that was a third of the time of sending
             self._proxy = proxy_of_url(endpoint.url)
+            host, self._host = _ascii(host), _ascii(self._host)
         except ValueError as error:
-            self._proxy, self._proxy_error = None, error
+            self._url_error = error
+        self._origin = Origin(parts.scheme, host, parts.port or default_port)
 
     @property
     def proxy(self) -> str:
@@ -130,8 +133,6 @@ class HttpTransport:
         outcome = self._outcome(reply)
         if answers.another_may_do_better(reply.status, outcome):
             self._drop()
-        elif self._avoided is not None and outcome.verdict is Verdict.DELIVERED:
-            self._avoided = None
         return outcome
 
     def close(self) -> None:
@@ -152,8 +153,8 @@ class HttpTransport:
                 with suppress(ConnectionLost):  # closed by the receiver, just as we wrote
                     return self._connection.exchange(request, deadline)
             self.close()
-        if self._proxy_error is not None:
-            raise self._proxy_error
+        if self._url_error is not None:
+            raise self._url_error
         self._connection = connect(self._origin, self._proxy, self._files, deadline, self._avoided)
         self._expires_at = time.monotonic() + answers.connection_age(self._jitter())
         return self._connection.exchange(request, deadline)
@@ -211,6 +212,11 @@ def retry_after(value: str | None, now: float) -> float | None:
         with suppress(TypeError, ValueError, OverflowError):
             seconds = parsedate_to_datetime(value).timestamp() - now
     return None if seconds is None or not math.isfinite(seconds) else max(seconds, 0.0)
+
+
+def _ascii(host: str) -> str:
+    """A host's name as the network has it. ValueError: it has none."""
+    return host if host.isascii() else host.encode("idna").decode()
 
 
 def _content_type(reply: Reply) -> str:

@@ -65,15 +65,21 @@ def proxy_of_url(url: str) -> Proxy | None:
 
 
 def proxy_of_grpc(target: str) -> Proxy | None:
-    """The proxy that gRPC itself takes for a target, by its own variables. It understands http:// proxies only."""
+    """The proxy for a gRPC target: as gRPC itself has it, by variables in lower case, and http:// proxies only.
+
+    NO_PROXY counts as it does for a URL, too: gRPC alone knows neither that name, nor `*`, nor a port in it.
+    """
     address = next(filter(None, map(os.environ.get, _GRPC_VARIABLES)), "")
     if not address or target.lower().startswith("unix"):
         return None
     try:
         proxy, parts = parse_proxy(address), urlsplit("//" + target.rpartition("/")[2])
-        bypassed = _is_bypassed(parts.hostname or "", parts.port or 443, os.environ.get(_GRPC_EXCLUDED))
+        host, port = parts.hostname or "", parts.port or 443
     except ValueError:
         return None
+    excluded = os.environ.get(_GRPC_EXCLUDED) or os.environ.get("no_proxy") or ""
+    by_grpc = any(host.endswith(entry.strip().lower()) for entry in excluded.split(",") if entry.strip())
+    bypassed = by_grpc or _is_bypassed(host, port, os.environ.get(_GRPC_EXCLUDED))
     return proxy if proxy.scheme == "http" and not bypassed else None
 
 
