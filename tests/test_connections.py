@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import gzip
 import os
 import socket
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -294,6 +296,17 @@ def test_a_forked_child_has_a_connection_of_its_own(protocol: Any, receiver: Any
         assert opened.send(content).verdict is Verdict.DELIVERED
         assert len(receiver.seen) == 3
         assert receiver.connections == 2
+
+
+def test_a_transport_that_is_dropped_leaves_no_socket_open(receiver: Any) -> None:
+    endpoint = resolve_destination({}, endpoint=receiver.url).endpoints["metrics"]
+    opened: Any = open_transport(endpoint)
+    assert opened.send(b"").verdict is Verdict.DELIVERED
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        del opened
+        gc.collect()
+    assert not [warning for warning in caught if warning.category is ResourceWarning]
 
 
 def test_ipv6() -> None:

@@ -121,8 +121,8 @@ class Sync:
             after = self._totals()
         now = after - before  # never below 0: a cursor may have begun anew
         sent = [f"{now[f'{signal} delivered']:,} {signal}" for signal in self._exporter.signals]
-        told = f"; rejected {now['rejected']:,}{thinned_text(now['thinned'])}; {after['pending']:,} lines wait"
-        print(f"delivered {', '.join(sent)}{told}")
+        rest = f"; rejected {now['rejected']:,}{thinned_text(now['thinned'])}; {after['pending']:,} lines wait"
+        print(f"delivered {', '.join(sent)}{rest}")
         if other_routes:
             print(
                 f"begun with other credentials or at another address, and sent as given here: {other_routes} sessions"

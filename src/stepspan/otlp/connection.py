@@ -151,6 +151,9 @@ class Connection:
         """Close it; nothing is said to the peer."""
         self._stream.close()
 
+    def __del__(self) -> None:
+        self.close()  # without the warning of a socket that is left open: an exporter may be dropped as it is
+
 
 def connect(origin: Origin, proxy: Proxy | None, files: TlsFiles, deadline: float, avoid: Any = None) -> Connection:
     """Open a connection.
