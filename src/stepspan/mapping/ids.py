@@ -75,14 +75,14 @@ class StepIds:
     """The ids of one session's steps: what all of them share is put together once.
 
     Args:
-        header: The session's header.
+        header: The session's header; an empty one where a reader could not read it, of which no step is asked for.
 
     """
 
     def __init__(self, header: Mapping[str, Any]) -> None:
-        role = unique_role(header["role"], header.get("session", ""), header["schema"])
-        self._run_key: str = header["run_key"]
-        self._own = _whose_span(header["rank"], role)
+        role = unique_role(header.get("role", ""), header.get("session", ""), header.get("schema", ""))
+        self._run_key: str = header.get("run_key", "")
+        self._own = _whose_span(header.get("rank", 0), role)
         self._root = None if self._own == _whose_span(0, "") else _whose_span(0, "")
         self._named: dict[str, bytes] = {}
         """A split -> the last part of what its steps' traces hash."""
