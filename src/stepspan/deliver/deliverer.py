@@ -61,6 +61,8 @@ class Deliverer:
         self._exporters = exporters
         self._sessions = options.sessions
         self._clock = options.clock
+        self._watches = False
+        self._grew_at = self._urgent_at = 0.0
         self._health = [
             Health(e, [s for s in self.schedulers if s.exporter is e], health, options)
             for e in exporters
@@ -103,11 +105,31 @@ class Deliverer:
             True: it is done. False: it was interrupted.
 
         """
-        while not self._stop.wait(POLL_INTERVAL_S if self._has_tried() else WAKING_INTERVAL_S):
-            if done(self):
-                return True
-            tick()
-        return False
+        self._watches = True
+        try:
+            while not self._stop.wait(POLL_INTERVAL_S if self._has_tried() else WAKING_INTERVAL_S):
+                self._watch_journals()
+                if done(self):
+                    return True
+                tick()
+            return False
+        finally:
+            self._watches = False
+
+    def _watch_journals(self) -> None:
+        """Look for all signals whether any journal grows: threads that nobody needs to wake cost nothing."""
+        grew_at, urgent_at = self._sessions.look(self._clock())
+        for scheduler in self.schedulers:
+            if urgent_at > self._urgent_at or (grew_at > self._grew_at and not scheduler.has_news):
+                scheduler.waiting.set()
+        self._grew_at, self._urgent_at = grew_at, urgent_at
+
+    def _pause(self, scheduler: Scheduler) -> float:
+        """Seconds until a scheduler is to look again, unless it is woken."""
+        if not scheduler.rests_until:
+            return POLL_INTERVAL_S
+        rest = max(0.0, scheduler.rests_until - self._clock())
+        return rest if self._watches else min(rest, POLL_INTERVAL_S)
 
     def wake(self, destination: str, at: float) -> None:
         """Let each signal of a destination send what there is at once, and try once more what was put off.
@@ -176,8 +198,7 @@ class Deliverer:
                 if self._pace:
                     self._pace(time.thread_time() - before)
                 if not moved:
-                    until_next = scheduler.next_at - self._clock()
-                    scheduler.waiting.wait(max(0.0, min(POLL_INTERVAL_S, until_next)))
+                    scheduler.waiting.wait(self._pause(scheduler))
                     scheduler.waiting.clear()
         except Exception:  # a defect in one signal: log it, and leave the others alone
             log.exception(

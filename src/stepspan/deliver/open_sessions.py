@@ -74,6 +74,19 @@ class OpenSessions:
                 made.reader.close()
         return SharedReader(self, opened, self._cache.follow(opened.reader.lines, thread))
 
+    def look(self, now: float) -> tuple[float, float]:
+        """Look at the ends of all journals.
+
+        Args:
+            now: Monotonic seconds.
+
+        Returns:
+            When one was seen last to have grown, and when something that must not wait.
+
+        """
+        tails = [opened.tail.look(now) for opened in list(self._open.values())]
+        return max((t.grew_at for t in tails), default=0.0), max((t.urgent_at for t in tails), default=0.0)
+
     def shared_end(self, opened: OpenSession, make: Callable[[], T]) -> T:
         """What looks for the end of a session, for all of its tasks; `make` makes it for the first of them."""
         with self._lock:

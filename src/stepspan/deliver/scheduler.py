@@ -131,8 +131,10 @@ class Scheduler:
         """Whether the receiver took what was last sent; None: it has not answered yet, or nothing was sent."""
         self.broken = False
         """Whether a defect has ended the thread."""
-        self.next_at = math.inf
-        """When something is to be sent that has been seen, by the options' clock."""
+        self.has_news = False
+        """Whether something new has been seen that will be sent within the interval."""
+        self.rests_until = 0.0
+        """When to call `run_once` again, by the options' clock, if no journal grows until then; 0: soon."""
         self._find = find
         self._options = options
         self._memory = ReceiverMemory(options.clock)
@@ -214,7 +216,7 @@ class Scheduler:
 
     def _dispatch(self) -> bool | None:
         """Send what is due. Whether any cursor moved; None: nothing was due."""
-        now = self._options.clock()
+        now, self.rests_until = self._options.clock(), 0.0
         if self._scanned_at is None or now - self._scanned_at >= RESCAN_INTERVAL_S:
             self._scanned_at = now
             self._scan(now)
@@ -270,11 +272,12 @@ class Scheduler:
         """The sessions to read now: those that have more, and of those at their ends whatever may have news."""
         due: set[Path] = set()
         waiting: list[Path] = []
-        first_news_at = self.next_at = math.inf
+        first_news_at, again_at, is_watched = math.inf, math.inf, True
         for path, task in self.tasks.items():
             watch = self._watched.get(path)
             if watch is None or not task.at_end or task.failing_since is not None:
                 due.add(path)
+                is_watched = False
                 continue
             tail = task.look(now)
             if tail.urgent_at > watch.looked_at or now >= watch.again_at:
@@ -284,13 +287,15 @@ class Scheduler:
             if watch.news_at is not None:
                 waiting.append(path)
                 first_news_at = min(first_news_at, watch.news_at)
-            self.next_at = min(self.next_at, watch.again_at)
+            again_at = min(again_at, watch.again_at)
         interval = self._options.send_interval
         send_at = max(self._sent_at + interval, first_news_at + SETTLE_S)
-        self.next_at = min(self.next_at, send_at)
         if now >= send_at:
             self._sent_at = send_at if now < send_at + interval else now  # all signals keep in step
             due.update(waiting)
+        self.has_news = bool(waiting)
+        if is_watched and not due and self._scanned_at is not None:
+            self.rests_until = min(send_at, again_at, self._scanned_at + RESCAN_INTERVAL_S)
         return due
 
     def _prepare(self, task: DeliveryTask, until: int, now: float) -> Batch | None:
