@@ -409,7 +409,7 @@ def test_deflate(receiver: Any, protocol: Any) -> None:
 
 PAGES = {
     "by its type": ("text/html; charset=utf-8", b"Welcome", "Welcome"),
-    "by its type, empty": ("Text/HTML", b"", "web page"),
+    "by its type alone": ("Text/HTML", b"ok", "ok"),
     "xhtml": ("application/xhtml+xml", PAGE, "Sign in"),
     "by its text": ("application/x-protobuf", PAGE, "Sign in"),
     "without a type": ("", PAGE, "Sign in"),
@@ -439,6 +439,8 @@ def test_a_web_page_is_no_delivery(
 
 NO_PAGES = {
     "empty": (200, "", b""),
+    "empty, of a framework for pages": (200, "text/html; charset=utf-8", b""),
+    "nothing, of one": (204, "text/html", b""),
     "nothing": (204, "", b""),
     "text": (200, "text/plain", b"ok"),
     "json": (200, "application/json", b"{}"),
@@ -454,6 +456,48 @@ def test_what_is_no_web_page_is_delivered(protocol: Any, status: int, kind: str,
     answer = b"HTTP/1.1 %d OK\r\nContent-Type: %b\r\n" % (status, kind.encode()) + (body or b"\r\n")
     with answering(answer) as server:
         assert send(server.url, protocol).verdict is Verdict.DELIVERED
+
+
+def test_a_page_in_an_unknown_encoding_is_one() -> None:
+    answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Encoding: br\r\nContent-Length: 4\r\n\r\n\x0b\x02\x80h"
+    )
+    with answering(answer) as server:
+        assert send(server.url).verdict is Verdict.HOLD
+
+
+def test_a_page_that_breaks_off_is_one() -> None:
+    def serve(connection: Any, _: int) -> None:
+        server.request(connection)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 100\r\n\r\n")
+
+    with RawServer(serve) as server:
+        assert send(server.url).verdict is Verdict.HOLD
+
+
+def test_an_error_page_is_shown_by_its_title() -> None:
+    page = b"<html><head><title>502 Bad Gateway</title></head><body><hr>nginx</body></html>"
+    with answering(b"HTTP/1.1 502 Bad\r\nContent-Length: %d\r\n\r\n%b" % (len(page), page)) as server:
+        outcome = send(server.url)
+    assert outcome.verdict is Verdict.RETRY
+    assert outcome.message.endswith('("502 Bad Gateway")')
+
+
+def test_a_network_that_wants_a_login_holds() -> None:
+    with answering(b"HTTP/1.1 511 Network Authentication Required\r\nContent-Length: 0\r\n\r\n") as server:
+        outcome = send(server.url)
+    assert outcome.verdict is Verdict.HOLD
+    assert "login" in outcome.message
+
+
+@pytest.mark.parametrize(
+    "text", ["Client sent an HTTP request to an HTTPS server.", "The plain HTTP request was sent to HTTPS port"]
+)
+def test_plain_http_to_a_tls_port_says_so(text: str) -> None:
+    with answering(b"HTTP/1.0 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(text), text.encode())) as server:
+        outcome = send(server.url)
+    assert outcome.verdict is Verdict.HOLD
+    assert "https://" in outcome.message
 
 
 def test_a_partial_success_in_json_counts_whatever_was_sent() -> None:

@@ -114,7 +114,7 @@ HTTP_TABLE = {
     Verdict.HALVE: [413],
     Verdict.HOLD: [
         *(300, 301, 302, 303, 304, 307, 308, 401, 403, 404, 405, 407, 415),
-        *range(520, 531),
+        *(511, *range(520, 531)),
     ],
 }
 # … and over gRPC by code.

@@ -60,7 +60,14 @@ _BUSY = "the receiver is busy or away"
 _REFUSED = "the receiver refuses something in the request"
 _FAILED = "the receiver failed: look in its log"
 _PROXY_CREDENTIALS = "the proxy wants credentials: check HTTPS_PROXY and HTTP_PROXY"
-_OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}"
+_OTHER_PROTOCOL = "the receiver does not read {protocol}: try protocol {other}, or no compression"
+
+WEB_PAGE = Answer(
+    Verdict.HOLD,
+    "{url} answers with a web page and is no OTLP receiver, or a login or a proxy is in between: "
+    "check the address, the path and the credentials",
+)
+"""A success that is none: the page of a login, a proxy, a web server that answers everything."""
 
 HTTP_ANSWERS: Mapping[int, Answer] = {
     **dict.fromkeys((400, 422), Answer(Verdict.ISOLATE, _REFUSED)),
@@ -72,6 +79,7 @@ HTTP_ANSWERS: Mapping[int, Answer] = {
     413: Answer(Verdict.HALVE, "the request is larger than the receiver takes"),
     415: Answer(Verdict.HOLD, _OTHER_PROTOCOL),
     500: Answer(Verdict.RETRY_THEN_HOLD, _FAILED),
+    511: WEB_PAGE,  # a network that wants a login
     **dict.fromkeys((408, 429, 502, 503, 504), Answer(Verdict.RETRY, _BUSY)),
     **dict.fromkeys(
         range(520, 531),
@@ -81,12 +89,6 @@ HTTP_ANSWERS: Mapping[int, Answer] = {
 HTTP_REDIRECT = Answer(
     Verdict.HOLD, "{url} redirects, and telemetry follows no redirect: set {location} as the endpoint"
 )
-WEB_PAGE = Answer(
-    Verdict.HOLD,
-    "{url} answers with a web page and is no OTLP receiver, or a login or a proxy is in between: "
-    "check the address, the path and the credentials",
-)
-"""A success that is none: the page of a login, a proxy, a web server that answers everything."""
 PROXY_ANSWERS: Mapping[int, Answer] = {
     407: Answer(Verdict.HOLD, _PROXY_CREDENTIALS),
     **dict.fromkeys((408, 429, 500, 502, 503, 504), Answer(Verdict.RETRY, "the proxy does not reach {url}")),
@@ -183,6 +185,8 @@ _REFUSED_BEHIND = Answer(
     reason_hidden=True,
 )
 
+_TLS_WANTED = Answer(Verdict.HOLD, "what answers at {url} speaks TLS: write https:// in its place")
+
 IN_FUTURE_WORDS = (
     "too far in the future",  # Prometheus, Mimir, Thanos
     "too far into the future",
@@ -226,6 +230,9 @@ PHRASES: tuple[Phrase, ...] = (
     # Prometheus says "out of bounds: timestamp is too far in the future": the future first. Hyphens count as spaces.
     *(Phrase(words, _IN_FUTURE) for words in IN_FUTURE_WORDS),
     *(Phrase(words, _TOO_OLD) for words in TOO_OLD_WORDS),
+    # Go's and nginx's 400.
+    Phrase("http request to an https server", _TLS_WANTED),
+    Phrase("plain http request was sent to https port", _TLS_WANTED),
     # VictoriaMetrics' 400; no record of the request is to blame.
     Phrase("json encoding isn't supported", Answer(Verdict.HOLD, _OTHER_PROTOCOL)),
     # The Collector's otlp_http exporter passes a 400 on without Prometheus' words: too old looks like any other reason.
@@ -306,9 +313,17 @@ def delivered_outcome(endpoint: Endpoint, rejected: int, text: str) -> Outcome:
     return Outcome(Verdict.DELIVERED, line)
 
 
-def is_web_page(content_type: str, content: bytes) -> bool:
-    """Whether what came with a success is a page for people: no OTLP receiver's answer begins with `<`."""
-    return content_type in _PAGE_TYPES or content.lstrip(_BEFORE_A_PAGE)[:1] == b"<"
+def is_web_page(content_type: str, content: bytes, complete: bool) -> bool:
+    """Whether what came with a success is a page for people, which no OTLP receiver sends.
+
+    Args:
+        content_type: In lower case, without parameters. Some frameworks say `text/html` of an answer without a body.
+        content: The body.
+        complete: Whether that is all of it.
+
+    """
+    start = content.lstrip(_BEFORE_A_PAGE)[:1]
+    return start == b"<" or (content_type in _PAGE_TYPES and (start != b"" or not complete))
 
 
 def page_title(content: bytes) -> str:

@@ -264,7 +264,7 @@ def _read_head(incoming: _Incoming, method: str) -> HTTPResponse:
         response.begin()
         if response.status >= 200 or response.status == 101:
             return response
-        del response.fp  # or its end would close the one that all of them read from
+        response.fp = None  # type: ignore[assignment] # or its end would close what all of them read from
 
 
 def _body(response: HTTPResponse) -> tuple[bytes, bool]:
@@ -282,15 +282,12 @@ def _body(response: HTTPResponse) -> tuple[bytes, bool]:
 
 
 def _decoded(content: bytes, encoding: str) -> bytes:
-    """The body without its Content-Encoding; b"" where that is none we know, or it is wrong."""
-    encoding = encoding.strip().lower()
-    if encoding in ("", "identity"):
-        return content
-    if encoding in ("gzip", "x-gzip", "deflate"):
+    """The body without its Content-Encoding, where that is one we know."""
+    if encoding.strip().lower() in ("gzip", "x-gzip", "deflate"):
         for window in (_ANY_ENCODING_OF_ZLIB, -zlib.MAX_WBITS):  # some send deflate without zlib's header
             with contextlib.suppress(zlib.error):
                 return zlib.decompressobj(window).decompress(content, MAX_ANSWER_BYTES)
-    return b""
+    return content
 
 
 def _seconds_left(deadline: float) -> float:

@@ -184,7 +184,7 @@ class HttpTransport:
         endpoint, code, kind = self._endpoint, reply.status, _content_type(reply)
         content = reply.content if reply.complete else b""  # its status was given, and that is what counts
         if 200 <= code < 300:
-            if answers.is_web_page(kind, reply.content):
+            if answers.is_web_page(kind, reply.content, reply.complete):
                 return self._failed(str(code), answers.WEB_PAGE, answers.page_title(reply.content), phrases=())
             return answers.delivered_outcome(endpoint, *_partial_success(endpoint, kind, content))
         return self._failed(
@@ -243,4 +243,4 @@ def _error_text(kind: str, content: bytes) -> str:
             return str(orjson.loads(content)["message"])
     if kind == _CONTENT_TYPES["http/protobuf"] and (status := answers.status_details(content)) is not None:
         return status[0]
-    return content.decode("utf-8", "replace")
+    return answers.page_title(content)
