@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from harness import runs
 from harness.processes import until
+from harness.received import attributes
 from harness.receiver import ScriptedReceiver, Seen
 from harness.runs import command, path_of
 
@@ -59,6 +60,10 @@ def losses(receiver: ScriptedReceiver) -> dict[Any, set[float]]:
     return found
 
 
+def about_itself(report: Any) -> Any:
+    return attributes(report.resource_metrics[0].resource)["service.instance.id"]
+
+
 def states(session: Path) -> set[str]:
     return {state.state for signals in cursors(session).values() for state in signals.values()}
 
@@ -87,6 +92,8 @@ def test_two_runs_at_a_time_send_each_with_its_own_key(start: Start, tmp_path: P
             one.log_metrics({"loss": 3.0})
         until(lambda: losses(receiver) == {"a": {1.0, 3.0}, "b": {2.0}})
         assert keys(receiver) == {"a": {"key-of-a"}, "b": {"key-of-b"}}
+        if protocol == "http/protobuf":
+            until(lambda: len({about_itself(report) for report in receiver.health}) == 2, 20)
         assert {"key-of-a", "key-of-b"} >= {seen.headers.get("authorization") for seen in receiver.seen}
     assert b"key-of-" not in written(tmp_path / "stepspan-runs")
 

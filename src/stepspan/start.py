@@ -352,6 +352,9 @@ def _exporters(settings: Settings, given: Sequence[Any] | None) -> tuple[JsonlEx
         return JsonlExporter(settings.directory, limits=settings.limits()), _exporters_of(settings)
     keeper = next((exporter for exporter in given if isinstance(exporter, JsonlExporter)), None)
     followers = [exporter for exporter in given if exporter is not keeper]
+    unnamed = [exporter for exporter in followers if getattr(exporter, "is_named", True) is False]
+    if settings.destination and len(unnamed) == 1:
+        unnamed[0].name(settings.destination)
     return (keeper.for_run() if keeper else JsonlExporter(settings.directory, limits=settings.limits())), followers
 
 

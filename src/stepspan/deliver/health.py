@@ -1,6 +1,7 @@
 """What a deliverer reports about itself: one metrics request every `REPORT_INTERVAL_S`, and a last one when it ends.
 
-    resource    service.name=stepspan, service.instance.id=deliverer-<host>, host.name
+    resource    service.name=stepspan, service.instance.id=deliverer-<host>, host.name; the digest of its credentials is
+                added to the second, for each set of them has a deliverer of its own
     attributes  job_id, destination, and signal where a signal has its own
 
 Sums are the cursors' ledgers, added over the sessions of a job that this deliverer has found: they are durable, so they
@@ -103,7 +104,7 @@ class Health:
     def __init__(self, exporter: OtlpExporter, schedulers: Sequence[Scheduler], host: str, options: Options) -> None:
         self.resource: Attributes = {
             "service.name": SERVICE,
-            "service.instance.id": f"deliverer-{host}",
+            "service.instance.id": "-".join(filter(None, ("deliverer", host, exporter.digest))),
             "host.name": host,
         }
         self._exporter = exporter.clone(REQUEST_TIMEOUT_S)

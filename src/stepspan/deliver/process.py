@@ -64,7 +64,7 @@ def serve(
         exporter = OtlpExporter(**arguments)
         exporters.append(exporter)
         routes[exporter.destination] = found = Route(*route) if route else route_of(exporter, directory)
-        exporter.address = found.address
+        exporter.address, exporter.digest = found.address, found.digest
     locks = {name: DeliveryLock(directory, host, route.lock_name) for name, route in routes.items()}
     for destination, fd in (inherited or {}).items():
         locks[destination].adopt(fd)

@@ -50,6 +50,7 @@ class OtlpExporter:
         warnings: What of the variables may not mean what it says.
         address: The name that the destination has where none is given.
         is_named: Whether one is.
+        digest: `route_digest`, in a deliverer.
         is_portable: Whether another process can send in its place.
         settings: The arguments from which a deliverer process makes the same exporter again.
 
@@ -104,9 +105,19 @@ class OtlpExporter:
         self.ignored, self.warnings = (*resolved.ignored, *ignored), resolved.warnings
         self.address, self.is_named = resolved.name, bool(destination)
         self.destination = destination or resolved.name
+        self.digest = ""
         self._configured = resolved.configured
         self._transports: dict[Signal, Transport] = {}
         self._sizes = {signal: RequestSizes() for signal in self.signals}
+
+    def name(self, destination: str) -> None:
+        """Name the receiver, where it has no name yet.
+
+        Args:
+            destination: As the argument of this name.
+
+        """
+        self.destination, self.is_named = destination, True
 
     def clone(self, timeout: float) -> OtlpExporter:
         """The same receiver over connections of its own, for another thread.
