@@ -30,7 +30,7 @@ from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
 from stepspan.journal.layout import sessions_of_rank
-from stepspan.journal.liveness import is_alive_here
+from stepspan.journal.liveness import is_process_alive, lock_is_held, read_closed
 from stepspan.mapping.trace_context import variable_fields
 from stepspan.pipeline import Pipeline
 from stepspan.processors import Processor, Redact, build
@@ -376,7 +376,19 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
 def _alive(identity: Identity, directory: Path) -> dict[str, Path]:
     """The live sessions of a job id and rank, by their roles."""
     sessions = sessions_of_rank(directory, identity.job_id, identity.rank)
-    return {session.role: session.path for session in sessions if is_alive_here(session.path)}
+    return {session.role: session.path for session in sessions if _is_alive(session.path)}
+
+
+def _is_alive(session: Path) -> bool:
+    """Whether a session is being written, as far as this host knows: by its process where there are no locks."""
+    try:
+        return lock_is_held(session)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        from stepspan.identity import host_facts
+
+        return read_closed(session) is None and is_process_alive(session, host_facts().boot_id)
 
 
 def _deduplicate_instance(identity: Identity, directory: Path) -> Identity:

@@ -8,6 +8,8 @@
         cursors/         a file of two slots for each destination and signal, and the checkpoint of its mapper
         rejected.jsonl   records that a receiver refused, with its words
 
+    <directory>/<job>/.rank-00003       flock'ed while a run of that rank looks for others of its job, and begins
+
 Invariants:
 
 - File order is `seq` order is time order, in a session.

@@ -99,6 +99,7 @@ class Journal:
         self._disk = disk
         self._header: Callable[[], Event] | None = None
         self._job = self._host = ""
+        self._claim = ""
         self._first = False
         """Whether the next session is the first one of its run."""
         self._lock = threading.RLock()
@@ -116,14 +117,17 @@ class Journal:
         self._anew: tuple[str, Event] | None = None
         """The id of the session that is written anew, and its `clock` event."""
 
-    def open(self, header: Callable[[], Event], *, job_id: str, host: str, at_once: bool = True) -> None:
+    def open(
+        self, header: Callable[[], Event], *, job_id: str, host: str, claim: str = "", at_once: bool = True
+    ) -> None:
         """Open the first session.
 
         Args:
             header: Makes the header of a new session, with a session id of its own; called again for each later one.
-                For the first one, no other process or thread of this host is at its first session of the job meanwhile.
+                For the first one, nobody else who has the same claim is at the first session of a run meanwhile.
             job_id: Names the directory of the job.
             host: Names the directory of the host in it.
+            claim: What the run is of the job: its rank. Runs that have it in common look for one another.
             at_once: False: the first event opens it.
 
         Raises:
@@ -131,6 +135,7 @@ class Journal:
 
         """
         self._header, self._job, self._host, self._first = header, slug(job_id), slug(host), True
+        self._claim = f".{claim or 'start'}"
         if not at_once:
             return
         with self._lock:
@@ -457,7 +462,7 @@ class Journal:
     def _open_session(self) -> None:
         assert self._header is not None, "open() comes first"
         host_directory = self._make_directory(self._job, self._host)
-        with exclusive(host_directory) if self._first else nullcontext():
+        with exclusive(host_directory.parent / self._claim) if self._first else nullcontext():
             fresh = SessionWriter(host_directory, self._header(), limits=self.limits, clock=self.clock, disk=self._disk)
             try:
                 fresh.open()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,12 +21,17 @@ from typing import Any
 import orjson
 
 from stepspan.errors import JournalError
-from stepspan.journal.layout import SessionPath, create_file, open_directory, open_path, read_file, segment_name
+from stepspan.journal.format import decode
+from stepspan.journal.layout import SessionPath, create_file, open_path, read_file, segment_name, writable_by_us
 
 DEAD_AFTER_S = 900.0
 """Silence after which a session of another host or boot counts as dead."""
 EXCLUSIVE_TIMEOUT_S = 5.0
+"""For which one holder is waited for; others may have it before and after."""
 RETRY_INTERVAL_S = 0.005
+HOLDER_BYTES = 8
+"""By which who waits sees that another one has got the lock."""
+MAX_HEADER_BYTES = 1 << 20
 CLOSED = "closed.json"
 RESTS = "rests.json"
 LOCK = "lock"
@@ -67,37 +74,60 @@ def lock_is_held(directory: Path) -> bool:
 
 
 @contextlib.contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Within it, no other process or thread of this host is within it for the same directory.
+def exclusive(path: Path) -> Iterator[None]:
+    """Within it, no other process or thread is within it for the same file, on any host to which locks travel.
 
     It is kept by a lock that goes with its holder. One that is held for longer than `EXCLUSIVE_TIMEOUT_S` is not waited
-    for, and where there are no locks nobody is kept out.
+    for. Where the file system has no locks, the processes of this host lock a file of their own in its stead.
+
+    Args:
+        path: Of the file, which is made and never removed: two could otherwise lock two files of one name.
+
     """
-    try:
-        fd = open_directory(directory)
-    except OSError:
+    with contextlib.ExitStack() as files:
+        try:
+            fd = _open_claim(path, files)
+            locked = _wait_for_lock(fd)
+            if locked is None:
+                _wait_for_lock(_open_claim(_substitute(path), files))
+        except OSError:  # nobody can be kept out
+            pass
         yield
-        return
-    try:
-        deadline = time.monotonic() + EXCLUSIVE_TIMEOUT_S
-        while not _try_lock(fd) and time.monotonic() < deadline:
+
+
+def _open_claim(path: Path, files: contextlib.ExitStack) -> int:
+    fd = open_path(path, os.O_RDWR | os.O_CREAT)
+    files.callback(os.close, fd)
+    files.enter_context(contextlib.suppress(OSError))
+    files.callback(fcntl.flock, fd, fcntl.LOCK_UN)  # also of the copy that another thread's forked child may have
+    return fd
+
+
+def _wait_for_lock(fd: int) -> bool | None:
+    """Lock a file, unless one holder keeps it for too long. Whether it is locked; None: it cannot be."""
+    holder, deadline = b"", time.monotonic() + EXCLUSIVE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if (found := os.pread(fd, HOLDER_BYTES, 0)) != holder:
+                holder, deadline = found, time.monotonic() + EXCLUSIVE_TIMEOUT_S
             time.sleep(RETRY_INTERVAL_S)
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            fcntl.flock(fd, fcntl.LOCK_UN)  # also of the copy that another thread's forked child may have
-        os.close(fd)
+        except OSError:
+            return None
+        else:
+            os.pwrite(fd, os.urandom(HOLDER_BYTES), 0)
+            return True
+    return False
 
 
-def _try_lock(fd: int) -> bool:
-    """Whether there is nothing to wait for: it is locked now, or cannot be."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True
-    return True
+def _substitute(path: Path) -> Path:
+    """A file on this host that stands for one on a file system without locks. OSError: there can be none."""
+    directory = Path(tempfile.gettempdir(), f"stepspan-locks-{os.geteuid()}")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if not writable_by_us(directory):
+        raise PermissionError(f"{directory} is not ours")
+    return directory / hashlib.blake2b(os.fsencode(path.absolute()), digest_size=16).hexdigest()
 
 
 def is_alive_here(directory: Path) -> bool:
@@ -106,6 +136,29 @@ def is_alive_here(directory: Path) -> bool:
         return lock_is_held(directory)
     except OSError:
         return False
+
+
+def is_process_alive(directory: Path, boot_id: str) -> bool:
+    """Whether the process that a session's header names exists on this host: a sign of life where there are no locks.
+
+    Args:
+        directory: Of the session.
+        boot_id: Of this host.
+
+    """
+    session = SessionPath.of(directory)
+    try:
+        first = session.segments()[0] if session else 0
+        line, end, _ = session.read(first, 0, MAX_HEADER_BYTES).partition(b"\n") if session else (b"", b"", b"")
+        header = decode(line) if end else {}
+        if header.get("boot_id") != boot_id:
+            return False
+        os.kill(int(header["pid"]), 0)
+    except PermissionError:  # of another user
+        return True
+    except (OSError, LookupError, TypeError, ValueError, JournalError):
+        return False
+    return True
 
 
 def read_closed(directory: Path) -> Closed | None:

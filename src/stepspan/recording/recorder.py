@@ -186,7 +186,8 @@ class JournalRecorder:
     def open(self, *, at_once: bool = True) -> None:
         """Open the journal. OSError where none can be kept. `at_once`: False: with the first event."""
         me = self.identity
-        self._journal.open(self._header, job_id=me.job_id, host=me.host, at_once=at_once)
+        claim = session_name(me.rank, "", "").rstrip("-")
+        self._journal.open(self._header, job_id=me.job_id, host=me.host, claim=claim, at_once=at_once)
 
     @property
     def ended(self) -> str | None:
@@ -414,7 +415,8 @@ class JournalRecorder:
         origin, number = self._origin, self._worker_number
         if number is None or not number.is_held:
             directory = self._journal.directory / slug(origin.job_id) / slug(origin.host)
-            with exclusive(directory):  # a number that another worker looks at seems to be taken
+            # A number that another worker looks at seems to be taken.
+            with exclusive(directory / f".{session_name(origin.rank, '', '')}workers"):
                 number = self._worker_number = take_worker_number(directory, origin.rank, origin.role)
             self.identity = self.scopes.identity = origin.for_worker(number.number if number else os.getpid())
         before = None
