@@ -10,12 +10,16 @@ from typing import Any
 import pytest
 import requests
 from harness import processes
-from harness.delivery import DAY, Training, assert_true, sync
+from harness.delivery import DAY, Time, Training, assert_true, sync
 from harness.journals import NOON, SECOND, closed_of
 from harness.processes import Ranks, until
 from harness.runs import python
 from harness.stack import Collector, Prometheus
 
+from stepspan.deliver.ledgers import cursors
+from stepspan.deliver.options import Options
+from stepspan.deliver.scheduler import Scheduler
+from stepspan.exporters.otlp import OtlpExporter
 from stepspan.journal.layout import find_sessions
 
 pytestmark = pytest.mark.stack
@@ -81,6 +85,66 @@ def test_an_old_journal_beside_live_data_is_held_with_nothing_rejected(
     assert arrived(prometheus, "6d") == {0: live}
 
 
+def occupy(prometheus: Prometheus, rank: int, millisecond: int) -> None:
+    """Let Prometheus have another value of a rank's loss already."""
+    resource = {"service.name": "training", "service.instance.id": f"job-{rank}", "job_id": "job", "rank": str(rank)}
+    body = {
+        "resourceMetrics": [
+            {
+                "resource": {"attributes": [{"key": k, "value": {"stringValue": v}} for k, v in resource.items()]},
+                "scopeMetrics": [
+                    {"metrics": [{"name": "training.loss", "gauge": {"dataPoints": [point(millisecond)]}}]}
+                ],
+            }
+        ]
+    }
+    assert requests.post(f"{prometheus.otlp_endpoint}/v1/metrics", json=body, timeout=10).ok
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_refused_point_of_one_session_costs_the_others_in_its_request_nothing(
+    tmp_path: Path, prometheus: Prometheus, collector: Collector, way: Any
+) -> None:
+    sent: list[int] = []
+
+    class Counting(OtlpExporter):
+        def export_encoded(self, signal: Any, parts: Any) -> Any:
+            sent.append(len(parts))
+            return super().export_encoded(signal, parts)
+
+    ranks = [Training(tmp_path, rank=rank, session=f"00000000000000a{rank}", started=ago(60)) for rank in range(3)]
+    exporter = Counting(endpoint(way, prometheus, collector), env={}, destination="there")
+    moved = Time()
+    how = Options(boot_id="boot", clock=moved)
+    scheduler = Scheduler("metrics", exporter, lambda: find_sessions(tmp_path), how)
+
+    def deliver() -> None:
+        for _ in range(20):
+            moved.skip(0.1)
+            while scheduler.run_once():
+                pass
+
+    for round_ in range(3):
+        for rank in ranks:
+            rank.steps(5, value=lambda n, rank=rank: (rank.path.rank + 1) / (n + 1))  # type: ignore[misc]
+        if round_ == 1:
+            bad = sorted(ranks[1].losses)[7]
+            occupy(prometheus, 1, bad)
+        deliver()
+    for rank in ranks:
+        rank.end()
+    deliver()
+    assert sent[:2] == [3, 3]
+    expected = {rank.path.rank: rank.losses for rank in ranks}
+    expected[1][bad] = 99.0
+    assert arrived(prometheus, "1h") == expected
+    states = {rank.path.rank: cursors(rank.path.path)["there"]["metrics"] for rank in ranks}
+    assert {rank: state.ledger.rejected for rank, state in states.items()} == {0: 0, 1: 1, 2: 0}
+    for rank in ranks:
+        assert_true(states[rank.path.rank].ledger, closed_of(rank.path.path).seq)
+    exporter.close()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_refused_point_costs_one_point(
     tmp_path: Path, prometheus: Prometheus, collector: Collector, way: Any
@@ -88,16 +152,7 @@ def test_a_refused_point_costs_one_point(
     started = ago(600)
     expected = {rank: training(tmp_path / "runs", rank, started, 100, 5.0) for rank in range(2)}
     bad = sorted(expected[0])[42]
-    resource = {"service.name": "training", "service.instance.id": "job-0", "job_id": "job", "rank": "0"}
-    body = {
-        "resourceMetrics": [
-            {
-                "resource": {"attributes": [{"key": k, "value": {"stringValue": v}} for k, v in resource.items()]},
-                "scopeMetrics": [{"metrics": [{"name": "training.loss", "gauge": {"dataPoints": [point(bad)]}}]}],
-            }
-        ]
-    }
-    assert requests.post(f"{prometheus.otlp_endpoint}/v1/metrics", json=body, timeout=10).ok
+    occupy(prometheus, 0, bad)
     states = sync(tmp_path / "runs", endpoint(way, prometheus, collector))
     expected[0][bad] = 99.0
     assert arrived(prometheus, "1h") == expected
