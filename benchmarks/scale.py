@@ -1,8 +1,15 @@
 """A thousand ranks through agent.yaml, gateway.yaml and Prometheus on this machine: what goes through, at what cost.
 
     make stack                                    # the real Collector and Prometheus
-    python benchmarks/scale.py                    # about seven minutes
+    python benchmarks/scale.py                    # about ten minutes
     python benchmarks/scale.py --quick            # a smoke run: the figures mean nothing
+    python benchmarks/scale.py --parts deliverer  # or cluster, or thousand: one of the three
+
+*deliverer*: the deliverer of 8 ranks at 1 step/s, alone: its share of a core.
+
+*cluster*: 64 ranks of 8 hosts, a deliverer each, at 1 and at 10 steps/s through the chain: requests, CPU a point, age.
+
+*thousand*: 1,000 ranks, up to where the two cores are full:
 
 1. *History*: the ranks' last quarter of an hour, written with times of then and delivered to Prometheus directly.
 2. *Rates*: one process writes the ranks' journals at a rate of steps, one real deliverer process for each host sends
@@ -35,6 +42,7 @@ import thousand
 from measuring import Receiver, Worker
 from thousand import JOB, ROOT, raise_limit
 
+PARTS = ("deliverer", "cluster", "thousand")
 LEFT_BEHIND = 0.1  # seconds by which delivery may fall behind each second of a phase before it counts as saturated
 
 
@@ -142,6 +150,36 @@ def history(options: argparse.Namespace, chain: Chain, generator: Worker, place:
 # --- 2. rates
 
 
+def one_deliverer(options: argparse.Namespace, place: Path, discards: Receiver) -> None:
+    """What a host's deliverer costs while its ranks train: eight at one step a second, nothing else to do."""
+    import psutil
+
+    say(f"{thousand.LOCAL} ranks at 1 step/s, one deliverer, for {options.seconds} s")
+    place.mkdir()
+    generator = Worker(thousand.__file__, {"ranks": thousand.LOCAL, "hosts": 1, "place": str(place)})
+    generator.result()
+    generator(history=1)
+    thread = threading.Thread(target=lambda: generator(live=1.0, seconds=options.seconds + 8))
+    thread.start()
+    wait_for_sessions(place, thousand.LOCAL)
+    process = psutil.Process(start_deliverer(place, 0, discards.endpoint).pid)
+    time.sleep(5)  # until it has started, and caught up
+    discards.counts()
+    before, began = process.cpu_times(), time.perf_counter()
+    time.sleep(options.seconds)
+    after, took, counts = process.cpu_times(), time.perf_counter() - began, discards.counts()
+    used = after.user + after.system - before.user - before.system
+    cells = [f"{used / took:.2%}", f"{counts.get('requests', 0) / took:.1f}", f"{counts.get('bytes', 0) / took:,.0f}"]
+    cells += [f"{process.memory_info().rss / 2**20:,.0f} MiB"]
+    head = ["", "of a core", "requests/s", "bytes/s", "memory"]
+    measuring.table("**one deliverer, 8 ranks at 1 step/s**", head, [[f"{took:.0f} s", *cells]])
+    thread.join()
+    generator(end=True)
+    generator.close()
+    process.terminate()
+    process.wait(20)
+
+
 def rates(options: argparse.Namespace, chain: Chain, generator: Worker, place: Path) -> None:
     """Phase after phase, each at a higher rate, until the chain falls behind."""
     for rate in options.rates:
@@ -170,27 +208,37 @@ def deliverers(options: argparse.Namespace, chain: Chain, place: Path) -> None:
     """The process that a run starts on its host, once for each host."""
     import psutil
 
+    wait_for_sessions(place, options.ranks)
+    for number in range(options.hosts):
+        started = start_deliverer(place, number, chain.agent.http_endpoint)
+        chain.processes["deliverers"].append(psutil.Process(started.pid))
+
+
+def wait_for_sessions(place: Path, count: int) -> None:
+    (place / "live").mkdir(exist_ok=True)
+    while len(list((place / "live").glob("*/*/rank-*"))) < count:
+        time.sleep(0.05)
+
+
+def start_deliverer(place: Path, host: int, endpoint: str) -> subprocess.Popen[bytes]:
     from stepspan.deliver.spawn import spawn
     from stepspan.exporters.otlp import OtlpExporter
 
-    (place / "live").mkdir(exist_ok=True)
-    while len(list((place / "live").glob("*/*/rank-*"))) < options.ranks:
-        time.sleep(0.05)
-    for number in range(options.hosts):
-        exporter = OtlpExporter(chain.agent.http_endpoint, destination=thousand.DESTINATION)
-        started = spawn(place / "live", f"host-{number}", [exporter], {}, health=True, env=os.environ)
-        chain.processes["deliverers"].append(psutil.Process(started.pid))
+    exporter = OtlpExporter(endpoint, destination=thousand.DESTINATION)
+    return spawn(place / "live", f"host-{host}", [exporter], {}, health=True, env=os.environ)
 
 
 def report(rate: float, ranks: int, before: Mapping[str, float], after: Mapping[str, float], verdict: str) -> None:
     gone = {name: after[name] - before.get(name, 0.0) for name in after}
     window = gone["time"]
+    chain_cpu = sum(gone.get(f"{name} cpu", 0.0) for name in ("agent", "gateway", "prometheus"))
     rows = [
         ["steps logged a second", f"{rate * ranks:,.0f}"],
         ["points/s accepted by Prometheus", f"{gone['points'] / window:,.0f}"],
         ["spans/s through the gateway", f"{gone['spans'] / window:,.0f}"],
         ["requests/s from agent to gateway", f"{gone['requests'] / window:,.0f}"],
         ["points a request, traces' requests included", f"{gone['points'] / max(1.0, gone['requests']):.0f}"],
+        ["CPU a point, agent, gateway and Prometheus together", f"{chain_cpu / max(1.0, gone['points']) * 1e6:.1f} µs"],
         ["Prometheus behind, at the beginning and end", f"{before['age']:.1f} s, {after['age']:.1f} s"],
         ["queues of agent and gateway at the end", f"{after[A] / 1e6:.1f} MB, {after[G] / 1e6:.1f} MB"],
     ]
@@ -223,9 +271,11 @@ def drain(options: argparse.Namespace, chain: Chain) -> None:
 # --- 3. queries
 
 
-def queries(options: argparse.Namespace, chain: Chain) -> None:
+def queries(options: argparse.Namespace, chain: Chain, generator: Worker, place: Path) -> None:
     """Every query of the dashboards, as Grafana asks it for all ranks."""
     from harness import grafana
+
+    say("asking the dashboards' queries")
 
     span = min(900, options.history + 120)
     values = {"job": JOB, "rank": ".*", "split": ".*", "slower": "0s", "range": str(span)}
@@ -325,35 +375,48 @@ def batches(session: Any, steps: int) -> Iterator[tuple[Any, Sequence[Any]]]:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--quick", action="store_true", help="a smoke run: the figures mean nothing")
-    options.add_argument("--ranks", type=int, default=1000)
+    options.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options.add_argument("--ranks", type=int, default=1000, help="of the part `thousand`, as all that follows")
     options.add_argument("--hosts", type=int, default=4, help="deliverer processes")
     options.add_argument("--history", type=int, default=780, help="seconds of one step a second, before it begins")
     options.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 2, 4, 8], help="steps/s a rank")
-    options.add_argument("--seconds", type=int, default=30, help="of each rate")
+    options.add_argument("--seconds", type=int, default=30, help="of each rate, in all parts")
     options.add_argument("--repeats", type=int, default=3, help="of each query")
     options.add_argument("--patience", type=int, default=90, help="seconds until what waits counts as stuck")
     options.add_argument("--directory", help="where journals and stores go")
     given = options.parse_args()
     stack = os.environ.get("STEPSPAN_STACK")
     measuring.clean_environment()
+    cluster = argparse.Namespace(**{**vars(given), "ranks": 64, "hosts": 8, "history": 5, "rates": [1.0, 10.0]})
     if given.quick:
-        given.ranks, given.history, given.rates, given.seconds, given.repeats = 16, 5, [1.0], 6, 1
+        cluster.ranks, cluster.hosts, cluster.rates = 16, 2, [1.0]
+        given.ranks, given.history, given.rates, given.repeats = 16, 5, [1.0], 1
+        cluster.seconds = given.seconds = 6
     if stack:
         os.environ["STEPSPAN_STACK"] = stack
     if not Path(stack or ROOT / ".stack", "otelcol").exists():
         raise SystemExit("the real Collector and Prometheus are missing: `make stack` builds them")
     raise_limit()
     os.environ["STEPSPAN_SAMPLERS"] = "none"
-    print(f"# {given.ranks:,} ranks through the chain\n\n{measuring.machine()}", flush=True)
+    print(f"# The cost of delivery\n\n{measuring.machine()}", flush=True)
     with tempfile.TemporaryDirectory(dir=given.directory) as directory, Receiver() as discards:
-        measure(given, Path(directory), discards)
+        if "deliverer" in given.parts:
+            one_deliverer(given, Path(directory, "deliverer"), discards)
+        if "cluster" in given.parts:
+            print(f"\n## {cluster.ranks:,} ranks of {cluster.hosts} hosts", flush=True)
+            measure(cluster, Path(directory, "cluster"), discards, parts=(rates,))
+        if "thousand" in given.parts:
+            print(f"\n## {given.ranks:,} ranks", flush=True)
+            measure(given, Path(directory, "thousand"), discards, parts=(rates, queries))
     print(f"\n{measuring.machine()}")
 
 
-def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> None:
+def measure(options: argparse.Namespace, place: Path, discards: Receiver, parts: Sequence[Any]) -> None:
+    """Send the ranks' history, then do some parts of it through a chain of its own."""
     import psutil
     from harness.stack import StackCollector, StackPrometheus
 
+    place.mkdir()
     prometheus = StackPrometheus(place / "prometheus")
     gateway = StackCollector(
         place / "gateway",
@@ -375,10 +438,10 @@ def measure(options: argparse.Namespace, place: Path, discards: Receiver) -> Non
             chain.processes[name].append(psutil.Process(server._process.pid))
         try:
             history(options, chain, generator, place)
-            sizes(place)
-            rates(options, chain, generator, place)
-            say("asking the dashboards' queries")
-            queries(options, chain)
+            if queries in parts:
+                sizes(place)
+            for part in parts:
+                part(options, chain, generator, place)
         finally:
             generator.close()
             for process in chain.processes["deliverers"]:
