@@ -52,7 +52,7 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 def arrived(run: Run) -> list[dict[str, Any]]:
     """The values in the lines that came later, once nothing is on its way."""
-    until(lambda: not run._recorder.defers)
+    until(lambda: not run._recorder.deferring)
     return [event["metrics"] for event in events(run, "metrics") if "at" in event]
 
 
@@ -292,7 +292,7 @@ def test_points_have_the_time_of_the_call_and_the_steps_number_once(gpu: Gpu) ->
             with recording.run.step(number):
                 recording.run.log_metrics({"loss": gpu.tensor(float(number)), "lr": 0.1})
         gpu.catch_up()
-        until(lambda: not recording.run._recorder.defers)
+        until(lambda: not recording.run._recorder.deferring)
     points = {
         name: [ts for _, ts, value in recording.points(name) if value is not None]
         for name in ("training.loss", "training.lr", "training.step.number")
@@ -432,7 +432,7 @@ def test_a_span_is_timed_on_the_device(gpu: Gpu) -> None:
             gpu.catch_up()
             gpu.now += 0.25
         gpu.catch_up()
-        until(lambda: not recording.run._recorder.defers)
+        until(lambda: not recording.run._recorder.deferring)
     assert recording.values("training.phase.device_time", phase="forward") == [pytest.approx(0.25)]
     (point,) = (ts for _, ts, value in recording.points("training.phase.device_time") if value is not None)
     (end,) = (ts for _, ts, value in recording.points("training.phase.time") if value is not None)
@@ -453,7 +453,7 @@ def test_the_wait_of_a_collective_is_the_devices_and_stands_at_the_end_of_its_st
         with run.step(2), run.span("barrier", collective=True):
             pass
         gpu.catch_up()
-        until(lambda: not run._recorder.defers)
+        until(lambda: not run._recorder.deferring)
     waits = recording.values("training.step.wait")
     assert waits[:2] == [pytest.approx(0.5), pytest.approx(1.0)]
     assert 0 < waits[2] < 0.1
@@ -499,7 +499,7 @@ def test_a_failing_gpu_does_not_reach_the_training(gpu: Gpu) -> None:
     with recorded_run() as recording:
         with recording.run.step(0), recording.run.span("all_reduce", collective=True, cuda=True):
             pass
-        until(lambda: not recording.run._recorder.defers)
+        until(lambda: not recording.run._recorder.deferring)
         assert recording.run.stats()["warnings"] == {"cuda": 2}
     assert len(recording.values("training.phase.time", phase="all_reduce")) == 1
     assert recording.values("training.step.wait") == []
@@ -521,7 +521,7 @@ def test_the_wait_in_ddp_is_from_the_last_launch_to_the_last_arrival_on_the_devi
                     bucket.complete()
                 gpu.now += 0.25
             gpu.catch_up()
-        until(lambda: not run._recorder.defers)
+        until(lambda: not run._recorder.deferring)
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="all_reduce") == [pytest.approx(0.75)] * 2
     assert gpu.waits == []
@@ -541,7 +541,7 @@ def test_a_hook_that_a_thread_of_torch_calls_records_to_the_run_that_it_was_made
                     gpu.catch_up()
                     bucket.complete()
                 gpu.catch_up()
-            until(lambda: not any(each.run._recorder.defers for each in (a, b)))
+            until(lambda: not any(each.run._recorder.deferring for each in (a, b)))
     assert [len(each.spans("all_reduce")) for each in (a, b)] == [1, 1]
 
 
@@ -564,7 +564,7 @@ def test_the_wait_in_fsdp_is_what_all_collectives_of_a_step_take_on_the_device(g
                     scatter(x, x, 0.5, "avg")
         assert recording.values("training.step.wait") == [], "the device has not got there"
         gpu.catch_up()
-        until(lambda: not run._recorder.defers)
+        until(lambda: not run._recorder.deferring)
         assert run.stats()["warnings"] == {}
     assert recording.values("training.step.wait") == [pytest.approx(0.75)] * 2
     assert recording.values("training.phase.device_time", phase="collectives") == [pytest.approx(0.75)] * 2

@@ -191,19 +191,13 @@ class Run:
         if self._unused:
             self._begin_use()
         try:
-            if (
-                type(metrics) is dict
-                and step is None
-                and split is None
-                and time is None
-                and metrics
-                and not self._recorder.defers
-            ):
+            if type(metrics) is dict and metrics and split is None and time is None and not self._recorder.deferring:
                 for value in metrics.values():
                     if type(value) is not float or value - value != 0.0:
                         break
                 else:  # as nearly always
-                    if self._scopes.write_metrics(metrics):
+                    is_plain = step is None or (type(step) is int and 0 <= step < MAX_INTEGER)
+                    if is_plain and self._scopes.write_metrics(metrics, step):
                         return
             values: dict[str, float | str | None] = {}
             pending: dict[str, Any] = {}
@@ -245,7 +239,7 @@ class Run:
                 if number is not None:
                     event["own_step"] = number
             event["metrics"] = values
-            if pending or self._recorder.defers:
+            if pending or self._recorder.deferring:
                 self._recorder.deferred.write_metrics(event, pending)
             else:
                 self._emitters["metrics"](event, written)
@@ -489,7 +483,7 @@ class Run:
                 self._warn_once("flush", f"timeout={to_text(timeout):.80}: not a number of seconds")
             seconds = max(0.0, seconds or 0.0)
             deadline = time.monotonic() + seconds
-            arrived = not self._recorder.defers or self._recorder.deferred.drain(seconds)
+            arrived = not self._recorder.deferring or self._recorder.deferred.drain(seconds)
             stored = self._pipeline is None or self._pipeline.journal.stored()
             left = max(0.0, deadline - time.monotonic())
             return (

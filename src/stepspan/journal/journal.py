@@ -41,7 +41,7 @@ from stepspan.journal.format import from_template
 from stepspan.journal.layout import slug
 from stepspan.journal.liveness import exclusive, write_resting
 from stepspan.journal.location import choose_location, directory_mode
-from stepspan.journal.writer import UNSETTLED, WAITING, Begun, SessionWriter
+from stepspan.journal.writer import IDLE_THREADS, UNSETTLED, WAITING, Begun, SessionWriter
 
 YOUNG_NS = SECOND_NS
 """For so long a clock that turns out to be wrong is taken for one that was set as the run began."""
@@ -108,7 +108,8 @@ class Journal:
         upkeep."""
         self._interrupting: deque[tuple[Event, Begun | None, SessionWriter | None]] = deque()
         self._next_check = self._next_maintenance = 0
-        """When an event is looked at more closely; when the session and its disk are. Unix ns."""
+        """When an event is looked at more closely (0: the next one, as where lines can't simply be written); when the
+        session and its disk are. Unix ns."""
         self._clock_line: Event | None = None
         """What is to be written of the clock."""
         self._young: list[tuple[Event, Begun | None]] | None = None
@@ -148,7 +149,7 @@ class Journal:
                 self._busy = False
 
     def append_line(
-        self, line: bytes, first: int, second: int | bytes, session: SessionWriter | None, begun: Begun | None = None
+        self, line: bytes, first: int, second: int | bytes, session: SessionWriter, begun: Begun | None = None
     ) -> None:
         """Write one event that is a line already, but for its numbers: what `append` does, in fewer steps.
 
@@ -170,8 +171,12 @@ class Journal:
         with self._lock:
             self._busy = True
             try:
-                ts = self._since() + self._offset
-                if ts < self._next_check and session is self.session and session is not None:
+                since = self._since
+                ts = since() + self._offset
+                if ts >= self._next_check or session is not self.session:
+                    event = from_template(line, 0, 0, first, second)
+                    self._write(event, begun, session, ts)
+                else:
                     if ts <= session.ts:
                         ts = session.ts + 1
                     session.ts = ts
@@ -180,16 +185,27 @@ class Journal:
                     if begun is not None:
                         begun.seq = seq
                         begun.ts = ts
-                    session.write_line(b'%b,"crc":%d}\n' % (body, crc32(body)), seq)
-                    if session.hindrances:
+                    whole = b'%b,"crc":%d}\n' % (body, crc32(body))
+                    try:
+                        if IDLE_THREADS.others:
+                            written = session.write_keeping_gil(session.fd, whole, len(whole))
+                        else:
+                            write = session.write_file
+                            written = write(session.fd, whole)
+                    except OSError as error:
+                        if error.errno is None:  # of a signal handler, which may raise any exception of its own
+                            raise
+                        written = -1
+                    if written == len(whole) or session.complete(whole, max(written, 0)):
+                        session.seq = seq  # not before the line has its place: `settle` can tell
+                        session.room -= len(whole)
+                        if session.room <= 0:
+                            session.rotate()
+                            self._next_check = 0
+                    else:
                         self._next_check = 0
-                else:
-                    event = from_template(line, 0, 0, first, second)
-                    self._write(event, begun, session, ts)
             except BaseException:
                 self._next_check = 0
-                if session is not None:
-                    session.hindrances |= UNSETTLED
                 self._recover(event or from_template(line, 0, seq, first, second), begun, session)
                 raise
             finally:
@@ -238,7 +254,7 @@ class Journal:
             writer = self.session
             assert writer is not None, "`_admit` sees to it"
             writer.write(event, ts, begun)
-            if writer.hindrances:
+            if writer.hindrances or writer.syncs_each:
                 self._next_check = 0
 
     def _finish_call(self) -> None:
@@ -275,7 +291,7 @@ class Journal:
                 self.session.hindrances |= UNSETTLED
                 raise
             finally:
-                self._busy = False
+                self._busy, self._next_check = False, 0
             return not self.session.waiting
 
     def rest(self, status: str) -> None:
@@ -455,9 +471,8 @@ class Journal:
     def _write_once(self, event: Event, begun: Begun | None, session: SessionWriter | None) -> None:
         """Write an event unless that was done before an exception came."""
         if not (self.session and 0 < event["seq"] <= self.session.seq):
-            ts = self._admit(event, begun, session, self.clock())
-            if ts:
-                self.session.write(event, ts, begun)  # type: ignore[union-attr] # `_admit` sees to it
+            self._next_check = 0
+            self._write(event, begun, session, self.clock())
 
     def _open_session(self) -> None:
         assert self._header is not None, "open() comes first"

@@ -38,8 +38,45 @@ from stepspan.journal.location import directory_mode
 from stepspan.journal.reader import last_line
 
 THREADS = threading._active  # type: ignore[attr-defined] # what active_count() counts, without its lock and its cost
-IDLE_THREADS: set[int] = set()
-"""The idents of those that are hardly ever awake: beside them alone the GIL may be given up."""
+
+
+class IdleThreads(set[int]):
+    """The idents of threads that are hardly ever awake: beside them alone the GIL may be given up.
+
+    Attributes:
+        others: Whether there are any other threads, as was counted last: at least once a second, and where one starts
+            while a run is open.
+
+    """
+
+    def __init__(self) -> None:
+        self.others = True
+        self._lock = threading.Lock()
+
+    def add(self, ident: int) -> None:
+        """Count a thread among them."""
+        with self._lock:
+            super().add(ident)
+        self.count_others()
+
+    def discard(self, ident: object) -> None:
+        """Count it no more."""
+        with self._lock:
+            super().discard(ident)
+        self.count_others()
+
+    def count_others(self) -> bool:
+        """Whether there are any, besides this thread."""
+        self.others = others = len(THREADS) > len(self) + 1
+        return others
+
+    def clear(self) -> None:
+        """In a forked child: they are the parent's."""
+        self._lock = threading.Lock()
+        super().clear()
+
+
+IDLE_THREADS = IdleThreads()
 SEGMENT_FLAGS = os.O_RDWR | os.O_APPEND
 MAX_BACKLOG_BYTES = 16 << 20
 """Of lines that wait for the disk."""
@@ -112,13 +149,14 @@ class SessionWriter:
         """While the disk is low: how many bytes the session may hold."""
         self._sizes: dict[int, int] = {}
         """Segment -> its bytes; the open one counts as full."""
-        self._sync_each = limits.sync_every == 0
+        self.syncs_each = limits.sync_every == 0
+        """Whether each line is on the disk before its call returns."""
         self._last_seen = 0
         """`seq` when the files were last seen in their place."""
-        self._write, self._write_keeping_gil = self._disk.write, self._disk.write_keeping_gil
-        self._segment_room = 0
+        self.write_file, self.write_keeping_gil = self._disk.write, self._disk.write_keeping_gil
+        self.room = 0
         """Bytes until the next segment."""
-        self._descriptors, self._fd, self._directory, self._lock = Descriptors(), -1, -1, -1
+        self._descriptors, self.fd, self._directory, self._lock = Descriptors(), -1, -1, -1
         self._former: tuple[Path, Path, Descriptors] | None = None
         """A session that this one takes the place of: a hidden path, its path, and its descriptors."""
         self._mode = 0o640 if limits.group_readable else 0o600
@@ -134,7 +172,7 @@ class SessionWriter:
         try:
             self._directory = self._descriptors.hold(open_directory(self._draft))
             self._lock = self._descriptors.hold(take_lock(self._draft))
-            self._rotate()
+            self.rotate()
             if not self._sizes:
                 raise self.error or OSError("the header could not be written")
             os.rename(self._draft, self.path)
@@ -148,7 +186,7 @@ class SessionWriter:
     @property
     def closed(self) -> bool:
         """Whether nothing more can be written."""
-        return self._fd < 0
+        return self.fd < 0
 
     @property
     def waiting(self) -> int:
@@ -201,22 +239,22 @@ class SessionWriter:
             return
         length = len(line)
         try:
-            if len(THREADS) - len(IDLE_THREADS) > 1:
-                written = self._write_keeping_gil(self._fd, line, length)
+            if IDLE_THREADS.count_others():
+                written = self.write_keeping_gil(self.fd, line, length)
             else:
-                written = self._write(self._fd, line)
+                written = self.write_file(self.fd, line)
         except OSError as error:
             if error.errno is None:  # of a signal handler, which may raise any exception of its own
                 raise
             written = -1
-        if written != length and not self._complete(line, max(written, 0)):
+        if written != length and not self.complete(line, max(written, 0)):
             return
         self.seq = seq  # not before the line has its place: `settle` can tell
-        self._segment_room -= length
-        if self._segment_room <= 0:
-            self._rotate()
-        if self._sync_each:
-            self._sync(self._fd)
+        self.room -= length
+        if self.room <= 0:
+            self.rotate()
+        if self.syncs_each:
+            self._sync(self.fd)
 
     def settle(self) -> None:
         """After an exception in the midst of a call: see what reached the disk, write what did not, go on from there.
@@ -225,14 +263,14 @@ class SessionWriter:
             OSError: That cannot be seen now; lines wait.
 
         """
-        if self._fd < 0:
+        if self.fd < 0:
             return
         self._remove_former()
-        self._descriptors.close_others({self._fd, self._directory, self._lock})
-        size = os.fstat(self._fd).st_size
-        self._segment_room = self._sizes[max(self._sizes)] - size
-        self._mark(TORN, size > 0 and os.pread(self._fd, 1, size - 1) != b"\n")
-        last = last_line(self._fd)
+        self._descriptors.close_others({self.fd, self._directory, self._lock})
+        size = os.fstat(self.fd).st_size
+        self.room = self._sizes[max(self._sizes)] - size
+        self._mark(TORN, size > 0 and os.pread(self.fd, 1, size - 1) != b"\n")
+        last = last_line(self.fd)
         if last is not None:
             while self._backlog and decode(self._backlog[0][:-1])["seq"] <= last["seq"]:
                 self._backlog.popleft()
@@ -242,7 +280,7 @@ class SessionWriter:
         self._backlog_bytes = sum(map(len, self._backlog))
         self.hindrances = self.hindrances & ~(UNSETTLED | WAITING) | (WAITING if self._backlog else 0)
         if _exists(segment_name(max(self._sizes) + 1), self._directory):
-            self._rotate()
+            self.rotate()
         if not self.hindrances & LOW:
             self._write_backlog()
 
@@ -271,6 +309,7 @@ class SessionWriter:
     def maintain(self) -> None:
         """Look at the disk, and write what waits for it; about once a second."""
         self._last_seen = self.seq
+        IDLE_THREADS.count_others()
         if self.hindrances & UNSETTLED:
             with RefusalIgnored():
                 self.settle()
@@ -285,7 +324,7 @@ class SessionWriter:
         if not self.hindrances & (LOW | UNSETTLED):
             self._write_backlog()
         if self.limits.sync_every:
-            self._sync(self._fd)
+            self._sync(self.fd)
 
     def take_over(self, ended: SessionWriter) -> None:
         """Go on after a session that was ended by others: lines that waited there are lost, and counted here."""
@@ -312,13 +351,13 @@ class SessionWriter:
 
         """
         self._bound, self.hindrances = None, self.hindrances & ~LOW
-        if self._fd < 0 or self.is_gone():
+        if self.fd < 0 or self.is_gone():
             return
         if self.hindrances & UNSETTLED:
             with RefusalIgnored():
                 self.settle()
         self._write_backlog()
-        self._sync(self._fd)
+        self._sync(self.fd)
         closed = Closed(self.seq, self.ts, status, lost=len(self._backlog) + self._dropped)
         with RefusalIgnored():
             write_closed(self.path, closed, by="writer", mode=self._mode)
@@ -326,7 +365,7 @@ class SessionWriter:
     def forget(self) -> None:
         """Close the descriptors and say nothing: in a forked child, which must not hold its parent's lock."""
         waiting = len(self._backlog)
-        self.lost, self._holes, self._fd, self._directory = self.lost + waiting, self._holes + waiting, -1, -1
+        self.lost, self._holes, self.fd, self._directory = self.lost + waiting, self._holes + waiting, -1, -1
         self._backlog.clear()
         self._descriptors.close_all()
 
@@ -362,11 +401,20 @@ class SessionWriter:
         """Where the session lies until it can be read."""
         return self.path.with_name(f".{self.path.name}")
 
-    def _complete(self, line: bytes, written: int) -> bool:
-        """After a short or failed write: the rest of the line or, failing that, a memory of the whole."""
+    def complete(self, line: bytes, written: int) -> bool:
+        """After a short or failed write: the rest of the line or, failing that, a memory of the whole.
+
+        Args:
+            line: The next one.
+            written: How many bytes of it are in the file.
+
+        Returns:
+            Whether it is there now.
+
+        """
         try:
             while written < len(line):
-                written += self._disk.write(self._fd, line[written:])
+                written += self._disk.write(self.fd, line[written:])
         except OSError as error:
             if error.errno is None:
                 raise
@@ -383,7 +431,7 @@ class SessionWriter:
     def _enqueue(self, line: bytes) -> None:
         """Have the next line wait, or count it where there is no room for that."""
         size = self._backlog_bytes + len(line)
-        if self._dropped or self._fd < 0 or size > MAX_BACKLOG_BYTES:
+        if self._dropped or self.fd < 0 or size > MAX_BACKLOG_BYTES:
             self._dropped, self._holes, self.lost = self._dropped + 1, self._holes + 1, self.lost + 1
         else:
             self._backlog_bytes = size
@@ -395,16 +443,16 @@ class SessionWriter:
         """Write what waits; stops at the first line that the disk does not take."""
         try:
             if self.hindrances & TORN:
-                self._disk.write(self._fd, b"\n")
+                self._disk.write(self.fd, b"\n")
                 self.hindrances &= ~TORN
             while self._backlog:
                 line, written = self._backlog[0], 0
                 while written < len(line):
-                    written += self._disk.write(self._fd, line[written:])
+                    written += self._disk.write(self.fd, line[written:])
                     self._mark(TORN, written < len(line))
                 self._backlog.popleft()
                 self._backlog_bytes -= len(line)
-                self._segment_room -= len(line)
+                self.room -= len(line)
             self.hindrances &= ~WAITING
         except OSError as error:
             if error.errno is None:
@@ -417,7 +465,7 @@ class SessionWriter:
             gap = {"ts": 0, "seq": 0, "tag": "gap", "dropped": dropped, "why": str(self._gap_reason)}
             self.write(gap, self._clock())
 
-    def _rotate(self) -> None:
+    def rotate(self) -> None:
         """Begin the next segment, and remove the oldest ones beyond the session's limit.
 
         A reader takes a segment for complete once there is another one: from then on nothing is written to the old one.
@@ -443,13 +491,13 @@ class SessionWriter:
             if fd >= 0:
                 self._abandon(name, fd)
             return
-        old = self._fd
+        old = self.fd
         if old >= 0:
             self._sync(old)
-            self._sizes[number - 1] -= self._segment_room
+            self._sizes[number - 1] -= self.room
         self._sizes[number] = self.limits.segment_bytes
-        self._segment_room = self.limits.segment_bytes - length
-        self.ts, self.seq, self._fd = ts, seq, fd
+        self.room = self.limits.segment_bytes - length
+        self.ts, self.seq, self.fd = ts, seq, fd
         if old >= 0:
             self._descriptors.close(old)
         self._sync(self._directory)
@@ -488,7 +536,7 @@ class SessionWriter:
 
     def _size(self) -> int:
         """The bytes of the session's segments."""
-        return sum(self._sizes.values()) - self._segment_room
+        return sum(self._sizes.values()) - self.room
 
     def _stop_growth(self, shortage: OSError) -> None:
         """The disk is low: the session may hold what it holds now, or its first bytes; beyond that lines wait.
@@ -501,7 +549,7 @@ class SessionWriter:
         if full and (not self.hindrances & LOW or len(self._sizes) == 1):
             self._write_backlog()
             if not self._backlog:
-                self._rotate()
+                self.rotate()
         self._mark(LOW, full and self._size() >= self._bound)
         if self.hindrances & LOW:
             self.error = self._gap_reason = shortage
@@ -512,9 +560,9 @@ class SessionWriter:
         """End the open segment early, where the session would grow beyond its bound or could not make room again."""
         assert self._bound is not None
         number = max(self._sizes)
-        used = self._sizes[number] - self._segment_room
+        used = self._sizes[number] - self.room
         room = max(0, min(self._bound - self._size(), self._bound // 4 - used, self.limits.segment_bytes - used))
-        self._sizes[number], self._segment_room = used + room, room
+        self._sizes[number], self.room = used + room, room
 
     def _cursors(self) -> list[CursorState]:
         """Those of each destination and signal; none where they cannot be listed."""

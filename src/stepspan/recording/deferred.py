@@ -294,15 +294,11 @@ class DeferredMetrics:
         self._emit_background = emit_background
         self._drop = drop
         self._changed = threading.Condition()  # on a lock that a signal handler which logs may take again
-        self._queue: deque[DeferredEvent] = deque()
+        self.queue: deque[DeferredEvent] = deque()
+        """What is pending."""
         self._series: Counter[Hashable] = Counter()
         self._ended = False
         self._thread: threading.Thread | None = None
-
-    @property
-    def busy(self) -> bool:
-        """Whether anything is pending."""
-        return bool(self._queue)
 
     def write_metrics(self, event: Event, pending: Mapping[str, Any]) -> None:
         """Write a call's event now, and have the values that are missing follow.
@@ -330,12 +326,12 @@ class DeferredMetrics:
     def add(self, deferred: DeferredEvent) -> None:
         """Have an event follow when it is ready."""
         with self._changed:
-            if self._ended or len(self._queue) >= MAX_DEFERRED:
+            if self._ended or len(self.queue) >= MAX_DEFERRED:
                 self._drop_lost(deferred.keys, "the run has ended" if self._ended else TOO_MANY)
                 if not deferred.series:  # otherwise what is pending comes first
                     self._write(deferred.lost())
                 return
-            self._queue.append(deferred)
+            self.queue.append(deferred)
             self._series.update(deferred.series)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="stepspan-deferred", daemon=True)
@@ -345,21 +341,21 @@ class DeferredMetrics:
     def drain(self, timeout: float) -> bool:
         """Wait until nothing is pending; False where `timeout` seconds did not suffice."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue, max(0.0, timeout))
+            return self._changed.wait_for(lambda: not self.queue, max(0.0, timeout))
 
     def stop(self) -> None:
         """Write what arrives within `DRAIN_TIMEOUT_S`, and end."""
         self.drain(DRAIN_TIMEOUT_S)
         with self._changed:
             self._ended = True
-            while self._queue:
-                deferred = self._queue.popleft()
+            while self.queue:
+                deferred = self.queue.popleft()
                 self._drop_lost(deferred.lost_keys, f"the device did not get there in {DRAIN_TIMEOUT_S:g} s")
                 self._write(deferred.lost())
             self._changed.notify_all()
 
     def _start_copies(self, pending: Mapping[str, Any]) -> list[tuple[list[str], AsyncCopy]]:
-        if pending and len(self._queue) >= MAX_DEFERRED:
+        if pending and len(self.queue) >= MAX_DEFERRED:
             self._drop_lost(pending, TOO_MANY)
             return []
         try:
@@ -372,10 +368,10 @@ class DeferredMetrics:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._ended)
+                self._changed.wait_for(lambda: self.queue or self._ended)
                 if self._ended:
                     return
-                head = self._queue[0]
+                head = self.queue[0]
             try:
                 if not head.ready():
                     time.sleep(POLL_INTERVAL_S)
@@ -387,8 +383,8 @@ class DeferredMetrics:
             if not self._ended:
                 self._write(event)
             with self._changed:
-                if self._queue and self._queue[0] is head:
-                    self._queue.popleft()
+                if self.queue and self.queue[0] is head:
+                    self.queue.popleft()
                     self._series -= Counter(head.series)
                     self._changed.notify_all()
 

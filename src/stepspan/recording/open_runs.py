@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from weakref import WeakSet, ref
 
 from stepspan.identity import Identity
-from stepspan.journal.writer import THREADS
+from stepspan.journal.writer import IDLE_THREADS, THREADS
 from stepspan.recording.recorder import Recorder
 
 INHERITED = "_stepspan_run"
@@ -234,6 +234,7 @@ class OpenRuns(Generic[RunT]):
             if current is not None:
                 with suppress(Exception):  # a class of its own kind
                     setattr(thread, INHERITED, current)
+            IDLE_THREADS.others = True
             unwrapped(thread)
 
         threading.Thread.start = start  # type: ignore[method-assign,assignment]

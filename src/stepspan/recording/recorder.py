@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -181,6 +181,8 @@ class JournalRecorder:
         self._left_out = left_out or {}
         self._routes = [dict(route) for route in routes]
         self._deferred: DeferredMetrics | None = None
+        self.deferring: Collection[object] = ()
+        """Values of earlier calls that a device still computes."""
         self._lost_reported = 0
 
     def open(self, *, at_once: bool = True) -> None:
@@ -204,13 +206,9 @@ class JournalRecorder:
         """Made when it is first needed."""
         if self._deferred is None:
             self._deferred = DeferredMetrics(self.emit, self.emit_background, self.drop_value)
+            self.deferring = self._deferred.queue
             self.add_background_task(self._deferred)
         return self._deferred
-
-    @property
-    def defers(self) -> bool:
-        """Whether a device still computes values of an earlier call."""
-        return self._deferred is not None and self._deferred.busy
 
     def emit(self, event: Event, begun: Begun | None = None) -> bool:
         """Write one event of training; False where a processor dropped it. May raise."""
@@ -320,7 +318,7 @@ class JournalRecorder:
     def rest(self) -> None:
         """Do what is due as the training ends, so that an evaluation may follow."""
         self.stop_background_tasks()
-        self._deferred = None
+        self._deferred, self.deferring = None, ()
         self._dropped.flush()
 
     def training_events(self) -> tuple[object | None, int]:
@@ -358,7 +356,7 @@ class JournalRecorder:
         self.warnings.after_fork()
         self._dropped = DroppedValues(self.emit_background)
         self.background_tasks, self.background_events = [], 0
-        self._deferred = None
+        self._deferred, self.deferring = None, ()
         if self._worker_number is not None:
             self._worker_number.forget()
         self._worker_number, self._is_worker = None, True
@@ -431,7 +429,7 @@ class NullRecorder:
 
     active = False
     is_substitute = False
-    defers = False
+    deferring: Collection[object] = ()
     ended: str | None = None
     session = None
     warnings = WarningSink(audible=False)

@@ -262,6 +262,23 @@ class LastStep:
         self.line = template("step_begin", b',"parent":%d,"step":%d,' + dumps(same)[1:-1].replace(b"%", b"%%"))
 
 
+class LinesOfMetrics(dict[str | None, bytes]):
+    """A split, or None -> a line of its metrics, which takes `step` and the values.
+
+    Args:
+        rest: Of the line.
+
+    """
+
+    def __init__(self, rest: bytes) -> None:
+        self._rest = rest
+
+    def __missing__(self, split: str | None) -> bytes:
+        named = dumps(split or TRAIN).replace(b"%", b"%%")
+        line = self[split] = template("metrics", b',"split":%b,"step":%%d%b,"metrics":%%b' % (named, self._rest))
+        return line
+
+
 class Scopes:
     """The open scopes of one run, and the events of their beginning and ending. Nothing here raises.
 
@@ -335,8 +352,9 @@ class Scopes:
         """Steps of loops that were left, or that something followed: to be ended with the run at the latest."""
         self._last_steps: dict[str, LastStep] = {}
         """Split -> its last step."""
-        self._lines_of_metrics: dict[str | None, bytes] = {}
-        """Split -> a line of its metrics, but for the numbers and values."""
+        self._lines_of_metrics = LinesOfMetrics(b"")
+        self._lines_over = LinesOfMetrics(b',"over":true')
+        """Those within a step, and those outside of any."""
         self._next_epoch = 0
         self.total_steps: int | None = None
         """How many training steps there will be, where that is known."""
@@ -426,7 +444,7 @@ class Scopes:
             scope.parent, scope.epoch, scope.lap = here, here.epoch, last.lap
             last.number = self.steps.step = number = scope.step
             scope.started_in = last.split, number
-            journal.append_line(last.line, here.seq, number, session, scope)
+            journal.append_line(last.line, here.seq, number, session, scope)  # type: ignore[arg-type] # one is open
             scope.session, self._main = journal.session, scope
             self._current.set(scope)
         except Exception as error:
@@ -531,11 +549,12 @@ class Scopes:
             self._current.set(started_in)  # what is recorded here still belongs to it
         return scope
 
-    def write_metrics(self, metrics: dict[str, float]) -> bool:
-        """Write the values of a call that says nothing more, in fewer steps than by `attribute`.
+    def write_metrics(self, metrics: dict[str, float], given: int | None) -> bool:
+        """Write the values of a call, in fewer steps than by `attribute`.
 
         Args:
             metrics: Finite numbers.
+            given: The step that the caller gave; None: nothing.
 
         Returns:
             False where that cannot be done so: nothing is written then.
@@ -546,31 +565,32 @@ class Scopes:
             not self.usual
             or scope is None
             or scope.session is not session
-            or scope.step is None
             or steps.differ
-            or (started_in := scope.started_in) is None
-            or started_in[1] != steps.step
             or (scope.more is not None and scope.is_elsewhere)
         ):
             return False
-        loop = scope.loop
+        number, loop, lines = steps.step, scope.loop, self._lines_of_metrics
+        if given is None:
+            if number is None or ((started_in := scope.started_in) is not None and started_in[1] != number):
+                return False
+            if scope.step is None:
+                lines = self._lines_over
+        elif number is None:
+            number = steps.step_given(metrics, given, scope.split or TRAIN)
+        elif given != number:
+            return False
         if loop is not None:
             for key in metrics:
                 if loop.split != scope.split or steps.split_of_key.get(key) != "":
                     return False
                 break
-        line = self._lines_of_metrics.get(scope.split) or self._line_of_metrics(scope.split or TRAIN)
+        line = lines[scope.split]
         try:
             values = dumps(metrics)
         except TypeError:  # a key is no text, or is none that JSON can hold
             return False
-        self._journal.append_line(line, started_in[1], values, session, loop)
+        self._journal.append_line(line, number, values, session, loop)  # type: ignore[arg-type] # one is open
         return True
-
-    def _line_of_metrics(self, split: str) -> bytes:
-        rest = b',"split":%b,"step":%%d,"metrics":%%b' % dumps(split).replace(b"%", b"%%")
-        line = self._lines_of_metrics[split] = template("metrics", rest)
-        return line
 
     def attribute(self, event: Event, metrics: Mapping[str, Any], step: int | None, split: str | None) -> Begun | None:
         """Say which split and step the values of a call belong to.
@@ -789,7 +809,7 @@ class Scopes:
         rest = b"" if scope.waited is None else b',"data_wait":%b' % dumps(scope.waited / SECOND_NS)
         is_span = scope.tag == "span"
         try:
-            self._journal.append_line(line, scope.seq, rest, scope.session, loop if is_span else None)
+            self._journal.append_line(line, scope.seq, rest, scope.session, loop if is_span else None)  # type: ignore[arg-type] # it is open
         except Exception as failure:
             self._warn("end", f"a {scope.tag} could not be ended: {failure!r}", key=scope.tag)
         finally:

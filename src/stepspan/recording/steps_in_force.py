@@ -81,7 +81,7 @@ class StepsInForce:
 
         """
         if self.step is None:
-            in_force = step = self._step_given(keys, step, split)
+            in_force = step = self._given if step is None else self.step_given(keys, step, split)
         elif not self.differ:
             in_force = self.step
             if step is None:
@@ -122,11 +122,14 @@ class StepsInForce:
             split = self.split_of_key[key] = split_in_key(key)[0] or ""
         return split
 
-    def _step_given(self, keys: Iterable[str], step: int | None, split: str) -> int | None:
-        """The step of a call where nothing has stepped."""
-        if step is None:
-            return self._given
-        in_training = any((self.split_of(key) or split) not in EVALUATION_SPLITS for key in keys)
+    def step_given(self, keys: Iterable[str], step: int, split: str) -> int:
+        """The step of a call that gives it, where nothing has stepped."""
+        in_training, known = False, self.split_of_key
+        for key in keys:
+            named = known[key] if key in known else self.split_of(key)
+            if (named or split) not in EVALUATION_SPLITS:
+                in_training = True
+                break
         if in_training or not self._given_in_training:
             self._given, self._given_in_training = step, in_training
         return step
