@@ -248,13 +248,15 @@ class LastStep:
 
     Attributes:
         line: A line of such a step's begin: takes `parent` and `step`.
+        parent: The scope that it lies in, where that is no loop's and this thread's own.
 
     """
 
-    __slots__ = ("epoch", "lap", "line", "number", "split")
+    __slots__ = ("epoch", "lap", "line", "number", "parent", "split")
 
     def __init__(self, split: str, epoch: int | None, lap: int) -> None:
         self.split = split
+        self.parent: Scope
         self.epoch = epoch
         self.lap = lap
         self.number = -1
@@ -352,6 +354,8 @@ class Scopes:
         """Steps of loops that were left, or that something followed: to be ended with the run at the latest."""
         self._last_steps: dict[str, LastStep] = {}
         """Split -> its last step."""
+        self._last_step: LastStep | None = None
+        """The last step, where one that follows it has the same steps in force, and lies in the same."""
         self._lines_of_metrics = LinesOfMetrics(b"")
         self._lines_over = LinesOfMetrics(b',"over":true')
         """Those within a step, and those outside of any."""
@@ -403,7 +407,7 @@ class Scopes:
 
         """
         inner = self._current.get()
-        if inner is None or inner.session is None or inner.abandoned_at:
+        if inner is None or inner.session is None or (inner.more is not None and inner.abandoned_at):
             inner = self.innermost()
         other = None if inner is None or inner.loop is None else self._find_adjacent(loop, inner, begun)
         if number is None:
@@ -421,19 +425,15 @@ class Scopes:
         return scope
 
     def begin_step(self, scope: Step) -> None:
-        """Open a step: what `begin` does, in fewer steps where nothing is out of the ordinary, as nearly always."""
-        journal, here = self._journal, self._current.get()
-        session, last, thread = journal.session, self._last_steps.get(scope.split), get_ident()
+        """Open a step: what `begin` does, in fewer steps where it follows another one, as nearly always."""
+        last, here, thread = self._last_step, self._current.get(), get_ident()
         if (
             not self.usual
-            or here is None
-            or (here.more is not None and here.is_elsewhere)
-            or here.loop is not None
-            or here.session is not session
             or last is None
+            or here is not last.parent
+            or here.session is not self._journal.session
             or last.number >= scope.step
-            or last.epoch != here.epoch
-            or last.split != self.steps.leading
+            or last.split != scope.split
             or thread != self._training_thread
             or (self._propagate is not False and "opentelemetry.trace" in sys.modules)
         ):
@@ -441,11 +441,11 @@ class Scopes:
             return
         try:
             scope.thread, scope.task = thread, _current_task() if "asyncio" in sys.modules else 0
-            scope.parent, scope.epoch, scope.lap = here, here.epoch, last.lap
+            scope.parent, scope.epoch, scope.lap = here, last.epoch, last.lap
             last.number = self.steps.step = number = scope.step
             scope.started_in = last.split, number
-            journal.append_line(last.line, here.seq, number, session, scope)  # type: ignore[arg-type] # one is open
-            scope.session, self._main = journal.session, scope
+            self._journal.append_line(last.line, here.seq, number, here.session, scope)  # type: ignore[arg-type] # it is open
+            scope.session, self._main = self._journal.session, scope
             self._current.set(scope)
         except Exception as error:
             self._warn("begin", f"a step could not be begun: {error_text(error)}", key="step")
@@ -459,7 +459,12 @@ class Scopes:
                 self._end_abandoned()
             if not scope.detached:
                 here = self._current.get()
-                if here is None or here.session is not session or here.abandoned_at or here.loop is not None:
+                if (
+                    here is None
+                    or here.session is not session
+                    or here.loop is not None
+                    or (here.more is not None and here.abandoned_at)
+                ):
                     self._find_parent(scope, here)
                 else:
                     scope.parent, scope.started_in = here, here.started_in
@@ -478,6 +483,15 @@ class Scopes:
                 self.steps.begin(split, scope.step or 0)
                 if around is None or split not in EVALUATION_SPLITS or around[0] in EVALUATION_SPLITS:
                     scope.started_in = split, scope.step or 0
+                self._last_step = None
+                if (
+                    parent is not None
+                    and parent.loop is None
+                    and not (scope.in_main or scope.detached)
+                    and split == self.steps.leading
+                ):
+                    self._last_step = self._last_steps[split]
+                    self._last_step.parent = parent
             self._emitters[event["tag"]](event, scope)
             if self.closed:
                 return
@@ -516,24 +530,23 @@ class Scopes:
             rests: Whether it is a run that takes more afterwards.
 
         """
-        if scope.session is None:
-            return
-        if self._current.get() is not scope:
-            self._end_inside(scope, error)
-            self._close(scope, error, status, rests)
-        elif (
-            error is not None
-            or not self.usual
-            or scope.more is not None
-            or not (line := LINES_OF_ENDS.get(scope.tag))
-            or status is not None
-            or scope.session is not self._journal.session
-            or not scope.seq
-            or ((loop := scope.loop) is not None and loop.maybe_left_at and loop.step is scope)
+        loop, line = scope.loop, LINES_OF_ENDS.get(scope.tag)
+        if (
+            error is None
+            and line is not None
+            and self.usual
+            and scope.more is None
+            and status is None
+            and scope.session is self._journal.session
+            and self._current.get() is scope
+            and scope.seq
+            and (loop is None or not loop.maybe_left_at or loop.step is not scope)
         ):
+            self._end_usual(scope, line, loop)
+        elif scope.session is not None:
+            if self._current.get() is not scope:
+                self._end_inside(scope, error)
             self._close(scope, error, status, rests)
-        else:
-            self._close_usual(scope, line, loop)
 
     def innermost(self) -> Scope | None:
         """The innermost open scope here."""
@@ -606,7 +619,7 @@ class Scopes:
 
         """
         loop, scope, steps, started_in = None, self._current.get(), self.steps, None
-        if scope is not None and scope.session is not None and not scope.abandoned_at:
+        if scope is not None and scope.session is not None and not (scope.more is not None and scope.abandoned_at):
             loop = scope.loop
         else:
             scope = self._attributed()
@@ -804,7 +817,7 @@ class Scopes:
                 return
         self._record_error(error)
 
-    def _close_usual(self, scope: Scope, line: bytes, loop: StepLoop | None) -> None:
+    def _end_usual(self, scope: Scope, line: bytes, loop: StepLoop | None) -> None:
         """What `_close` does where nothing is out of the ordinary: no exception, no amounts, no loop that was left."""
         rest = b"" if scope.waited is None else b',"data_wait":%b' % dumps(scope.waited / SECOND_NS)
         is_span = scope.tag == "span"
