@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from stepspan.conversion import json_value, preview
-from stepspan.deliver.delivery import Delivery
+from stepspan.deliver.delivery import CLOSE_TIMEOUT_S, Delivery
 from stepspan.environment import unquoted
 from stepspan.events import Event
 from stepspan.journal.writer import SessionWriter
@@ -48,7 +48,6 @@ T = TypeVar("T")
 SPAN_PARAMETERS = ("collective", "cuda")
 EVENT_PARAMETERS = ("status",)
 """What attributes may have been meant for, by their type."""
-CLOSE_TIMEOUT_S = 5.0
 """How long the end of a run waits for a receiver that answers."""
 MAX_INTEGER = 1 << 63
 
@@ -87,6 +86,7 @@ class Run:
         name: str | None = None,
         tags: Sequence[str] = (),
         caller: Mapping[str, Any] = MappingProxyType({}),
+        close_timeout: float = CLOSE_TIMEOUT_S,
         at_once: bool = True,
         when_begun: Callable[[Run], None] = lambda run: None,
     ) -> None:
@@ -94,6 +94,7 @@ class Run:
         self._pipeline = pipeline
         """The processors, the journal and its followers; None of a run that records nothing."""
         self._delivery = delivery or Delivery()
+        self._close_timeout = close_timeout
         self.closed = False
         self._active = recorder.active
         self._scopes = recorder.scopes
@@ -494,7 +495,9 @@ class Run:
             return False
 
     def close(self, status: str | None = None) -> None:
-        """End the run. Waits for delivery, `CLOSE_TIMEOUT_S` at most, and only while the receiver answers.
+        """End the run. Waits for delivery, `close_timeout` seconds at most, and only while the receiver answers.
+
+        What is not delivered then is told in one line: why it waits, who goes on with it, and what sends it.
 
         Args:
             status: "completed", "failed" or "interrupted". By default "completed", or as the exception says that is on
@@ -519,7 +522,7 @@ class Run:
     def _close(self, given: str, error: BaseException | None) -> None:
         """End the run with a status. `error`: what has left it."""
         if self._end(given, error):
-            self._wait_for_delivery(CLOSE_TIMEOUT_S)
+            self._wait_for_delivery(self._close_timeout)
 
     def _end(self, given: str, error: BaseException | None) -> bool:
         """Write the end of the run, and return whether that was still to be done."""
@@ -603,7 +606,7 @@ class Run:
             if self._pipeline is not None and self._recorder.ended is not None:
                 self._pipeline.journal.close(self._recorder.ended, for_good=False)
                 session = self._session
-                self._delivery.pause(session.path if session else None, CLOSE_TIMEOUT_S)
+                self._delivery.pause(session.path if session else None, self._close_timeout)
                 self._recorder.warnings.log_summary()
         except Exception as error:
             self._warn_once("close", f"the session was not ended well: {error_text(error)}")
@@ -687,9 +690,9 @@ class Run:
     def _close_at_exit(cls, runs: Iterable[Run], error: BaseException | None, *, of_earlier_line: bool = False) -> None:
         """End runs with their process, which waits for the delivery of all of them as long as for that of one."""
         ended = [run for run in runs if run._end_at_exit(error, of_earlier_line)]
-        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        begun = time.monotonic()
         for run in ended:
-            run._wait_for_delivery(max(0.0, deadline - time.monotonic()))
+            run._wait_for_delivery(max(0.0, begun + run._close_timeout - time.monotonic()))
 
     def _begin(self) -> None:
         """Write the first event, and start what works beside the run."""

@@ -281,6 +281,7 @@ def open_run(
         name=settings.name,
         tags=settings.tags,
         caller=caller,
+        close_timeout=settings.close_timeout,
         at_once=at_once,
         when_begun=lambda run: _complete_start(run, settings, [*resource_warnings, *filter(None, [caller_warning])]),
     )
@@ -426,6 +427,9 @@ def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline,
     def session() -> Path | None:
         return journal.session.path if journal.session else None
 
+    def conclude(message: str) -> None:
+        recorder.warnings.conclude("undelivered", message)
+
     otlp = [e for e in followers if isinstance(e, OtlpExporter) and e.is_portable]
     portable = [e for e in otlp if all(hasattr(p, "spec") for p in e.processors)]
     if settings.delivery == "process" and len(portable) == len(followers):
@@ -438,8 +442,9 @@ def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline,
             send_interval=settings.send_interval,
             warn=recorder.warn_once,
             session=session,
+            conclude=conclude,
         )
-    return ThreadDelivery(followers, session, boot_id)
+    return ThreadDelivery(followers, session, boot_id, conclude)
 
 
 def _complete_start(run: Run, settings: Settings, warnings: Iterable[str]) -> None:

@@ -23,8 +23,10 @@ from stepspan.journal.layout import SessionPath
 log = logging.getLogger("stepspan.deliver")
 
 POLL_INTERVAL_S = 0.1
+LISTEN_INTERVAL_S = 0.03
+"""Between looks whether a run wants to be waited for no longer."""
 WAKING_INTERVAL_S = 0.01
-"""The same while a run waits for the try that it has asked for."""
+"""Between looks whether the try that it wants is done."""
 FIRST_ANSWER_TIMEOUT_S = 0.5
 """For which the end of a run waits for the answer to a request."""
 SILENCE_LIMIT_S = 30.0
@@ -94,20 +96,32 @@ class Deliverer:
             for exporter in self._exporters:
                 exporter.close()
 
-    def wait(self, done: Callable[[Deliverer], bool], tick: Callable[[], None] = lambda: None) -> bool:
+    def wait(
+        self,
+        done: Callable[[Deliverer], bool],
+        tick: Callable[[], None] = lambda: None,
+        listen: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Wait until `done(self)` or `interrupt()`.
 
         Args:
             done: Whether to stop waiting.
             tick: Called about ten times a second meanwhile, and more often after `wake`.
+            listen: Called more often; may `wake`.
 
         Returns:
             True: it is done. False: it was interrupted.
 
         """
         self._watches = True
+        look_at, has_tried = 0.0, True
         try:
-            while not self._stop.wait(POLL_INTERVAL_S if self._has_tried() else WAKING_INTERVAL_S):
+            while not self._stop.wait(LISTEN_INTERVAL_S if has_tried else WAKING_INTERVAL_S):
+                listen()
+                has_tried, had_tried = self._has_tried(), has_tried
+                if has_tried and had_tried and time.monotonic() < look_at:
+                    continue
+                look_at = time.monotonic() + POLL_INTERVAL_S
                 self._watch_journals()
                 if done(self):
                     return True
@@ -164,7 +178,8 @@ class Deliverer:
     def outlook(self, destination: str) -> Outlook:
         """What is known of a destination's receiver by now."""
         schedulers = self._of(destination)
-        known = Outlook("", 0.0, self._noticed.get(destination, 0.0), self._tried(destination), os.getpid())
+        failure = next((s.failure for s in schedulers if s.failure), "")
+        known = Outlook("", 0.0, self._noticed.get(destination, 0.0), self._tried(destination), os.getpid(), failure)
         asked = [s.asked_at for s in schedulers if s.asked_at is not None]
         if any(s.answers for s in schedulers):
             return known._replace(state="answering")

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from stepspan.errors import Warn
 from stepspan.journal.cursor import CursorState, cursor_is_open, cursor_name
 from stepspan.journal.layout import SessionPath, find_sessions
 from stepspan.journal.liveness import is_alive_here, quiet_for
+from stepspan.values import format_seconds
 
 if TYPE_CHECKING:
     from stepspan.exporters import Exporter
@@ -43,8 +45,14 @@ ANSWER_TIMEOUT_S = 5.0
 """A receiver that took something this recently counts as answering."""
 FIRST_ANSWER_TIMEOUT_S = 0.5
 """For which the end of a run waits for the answer to a first request."""
-EXIT_TIMEOUT_S = 5.0
-"""For which the end of the process waits for sessions that no deliverer had found as their runs ended."""
+NOTICE_TIMEOUT_S = 0.3
+"""For which the end of a run waits until the deliverer has seen that it is to try once more."""
+CLOSE_TIMEOUT_S = 5.0
+"""The default of the setting `close_timeout`."""
+REPEAT_INTERVAL_S = 60.0
+"""What a rank has said of a run's undelivered lines, no other rank of the host says within this time."""
+GIVEN_UP_AFTER_S = 30.0
+"""As the deliverer's `SILENCE_LIMIT_S`, which training need not import."""
 MAX_UNFOUND = 1000
 """Of such sessions, the latest."""
 WORKER_LIMIT_S = 10.0
@@ -55,19 +63,40 @@ MAX_RESTART_DELAY_S = 300.0
 """Before a deliverer that died without having delivered anything is started again."""
 
 
+def log_warning(message: str) -> None:
+    """Say something to whoever runs the program."""
+    log.warning("stepspan: %s", message)
+
+
+@dataclass(slots=True)
+class _Closing:
+    """The wait for a session's end: since when, until when, and for which wake-up of what delivers it."""
+
+    session: Path
+    begun: float  # Unix seconds
+    deadline: float  # Unix seconds
+    rung: float
+    asked_until: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Target -> before when the receiver asked not to be tried (Retry-After): waited for once, and then rung again."""
+
+
 class Delivery:
     """No delivery: the journal is all there is. The base of the others.
 
     Args:
         targets: The (destination, signal) pairs that are delivered to.
+        conclude: Takes the line that says, as a run ends, what waits.
 
     """
 
     _waits_to_be_found = True
     """Whether the end of a run waits for a deliverer at work that has not found the session yet."""
 
-    def __init__(self, targets: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self, targets: Iterable[tuple[str, str]] = (), *, conclude: Callable[[str], None] = log_warning
+    ) -> None:
         self.targets = frozenset(targets)
+        self._conclude = conclude
 
     def start(self) -> None:
         """Begin delivering, once the run's journal is open. Raises nothing."""
@@ -106,8 +135,9 @@ class Delivery:
 
         """
         if session is not None and self.targets:
-            begun = time.time()
-            self._wait(session, _is_finished, timeout, lambda states: self._is_worthwhile(session, states, begun))
+            now = time.time()
+            closing = _Closing(session, now, now + timeout, self._ring())
+            self._wait(session, _is_finished, timeout, lambda states: self._is_worthwhile(closing, states))
 
     def _wait(
         self,
@@ -126,28 +156,56 @@ class Delivery:
             self.watch()  # a deliverer may die as the run ends, when no log call looks after it any more
             time.sleep(POLL_INTERVAL_S)
 
-    def _is_worthwhile(self, session: Path, states: Mapping[tuple[str, str], CursorState], begun: float) -> bool:
+    def _is_delivered(self, session: Path) -> bool:
+        states = self._states(session)
+        return len(states) == len(self.targets) and all(map(_is_finished, states.values()))
+
+    def _is_worthwhile(self, closing: _Closing, states: Mapping[tuple[str, str], CursorState]) -> bool:
         """Whether the end of a session may soon be delivered to a target that has not got it.
 
         Args:
-            session: The session.
+            closing: The wait for it.
             states: What the cursors say that there are.
-            begun: Since when it is waited for, Unix seconds.
 
         """
         destinations = {destination for destination, _ in self.targets}
-        return any(self._destination_may_answer(session, each, states, begun) for each in destinations)
+        return any(self._destination_may_answer(closing, each, states) for each in destinations)
 
     def _destination_may_answer(
-        self, session: Path, destination: str, states: Mapping[tuple[str, str], CursorState], begun: float
+        self, closing: _Closing, destination: str, states: Mapping[tuple[str, str], CursorState]
     ) -> bool:
         targets = {target for target in self.targets if target[0] == destination}
         waiting = {target for target in targets if target not in states or not _is_finished(states[target])}
         known = [states[target] for target in (waiting if targets <= states.keys() else targets & states.keys())]
         if waiting and _any_answers(known):
             return True
+        failing = {target: states[target] for target in waiting if target in states and states[target].failing}
+        if waiting and self._may_be_tried(closing, destination, failing):
+            return True
         untried = [target for target in waiting if target not in states or states[target].state == "ok"]
-        return any(self._may_answer(session, *target, begun) for target in untried)
+        return any(self._may_answer(closing.session, *target, closing.begun) for target in untried)
+
+    def _may_be_tried(
+        self, closing: _Closing, destination: str, failing: Mapping[tuple[str, str], CursorState]
+    ) -> bool:
+        """Whether the try is still to come, or under way, that was asked for as the run ended."""
+        outlook = self._outlook(destination)
+        if failing and outlook.state == "starting":
+            return True
+        if outlook.state == "" or not (failing or outlook.state == "away"):
+            return False
+        now = time.time()
+        if outlook.noticed < closing.rung:
+            return now - closing.rung < NOTICE_TIMEOUT_S
+        if outlook.tried < closing.rung:
+            return now - closing.rung < NOTICE_TIMEOUT_S + FIRST_ANSWER_TIMEOUT_S
+        for target, state in failing.items():
+            if closing.begun < state.asked_until < closing.deadline:
+                closing.asked_until.setdefault(target, state.asked_until)
+        if any(closing.rung < until <= now for until in closing.asked_until.values()):
+            closing.rung = self._ring()
+            return True
+        return any(now < until for until in closing.asked_until.values())
 
     def _may_answer(self, session: Path, destination: str, signal: str, begun: float) -> bool:
         """Whether a receiver may soon take what it has not refused: it has not been asked for long."""
@@ -165,6 +223,59 @@ class Delivery:
     def _ring(self) -> float:
         """Let what delivers send at once what there is, and try once more what was put off: when, Unix seconds."""
         return 0.0
+
+    def report_undelivered(self, session: Path) -> None:
+        """Say in one line what of a run was not delivered: why, who goes on, and what sends it.
+
+        Args:
+            session: The directory of the run's session, or of a worker's.
+
+        """
+        own = SessionPath.of(session)
+        if own is None:
+            return
+        from stepspan.deliver.undelivered import find_undelivered, launch_of, undelivered_text
+
+        run_key, sessions = launch_of(own)
+        texts = []
+        for found in find_undelivered(sessions, self.targets, self._urls(), self._why_untried):
+            where, command = self._remedy(own, found.destination)
+            goes_on = "" if found.needs_a_person else self._goes_on(found.destination)
+            text = undelivered_text(found, where, goes_on, command)
+            if self._may_report(session, found.destination, run_key) and _undelivered.is_first(found.destination, text):
+                texts.append(text)
+        if texts:
+            self._conclude("; ".join(texts))
+
+    def _may_report(self, session: Path, destination: str, run_key: str) -> bool:
+        """Whether no other rank of this host has said it."""
+        try:
+            return self._lock_for(session, destination).claim(run_key, REPEAT_INTERVAL_S)
+        except OSError:
+            return True
+
+    def _lock_for(self, session: Path, destination: str) -> DeliveryLock:
+        return DeliveryLock(session.parents[2], session.parent.name, destination)
+
+    def _urls(self) -> Mapping[tuple[str, str], str]:
+        """Where each target leads, as messages have it."""
+        return {}
+
+    def _remedy(self, _session: SessionPath, destination: str) -> tuple[str, str]:
+        """How people know a receiver, and the command that sends what it has not got."""
+        return destination, "`stepspan sync`"
+
+    def _goes_on(self, _destination: str) -> str:
+        """Who goes on delivering, now that the run has ended; "" for nobody."""
+        return ""
+
+    def _why_untried(self, destination: str) -> str:
+        """Why a receiver may not have got what it has not refused; "" where nobody knows."""
+        state, since, *_, message = self._outlook(destination)
+        if state == "asking":
+            return message or f"no answer for {format_seconds(max(0.0, time.time() - since))}"
+        words = {"starting": "the deliverer has only just started", "answering": "not all was taken in time"}
+        return words.get(state, message)
 
     def after_fork(self) -> None:
         """Forget the parent's deliverer, in a forked child."""
@@ -207,6 +318,7 @@ class ProcessDelivery(Delivery):
         warn: Called with a kind and a message for what a person has to put right. Must write no event: `watch` may be
             called while one is written.
         session: Gives the directory of the run's session, once there is one.
+        conclude: Takes the line that says, as the run ends, what waits.
 
     """
 
@@ -224,8 +336,9 @@ class ProcessDelivery(Delivery):
         warn: Warn,
         session: Callable[[], Path | None] = lambda: None,
         send_interval: float | None = None,
+        conclude: Callable[[str], None] = log_warning,
     ) -> None:
-        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
+        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals], conclude=conclude)
         self._directory, self._host, self._exporters = directory, host, exporters
         self._leaves_it_to_first_rank, self._health = not first, health
         self._warn = warn
@@ -233,10 +346,9 @@ class ProcessDelivery(Delivery):
         self._env = with_absolute_paths(os.environ)  # a deliverer that is started again must not go elsewhere
         if send_interval is not None:
             self._env[SEND_INTERVAL_VARIABLE] = repr(send_interval)
-        self._urls: dict[tuple[str, str], str] = {
-            (e.destination, s): endpoint.display_url for e in exporters for s, endpoint in e.endpoints.items()
-        }
         self._routes = {e.destination: route_of(e, directory) for e in exporters}
+        self._closing_timeout: float | None = None
+        """For which the end of the run may wait; None: it has not come."""
         self._faulty = {(e.destination, s) for e in exporters for signals in e.faults.values() for s in signals}
         """Held from the start, for a variable is wrong, which was said there."""
         self._is_first_start = first
@@ -305,22 +417,53 @@ class ProcessDelivery(Delivery):
         """
         self.check_interval_s, self._restart_at = CLOSING_CHECK_INTERVAL_S, 0.0
         self._leaves_it_to_first_rank = False
+        self._closing_timeout = timeout
         self._check()
         super().close(session, timeout)
-        for each in _with_ended_workers(session):
-            if not self._is_delivered(each):
-                _await_at_exit(self, each)
-        self._warn_of_failures(session)
+        waiting = [each for each in _with_ended_workers(session) if not self._is_delivered(each)]
+        if session is None or not waiting:
+            _undelivered.forget(destination for destination, _ in self.targets)
+        elif any(map(self._may_be_found, waiting)):
+            for each in waiting:
+                _await_at_exit(self, each, timeout)
+        else:
+            self.report_undelivered(session)
         self.after_fork()
 
-    def await_found(self, session: Path, timeout: float) -> None:
-        """As `close`, for a session that the deliverer had not found then."""
+    def _may_be_found(self, session: Path) -> bool:
+        """Whether a deliverer, at work or about to be, may not have come to a session yet: nothing is against it."""
+        states = self._states(session)
+        waiting = [target for target in self.targets if target not in states or not _is_finished(states[target])]
+        untried = {target[0] for target in waiting if target not in states or not states[target].failing}
+        return any(self._outlook(destination).state in {"answering", "starting"} for destination in untried)
+
+    def await_found(self, session: Path, timeout: float) -> bool:
+        """As `close`, for a session that the deliverer had not found then. Whether it is delivered."""
         self._waits_to_be_found = True
         super().close(session, timeout)
+        return self._is_delivered(session)
 
-    def _is_delivered(self, session: Path) -> bool:
-        states = self._states(session)
-        return len(states) == len(self.targets) and all(map(_is_finished, states.values()))
+    def _urls(self) -> Mapping[tuple[str, str], str]:
+        return {(e.destination, s): each.display_url for e in self._exporters for s, each in e.endpoints.items()}
+
+    def _remedy(self, session: SessionPath, destination: str) -> tuple[str, str]:
+        from stepspan.deliver.undelivered import receiver_text, sync_command
+
+        exporter = next(exporter for exporter in self._exporters if exporter.destination == destination)
+        return receiver_text(exporter), sync_command(session, exporter, self._env)
+
+    def _goes_on(self, destination: str) -> str:
+        from stepspan.deliver.undelivered import is_in_container
+
+        outlook = self._outlook(destination)
+        if outlook.state == "" or os.getpid() == 1:  # the first process of a container takes all others with it
+            return ""
+        process = f", process {outlook.pid}," if outlook.pid else ""
+        lives = " (if this container does)" if is_in_container() else ""
+        return f"the deliverer{process} goes on{lives} until nothing was taken for {GIVEN_UP_AFTER_S:g} s"
+
+    def _lock_for(self, _session: Path, destination: str) -> DeliveryLock:
+        return self._lock(destination)
 
     def _outlook(self, destination: str) -> Outlook:
         if self._cannot_start or self._restart_delay:  # it died without having delivered anything
@@ -355,20 +498,22 @@ class ProcessDelivery(Delivery):
         with suppress(OSError):
             found = ledgers.cursors(session) if session is not None else {}
         self._reap(max((state.answered for signals in found.values() for state in signals.values()), default=0.0))
-        now = time.monotonic()
+        now, urls = time.monotonic(), self._urls()
         for destination, signal in self.targets:
             target, state = (destination, signal), found.get(destination, {}).get(signal)
             if state is not None and state.ledger.thinned and not self._warned_of_thinned:
                 self._warned_of_thinned = True
                 self._warn("thinned", ledgers.THINNED)
-            if state is None or state.state not in {"retry", "hold"} or target in self._faulty:
+            if state is None or not state.failing or target in self._faulty:
                 self._failing_since.pop(target, None)
+                continue
+            if self._closing_timeout is not None:  # the run's last line says it
                 continue
             since = self._failing_since.setdefault(target, now)
             if since != float("inf") and (state.state == "hold" or now - since >= WARN_AFTER_S):
                 self._failing_since[target] = float("inf")
                 cause = f"{destination}: {state.message}"
-                failed = f"{signal} to {self._urls[target]} (destination {destination})"
+                failed = f"{signal} to {urls[target]} (destination {destination})"
                 self._warn("delivery", f"{failed} cannot be delivered: {state.message}; {self._advice()}", key=cause)
 
     def _reap(self, answered: float) -> None:
@@ -425,6 +570,7 @@ class ThreadDelivery(Delivery):
         exporters: Where to deliver to.
         session: Gives the directory of the run's session, once there is one.
         boot_id: The boot of this host.
+        conclude: Takes the line that says, as the run ends, what waits.
 
     """
 
@@ -432,13 +578,19 @@ class ThreadDelivery(Delivery):
     CPU_SHARE = 0.1
     STOP_TIMEOUT_S = 0.4
 
-    def __init__(self, exporters: Sequence[Exporter], session: Callable[[], Path | None], boot_id: str) -> None:
+    def __init__(
+        self,
+        exporters: Sequence[Exporter],
+        session: Callable[[], Path | None],
+        boot_id: str,
+        conclude: Callable[[str], None] = log_warning,
+    ) -> None:
         from stepspan.deliver.deliverer import Deliverer
         from stepspan.deliver.options import Options
         from stepspan.deliver.shared_exporter import SharedExporter
 
-        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals])
-        self._arguments = exporters, session, boot_id
+        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals], conclude=conclude)
+        self._arguments = exporters, session, boot_id, conclude
         self._session = session
         self._addresses = {e.destination: getattr(e, "address", e.destination) for e in exporters}
         self._new: dict[tuple[str, Path], bool] = {}
@@ -458,7 +610,7 @@ class ThreadDelivery(Delivery):
 
     def pause(self, session: Path | None, timeout: float) -> None:
         """As `close`: a process may train often, and threads that nobody needs would add up."""
-        self.close(session, timeout)
+        self._finish(session, timeout)
 
     def resume(self) -> Delivery:
         """Other threads, with the same exporters."""
@@ -468,11 +620,32 @@ class ThreadDelivery(Delivery):
 
     def close(self, session: Path | None, timeout: float) -> None:
         """As the base, at full speed; then the threads end."""
+        self._finish(session, timeout)
+        if session is not None and not all(map(self._is_delivered, _with_ended_workers(session))):
+            self.report_undelivered(session)
+        else:
+            _undelivered.forget(destination for destination, _ in self.targets)
+
+    def _finish(self, session: Path | None, timeout: float) -> None:
         self._closing.set()
         deadline = time.monotonic() + timeout
         for each in _with_ended_workers(session):
-            super().close(each, deadline - time.monotonic())
+            super().close(each, max(0.0, deadline - time.monotonic()))
         self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
+
+    def _urls(self) -> Mapping[tuple[str, str], str]:
+        endpoints = {e.destination: getattr(e, "endpoints", {}) for e in self._arguments[0]}
+        return {(name, s): each.display_url for name, of in endpoints.items() for s, each in of.items()}
+
+    def _remedy(self, session: SessionPath, destination: str) -> tuple[str, str]:
+        from stepspan.deliver.undelivered import receiver_text, sync_command
+        from stepspan.exporters.otlp import OtlpExporter
+
+        exporter = next(exporter for exporter in self._arguments[0] if exporter.destination == destination)
+        if isinstance(exporter, OtlpExporter):
+            return receiver_text(exporter), sync_command(session, exporter, os.environ)
+        name = f"{type(exporter).__name__} {destination!r}"
+        return name, f"a later run of this job with that exporter, or `stepspan sync {session.path.parents[1]}`,"
 
     def after_fork(self) -> None:
         """As the base: the threads are the parent's, and so are their cursors."""
@@ -514,8 +687,38 @@ class ThreadDelivery(Delivery):
         self._closing.wait(busy * (1 / self.CPU_SHARE - 1))
 
 
-_unfound: deque[tuple[ProcessDelivery, Path]] = deque(maxlen=MAX_UNFOUND)
-"""What was not delivered as its run ended, perhaps because no deliverer had found it."""
+class _UndeliveredRuns:
+    """What ended runs of this process have said: a thousand trials without a receiver say it twice, not each."""
+
+    def __init__(self) -> None:
+        self._further: dict[str, tuple[int, str]] = {}
+        """Destination -> how many runs came after the one that said what waits for it, and what the last would say."""
+
+    def is_first(self, destination: str, text: str) -> bool:
+        """Whether nothing was said of a destination since it last got everything of a run."""
+        count, _ = self._further.get(destination, (-1, ""))
+        self._further[destination] = count + 1, text
+        return count < 0
+
+    def forget(self, destinations: Iterable[str]) -> None:
+        """These have got everything of a run."""
+        for destination in destinations:
+            self._say(destination)
+
+    def say_all(self) -> None:
+        """Say of each destination how many runs were not told of."""
+        for destination in list(self._further):
+            self._say(destination)
+
+    def _say(self, destination: str) -> None:
+        count, last = self._further.pop(destination, (0, ""))
+        if count > 0:
+            log_warning(f"{count:,} more run{'s' if count > 1 else ''} of this process ended so, last: {last}")
+
+
+_undelivered = _UndeliveredRuns()
+_unfound: deque[tuple[ProcessDelivery, Path, float]] = deque(maxlen=MAX_UNFOUND)
+"""What was not delivered as its run ended, perhaps because no deliverer had found it; and how long that may take."""
 
 
 def _with_ended_workers(session: Path | None) -> Iterator[Path]:
@@ -530,24 +733,37 @@ def _with_ended_workers(session: Path | None) -> Iterator[Path]:
             yield found.path
 
 
-def _await_at_exit(delivery: ProcessDelivery, session: Path) -> None:
+def _await_at_exit(delivery: ProcessDelivery, session: Path, timeout: float) -> None:
     if not _unfound:  # a process of multiprocessing leaves past atexit, once its own finalizers have run
         parent = getattr(sys.modules.get("multiprocessing.process"), "parent_process", None)
         finalize = getattr(sys.modules.get("multiprocessing.util"), "Finalize", None)
         if parent and finalize and parent():
             finalize(None, _await_unfound, exitpriority=-1)
-    _unfound.append((delivery, session))
+    _unfound.append((delivery, session, timeout))
 
 
 def _await_unfound() -> None:
     """As the process ends: wait for what no deliverer had found yet, for it may end with this process."""
-    deadline = time.monotonic() + EXIT_TIMEOUT_S
+    begun = time.monotonic()
+    left: dict[ProcessDelivery, Path] = {}
     while _unfound:
-        delivery, session = _unfound.popleft()
+        delivery, session, timeout = _unfound.popleft()
         with suppress(Exception):
-            delivery.await_found(session, deadline - time.monotonic())
+            if not delivery.await_found(session, max(0.0, begun + timeout - time.monotonic())):
+                left.setdefault(delivery, session)
+    for delivery, session in left.items():
+        with suppress(Exception):
+            delivery.report_undelivered(session)
+    with suppress(Exception):
+        _undelivered.say_all()
+
+
+def _forget_in_child() -> None:
+    global _undelivered
+    _unfound.clear()
+    _undelivered = _UndeliveredRuns()
 
 
 atexit.register(_await_unfound)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unfound.clear)
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -16,15 +16,19 @@ import fcntl
 import os
 import time
 from contextlib import suppress
+from hashlib import blake2b
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from stepspan.journal.layout import open_path, read_file, slug
+from stepspan.journal.liveness import exclusive
 
 DELIVERERS_DIRECTORY = ".deliverers"
 RETRY_INTERVAL_S = 0.1
-OUTLOOK_BYTES = 128
-RING_OFFSET, RING_BYTES = 128, 32
+OUTLOOK_BYTES = 512
+RING_OFFSET, RING_BYTES = 512, 32
+CLAIM_OFFSET, CLAIM_BYTES = 544, 64
+"""Where in a lock's file what stands: what its holder says, what wakes it, what a rank has taken on."""
 
 
 class Outlook(NamedTuple):
@@ -41,6 +45,8 @@ class Outlook(NamedTuple):
     """When that wake-up was seen after which each signal has had its try, or is under way for longer than runs wait."""
     pid: int = 0
     """The deliverer's process; 0: not known."""
+    message: str = ""
+    """Why the receiver took nothing when it was last asked."""
 
 
 UNKNOWN = Outlook("")
@@ -117,16 +123,18 @@ class DeliveryLock:
         if outlook != self.reported:
             self.reported = outlook
             with suppress(OSError):  # a full disk: runs wait as if nothing was known
-                text = f"{outlook.state or '-'} {outlook.since!r} {outlook.noticed!r} {outlook.tried!r} {outlook.pid}"
-                os.pwrite(self._fd, text.encode().ljust(OUTLOOK_BYTES), 0)
+                state, *numbers, message = outlook
+                text = " ".join([state or "-", *map(repr, numbers), message])
+                os.pwrite(self._fd, text.encode("utf-8", "replace")[:OUTLOOK_BYTES].ljust(OUTLOOK_BYTES), 0)
 
     def outlook(self) -> Outlook:
         """What the holder of the lock said last; unknown where nobody holds it."""
         path = self._directory / DELIVERERS_DIRECTORY / self._name
         try:
-            state, since, noticed, tried, pid = (read_file(path, OUTLOOK_BYTES) or b"").decode().split()
-            state = state.strip("-")
-            found = Outlook(state, float(since), float(noticed), float(tried), int(pid))  # type: ignore[arg-type]
+            text = (read_file(path, OUTLOOK_BYTES) or b"").decode("utf-8", "ignore")
+            state, since, noticed, tried, pid, *rest = text.split(maxsplit=5)
+            message = "".join(rest).strip()
+            found = Outlook(state.strip("-"), float(since), float(noticed), float(tried), int(pid), message)  # type: ignore[arg-type]
         except ValueError:  # nobody has said anything, or an earlier version has
             return UNKNOWN
         return found if self.is_taken() else UNKNOWN
@@ -150,6 +158,35 @@ class DeliveryLock:
         finally:
             os.close(fd)
         return now
+
+    def claim(self, word: str, seconds: float) -> bool:
+        """Take on what one process of this host is to do.
+
+        Args:
+            word: What it is about.
+            seconds: How long a claim holds.
+
+        Returns:
+            Whether no other process has claimed the word within this time.
+
+        Raises:
+            OSError: The lock's file cannot be read or written.
+
+        """
+        path = self._directory / DELIVERERS_DIRECTORY
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        mine = blake2b(word.encode("utf-8", "replace"), digest_size=8).hexdigest()
+        with exclusive(path):
+            fd = open_deliverers_file(self._directory, self._name, os.O_RDWR | os.O_CREAT)
+            try:
+                claimed, _, at = os.pread(fd, CLAIM_BYTES, CLAIM_OFFSET).decode("ascii", "replace").partition(" ")
+                with suppress(ValueError):
+                    if claimed == mine and abs(time.time() - float(at)) < seconds:
+                        return False
+                os.pwrite(fd, f"{mine} {time.time():.3f}".encode().ljust(CLAIM_BYTES), CLAIM_OFFSET)
+            finally:
+                os.close(fd)
+        return True
 
     def was_rung(self) -> bool:
         """Whether somebody has rung since this was last asked; only the holder may ask."""

@@ -76,7 +76,7 @@ def serve(
         deliverer = Deliverer(exporters, sessions, options, health=host if health else None)
         interrupt_on_signal(deliverer)
         deliverer.start()
-        over = deliverer.wait(run_is_over, partial(_report, deliverer, locks))
+        over = deliverer.wait(run_is_over, partial(_report, deliverer, locks), partial(_listen, deliverer, locks))
         _report(deliverer, locks)
         deliverer.stop()
         # A run that came and went just now found the locks held, and relied on this process.
@@ -103,14 +103,19 @@ def _with_lock(
 
 
 def _report(deliverer: Deliverer, locks: Mapping[str, DeliveryLock]) -> None:
-    """Say in the lock files how things stand, for runs that end, and do what they have rung for."""
+    """Say in the lock files how things stand: runs that end read it there."""
     for destination in {scheduler.exporter.destination for scheduler in deliverer.schedulers}:
-        now = time.time()
-        if locks[destination].was_rung():
-            deliverer.wake(destination, now)
         outlook = deliverer.outlook(destination)
         if outlook.state != "starting" or locks[destination].reported in {None, UNKNOWN}:  # else it knows from before
             locks[destination].report(outlook)
+
+
+def _listen(deliverer: Deliverer, locks: Mapping[str, DeliveryLock]) -> None:
+    """Wake what runs have rung for."""
+    for destination, lock in locks.items():
+        now = time.time()
+        if lock.is_held and lock.was_rung():
+            deliverer.wake(destination, now)
 
 
 def main() -> None:

@@ -129,6 +129,8 @@ class Scheduler:
         """The last `wake` after which every session has had its try."""
         self.answers: bool | None = None
         """Whether the receiver took what was last sent; None: it has not answered yet, or nothing was sent."""
+        self.failure = ""
+        """Why it took nothing when it was last asked."""
         self.broken = False
         """Whether a defect has ended the thread."""
         self.has_news = False
@@ -143,6 +145,7 @@ class Scheduler:
         self._defective: set[Path] = set()
         self._living = False
         self._wake = 0.0
+        self._woken_at = -math.inf
         self._failing_since: float | None = None
         self._scanned_at: float | None = None
         self._not_before = self._rest_until = 0.0
@@ -189,9 +192,12 @@ class Scheduler:
         return not self._living and self.silent_for() >= limit
 
     def silent_for(self) -> float:
-        """Seconds since the receiver last took anything although there was something to send; 0 while it does."""
+        """Seconds since the receiver last took anything although there was something to send; 0 while it does.
+
+        They are counted anew from a wake-up on: a run that ends in an outage leaves it time.
+        """
         since = self._failing_since
-        return self._options.clock() - since if since is not None else 0.0
+        return self._options.clock() - max(since, self._woken_at) if since is not None else 0.0
 
     def has_seen_all(self) -> bool:
         """Whether all sessions that there are now have been found, or a defect has ended that."""
@@ -205,7 +211,7 @@ class Scheduler:
 
     def _end_waits(self) -> None:
         """Look for sessions, and try again, as soon as receivers allow."""
-        self._scanned_at, self._rest_until = None, 0.0
+        self._scanned_at, self._rest_until, self._woken_at = None, 0.0, self._options.clock()
         latest = sorted(self.tasks.values(), key=lambda task: int(task.header["started"]), reverse=True)
         held = [task for task in latest if task.held]
         for task in (*(task for task in latest if not task.held), *held[:MAX_WOKEN]):
@@ -332,9 +338,9 @@ class Scheduler:
             self._delivered_at, self._not_before = self._options.clock(), 0.0
             self._record(task, moved=True)
             if task.state.answered != answered:
-                self.answers = True
+                self.answers, self.failure = True, ""
         elif task.failing_since is not None:
-            self.answers = False
+            self.answers, self.failure = False, task.state.message
         if task.finished:
             self._retire(task)
         return moved

@@ -112,6 +112,11 @@ class CursorState:
     denied: bool = False
     """Whether the receiver refused the credentials when it was last asked."""
 
+    @property
+    def failing(self) -> bool:
+        """Whether the last request was not taken."""
+        return self.state in {"retry", "hold"}
+
     @classmethod
     def load(cls, content: dict[str, Any]) -> CursorState:
         """From a slot's JSON, less what a newer version added. TypeError or KeyError where it is something else."""

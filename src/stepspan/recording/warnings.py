@@ -84,6 +84,18 @@ class WarningSink:
             log.log(level if self.audible else logging.DEBUG, "stepspan: %s (logged once; %s)", message, counted)
         return key
 
+    def conclude(self, kind: str, message: str) -> None:
+        """Count and log what is to be said once, as the run ends: by this process, whichever it is.
+
+        Args:
+            kind: What is counted together.
+            message: What a person has to know; holds no value of the program.
+
+        """
+        with self._lock:
+            self.counts[kind] += 1
+        log.warning("stepspan: %s", message)
+
     def key_counts(self) -> dict[str, dict[str, int]]:
         """Kind -> key -> how often, of the kinds that have keys."""
         with self._lock:
