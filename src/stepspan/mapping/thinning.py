@@ -55,7 +55,7 @@ class Thinning:
 
     def keeps(self, step: StepState) -> bool:
         """Whether the trace of a step that has ended goes out. Call it once for each step, in order."""
-        return bool(self.filter([step]))
+        return bool(self.filter((step,)))
 
     def filter(self, steps: Sequence[StepState]) -> list[StepState]:
         """Decide for many steps, as `keeps` does for each.

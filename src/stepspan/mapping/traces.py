@@ -103,6 +103,8 @@ class TraceMapper(NothingAhead):
 
     def _outgoing(self) -> list[Record]:
         """The spans that were made, as the destination wants them."""
+        if not (self._is_sampled or self._is_cut):
+            return list(self._spans)
         spans: list[Record] = [span for span in self._spans if not self._is_sampled or self._keeps(span)]
         self.filtered += len(self._spans) - len(spans)
         limits = self._options.limits
