@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import count, cycle
+from itertools import count, cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -443,7 +443,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from harness.journals import ROOMY, OpenJournal, header, metrics
 from dataclasses import replace
-from itertools import count, cycle
+from itertools import count, cycle, islice
 
 writer = OpenJournal(Path(sys.argv[1]), header(), limits=replace(ROOMY, segment_bytes=2_000_000))
 until, number = time.monotonic() + 1.5, 0
@@ -534,8 +534,8 @@ class Follower:
         self.position = Position()
         self.at_end = False
 
-    def read(self, size: int, until: int | None = None) -> None:
-        batch = self.reader.read(self.position, size=size, until=until, closed=END)
+    def read(self, size: int, until: int | None = None, closed: Closed | None = END) -> None:
+        batch = self.reader.read(self.position, size=size, until=until, closed=closed)
         self.events += batch.events
         self.ledger = self.ledger.plus(batch.counts)
         self.position, self.at_end = batch.position, batch.at_end
@@ -585,12 +585,40 @@ def test_a_line_is_parsed_once_for_all_who_read_it_side_by_side(
         follower.reader.close()
 
 
+def test_lines_are_parsed_once_while_they_are_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = lay_down(tmp_path, [at(0, 0)])
+    parsed = []
+
+    def counted(lines: Sequence[bytes], seq: int) -> list[Event] | None:
+        parsed.append(len(lines))
+        return decode_sequence(lines, seq)
+
+    monkeypatch.setattr(reader_module, "decode_sequence", counted)
+    sessions, numbers = OpenSessions(), count(1)
+    followers = [Follower(sessions, session, name) for name in "abc"]
+
+    def write(some: int) -> None:
+        with open(session.path / segment_name(1), "ab") as file:
+            for number in islice(numbers, some):
+                file.write(encode({**at(number, number), "seq": number + 2}))
+
+    for turn in range(20):
+        write(30)
+        for follower in followers[turn % 3 :] + followers[: turn % 3]:  # whoever comes later sees more
+            follower.read(WHOLE, closed=None)
+            write(1)
+    for follower in followers:
+        follower.read(WHOLE)
+        assert logged(follower.events) == list(range(20 * 33 + 1))
+        follower.reader.close()
+    assert sum(parsed) < 1.1 * (20 * 33 + 2)
+
+
 def test_what_is_kept_for_others_is_bounded_and_one_that_hangs_stops_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 1 << 16)
     monkeypatch.setattr(chunks, "STANDSTILL_S", 0.01)
-    monkeypatch.setattr(reader_module, "SHARED_BYTES", 1 << 10)
     session = lay_down(tmp_path, [at(n, n) for n in range(5000)])
     sessions = OpenSessions()
     ahead, hanging = Follower(sessions, session, "ahead"), Follower(sessions, session, "hanging")

@@ -82,8 +82,9 @@ class Follower:
     Attributes:
         lines: Of the session.
         thread: Names the thread that reads, of all of its followers.
-        place: Where what it has taken ends.
+        place: Where it stands, or where the full chunk ends that it has taken.
         read_at: When it last read, or began, monotonic seconds.
+        is_behind: Whether the last chunk that it took was full, so that it will soon come to another one.
 
     """
 
@@ -91,6 +92,7 @@ class Follower:
     thread: str
     place: Place = (0, 0)
     read_at: float = field(default_factory=time.monotonic)
+    is_behind: bool = False
 
 
 class ChunkCache:
@@ -123,11 +125,20 @@ class ChunkCache:
                 follower.lines.followers.remove(follower)
             self._drop_passed(follower.lines)
 
+    def stand(self, follower: Follower, place: Place) -> None:
+        """Note where a follower reads on from: a segment, and the offset at which one of its lines begins."""
+        with self._changed:
+            follower.place, follower.read_at = place, time.monotonic()
+            if self._waiting:
+                self._changed.notify_all()
+            if follower.lines.chunks:
+                self._drop_passed(follower.lines)
+
     def find(self, follower: Follower, place: Place, seq: int) -> tuple[Chunk, int] | None:
-        """What was read already from where a follower stands.
+        """What was read already of what stands at a place.
 
         Args:
-            follower: It is noted that it stands there.
+            follower: Who comes to it.
             place: A segment, and the offset at which one of its lines begins.
             seq: The number of the last event before that.
 
@@ -135,14 +146,8 @@ class ChunkCache:
             The chunk, and the index of its first event there; None: it is to be read.
 
         """
-        lines = follower.lines
         with self._changed:
-            follower.place, follower.read_at = place, time.monotonic()
-            if self._waiting:
-                self._changed.notify_all()
-            if lines.chunks:
-                self._drop_passed(lines)
-            for chunk in lines.chunks:
+            for chunk in follower.lines.chunks:
                 index = chunk.index(place, seq)
                 if index is not None:
                     self._move_past(follower, chunk)
@@ -184,9 +189,15 @@ class ChunkCache:
                 self._drop(next(iter(self._kept)))
 
     def _move_past(self, follower: Follower, chunk: Chunk) -> None:
-        """Note that a follower has a chunk, which it may be the last one to need."""
-        follower.place = chunk.start[0], chunk.end
-        self._drop_passed(follower.lines)
+        """Note that a follower has a chunk, which it may be the last one to need.
+
+        Of one at the end of what is written it may take a part now and the rest when that has settled, so it is kept
+        until the follower comes from behind it: all then read on from its end, and share what they read.
+        """
+        follower.is_behind = chunk.is_full
+        if chunk.is_full:
+            follower.place = chunk.start[0], chunk.end
+            self._drop_passed(follower.lines)
 
     def _followers_before(self, chunk: Chunk, lines: SharedLines, now: float) -> list[Follower]:
         """Those that will come to a chunk soon."""

@@ -34,8 +34,6 @@ SETTLE_S = 0.2
 USUAL_HEADER_BYTES = 1 << 16
 JUMP = b'"tag":"clock"'
 JUMP_SEARCH_BYTES, JUMP_READ_BYTES = 64 << 20, 1 << 20
-SHARED_BYTES = 1 << 16
-"""A read of so much may be worth waiting for others."""
 LISTING_INTERVAL_S = 1.0
 """Between listings of the segments in a directory whose time of change is the same."""
 LISTING_AGE_NS = 50 * MILLISECOND_NS
@@ -117,6 +115,8 @@ class JournalReader:
         ends: list[int] = []  # and where they end there
         unsettled: int | None = None  # events of this millisecond may have siblings that we have not seen
         consumed, at_end, full, beyond = 0, False, False, 0
+        if follower is not None and self._cache is not None:
+            self._cache.stand(follower, (number, offset))
         while number and not full:
             chunk, first, tail = self._chunk(number, offset, seq, size - consumed, follower)
             found, their_ends = chunk.events, chunk.ends
@@ -177,7 +177,7 @@ class JournalReader:
                 return self._parse(number, offset, seq, size)
         if (found := cache.find(follower, place, seq)) is not None:
             return *found, None
-        if size >= SHARED_BYTES:
+        if follower.is_behind:
             cache.wait_for_room(size)
         is_contended = not self._lock.acquire(blocking=False)
         if is_contended:
