@@ -61,7 +61,8 @@ def test_the_agent_takes_a_list_of_gateways() -> None:
 
 @pytest.mark.stack
 def test_an_agent_hands_on_a_request_of_a_host_as_one_and_always_the_same_way(tmp_path: Path) -> None:
-    hosts, kinds = [f"node{number}" for number in range(12)], {"metrics": "resource_metrics", "logs": "resource_logs"}
+    hosts = [f"node{number}" for number in range(12)]
+    kinds: dict[Signal, str] = {"metrics": "resource_metrics", "logs": "resource_logs"}
     with ScriptedReceiver() as one, ScriptedReceiver() as other:
         gateways = f"[{one.grpc_target}, {other.grpc_target}]"
         with StackCollector(tmp_path, "agent.yaml", record=False, COLLECTOR_GATEWAYS=gateways) as agent:
@@ -69,14 +70,15 @@ def test_an_agent_hands_on_a_request_of_a_host_as_one_and_always_the_same_way(tm
                 for host in [*hosts, *hosts]:
                     for signal, body in requests_of(host, ranks=8).items():
                         assert exporter.send_json(signal, body).verdict is Verdict.DELIVERED
-            requests = lambda kind: [(r, q) for r in (one, other) for q in r.requests[kind]]  # noqa: E731
-            until(lambda: all(len(requests(kind)) >= 24 for kind in kinds), 20)
+            until(lambda: all(len(one.requests[kind]) + len(other.requests[kind]) >= 24 for kind in kinds), 20)
             for kind, field in kinds.items():
                 ways: dict[str, set[int]] = {}
-                for receiver, request in requests(kind):
-                    resources = [attributes(each.resource) for each in getattr(request, field)]
-                    assert len(resources) == 8
-                    ways.setdefault(*{each["host.name"] for each in resources}, set()).add(id(receiver))
+                for receiver in (one, other):
+                    for request in receiver.requests[kind]:
+                        resources = [attributes(each.resource) for each in getattr(request, field)]
+                        [host] = {each["host.name"] for each in resources}
+                        assert len(resources) == 8
+                        ways.setdefault(host, set()).add(id(receiver))
                 assert sorted(ways) == sorted(hosts)
                 assert all(len(way) == 1 for way in ways.values())
                 assert len(set.union(*ways.values())) == 2
@@ -84,11 +86,11 @@ def test_an_agent_hands_on_a_request_of_a_host_as_one_and_always_the_same_way(tm
 
 def requests_of(host: str, ranks: int) -> dict[Signal, bytes]:
     """A request of metrics and one of logs, each of all ranks of a host, as OTLP JSON."""
-    text = lambda key, value: {"key": key, "value": {"stringValue": value}}  # noqa: E731
     point = {"timeUnixNano": str(time.time_ns()), "asDouble": 1.0}
     metrics = [{"metrics": [{"name": "training.loss", "gauge": {"dataPoints": [point]}}]}]
     logs = [{"logRecords": [{"timeUnixNano": str(time.time_ns()), "body": {"stringValue": "x"}}]}]
-    about = [{"attributes": [text("host.name", host), text("rank", str(rank))]} for rank in range(ranks)]
+    named = [{"host.name": host, "rank": str(rank)} for rank in range(ranks)]
+    about = [{"attributes": [{"key": key, "value": {"stringValue": each[key]}} for key in each]} for each in named]
     return {
         "metrics": orjson.dumps({"resourceMetrics": [{"resource": each, "scopeMetrics": metrics} for each in about]}),
         "logs": orjson.dumps({"resourceLogs": [{"resource": each, "scopeLogs": logs} for each in about]}),

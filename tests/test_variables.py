@@ -10,8 +10,10 @@ from harness import runs
 from harness.receiver import CERTIFICATE, ScriptedReceiver
 from harness.runs import command, python
 
+from stepspan.errors import ConfigError
 from stepspan.identity import LAUNCHERS
 from stepspan.otlp.endpoint import PROTOCOLS, read_variables
+from stepspan.otlp.record_variables import NAMES
 from stepspan.run import Run
 
 start = runs.start
@@ -143,3 +145,33 @@ def test_a_certificate_that_appears_later_heals(tmp_path: Path) -> None:
         healed = command("sync", tmp_path / "stepspan-runs", **variables)
         assert healed.returncode == 0, healed.stdout
         assert receiver.points()
+
+
+def test_a_setting_that_is_wrong_everywhere_is_refused_by_its_variable(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STEPSPAN_ENDPOINT", "http://:4318")
+    with pytest.raises(ConfigError, match=r"^STEPSPAN_ENDPOINT='http://:4318': no host"):
+        start()
+    with pytest.raises(ConfigError, match=r"^endpoint='http://': no host"):
+        start(endpoint="http://")
+
+
+@pytest.mark.parametrize("value", ["abc", "-1"])
+def test_no_variable_keeps_configure_from_setting_up(tmp_path: Path, value: str) -> None:
+    """The SDK raises for these, for some as it is imported."""
+    code = """
+    import stepspan
+    from stepspan.integrations.opentelemetry import configure
+    with stepspan.start_run(job_id="job", directory="stepspan-runs"):
+        configure()
+        from opentelemetry import trace, metrics
+        with trace.get_tracer("x").start_as_current_span("there"):
+            pass
+        metrics.get_meter("x").create_counter("c").add(1)
+    """
+    names = [*NAMES, "OTEL_METRIC_EXPORT_INTERVAL", "OTEL_BSP_MAX_QUEUE_SIZE"]
+    done = python(code, tmp_path, **dict.fromkeys(names, value))
+    assert done.returncode == 0, done.stderr
+    assert len(said(done.stderr, "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT")) == 1
+    assert '"there"' in next((tmp_path / "stepspan-runs").rglob("000001.jsonl")).read_text()

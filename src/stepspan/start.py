@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
 from stepspan.deliver.routes import route_of
-from stepspan.environment import switched_off, unknown_variables
+from stepspan.environment import PREFIX, switched_off, unknown_variables, unquoted
 from stepspan.errors import ConfigError
 from stepspan.exporters import Exporter
 from stepspan.exporters.jsonl import JsonlExporter
@@ -364,14 +364,20 @@ def _exporters_of(settings: Settings) -> list[OtlpExporter]:
     from stepspan.exporters.otlp import otlp_exporters
 
     further = [entry.model_dump() for entry in settings.exporters]
-    return otlp_exporters(
-        os.environ,
-        endpoint=settings.endpoint,
-        protocol=settings.protocol,
-        destination=settings.destination,
-        headers_file=settings.headers_file,
-        further=further,
-    )
+    try:
+        return otlp_exporters(
+            os.environ,
+            endpoint=settings.endpoint,
+            protocol=settings.protocol,
+            destination=settings.destination,
+            headers_file=settings.headers_file,
+            further=further,
+        )
+    except ConfigError as error:
+        variable = f"{PREFIX}{error.field.upper()}"
+        if unquoted(os.environ.get(variable, "")) != error.value:
+            raise
+        raise ConfigError(variable, error.value, error.fix) from None
 
 
 def _alive(identity: Identity, directory: Path) -> dict[str, Path]:

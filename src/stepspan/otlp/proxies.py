@@ -12,6 +12,8 @@ import os
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from stepspan.environment import unquoted
+
 _DEFAULT_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks4a": 1080, "socks5": 1080, "socks5h": 1080}
 _GRPC_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")  # in lower case only
 _GRPC_EXCLUDED = "no_grpc_proxy"
@@ -90,6 +92,7 @@ def parse_proxy(address: str) -> Proxy:
         ValueError: It is no URL of a proxy; does not quote it.
 
     """
+    address = unquoted(address)
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
         port = parts.port or _DEFAULT_PORTS.get(parts.scheme)

@@ -154,7 +154,8 @@ TABLE: tuple[Variables, ...] = (
     Variables(
         ("OTEL_METRIC_EXPORT_INTERVAL", "OTEL_METRIC_EXPORT_TIMEOUT"),
         False,
-        "points go out as they are logged (`STEPSPAN_SEND_INTERVAL`, `STEPSPAN_SAMPLE_INTERVAL`)",
+        "points go out as they are logged (`STEPSPAN_SEND_INTERVAL`); after `configure()` the SDK collects its metrics"
+        " so often",
     ),
     Variables(("OTEL_LOG_LEVEL",), False, 'messages go to the logger "stepspan" of Python\'s `logging`: set its level'),
     Variables(("BAGGAGE",), False, "baggage is no attribute of a Resource: use OTEL_RESOURCE_ATTRIBUTES"),

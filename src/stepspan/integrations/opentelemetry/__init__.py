@@ -14,17 +14,20 @@ Importing this imports the OpenTelemetry SDK.
 
 from __future__ import annotations
 
-from stepspan.integrations.opentelemetry.exporters import (
-    JsonlLogRecordExporter,
-    JsonlMetricExporter,
-    JsonlSpanExporter,
-)
-from stepspan.integrations.opentelemetry.processors import (
-    JournalLogRecordProcessor,
-    JournalMetricExporter,
-    JournalSpanProcessor,
-)
-from stepspan.integrations.opentelemetry.providers import Configured, configure
+from stepspan.integrations.opentelemetry.variables import readable_variables
+
+with readable_variables():  # the SDK raises for some as it is imported
+    from stepspan.integrations.opentelemetry.exporters import (
+        JsonlLogRecordExporter,
+        JsonlMetricExporter,
+        JsonlSpanExporter,
+    )
+    from stepspan.integrations.opentelemetry.processors import (
+        JournalLogRecordProcessor,
+        JournalMetricExporter,
+        JournalSpanProcessor,
+    )
+    from stepspan.integrations.opentelemetry.providers import Configured, configure
 
 __all__ = [
     "Configured",

@@ -21,6 +21,7 @@ from stepspan.integrations.opentelemetry.processors import (
     JournalMetricExporter,
     JournalSpanProcessor,
 )
+from stepspan.integrations.opentelemetry.variables import readable_variables
 from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.run import DISABLED, Run, current_run
 from stepspan.start import check_arguments, start_run
@@ -193,15 +194,16 @@ def configure(run: Run | None = None, **arguments: Any) -> Configured:
     check_arguments(arguments)
     if _latest is not None and _latest.serves(run, arguments):
         return _latest
-    tracer_provider = _provider(
-        trace.get_tracer_provider, trace.set_tracer_provider, trace.ProxyTracerProvider, TracerProvider
-    )
-    wanted = run or current_run()
-    configured = Configured(None if _is_wanting(wanted) else wanted, arguments)
-    if configured.run is not DISABLED:
-        configured.add(run, tracer_provider)
-        _latest = configured
-        atexit.register(configured.stop)
+    with readable_variables():
+        tracer_provider = _provider(
+            trace.get_tracer_provider, trace.set_tracer_provider, trace.ProxyTracerProvider, TracerProvider
+        )
+        wanted = run or current_run()
+        configured = Configured(None if _is_wanting(wanted) else wanted, arguments)
+        if configured.run is not DISABLED:
+            configured.add(run, tracer_provider)
+            _latest = configured
+            atexit.register(configured.stop)
     return configured
 
 
