@@ -302,6 +302,9 @@ def test_a_run_sends_what_the_variables_leave_and_keeps_the_rest(tmp_path: Path,
         assert synced.returncode == 0, synced.stdout
         assert receiver.points()
         assert not receiver.spans()
+        exported = command("export", tmp_path / "stepspan-runs", "--signal", "traces", **variables).stdout
+        assert "x" * 8 in exported
+        assert "x" * 9 not in exported
         status = json.loads(command("status", tmp_path / "stepspan-runs", "--json").stdout)
     filtered = [value for value in find(status, "filtered") if value]
     assert filtered

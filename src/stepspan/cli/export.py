@@ -18,6 +18,7 @@ from stepspan.deliver.deliverer import Deliverer, caught_up
 from stepspan.deliver.ledgers import session_ledger
 from stepspan.deliver.options import Options
 from stepspan.errors import ConfigError, JournalError
+from stepspan.exporters.otlp import OtlpExporter
 from stepspan.identity import host_facts
 from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.json import encode
@@ -42,6 +43,7 @@ class JsonLinesExporter:
 
     def __init__(self, files: Mapping[Signal, BinaryIO]) -> None:
         self.signals: tuple[Signal, ...] = tuple(files)
+        self.mapping_options = OtlpExporter("http://localhost").mapping_options  # by the variables, as `sync` has it
         self.written: Counter[Signal] = Counter()
         """How many records were written, by signal."""
         self.too_long = 0

@@ -21,7 +21,10 @@ _warned: set[str] = set()
 
 @contextmanager
 def readable_variables() -> Iterator[None]:
-    """Within it the variables that the SDK would raise for are unset, with a warning, and have no quotes around them."""
+    """Within it the variables that the SDK would raise for are unset, with a warning, and the others have no quotes.
+
+    The SDK reads them as it is imported, and as its providers are made.
+    """
     found = {name: text for name in (*record_variables.NAMES, INTERVAL) if (text := os.environ.get(name))}
     plain = {name: unquoted(text) for name, text in found.items()}
     wrong = {ignored.partition("=")[0]: ignored for ignored in record_variables.read_record_variables(plain).ignored}
