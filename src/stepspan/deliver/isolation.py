@@ -289,7 +289,7 @@ class Isolation:
                 if is_known or len(records) > 1 or strikes >= STRIKES:
                     return outcome._replace(verdict=Verdict.ISOLATE)
                 yield _Stop(outcome._replace(verdict=Verdict.RETRY))
-            elif len(records) > 1 and (took_before or (may_be_down and is_power_of_two(self.failures))):
+            elif len(records) > 1 and (took_before or (may_be_down and _is_power_of_two(self.failures))):
                 return outcome
             else:
                 yield _Stop(outcome)
@@ -322,12 +322,10 @@ class Isolation:
     def _refuse(self, record: Record, outcome: Outcome) -> _Steps:
         """A record was refused alone."""
         self.rejected.append((record, outcome.message))
-        if outcome.verdict is Verdict.HALVE:  # too large, whatever else is refused
-            return
-        self._refusals += 1
         if self.memory is not None:
             name = self.memory.refuse(self.owner, record, outcome.message)
             self.refused_traits += [name] if name else []
+        self._refusals += outcome.verdict is not Verdict.HALVE  # which is too large, whatever else is refused
         while self._refusals >= MAX_REFUSALS:
             if self.known_good_record is not None and (yield ASK_AGAIN).verdict is Verdict.DELIVERED:
                 self._refusals = 0
@@ -465,7 +463,7 @@ def _parts(records: Sequence[Any], outcome: Outcome) -> list[Sequence[Any]]:
     return [records[begin:end] for begin, end in pairwise(ends)]
 
 
-def is_power_of_two(number: int) -> bool:
+def _is_power_of_two(number: int) -> bool:
     """Whether it is 1, 2, 4, 8, …: what takes long to end is asked for less and less."""
     return number.bit_count() == 1
 

@@ -3,8 +3,9 @@
 Together goes what a receiver has no reason to refuse for its age: records of the last minutes, not ahead of the clock,
 of sessions of one host, in batches that reach the journals' ends. What catches up goes alone.
 
-The outcome of a joint request is each session's own. A refusal is not: then each batch goes alone, at once, and what
-is refused again is found by `isolation`. That session travels alone for `ALONE_S`: its neighbours don't pay for it.
+The outcome of a joint request is each session's own. A refusal or a hold is not: then each batch goes alone, at once,
+and what is refused again is found by `isolation`. That session travels alone for `ALONE_S`, or until all that is
+refused of it travels apart anyway: its neighbours don't pay for it.
 A partial success says how many records were not taken, and not of whom: they are counted for the sessions by the number
 of their records, and nothing is sent again.
 """
@@ -60,7 +61,7 @@ class JointRequests:
         """Whether a batch that was prepared just now may travel with others."""
         if not task.reaches_end or task.failing_since is not None or task.goes_alone or not batch.records:
             return False
-        if self._alone_until.get(task.session.path, 0.0) > self._options.clock():
+        if self._alone_until.get(task.session.path, 0.0) > self._options.clock() and not task.refused_apart:
             return False
         now = int(self._options.wall_clock() * SECOND_NS)
         return _all_within(batch.records, now - FRESH_NS, now + AHEAD_NS)
@@ -114,7 +115,7 @@ class JointRequests:
         if outcome.verdict is Verdict.HALVE:
             yield from self._send(parts[: len(parts) // 2])
             yield from self._send(parts[len(parts) // 2 :])
-        elif outcome.verdict is Verdict.ISOLATE or (outcome.verdict is Verdict.HOLD and outcome.too_old):
+        elif outcome.verdict in (Verdict.ISOLATE, Verdict.HOLD):
             found = False
             for (task, batch), _ in parts:
                 rejected = task.state.ledger.rejected

@@ -5,8 +5,8 @@
 - Sessions of one series identity (a job's rank, restarted) go strictly in the order in which they started; one that is
   held lets its successor pass, or an old journal would hide the run that is on.
 - A session whose cursor another deliverer has open is passed over, and tried again at each scan.
-- When the receiver is away, one session asks, and all others wait for it. At its second, fourth, eighth try another one
-  asks, too: the reason may be in the first one's records, and then the others go on.
+- When the receiver is away, one session asks, and all others wait for it. From its second try on another one asks, too,
+  each time the one that has asked least: the reason may be in the first one's records, and then the others go on.
 - A session that cannot be read, or that meets a defect, stops no other one. It is tried again every minute.
 - Sessions that stand at their journals' ends are read, and what is new of them goes in one request (`joint`), once in
   `Options.send_interval`; the first line after a pause as soon as it has settled, and what must not wait (`tails`) at
@@ -262,7 +262,7 @@ class Scheduler:
                 continue
             moved |= self._deliver(task, batch, None)
             if self._is_away(task, now):
-                if asked_another or not task.may_be_at_fault:
+                if asked_another or task.failures < 2:
                     return moved
                 asked_another, queue = True, deque(sorted(queue, key=lambda task: task.failures))
         for request in self._joint.send(fresh) if self._joint is not None else ():

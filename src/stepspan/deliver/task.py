@@ -27,7 +27,7 @@ from typing import cast
 from stepspan.deliver import dead_letters
 from stepspan.deliver.backoff import MAX_HOLD_DELAY_S, Backoff
 from stepspan.deliver.batches import Batch, BatchReader
-from stepspan.deliver.isolation import MAX_TRIES, Isolation, Send, is_power_of_two
+from stepspan.deliver.isolation import MAX_TRIES, Isolation, Send
 from stepspan.deliver.ledgers import THINNED
 from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import Options
@@ -88,6 +88,8 @@ class DeliveryTask:
         """Since when nothing was delivered although something is there, by the options' clock."""
         self.failures = 0
         """Tries in a row of which nothing was taken."""
+        self.refused_apart = False
+        """Whether all that was refused of the last batch of which anything was travels apart by now."""
         self.receiver_may_be_away = False
         """Whether the last try says nothing good of the receiver."""
         self._exporter = exporter
@@ -152,11 +154,6 @@ class DeliveryTask:
     def held(self) -> bool:
         """Whether it waits for a person."""
         return self._cursor.state.state == "hold"
-
-    @property
-    def may_be_at_fault(self) -> bool:
-        """Whether to ask now if the receiver takes anything of another session: at the second, fourth, eighth try."""
-        return self.failures >= 2 and is_power_of_two(self.failures)
 
     @property
     def finished(self) -> bool:
@@ -292,6 +289,7 @@ class DeliveryTask:
         if outcome.verdict is Verdict.DELIVERED:
             batch, self._batch, self._isolation = self._batch, None, None
             if isolation.rejected:
+                self.refused_apart = len(isolation.rejected) == isolation.rejected_again
                 self._dead_letter(isolation.rejected, isolation.rejected_again)
             self._commit(batch, isolation, outcome.message)
             return True
