@@ -275,6 +275,15 @@ def test_a_name_is_looked_up_again_for_each_connection(monkeypatch: pytest.Monke
         assert (one.connections, other.connections) == (1, 1)
 
 
+def test_a_grpc_name_of_several_addresses_is_tried_elsewhere_after_a_failure() -> None:
+    with ScriptedReceiver() as bad, ScriptedReceiver() as good:
+        bad.script("metrics", lambda _: Answer(503))
+        where, env = f"ipv4:{bad.grpc_target},{good.grpc_target}", {"OTEL_EXPORTER_OTLP_INSECURE": "true"}
+        with transport(where, "grpc", env=env) as opened:
+            verdicts = [opened.send(b"").verdict for _ in range(30)]  # the first address is any of them, each time
+        assert Verdict.DELIVERED in verdicts
+
+
 def test_an_address_that_refuses_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     with answering() as server:
         with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -619,7 +628,9 @@ def test_a_proxy_without_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "s3cret" not in outcome.message
 
 
-@pytest.mark.parametrize("value", ["http://[junk", "http://", "ftp://proxy:nan", "http://s3cret@:80"])
+@pytest.mark.parametrize(
+    "value", ["http://[junk", "http://", "ftp://proxy:21", "http://proxy:nan", "http://s3cret@:80"]
+)
 def test_a_proxy_that_is_none_holds_and_shows_nothing(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("HTTP_PROXY", value)
     outcome = send("http://127.0.0.1:4318")

@@ -95,7 +95,6 @@ class Connection:
 
     def __init__(self, stream: Any, address: Any) -> None:
         self.address = address
-        self.opened_at = time.monotonic()
         self._stream = stream
         self._process = os.getpid()
         self._reusable = True

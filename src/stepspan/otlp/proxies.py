@@ -95,11 +95,12 @@ def parse_proxy(address: str) -> Proxy:
     address = unquoted(address)
     try:
         parts = urlsplit(address if "://" in address else f"http://{address}")
-        port = parts.port or _DEFAULT_PORTS.get(parts.scheme)
+        port = parts.port
     except ValueError:
         parts, port = urlsplit(""), None
-    if not parts.hostname or port is None:
+    if not parts.hostname or parts.scheme not in _DEFAULT_PORTS:
         raise ValueError("the URL of the proxy is none: write http://host:port")
+    port = port or _DEFAULT_PORTS[parts.scheme]
     return Proxy(parts.scheme, parts.hostname, port, unquote(parts.username or ""), unquote(parts.password or ""))
 
 
