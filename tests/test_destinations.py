@@ -104,6 +104,9 @@ def test_a_name_takes_over_what_was_sent_to_its_address_and_a_sync_goes_by_it(st
         assert command("sync", tmp_path / "stepspan-runs", *moved, STEPSPAN_DESTINATION="ours").returncode == 0
         attempt(start, "third", receiver.url)
         assert sent(receiver) == {"first": 1, "second": 1, "third": 1}, "not even where the name is forgotten"
+        again = "--endpoint", receiver.url, "--destination", "again"
+        assert command("sync", tmp_path / "stepspan-runs", *again).returncode == 0
+        assert sent(receiver) == {"first": 2, "second": 2, "third": 2}, "a person asks for it"
 
 
 def test_threads_send_no_history_to_an_exporter_that_is_new(start: Start) -> None:

@@ -68,7 +68,11 @@ def sync(
     follow: Annotated[bool, typer.Option("--follow", help="Keep sending what is written, until interrupted.")] = False,
     this_host: Annotated[bool, typer.Option("--this-host", help="Only sessions written on this host.")] = False,
     destination: Annotated[
-        str | None, typer.Option(help="Name of the cursors; by default a hash of the endpoints.")
+        str | None,
+        typer.Option(
+            help="Name of the receiver, which its cursors have: a new name sends everything. "
+            "By default STEPSPAN_DESTINATION, else what runs call it, else a hash of its address."
+        ),
     ] = None,
     rejected: Annotated[bool, typer.Option("--rejected", help="Send only the rejected records, once more.")] = False,
     all_ranks: Annotated[

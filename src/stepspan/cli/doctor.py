@@ -162,6 +162,8 @@ def _endpoints(findings: Findings, settings: Settings) -> None:
     for warning in dict.fromkeys(text for exporter in exporters for text in exporter.warnings):
         findings.fact("warning", warning)
     for exporter in exporters:
+        by = "its name" if exporter.is_named else "its address: STEPSPAN_DESTINATION names it"
+        findings.fact("destination", f"{exporter.destination}  ({by})")
         for signal in SIGNALS:
             if signal in exporter.endpoints:
                 _probe(findings, signal, exporter.endpoints[signal])
