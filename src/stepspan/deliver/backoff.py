@@ -15,8 +15,6 @@ DELAYS_S = {"retry": (0.25, MAX_RETRY_DELAY_S), "hold": (15.0, MAX_HOLD_DELAY_S)
 """State -> the first and the greatest delay."""
 MAX_SERVER_ERRORS = 5
 """Failures of the "retry, then hold" kind in a row: the last of them holds."""
-
-
 PASSING_TIMEOUT_S = 180.0
 """For which a receiver that has answered well before is tried as one that is away, where the reason may pass by itself
 (a rollout, or a DNS server that is away). Then it holds."""

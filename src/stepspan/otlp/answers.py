@@ -25,6 +25,7 @@ MAX_TEXT_CHARS = 300
 """Characters of a receiver's text that a message shows."""
 _SIZES = re.compile(r"\((\d+) vs\.? (\d+)\)")
 MAX_CONNECTION_AGE_S = 240.0
+"""By then a connection is replaced, after half of it at the earliest: some balancers forget one that rests so long."""
 _PAGE_TYPES = frozenset({"text/html", "application/xhtml+xml"})
 _BEFORE_A_PAGE = b" \t\r\n\f\v\0\xef\xbb\xbf\xfe\xff"
 """White space and the marks of an encoding."""
@@ -172,11 +173,7 @@ _WIDEN: tuple[tuple[Signal, str, str], ...] = (
     ("metrics", "", "widen storage.tsdb.out_of_order_time_window (Mimir and others: out_of_order_time_window)"),
     ("traces", "", "widen what the store of traces takes of the past (Tempo: ingestion_time_range_slack)"),
     ("logs", "too far behind", "raise ingester.max_chunk_age in Loki: a stream may lag by half of it"),
-    (
-        "logs",
-        "",
-        "widen what the store of logs takes (Loki: limits_config.reject_old_samples_max_age)",
-    ),
+    ("logs", "", "widen what the store of logs takes (Loki: limits_config.reject_old_samples_max_age)"),
 )
 """How a store is made to take older records: signal, words of the store in lower case, what to do. The first counts."""
 _REFUSED_BEHIND = Answer(
