@@ -876,3 +876,25 @@ def test_an_exporter_in_a_forked_child_opens_a_session_of_its_own(start: Start, 
         for who, path in sessions(tmp_path / "stepspan-runs").items()
     }
     assert names == {"0": ["before", "after"], "0-worker1": ["in the child"]}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        ("", "histogram"),
+        ("explicit_bucket_histogram", "histogram"),
+        ('"BASE2_exponential_bucket_histogram"', "exponentialHistogram"),
+    ],
+)
+def test_histograms_of_the_sdk_are_what_the_variable_says(
+    monkeypatch: pytest.MonkeyPatch, value: str, kind: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION", value)
+    reader = PeriodicExportingMetricReader(JournalMetricExporter(), export_interval_millis=1e9)
+    provider = MeterProvider([reader])
+    provider.get_meter("app").create_histogram("latency").record(0.5)
+    found: list[Any] = []
+    monkeypatch.setattr(reader, "_receive_metrics", lambda data, **_: found.extend(metric_fields(data)))
+    reader.collect()
+    provider.shutdown()
+    assert [event["record"].keys() & {"histogram", "exponentialHistogram"} for event in found[:1]] == [{kind}]

@@ -27,6 +27,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
 from stepspan import start
+from stepspan.integrations.opentelemetry.processors import preferred_aggregation
 from stepspan.integrations.opentelemetry.sink import JournalSink
 from stepspan.otlp.sdk_objects import log_fields, metric_fields, span_fields
 from stepspan.run import DISABLED, Run
@@ -167,13 +168,17 @@ class JsonlLogRecordExporter(_JsonlSink, LogRecordExporter):
 
 
 class JsonlMetricExporter(_JsonlSink, MetricExporter):
-    """Writes metrics to a journal, with cumulative points.
+    """Writes metrics to a journal, with cumulative points, and histograms as the variable of their aggregation says.
 
     Args:
         directory: Where the journal of a run lies that this exporter has to open; by default STEPSPAN_DIRECTORY, or
             "stepspan-runs".
 
     """
+
+    def __init__(self, directory: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(directory)
+        self._preferred_aggregation = preferred_aggregation()
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
         """Write one event for each metric of a collection; the SDK's metric reader calls this.

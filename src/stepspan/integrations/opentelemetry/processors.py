@@ -7,14 +7,22 @@ was counted since (OTEL_METRIC_EXPORT_INTERVAL, 60 s at most) dies with the proc
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from opentelemetry.sdk._logs import LogRecordProcessor, ReadWriteLogRecord
+from opentelemetry.sdk.metrics import Histogram
 from opentelemetry.sdk.metrics.export import MetricExporter, MetricExportResult, MetricsData
+from opentelemetry.sdk.metrics.view import Aggregation, ExponentialBucketHistogramAggregation
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 
+from stepspan.environment import unquoted
 from stepspan.integrations.opentelemetry.sink import JournalSink
 from stepspan.otlp.sdk_objects import log_fields, metric_fields, span_fields
+from stepspan.run import Run
+
+HISTOGRAM_AGGREGATION = "OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION"
+EXPONENTIAL = "base2_exponential_bucket_histogram"
 
 
 class JournalSpanProcessor(JournalSink, SpanProcessor):
@@ -55,15 +63,26 @@ class JournalLogRecordProcessor(JournalSink, LogRecordProcessor):
         self._record(lambda: log_fields(log_record))
 
 
+def preferred_aggregation() -> dict[type, Aggregation]:
+    """What OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION says of an SDK's histograms; empty: its default."""
+    wanted = unquoted(os.environ.get(HISTOGRAM_AGGREGATION, "")).strip().lower()
+    return {Histogram: ExponentialBucketHistogramAggregation()} if wanted == EXPONENTIAL else {}
+
+
 class JournalMetricExporter(JournalSink, MetricExporter):
     """Writes what a `PeriodicExportingMetricReader` collects to the journal: what was collected survives SIGKILL.
 
-    Points are cumulative, whatever the variables say: Prometheus takes no deltas.
+    Points are cumulative in the journal, whatever the variables say: for destinations that want deltas they become such
+    on their way there. Histograms are what the variable of their aggregation says.
 
     Args:
         run: The run whose journal is written; None: whichever is open at a collection, if any.
 
     """
+
+    def __init__(self, run: Run | None = None) -> None:
+        super().__init__(run)
+        self._preferred_aggregation = preferred_aggregation()
 
     def export(self, metrics_data: MetricsData, timeout_millis: float = 10_000, **options: Any) -> MetricExportResult:
         """Write one event for each metric of a collection; the metric reader calls this.
