@@ -1,7 +1,7 @@
 """OTLP over HTTP: one POST a request, protobuf or JSON, on a connection that is kept.
 
-A redirect is an answer, never followed; a `.netrc` is not read; proxies are the environment's (`proxies`), and so are
-further certificates: REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, SSL_CERT_FILE. At most 64 KiB of an answer are read.
+A redirect is an answer, never followed; a `.netrc` is not read. Proxies are the environment's (`proxies`), and so is
+whom to trust (REQUESTS_CA_BUNDLE, CURL_CA_BUNDLE, SSL_CERT_FILE). At most 64 KiB of an answer are read.
 
 The connection is dropped where another one may do better: after an answer that says "not now", which may be one of
 several replicas', after any fault, and by its age, so that a name's new address is found. It is opened anew and the

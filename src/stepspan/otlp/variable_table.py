@@ -146,9 +146,13 @@ TABLE: tuple[Variables, ...] = (
     ),
     Variables(("SSL_CERT_FILE",), True, "authorities to trust beside the usual ones, where no `…_CERTIFICATE` is set"),
     Variables(
+        ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), True, "over HTTP, all that is trusted where no `…_CERTIFICATE` is set"
+    ),
+    Variables(
         ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
         True,
-        "the proxy of requests, and which hosts go without; gRPC reads names in lower case, and `http://` proxies only",
+        "the proxy of requests, and which hosts go without; gRPC reads the first three in lower case only, and takes"
+        " `http://` proxies only",
     ),
     Variables(_QUEUES, False, "there is no queue in memory: delivery follows the journal (`STEPSPAN_SEND_INTERVAL`)"),
     Variables(
