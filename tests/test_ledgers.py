@@ -193,18 +193,27 @@ def test_a_partial_success_that_leaves_the_record_out_is_a_refusal(tmp_path: Pat
     assert len(letters(session.path)) == 1
 
 
-def test_a_receiver_that_is_away_is_asked_once_a_signal(tmp_path: Path) -> None:
+def test_a_receiver_that_is_away_is_asked_three_times_a_signal(tmp_path: Path) -> None:
     session = trained(tmp_path, 30)
     refusing(session, 4)
     with ScriptedReceiver() as receiver, exporter_to(receiver) as exporter:
         receiver.script("metrics", lambda _: Answer(503))
         receiver.script("logs", lambda _: Answer(401))
         assert resend(session.path, exporter) == (4, 8)
-        assert sorted(seen.signal for seen in receiver.seen) == ["logs", "metrics", *["traces"] * 4]
+        assert sorted(seen.signal for seen in receiver.seen) == [*["logs"] * 3, *["metrics"] * 3, *["traces"] * 4]
     with ScriptedReceiver() as receiver, exporter_to(receiver, timeout=under_load(0.3)) as exporter:
         receiver.script("all", lambda _: HANG)
         assert resend(session.path, exporter) == (0, 8)
-        assert len(receiver.seen) == 2
+        assert len(receiver.seen) == 6
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_letter_that_a_receiver_fails_at_is_not_in_the_way_of_others(tmp_path: Path, status: int) -> None:
+    session = trained(tmp_path, 30)
+    refusing(session, 4, ["metrics"])
+    with ScriptedReceiver() as receiver, exporter_to(receiver) as exporter:
+        receiver.script("metrics", [Answer(status)])
+        assert resend(session.path, exporter) == (3, 1)
 
 
 def test_other_destinations_letters_and_lines_that_are_none_stay(tmp_path: Path) -> None:

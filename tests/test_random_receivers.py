@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import random
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.delivery import OK, Scripted, Time, Training, assert_true, everything, options, plain
+from harness.delivery import OK, Scripted, Time, Training, assert_true, everything, options, plain, sync
+from harness.received import bits, points
+from harness.receiver import RESET, Answer, ScriptedReceiver
 
-from stepspan.deliver import dead_letters
+from stepspan.deliver import backoff, dead_letters
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.journal.layout import SessionPath
 from stepspan.mapping.records import SIGNALS, Signal, Span
+from stepspan.otlp.endpoint import PROTOCOLS
 from stepspan.otlp.outcome import Outcome, Verdict
 
 REFUSALS = {
@@ -219,3 +223,44 @@ def test_any_receiver(tmp_path: Path, rejected: list[tuple[int, Any]], seed: int
     allowed = 5 * (batches + rounds_away) + 50 * (bad + RANKS) + 2 * (records // receiver.max_records)
     assert exporter.count <= allowed
     assert longest_wait <= 40 or receiver.flaps or receiver.absences, "rounds, of what nothing is refused of"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "answer"),
+    [
+        *((protocol, Answer(400)) for protocol in PROTOCOLS),
+        ("http/protobuf", Answer(413)),
+        ("http/protobuf", RESET),
+        ("http/json", Answer(500)),
+        ("http/json", Answer(409)),
+        ("grpc", Answer(429)),
+        ("grpc", Answer(500, code="OUT_OF_RANGE")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.code or f"{value.status} {value.then}",
+)
+def test_a_refused_series_and_a_refused_record_over_sockets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: str, answer: Answer
+) -> None:
+    monkeypatch.setitem(backoff.DELAYS_S, "retry", (0.001, 0.01))
+    ranks, steps, refused = 2, 60, bits(12345.0)
+    for rank in range(ranks):
+        training = Training(tmp_path / "runs", rank=rank, session=f"00000000000000a{rank}")
+        training.steps(steps, value=lambda n: 12345.0 if n == 45 else 1.0)
+        training.end()
+
+    def is_refused(point: Any) -> bool:
+        return bool(point.name == "training.lr" or (point.name == "training.loss" and point.value == refused))
+
+    with ScriptedReceiver() as receiver:
+        receiver.script("metrics", lambda request: answer if any(map(is_refused, points(request))) else Answer())
+        where = receiver.grpc_target if protocol == "grpc" else receiver.url
+        states = sync(tmp_path / "runs", where, protocol)
+        requests = len(receiver.seen)
+        taken = Counter(point.name for point in receiver.points())
+    for state in states.values():
+        assert state.position.finished
+        assert state.ledger.rejected == steps + 1 + 1, "the series, with its end, and one point"
+        assert state.ledger.mapped == state.ledger.delivered + state.ledger.rejected
+    assert "training.lr" not in taken
+    assert taken["training.loss"] == ranks * steps, "its end for one that was refused"
+    assert requests < 350

@@ -62,7 +62,7 @@ DECOMPRESSORS: dict[str, Callable[[bytes], bytes]] = {
     "deflate": zlib.decompress,
 }
 REJECTED = {"metrics": "rejected_data_points", "traces": "rejected_spans", "logs": "rejected_log_records"}
-# The code that the delivery table treats as it treats the status; FAILED_PRECONDITION, and so a hold, for all others.
+# The code that the delivery table treats as it treats the status; FAILED_PRECONDITION for all others.
 GRPC_CODES = {
     400: "INVALID_ARGUMENT",
     401: "UNAUTHENTICATED",

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -32,8 +33,9 @@ from stepspan.otlp import json as otlp_json
 from stepspan.otlp.outcome import Verdict
 
 NAME = "rejected.jsonl"
-REFUSED = frozenset({Verdict.ISOLATE, Verdict.HALVE})
-"""This record is refused; another one may be taken."""
+ANSWERED = frozenset({Verdict.DELIVERED, Verdict.ISOLATE, Verdict.HALVE})
+"""The letter was taken, or is refused; another one may be taken."""
+MAX_FAILURES = 3
 
 
 def append(
@@ -76,7 +78,8 @@ def resend(directory: Path, exporter: OtlpExporter) -> tuple[int, int]:
     """Send an exporter's dead letters again, one by one.
 
     Those that are accepted are removed, and the ledger counts them as delivered. A receiver that does not answer, or
-    needs a person, is not asked about the rest of that signal. The caller holds the destination's `DeliveryLock`, so
+    needs a person, `MAX_FAILURES` times in a row is not asked about the rest of that signal; once may be the letter's
+    fault. The caller holds the destination's `DeliveryLock`, so
     that nobody else moves its cursors.
 
     Args:
@@ -92,19 +95,18 @@ def resend(directory: Path, exporter: OtlpExporter) -> tuple[int, int]:
     """
     accepted: dict[bytes, Signal] = {}
     kept = 0
-    stopped: set[str] = set()
+    failures: Counter[str] = Counter()
     for line in dict.fromkeys((read_file(directory / NAME) or b"").split(b"\n")):
         letter = _parse(line)
         if letter is None or letter["destination"] not in (exporter.destination, exporter.address):
             continue
         signal = letter["signal"]
-        if signal not in stopped and signal in exporter.signals:
+        if failures[signal] < MAX_FAILURES and signal in exporter.signals:
             outcome = exporter.send_json(signal, orjson.dumps(letter["request"]))
+            failures[signal] = 0 if outcome.verdict in ANSWERED else failures[signal] + 1
             if outcome.verdict is Verdict.DELIVERED and not outcome.rejected:
                 accepted[line] = signal
                 continue
-            if outcome.verdict is not Verdict.DELIVERED and outcome.verdict not in REFUSED:
-                stopped.add(signal)
         kept += 1
     if accepted:
         _remove(directory / NAME, accepted.keys())

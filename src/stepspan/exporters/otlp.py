@@ -249,7 +249,7 @@ class OtlpExporter:
         outcome = sizes.check(len(body)) if can_be_cut else None
         if outcome is None:
             outcome = self._transport(signal).send(body)
-            sizes.learn(len(body), outcome)
+            sizes.learn(len(body), outcome, can_be_cut=can_be_cut)
         return outcome
 
     def _transport(self, signal: Signal) -> Transport:
