@@ -749,3 +749,45 @@ def test_a_key_with_a_password_is_not_asked_for(tmp_path: Path, tls_files: Path)
         outcome = send(receiver.url, env=env)
     assert outcome.verdict is Verdict.HOLD
     assert str(key) in outcome.message
+
+
+# What may pass by itself
+
+
+@pytest.mark.parametrize("status", [403, 404, 520, 522, 530])
+@pytest.mark.parametrize("protocol", HTTP_PROTOCOLS)
+def test_statuses_that_may_pass(protocol: Any, status: int) -> None:
+    with answering(b"HTTP/1.1 %d So\r\nContent-Length: 0\r\n\r\n" % status) as server:
+        outcome = send(server.url, protocol)
+    assert (outcome.verdict, outcome.may_pass) == (Verdict.HOLD, True)
+
+
+@pytest.mark.parametrize("code", ["PERMISSION_DENIED", "UNIMPLEMENTED", "NOT_FOUND"])
+def test_grpc_codes_that_may_pass(receiver: Any, code: str) -> None:
+    receiver.script("metrics", [Answer(500, code=code)])
+    outcome = send(receiver.grpc_target, "grpc")
+    assert (outcome.verdict, outcome.may_pass) == (Verdict.HOLD, True)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("where", ["https://127.0.0.1:{port}", "http://nowhere.invalid:{port}"], ids=["TLS", "DNS"])
+def test_faults_that_may_pass(receiver: Any, protocol: Any, where: str) -> None:
+    outcome = send(where.format(port=port_of(receiver, protocol)), protocol)
+    assert (outcome.verdict, outcome.may_pass) == (Verdict.HOLD, True)
+
+
+def test_a_name_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(*_: Any, **__: Any) -> Any:
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+    outcome = send("http://collector.invalid:4318")
+    assert (outcome.verdict, outcome.may_pass) == (Verdict.HOLD, True)
+    assert "Temporary failure" in outcome.message
+
+
+@pytest.mark.parametrize("status", [401, 405, 415, 302])
+def test_statuses_that_do_not_pass(status: int) -> None:
+    with answering(b"HTTP/1.1 %d So\r\nContent-Length: 0\r\n\r\n" % status) as server:
+        outcome = send(server.url)
+    assert (outcome.verdict, outcome.may_pass) == (Verdict.HOLD, False)
