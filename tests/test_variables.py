@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from harness import runs
+from harness.processes import until
 from harness.receiver import CERTIFICATE, ScriptedReceiver
 from harness.runs import command, python
 
@@ -77,8 +78,10 @@ def test_what_a_variable_spoils_waits_in_the_journal_and_is_said_everywhere(tmp_
         wrong = {**right, f"{E}TRACES_HEADERS": "authorization=Bearer hunter2,hunter3"}
         trained = python(TRAIN, tmp_path, **wrong)
         assert trained.returncode == 0, trained.stderr
-        [told] = said(trained.stderr, f"{E}TRACES_HEADERS")
+        told, *at_the_end = said(trained.stderr, f"{E}TRACES_HEADERS")
         assert "traces: nothing is sent" in told
+        assert all(" for http" in line or " for 127" in line for line in at_the_end), "what waits, as the run ends"
+        assert len(at_the_end) <= 1
         assert "%2C" in told or "percent-encode" in told
         assert f"stepspan sync {tmp_path / 'stepspan-runs'}" in told
 
@@ -145,6 +148,32 @@ def test_a_certificate_that_appears_later_heals(tmp_path: Path) -> None:
         healed = command("sync", tmp_path / "stepspan-runs", **variables)
         assert healed.returncode == 0, healed.stdout
         assert receiver.points()
+
+
+def test_a_run_does_not_wait_for_another_one_whose_variables_are_wrong(tmp_path: Path) -> None:
+    """At the same receiver and from the same directory; and what that has left is sent once they are right."""
+    code = """
+    import os, stepspan, sys
+    with stepspan.start_run(job_id="broken", directory="stepspan-runs") as run:
+        run.log_metrics({"loss": 1.0})
+        start = 'stepspan.start_run(job_id="right")'
+        neighbour = f"import stepspan\\nwith {start} as run: run.log_metrics({{'loss': 2.0}}); run.flush(20)"
+        run.flush(2)
+        env = {name: value for name, value in os.environ.items() if not name.endswith(("HEADERS", "SAMPLER"))}
+        import subprocess
+        subprocess.run([sys.executable, "-c", neighbour], env=env, check=True)
+    """
+    with ScriptedReceiver() as receiver:
+        right = {f"{E}ENDPOINT": receiver.url}
+        wrong = {**right, f"{E}HEADERS": "a=b,c", "OTEL_TRACES_SAMPLER": "always_off"}
+        trained = python(code, tmp_path, **wrong)
+        assert trained.returncode == 0, trained.stderr
+        assert {point.job for point in receiver.points("training.loss")} == {"right"}
+        assert {span["job"] for span in receiver.spans("training.run")} == {"right"}
+        again = python(TRAIN.replace('"job"', '"broken"') + "    run.flush(20)\n", tmp_path, **right)
+        assert again.returncode == 0, again.stderr
+        series = "training.loss"
+        until(lambda: len([p for p in receiver.points(series) if p.job == "broken" and p.value]) == 4)
 
 
 def test_a_setting_that_is_wrong_everywhere_is_refused_by_its_variable(

@@ -4,7 +4,8 @@ What a run sends goes out with the run's own credentials: where a key decides th
 bring it to another account. So a lock, and the deliverer that holds it, are a route's. Cursors are the destination's: a
 session goes on where it was, whoever sends it.
 
-A route has a digest of all headers and certificates, and of the address where the destination has a name of its own. It
+A route has a digest of all headers and certificates, of the address where the destination has a name of its own, and of
+the variables that say what is sent (a sampler, a limit, a signal that is off): those of one run are not another's. It
 is salted, by random bytes that the directory keeps for its user alone; nothing can be read in it. The header of a
 session lists the routes that it was begun for.
 

@@ -143,7 +143,10 @@ class OtlpExporter:
 
     def route_digest(self, salt: bytes, *, with_address: bool) -> str:
         """How the receiver is reached: arguments and result as of `stepspan.otlp.endpoint.route_digest`."""
-        return route_digest(self._configured, salt, with_address=with_address)
+        options = self.mapping_options.key()
+        if off := sorted(self._configured.keys() - self.endpoints.keys()):
+            options["off"] = off
+        return route_digest(self._configured, salt, with_address=with_address, options=options)
 
     def has_new_credentials(self, signal: Signal) -> bool:
         """Whether a request would go out with other headers now than the last one did.

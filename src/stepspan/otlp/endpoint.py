@@ -647,21 +647,27 @@ def _basic_credentials(authorization: str) -> tuple[str, str]:
     return "", ""
 
 
-def route_digest(configured: Mapping[Signal, Endpoint], salt: bytes, *, with_address: bool) -> str:
+def route_digest(
+    configured: Mapping[Signal, Endpoint], salt: bytes, *, with_address: bool, options: Mapping[str, Any]
+) -> str:
     """12 hex digits of how a receiver is reached: with which headers and certificates. None of them can be read in it.
 
-    Headers that may change count as where they come from: a file's path, where a provider is imported from.
+    A variable that is wrong counts, too: a run whose variables are right must not wait for one whose are not. Headers
+    that may change count as where they come from: a file's path, where a provider is imported from.
 
     Args:
         configured: The endpoints of all signals.
         salt: Random bytes: equal digests of two directories say nothing.
         with_address: Whether the address counts, too: where it is no part of the destination's name.
+        options: What of all there is is sent, as JSON, where that is not everything: it counts as well.
 
     Returns:
         "" where there is nothing that counts.
 
     """
     found = [[str(signal), *_route(configured[signal], with_address)] for signal in sorted(configured)]
+    if options:
+        found.append(["options", options])
     if not any(any(parts[1:]) for parts in found):
         return ""
     return hashlib.blake2b(json.dumps(found).encode(), key=salt[:64], digest_size=6).hexdigest()
@@ -674,4 +680,5 @@ def _route(endpoint: Endpoint, with_address: bool) -> list[Any]:
         [] if endpoint.credentials is None else endpoint.credentials.identity,
         [absolute_path(path) for path in paths if path],
         [endpoint.url, endpoint.protocol, endpoint.insecure] if with_address else [],
+        *([endpoint.fault] if endpoint.fault else []),
     ]
