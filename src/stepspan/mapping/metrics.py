@@ -165,13 +165,14 @@ class MetricMapper:
 
     def map(self, events: Sequence[Event]) -> Sequence[Record]:
         """The points of the next events, up to the time of the last of them."""
-        handler_of, next_millisecond = self._handlers.get, self._points.next_millisecond
+        handler_of, points = self._handlers.get, self._points
         since, boundary = self._millisecond, self._state.boundary
         for event in events:
             ts = event["ts"]
             if not 0 <= ts - since < MILLISECOND_NS:
                 since = self._millisecond = ts - ts % MILLISECOND_NS
-                next_millisecond(since)
+                if points.current_points or points.are_waiting:
+                    points.next_millisecond(since)
                 if ts >= boundary:
                     boundary = self._cross_boundary(ts)
             handler = handler_of(event["tag"])

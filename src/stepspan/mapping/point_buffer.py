@@ -131,6 +131,9 @@ class PointBuffer:
         thinned: Points of rows that gave way to a later row, since the beginning of the session.
         points: Single points of this batch. What needs no look at the current millisecond may be appended to it.
         reserved: The key of a row -> what is known of it, for the values that are missing in it.
+        current_points: Series -> the index of its single point of the current millisecond. Where there are none, and no
+            row waits, `next_millisecond` has nothing to do.
+        are_waiting: Whether any row waits for a place.
 
     """
 
@@ -143,14 +146,12 @@ class PointBuffer:
         self._tables: dict[tuple[Series, ...], Table] = {}
         self._used: list[Table] = []
         """Tables that have rows."""
-        self._current_points: dict[Series, int] = {}
-        """Series -> the index of its single point of the current millisecond."""
+        self.current_points: dict[Series, int] = {}
         self._late: dict[Series, Table] = {}
         """Of each series the values that were missing in their rows."""
         self._displaced: dict[Series, int] = {}
         """Series -> the time up to which no missing value may have its row's time any more, Unix ns."""
-        self._are_waiting = False
-        """Whether any row waits for a place."""
+        self.are_waiting = False
         self._early: dict[Series, Any] = {}
         """Series -> the value of its last single point before `not_before`."""
 
@@ -166,12 +167,12 @@ class PointBuffer:
 
     def next_millisecond(self, ts: int) -> None:
         """Begin the millisecond of `ts` (Unix ns): what comes now shares none with what came before."""
-        if self._current_points:
-            self._current_points.clear()
-        if self._are_waiting:
+        if self.current_points:
+            self.current_points.clear()
+        if self.are_waiting:
             for timeline in self.timelines:
                 timeline.place_waiting(ts // MILLISECOND_NS + MAX_LEAD_MS)
-            self._are_waiting = any(timeline.waiting for timeline in self.timelines)
+            self.are_waiting = any(timeline.waiting for timeline in self.timelines)
 
     def add(self, series: Series, ts: int, value: Any) -> None:
         """Add a single point of the current millisecond, at `ts` (Unix ns); it replaces the series' one there."""
@@ -183,9 +184,9 @@ class PointBuffer:
             return
         if self._early:
             self._add_early(ts)
-        index = self._current_points.get(series)
+        index = self.current_points.get(series)
         if index is None:
-            self._current_points[series] = len(self.points)
+            self.current_points[series] = len(self.points)
             self.points.append((series, ts, value))
         else:
             self.points[index] = (series, ts, _in_place_of(self.points[index][2], value))
@@ -259,7 +260,7 @@ class PointBuffer:
             until = min(until, min(missing) // MILLISECOND_NS * MILLISECOND_NS)
         if self._early and until > self.not_before:
             self._add_early(until)
-        self._current_points.clear()
+        self.current_points.clear()
         points, self.points = self.points, []
         if missing:
             self.points = [point for point in points if type(point) is tuple and point[1] >= until]
@@ -323,10 +324,10 @@ class PointBuffer:
         """Add the points that came before `not_before`; `ts`: of what comes next."""
         early, self._early = self._early, {}
         for series, value in early.items():
-            self._current_points[series] = len(self.points)
+            self.current_points[series] = len(self.points)
             self.points.append((series, self.not_before, value))
         if ts - self.not_before >= MILLISECOND_NS:
-            self._current_points.clear()
+            self.current_points.clear()
 
 
 class Timeline:
@@ -423,7 +424,7 @@ class Timeline:
         for indices, *rest in state["waiting"]:
             table = self._buffer.table([series[index] for index in indices])
             self.waiting[table.series] = WaitingRow(table, *rest)
-            self._buffer._are_waiting = True
+            self._buffer.are_waiting = True
 
     def _add_colliding(self, table: Table, ts: int, row: list[Any], key: int) -> None:
         """Add a row whose series may have points in the millisecond of its line or later."""
@@ -443,7 +444,7 @@ class Timeline:
         if before is not None:
             self._thin(before)
         self.waiting[table.series] = WaitingRow(table, line, row, key)
-        self._buffer._are_waiting = True
+        self._buffer.are_waiting = True
 
     def _must_wait(self, table: Table) -> bool:
         """Whether a row of a table would overtake one that waits."""
