@@ -24,7 +24,7 @@ from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import stepspan
-from stepspan.deliver.delivery import ThreadDelivery
+from stepspan.deliver.threads import ThreadDelivery
 from stepspan.errors import ConfigError
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.exporters.memory import MemoryExporter

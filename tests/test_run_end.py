@@ -22,6 +22,7 @@ from stepspan.deliver import delivery
 from stepspan.deliver.deliverer import SILENCE_LIMIT_S
 from stepspan.deliver.lock import DeliveryLock
 from stepspan.deliver.scheduler import Scheduler
+from stepspan.deliver.threads import ThreadDelivery
 from stepspan.journal.layout import find_sessions
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -247,7 +248,7 @@ def test_how_long_it_waits_at_most_is_a_setting(tmp_path: Path, seconds: str, le
         ran = program(code, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, **settings)
     assert ran.returncode == 0, ran.stderr
     took = float(ran.stdout)
-    assert least <= took < under_load(most) + delivery.ThreadDelivery.STOP_TIMEOUT_S
+    assert least <= took < under_load(most) + ThreadDelivery.STOP_TIMEOUT_S
     (line,) = said(ran.stderr)
     assert "nobody goes on" in line
 

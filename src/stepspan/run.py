@@ -728,9 +728,8 @@ class Run:
         self._lock, self._in_upkeep = threading.Lock(), threading.Lock()
         self._when_begun = self._finalizer = None
         try:
-            self._delivery.after_fork()
+            self._delivery = self._delivery.after_fork()
             self._recorder.after_fork()
-            self._delivery = Delivery(self._delivery.targets)  # the parent's deliverer finds this session too
         except Exception as error:
             self._warn_once("fork", f"a forked child records nothing: {error_text(error)}")
 

@@ -22,7 +22,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepspan.deliver.delivery import Delivery, ProcessDelivery, ThreadDelivery
+from stepspan.deliver.delivery import Delivery, ProcessDelivery
 from stepspan.deliver.routes import route_of
 from stepspan.environment import PREFIX, switched_off, unknown_variables, unquoted
 from stepspan.errors import ConfigError
@@ -450,6 +450,8 @@ def _delivery(settings: Settings, recorder: JournalRecorder, pipeline: Pipeline,
             session=session,
             conclude=conclude,
         )
+    from stepspan.deliver.threads import ThreadDelivery
+
     return ThreadDelivery(followers, session, boot_id, conclude)
 
 

@@ -1,4 +1,4 @@
-"""A run's delivery: none, a deliverer process, or threads.
+"""A run's delivery: none, or a deliverer process (`threads` has the third).
 
 Call order: `start` once the run's journal is open, `watch` about once a second, `close` when the journal has ended. All
 of it only reads cursors; what is sent, and when, is the deliverer's.
@@ -11,11 +11,11 @@ import logging
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,6 @@ from stepspan.journal.liveness import is_alive_here, quiet_for
 from stepspan.values import format_seconds
 
 if TYPE_CHECKING:
-    from stepspan.exporters import Exporter
     from stepspan.exporters.otlp import OtlpExporter
 
 log = logging.getLogger("stepspan")
@@ -91,6 +90,8 @@ class Delivery:
 
     _waits_to_be_found = True
     """Whether the end of a run waits for a deliverer at work that has not found the session yet."""
+    _try_timeout_s = NOTICE_TIMEOUT_S + FIRST_ANSWER_TIMEOUT_S
+    """For which it waits for what becomes of one more try."""
 
     def __init__(
         self, targets: Iterable[tuple[str, str]] = (), *, conclude: Callable[[str], None] = log_warning
@@ -198,7 +199,7 @@ class Delivery:
         if outlook.noticed < closing.rung:
             return now - closing.rung < NOTICE_TIMEOUT_S
         if outlook.tried < closing.rung:
-            return now - closing.rung < NOTICE_TIMEOUT_S + FIRST_ANSWER_TIMEOUT_S
+            return now - closing.rung < self._try_timeout_s
         for target, state in failing.items():
             if closing.begun < state.asked_until < closing.deadline:
                 closing.asked_until.setdefault(target, state.asked_until)
@@ -242,7 +243,7 @@ class Delivery:
             where, command = self._remedy(own, found.destination)
             goes_on = "" if found.needs_a_person else self._goes_on(found.destination)
             text = undelivered_text(found, where, goes_on, command)
-            if self._may_report(session, found.destination, run_key) and _undelivered.is_first(found.destination, text):
+            if self._may_report(session, found.destination, run_key) and UNDELIVERED.is_first(found.destination, text):
                 texts.append(text)
         if texts:
             self._conclude("; ".join(texts))
@@ -277,8 +278,9 @@ class Delivery:
         words = {"starting": "the deliverer has only just started", "answering": "not all was taken in time"}
         return words.get(state, message)
 
-    def after_fork(self) -> None:
-        """Forget the parent's deliverer, in a forked child."""
+    def after_fork(self) -> Delivery:
+        """Leave to the parent what is its own. Returns what delivers the session of the forked child that this is."""
+        return Delivery(self.targets)
 
     def ledgers(self, session: Path) -> dict[str, Any]:
         """The ledgers of a session, by destination and signal."""
@@ -347,6 +349,8 @@ class ProcessDelivery(Delivery):
         if send_interval is not None:
             self._env[SEND_INTERVAL_VARIABLE] = repr(send_interval)
         self._routes = {e.destination: route_of(e, directory) for e in exporters}
+        self._parent: Path | None = None
+        """The run's session in the process that this one was forked from; None: it is none."""
         self._closing_timeout: float | None = None
         """For which the end of the run may wait; None: it has not come."""
         self._faulty = {(e.destination, s) for e in exporters for signals in e.faults.values() for s in signals}
@@ -418,17 +422,20 @@ class ProcessDelivery(Delivery):
         self.check_interval_s, self._restart_at = CLOSING_CHECK_INTERVAL_S, 0.0
         self._leaves_it_to_first_rank = False
         self._closing_timeout = timeout
+        if self._parent is not None and is_alive_here(self._parent):  # whose run has its workers in mind
+            super().close(session, timeout)
+            return
         self._check()
         super().close(session, timeout)
-        waiting = [each for each in _with_ended_workers(session) if not self._is_delivered(each)]
+        waiting = [each for each in with_ended_workers(session) if not self._is_delivered(each)]
         if session is None or not waiting:
-            _undelivered.forget(destination for destination, _ in self.targets)
+            UNDELIVERED.forget(destination for destination, _ in self.targets)
         elif any(map(self._may_be_found, waiting)):
             for each in waiting:
                 _await_at_exit(self, each, timeout)
         else:
             self.report_undelivered(session)
-        self.after_fork()
+        self._leave_process()
 
     def _may_be_found(self, session: Path) -> bool:
         """Whether a deliverer, at work or about to be, may not have come to a session yet: nothing is against it."""
@@ -480,8 +487,20 @@ class ProcessDelivery(Delivery):
     def _lock(self, destination: str) -> DeliveryLock:
         return DeliveryLock(self._directory, self._host, self._routes[destination].lock_name)
 
-    def after_fork(self) -> None:
-        """As the base: the deliverer is no child of this process, or outlives it."""
+    def after_fork(self) -> Delivery:
+        """As the base: the parent's deliverer finds the child's session, too.
+
+        A child that outlives its parent's run goes on as a rank of its own.
+        """
+        child = copy(self)
+        self._leave_process()
+        child._process, child._leaves_it_to_first_rank = None, True
+        child._parent = self._parent or self._session()
+        child._failing_since = {}
+        return child
+
+    def _leave_process(self) -> None:
+        """The deliverer is no child of this process, or outlives it."""
         if self._process is not None:
             self._process.returncode = 0  # keeps Popen from waiting for it
 
@@ -563,131 +582,7 @@ class ProcessDelivery(Delivery):
         )
 
 
-class ThreadDelivery(Delivery):
-    """Exporters that are objects, on threads of this process that take at most a tenth of the time.
-
-    Args:
-        exporters: Where to deliver to.
-        session: Gives the directory of the run's session, once there is one.
-        boot_id: The boot of this host.
-        conclude: Takes the line that says, as the run ends, what waits.
-
-    """
-
-    BATCH_BYTES = 16 << 10
-    CPU_SHARE = 0.1
-    STOP_TIMEOUT_S = 0.4
-
-    def __init__(
-        self,
-        exporters: Sequence[Exporter],
-        session: Callable[[], Path | None],
-        boot_id: str,
-        conclude: Callable[[str], None] = log_warning,
-    ) -> None:
-        from stepspan.deliver.deliverer import Deliverer
-        from stepspan.deliver.options import Options
-        from stepspan.deliver.shared_exporter import SharedExporter
-
-        super().__init__([(e.destination, signal) for e in exporters for signal in e.signals], conclude=conclude)
-        self._arguments = exporters, session, boot_id, conclude
-        self._session = session
-        self._addresses = {e.destination: getattr(e, "address", e.destination) for e in exporters}
-        self._new: dict[tuple[str, Path], bool] = {}
-        self._closing = threading.Event()
-        self._cannot_start = False
-        options = Options(boot_id=boot_id, batch_bytes=self.BATCH_BYTES)
-        shared = [SharedExporter(exporter) for exporter in exporters]
-        self._deliverer = Deliverer(shared, self._sessions, options, pace=self._pace)
-
-    def start(self) -> None:
-        """Start a thread for each destination and signal."""
-        try:
-            self._deliverer.start()
-        except RuntimeError as error:  # no more threads: the run still has its journal
-            self._cannot_start = True
-            log.warning("stepspan: delivery cannot be started: %s", error)
-
-    def pause(self, session: Path | None, timeout: float) -> None:
-        """As `close`: a process may train often, and threads that nobody needs would add up."""
-        self._finish(session, timeout)
-
-    def resume(self) -> Delivery:
-        """Other threads, with the same exporters."""
-        fresh = ThreadDelivery(*self._arguments)
-        fresh.start()
-        return fresh
-
-    def close(self, session: Path | None, timeout: float) -> None:
-        """As the base, at full speed; then the threads end."""
-        self._finish(session, timeout)
-        if session is not None and not all(map(self._is_delivered, _with_ended_workers(session))):
-            self.report_undelivered(session)
-        else:
-            _undelivered.forget(destination for destination, _ in self.targets)
-
-    def _finish(self, session: Path | None, timeout: float) -> None:
-        self._closing.set()
-        deadline = time.monotonic() + timeout
-        for each in _with_ended_workers(session):
-            super().close(each, max(0.0, deadline - time.monotonic()))
-        self._deliverer.stop(timeout=self.STOP_TIMEOUT_S)
-
-    def _urls(self) -> Mapping[tuple[str, str], str]:
-        endpoints = {e.destination: getattr(e, "endpoints", {}) for e in self._arguments[0]}
-        return {(name, s): each.display_url for name, of in endpoints.items() for s, each in of.items()}
-
-    def _remedy(self, session: SessionPath, destination: str) -> tuple[str, str]:
-        from stepspan.deliver.undelivered import receiver_text, sync_command
-        from stepspan.exporters.otlp import OtlpExporter
-
-        exporter = next(exporter for exporter in self._arguments[0] if exporter.destination == destination)
-        if isinstance(exporter, OtlpExporter):
-            return receiver_text(exporter), sync_command(session, exporter, os.environ)
-        name = f"{type(exporter).__name__} {destination!r}"
-        return name, f"a later run of this job with that exporter, or `stepspan sync {session.path.parents[1]}`,"
-
-    def after_fork(self) -> None:
-        """As the base: the threads are the parent's, and so are their cursors."""
-        self._deliverer.after_fork()
-
-    def _outlook(self, destination: str) -> Outlook:
-        return UNKNOWN if self._cannot_start else self._deliverer.outlook(destination)
-
-    def _ring(self) -> float:
-        now = time.time()
-        for destination in {destination for destination, _ in self.targets}:
-            self._deliverer.wake(destination, now)
-        return now
-
-    def _sessions(self, destination: str) -> list[SessionPath]:
-        """Those of this rank of the job that were written on this host: of this run, its workers, earlier attempts.
-
-        Without those that were begun for other destinations, and would all be sent anew.
-        """
-        path = self._session()
-        own = SessionPath.of(path) if path else None
-        if path is None or own is None:
-            return []
-        of_rank = [session for session in find_sessions(path.parent) if session.rank == own.rank]
-        return [session for session in of_rank if session.path == path or not self._is_new(session, destination)]
-
-    def _is_new(self, session: SessionPath, destination: str) -> bool:
-        from stepspan.deliver.begun import is_new, read_begun
-        from stepspan.deliver.routes import Route
-
-        key = destination, session.path
-        if key not in self._new:
-            begun = read_begun(session)
-            route = Route(destination, address=self._addresses[destination])
-            self._new[key] = begun is not None and begun.name_for(route) is None and is_new(session, begun, route)
-        return self._new[key]
-
-    def _pace(self, busy: float) -> None:
-        self._closing.wait(busy * (1 / self.CPU_SHARE - 1))
-
-
-class _UndeliveredRuns:
+class UndeliveredRuns:
     """What ended runs of this process have said: a thousand trials without a receiver say it twice, not each."""
 
     def __init__(self) -> None:
@@ -710,26 +605,36 @@ class _UndeliveredRuns:
         for destination in list(self._further):
             self._say(destination)
 
+    def clear(self) -> None:
+        """Forget everything, in a forked child."""
+        self._further.clear()
+
     def _say(self, destination: str) -> None:
         count, last = self._further.pop(destination, (0, ""))
         if count > 0:
             log_warning(f"{count:,} more run{'s' if count > 1 else ''} of this process ended so, last: {last}")
 
 
-_undelivered = _UndeliveredRuns()
+UNDELIVERED = UndeliveredRuns()
+AT_EXIT: list[Callable[[], None]] = []
+"""What is left to do of ended runs as the process ends."""
 _unfound: deque[tuple[ProcessDelivery, Path, float]] = deque(maxlen=MAX_UNFOUND)
 """What was not delivered as its run ended, perhaps because no deliverer had found it; and how long that may take."""
 
 
-def _with_ended_workers(session: Path | None) -> Iterator[Path]:
+def is_worker_of(found: SessionPath, own: SessionPath) -> bool:
+    """Whether a session is that of a forked worker of another one's process."""
+    return found.rank == own.rank and found.role.startswith(f"{own.role}worker")
+
+
+def with_ended_workers(session: Path | None) -> Iterator[Path]:
     """A run's session, if it has one, and those of its forked workers that have ended just now."""
     own = SessionPath.of(session) if session else None
     if session is None or own is None:
         return
     yield session
     for found in find_sessions(session.parent):
-        is_worker = found.rank == own.rank and found.role.startswith(f"{own.role}worker")
-        if is_worker and quiet_for(found.path) < WORKER_LIMIT_S and not is_alive_here(found.path):
+        if is_worker_of(found, own) and quiet_for(found.path) < WORKER_LIMIT_S and not is_alive_here(found.path):
             yield found.path
 
 
@@ -754,14 +659,17 @@ def _await_unfound() -> None:
     for delivery, session in left.items():
         with suppress(Exception):
             delivery.report_undelivered(session)
+    while AT_EXIT:
+        with suppress(Exception):
+            AT_EXIT.pop(0)()
     with suppress(Exception):
-        _undelivered.say_all()
+        UNDELIVERED.say_all()
 
 
 def _forget_in_child() -> None:
-    global _undelivered
     _unfound.clear()
-    _undelivered = _UndeliveredRuns()
+    AT_EXIT.clear()
+    UNDELIVERED.clear()
 
 
 atexit.register(_await_unfound)
