@@ -509,13 +509,18 @@ def test_plain_http_to_a_tls_port_says_so(text: str) -> None:
     assert "https://" in outcome.message
 
 
-def test_a_partial_success_in_json_counts_whatever_was_sent() -> None:
-    content = b'{"partialSuccess": {"rejectedDataPoints": "2", "errorMessage": "too many"}}'
-    answer = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-    with answering(answer % (len(content), content)) as server:
-        outcome = send(server.url, "http/protobuf")
-    assert outcome.rejected == 2
-    assert "too many" in outcome.message
+@pytest.mark.parametrize("protocol", HTTP_PROTOCOLS)
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [
+        ("application/json", b'{"partialSuccess": {"rejectedDataPoints": "3", "errorMessage": "too many"}}'),
+        ("application/x-protobuf", CONTENT),
+    ],
+)
+def test_a_partial_success_counts_in_whatever_form_it_comes(protocol: Any, kind: str, content: bytes) -> None:
+    answer = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
+    with answering(answer % (kind.encode(), len(content), content)) as server:
+        assert send(server.url, protocol).rejected == 3
 
 
 def test_a_web_page_over_grpc_is_no_passing_failure() -> None:

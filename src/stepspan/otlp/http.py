@@ -51,7 +51,7 @@ _COMPRESSORS: Mapping[str, Callable[[bytes], bytes]] = {
     "gzip": lambda body: gzip.compress(body, _GZIP_LEVEL, mtime=0),
     "deflate": lambda body: zlib.compress(body, _GZIP_LEVEL),  # as HTTP calls zlib's format
 }
-_OWN_HEADERS = frozenset({"content-length", "content-type", "content-encoding", "host"})
+_OWN_HEADERS = frozenset({"content-length", "content-type", "content-encoding", "host", "transfer-encoding"})
 """What the request itself decides, or stands elsewhere in it."""
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _IN_PATHS = "!#$%&'()*+,/:;=?@[]~"
@@ -224,10 +224,10 @@ def _content_type(reply: Reply) -> str:
 
 
 def _partial_success(endpoint: Endpoint, kind: str, content: bytes) -> tuple[int, str]:
-    """What a success says: the number of records not accepted, and why. Some answer protobuf with JSON."""
+    """What a success says: the number of records not accepted, and why. Not all answer in what they were asked in."""
     if not content.strip():
         return 0, ""
-    if endpoint.protocol == "http/protobuf" and kind != _CONTENT_TYPES["http/json"]:
+    if (kind if kind in _CONTENT_TYPES.values() else _CONTENT_TYPES[endpoint.protocol]) != _CONTENT_TYPES["http/json"]:
         return answers.partial_success(content)
     try:
         partial = orjson.loads(content).get("partialSuccess") or {}
