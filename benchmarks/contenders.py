@@ -1,35 +1,35 @@
 """The contenders of `hot_path.py`: what a step of training does to be seen, with stepspan and with the SDK.
 
-Each gives its blocks, name -> a function that does steps `first` to `first + count`, and what waits until all that was
-done is delivered.
+Each gives its blocks, name -> a function that does a step for each number it is given, and what waits until all that
+was done is delivered.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 JOB_ID = "hot-path"
-Block = Callable[[int, int], None]
+Block = Callable[[Iterable[int]], None]
 
 
 def stepspan_blocks(run: Any) -> dict[str, Block]:
-    def step(first: int, count: int) -> None:
-        for n in range(first, first + count):
+    def step(numbers: Iterable[int]) -> None:
+        for n in numbers:
             with run.step(n):
                 run.log_metrics({"loss": n / 3, "lr": 3e-4, "grad_norm": n * 0.1, "accuracy": 0.9, "tokens": n / 7})
 
-    def steps(first: int, count: int) -> None:
-        for n in run.steps(range(first, first + count)):
+    def steps(numbers: Iterable[int]) -> None:
+        for n in run.steps(numbers):
             run.log_metrics({"loss": n / 3, "lr": 3e-4, "grad_norm": n * 0.1, "accuracy": 0.9, "tokens": n / 7})
 
-    def metrics(first: int, count: int) -> None:
-        for n in range(first, first + count):
+    def metrics(numbers: Iterable[int]) -> None:
+        for n in numbers:
             run.log_metrics({"loss": n / 3, "lr": 3e-4, "grad_norm": n * 0.1, "accuracy": 0.9, "tokens": n / 7})
 
-    def span(first: int, count: int) -> None:
-        for _ in range(first, first + count):
+    def span(numbers: Iterable[int]) -> None:
+        for _ in numbers:
             with run.span("forward"):
                 pass
 
@@ -37,12 +37,11 @@ def stepspan_blocks(run: Any) -> dict[str, Block]:
 
 
 def sdk_blocks(tracer: Any, meter: Any) -> dict[str, Block]:
-    loss, lr, grad_norm, accuracy, tokens = (
-        meter.create_gauge(f"training.{name}") for name in ("loss", "lr", "grad_norm", "accuracy", "tokens")
-    )
+    """Blocks whose spans and values have the attributes that stepspan gives its own."""
+    loss, lr, grad_norm, accuracy, tokens = gauges(meter)
 
-    def step(first: int, count: int) -> None:
-        for n in range(first, first + count):
+    def step(numbers: Iterable[int]) -> None:
+        for n in numbers:
             with tracer.start_as_current_span("training.step", attributes={"step": n, "split": "train", "epoch": 0}):
                 loss.set(n / 3, {"split": "train"})
                 lr.set(3e-4, {"split": "train"})
@@ -50,20 +49,40 @@ def sdk_blocks(tracer: Any, meter: Any) -> dict[str, Block]:
                 accuracy.set(0.9, {"split": "train"})
                 tokens.set(n / 7, {"split": "train"})
 
-    def metrics(first: int, count: int) -> None:
-        for n in range(first, first + count):
+    def metrics(numbers: Iterable[int]) -> None:
+        for n in numbers:
             loss.set(n / 3, {"split": "train"})
             lr.set(3e-4, {"split": "train"})
             grad_norm.set(n * 0.1, {"split": "train"})
             accuracy.set(0.9, {"split": "train"})
             tokens.set(n / 7, {"split": "train"})
 
-    def span(first: int, count: int) -> None:
-        for _ in range(first, first + count):
+    def span(numbers: Iterable[int]) -> None:
+        for _ in numbers:
             with tracer.start_as_current_span("forward"):
                 pass
 
     return {"step": step, "metrics": metrics, "span": span}
+
+
+def leanest_sdk_blocks(tracer: Any, meter: Any) -> dict[str, Block]:
+    """The least that a program can do that has a span and five gauges: one attribute in all."""
+    loss, lr, grad_norm, accuracy, tokens = gauges(meter)
+
+    def step(numbers: Iterable[int]) -> None:
+        for n in numbers:
+            with tracer.start_as_current_span("training.step", attributes={"step": n}):
+                loss.set(n / 3)
+                lr.set(3e-4)
+                grad_norm.set(n * 0.1)
+                accuracy.set(0.9)
+                tokens.set(n / 7)
+
+    return {"step": step}
+
+
+def gauges(meter: Any) -> list[Any]:
+    return [meter.create_gauge(f"training.{name}") for name in ("loss", "lr", "grad_norm", "accuracy", "tokens")]
 
 
 @contextlib.contextmanager
@@ -128,6 +147,7 @@ def sdk(task: dict[str, Any]) -> Iterator[tuple[dict[str, Block], Callable[[], o
         metrics = OTLPMetricExporter(f"{task['endpoint']}/v1/metrics")
     traced, metered = TracerProvider(), MeterProvider([PeriodicExportingMetricReader(metrics)])
     traced.add_span_processor(BatchSpanProcessor(spans))
-    yield sdk_blocks(traced.get_tracer("training"), metered.get_meter("training")), traced.force_flush
+    blocks = leanest_sdk_blocks if task["contender"] == "leanest" else sdk_blocks
+    yield blocks(traced.get_tracer("training"), metered.get_meter("training")), traced.force_flush
     traced.shutdown()
     metered.shutdown()

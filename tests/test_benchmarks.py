@@ -29,6 +29,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
                 "stepspan: `with run.step(n)",
                 "stepspan: `for batch in run.steps",
                 "OpenTelemetry SDK: span and five gauges",
+                "OpenTelemetry SDK: the same with one attribute in all",
             ],
             id="hot_path",
         ),
