@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import stepspan
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scope import Scope
 from stepspan.recording.steps import Steps
 from stepspan.run import Run
 from stepspan.testing import Recording

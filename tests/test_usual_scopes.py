@@ -82,7 +82,8 @@ class Training:
             self.work(depth + 1)
 
     def _loop(self, depth: int) -> None:
-        for n in self._run.steps(range(self._chance.randint(1, 3)), accumulate=self._chance.choice([1, 1, 2])):
+        accumulate, samples = self._chance.choice([1, 1, 2]), self._chance.choice([None, None, 4, float])
+        for n in self._run.steps(range(self._chance.randint(1, 3)), accumulate=accumulate, samples=samples):
             self.work(depth + 1)
             if self._chance.random() < 0.2:
                 break

@@ -30,7 +30,7 @@ from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.outcomes import STATUSES, to_status
 from stepspan.recording.past import past_time
 from stepspan.recording.recorder import JournalRecorder, NullRecorder
-from stepspan.recording.scopes import Scope, Step
+from stepspan.recording.scope import Scope, Step
 from stepspan.recording.spelling import nearest_parameter
 from stepspan.recording.steps import Amount, Steps
 from stepspan.values import error_text, to_float, to_integer, to_text

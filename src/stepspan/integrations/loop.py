@@ -22,7 +22,7 @@ from weakref import WeakSet
 
 from stepspan.errors import ConfigError
 from stepspan.recording.open_runs import OPEN_RUNS
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scope import Scope
 from stepspan.run import DISABLED, Run, current_run
 from stepspan.start import check_arguments, start_run
 from stepspan.values import error_text

@@ -25,7 +25,7 @@ from weakref import ref
 
 from stepspan.recording.cuda_spans import SPAN_BEGIN, DeviceTimer, Timer
 from stepspan.recording.recorder import Recorder
-from stepspan.recording.scopes import DetachedSpan, Scope
+from stepspan.recording.scope import DetachedSpan, Scope
 from stepspan.run import Run, current_run
 from stepspan.values import error_text
 

@@ -185,20 +185,20 @@ class Journal:
                     if begun is not None:
                         begun.seq = seq
                         begun.ts = ts
-                    whole = b'%b,"crc":%d}\n' % (body, crc32(body))
+                    data = b'%b,"crc":%d}\n' % (body, crc32(body))
                     try:
                         if IDLE_THREADS.others:
-                            written = session.write_keeping_gil(session.fd, whole, len(whole))
+                            written = session.write_keeping_gil(session.fd, data, len(data))
                         else:
                             write = session.write_file
-                            written = write(session.fd, whole)
+                            written = write(session.fd, data)
                     except OSError as error:
                         if error.errno is None:  # of a signal handler, which may raise any exception of its own
                             raise
                         written = -1
-                    if written == len(whole) or session.complete(whole, max(written, 0)):
+                    if written == len(data) or session.complete(data, max(written, 0)):
                         session.seq = seq  # not before the line has its place: `settle` can tell
-                        session.room -= len(whole)
+                        session.room -= len(data)
                         if session.room <= 0:
                             session.rotate()
                             self._next_check = 0

@@ -16,7 +16,7 @@ from typing_extensions import Self
 from stepspan.events import Event
 from stepspan.recording.cuda_captures import leave_captures_alone
 from stepspan.recording.recorder import Recorder
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scope import Scope
 
 MILLISECONDS_PER_SECOND = 1000.0
 SPAN_BEGIN: Event = {"ts": 0, "seq": 0, "tag": "span_begin", "parent": 0}

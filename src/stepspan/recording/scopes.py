@@ -3,282 +3,44 @@
 The innermost open scope of a thread or asyncio task stands in a context variable of the run. A thread that has none
 takes that of the main thread: the one that began the run or, where that one trains nothing, the first that does. A
 scope that exits ends what is still open inside it, with its own outcome: that is how a step learns whether its loop was
-left by `break` or by an exception, which the loop's iterator never hears of. `step_loop` has the loops that somebody
-holds, `steps_in_force` the step that a value belongs to.
+left by `break` or by an exception, which the loop's iterator never hears of. `open_loops` has the rules of loops,
+`steps_in_force` the step that a value belongs to.
+
+What begins, ends and is logged as nearly always goes a short way: `begin_step`, `write_metrics` and `_end_usual` go by
+what the call before has found, and write a line from a template (`lines`). What is in any way out of the ordinary goes
+the long one, as an event. Both write the same lines (`tests/test_usual_scopes.py`).
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from threading import enumerate as enumerate_threads
 from threading import get_ident
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any
 
 from orjson import dumps
 
 from stepspan.errors import Warn
 from stepspan.events import SECOND_NS, Event
-from stepspan.journal.format import template
 from stepspan.mapping import ids
 from stepspan.mapping.names import EVALUATION_SPLITS
 from stepspan.mapping.trace_context import remote_parent
-from stepspan.recording.decorators import F, decorate
+from stepspan.recording.lines import LINES_OF_ENDS, LastStep, LinesOfMetrics
+from stepspan.recording.open_loops import OpenLoops
 from stepspan.recording.outcomes import Outcomes, Status
-from stepspan.recording.step_loop import EVALUATION, EVALUATION_SPANS, NESTED, StepLoop
-from stepspan.recording.steps_in_force import TRAIN, StepOf, StepsInForce
+from stepspan.recording.scope import AdjacentStep, Scope, Step, current_task, has_begun_here, is_loop_step
+from stepspan.recording.step_loop import EVALUATION, NESTED, StepLoop
+from stepspan.recording.steps_in_force import TRAIN, StepsInForce
 from stepspan.values import error_text, to_text
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from stepspan.identity import Identity
     from stepspan.journal.journal import Journal
-    from stepspan.journal.writer import Begun, Emit, SessionWriter
-
-
-LINES_OF_ENDS = {tag: template(f"{tag}_end", b',"begin":%d%b') for tag in ("epoch", "step", "span")}
-"""Tag -> the line of a scope's end: takes `begin` and what else there is to say, as JSON from a comma on."""
-PUBLIC = ("epoch", "samples", "split", "step", "tokens")
-"""What is for users of a scope's attributes."""
-
-
-T = TypeVar("T")
-
-
-class Rare(Generic[T]):
-    """An attribute that few scopes have. It lies in `more`, so that the others are made, and known, without it."""
-
-    def __init__(self, default: T) -> None:
-        self._default = default
-
-    def __set_name__(self, owner: type[Scope], name: str) -> None:
-        self._name = name
-
-    @overload
-    def __get__(self, scope: None, owner: type[Scope]) -> Self: ...
-
-    @overload
-    def __get__(self, scope: Scope, owner: type[Scope]) -> T: ...
-
-    def __get__(self, scope: Scope | None, owner: type[Scope]) -> T | Self:
-        if scope is None:
-            return self
-        return self._default if scope.more is None else scope.more.get(self._name, self._default)
-
-    def __set__(self, scope: Scope, value: T) -> None:
-        if value is not self._default:
-            scope.more = {**(scope.more or {}), self._name: value}
-        elif scope.more is not None:
-            scope.more = {name: its for name, its in scope.more.items() if name != self._name} or None
-
-
-class Scope:
-    """An open run, epoch, step or span; a context manager, and a decorator: each call is then one of its own.
-
-    A copy, also one that was pickled, is a scope of a run that records nothing.
-
-    Attributes:
-        samples: How many samples a step processed: `training.throughput`. May be set while the step is open.
-        tokens: How many tokens it processed.
-        seq: The number of its begin line.
-        ts: The time of its begin line, Unix ns.
-
-    """
-
-    __slots__ = (
-        "begin", "epoch", "lap", "loop", "more", "owner", "parent", "seq", "session", "split", "started_in", "step",
-        "tag", "task", "thread", "ts", "waited",
-    )  # fmt: skip
-    thread: int
-    """The ident of the thread that began it."""
-    task: int
-    """The id of the asyncio task that did; 0: none."""
-
-    detached: bool = False
-    """Whether what it times goes on beside the code here, so that nothing comes to lie in it."""
-    samples: Rare[float | None] = Rare(None)
-    tokens: Rare[float | None] = Rare(None)
-    abandoned_at: Rare[int] = Rare(0)
-    """When its loop was left without its knowing how, Unix ns; 0 while the loop goes on."""
-    in_main: Rare[bool] = Rare(False)
-    """Whether its parent is the main thread's, for want of one in the thread that began this."""
-    on_exit: Rare[tuple[Callable[[], None], ...]] = Rare(())
-    """To be called just before it ends."""
-    token: Rare[Any] = Rare(None)
-    """Of the OpenTelemetry context, while it is the current span there."""
-
-    def __init__(
-        self, owner: Scopes, tag: str, begin: Event, step: int | None = None, split: str | None = None
-    ) -> None:
-        self.owner = owner
-        self.tag = tag
-        self.begin = begin
-        """The event that is written as it begins; its `parent` is filled in then."""
-        self.step = step
-        self.split = split
-        self.epoch: int | None = None
-        self.seq = self.ts = self.lap = 0
-        self.loop: StepLoop | None = None
-        """The loop whose step it is or lies in."""
-        self.started_in: StepOf | None = None
-        """The training step that it is or lies in, open or not; where there is none, an evaluation's."""
-        self.session: SessionWriter | None = None
-        """The journal session that it was begun in; None while it is not open."""
-        self.parent: Scope | None = None
-        """The scope that it lies in. A detached one is given it; the others find it as they begin."""
-        self.waited: int | None = None
-        """Nanoseconds that a step waited for its data."""
-        self.more: dict[str, Any] | None = None
-        """What few have; None: nothing."""
-
-    def __enter__(self) -> Self:
-        self.owner.begin(self)
-        return self
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        self.owner.end(self, error)
-
-    def __repr__(self) -> str:
-        named = self.begin.get("name") if self.tag == "span" else self.step if self.tag == "step" else self.epoch
-        return f"<{self.tag} {'' if named is None else named!r}, {'open' if self.session is not None else 'not open'}>"
-
-    def __dir__(self) -> Iterable[str]:
-        return [*(name for name in super().__dir__() if name.startswith("__")), *PUBLIC]
-
-    def __call__(self, function: F) -> F:
-        """A function each of whose calls is a scope like this one.
-
-        Args:
-            function: Also a coroutine function, a generator function or a method.
-
-        """
-        with suppress(Exception):  # an object's own `__class__` or `__name__` may raise anything
-            return decorate(function, self.renewed, self._renewed_detached)
-        return function
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether its loop was left, or what it lies in is another thread's."""
-        return bool(self.abandoned_at or self.in_main)
-
-    def renewed(self) -> Scope:
-        """A scope like this one, not open yet."""
-        return self._like(type(self))
-
-    def _renewed_detached(self) -> Scope:
-        if self.tag != "span":
-            return self.renewed()
-        span = self._like(DetachedSpan)
-        span.parent = self.owner.innermost()
-        return span
-
-    def _like(self, kind: type[Scope]) -> Scope:
-        fields = {name: value for name, value in self.begin.items() if self.tag == "epoch" or name not in _FOUND}
-        scope = kind(self.owner, self.tag, {**fields, "ts": 0, "seq": 0, "parent": 0}, self.step, self.split)
-        scope.samples, scope.tokens = self.samples, self.tokens
-        scope.epoch = self.epoch if self.tag == "epoch" else None
-        return scope
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _closed_scope, (self.tag, dict(self.begin), self.step, self.split, self.samples, self.tokens)
-
-
-class DetachedSpan(Scope):
-    """A span that goes on beside the code that began it, and may end in another thread."""
-
-    __slots__ = ()
-    detached = True
-
-
-class Step(Scope):
-    """A step: the scope that is made most often, so with as little as can be.
-
-    Its begin event is made when somebody asks for it; usually its line is made from a template.
-    """
-
-    __slots__ = ()
-    step: int
-    split: str
-
-    def __init__(self, owner: Scopes, number: int, split: str) -> None:
-        self.owner = owner
-        self.tag = "step"
-        self.step = number
-        self.split = split
-        self.seq = self.ts = self.lap = 0
-        self.loop = self.session = self.parent = self.epoch = self.started_in = self.waited = self.more = None
-
-    @property
-    def begin(self) -> Event:  # type: ignore[override] # nobody sets it
-        """The event that is written as it begins."""
-        parent = self.parent.seq if self.parent is not None and self.parent.session is not None else 0
-        event = {"ts": 0, "seq": 0, "tag": "step_begin", "parent": parent, "step": self.step, "split": self.split}
-        if self.epoch is not None:
-            event["epoch"] = self.epoch
-        if self.lap:
-            event["lap"] = self.lap
-        return event
-
-    def __enter__(self) -> Self:
-        self.owner.begin_step(self)
-        return self
-
-    def renewed(self) -> Scope:
-        """A step like this one, not open yet."""
-        step = Step(self.owner, self.step, self.split)
-        step.more = self.more and {name: self.more[name] for name in ("samples", "tokens") if name in self.more}
-        return step
-
-
-class AdjacentStep(Step):
-    """A step of a loop that goes on side by side with that of another one, as in `zip`."""
-
-    __slots__ = ("adjacent_to",)
-    detached = True
-    adjacent_to: Scope
-    """The step of the other loop."""
-
-
-class LastStep:
-    """The last step of a split: steps that follow in the same epoch and lap differ in their numbers alone.
-
-    Attributes:
-        line: A line of such a step's begin: takes `parent` and `step`.
-        parent: The scope that it lies in, where that is no loop's and this thread's own.
-
-    """
-
-    __slots__ = ("epoch", "lap", "line", "number", "parent", "split")
-
-    def __init__(self, split: str, epoch: int | None, lap: int) -> None:
-        self.split = split
-        self.parent: Scope
-        self.epoch = epoch
-        self.lap = lap
-        self.number = -1
-        same = {"split": split, **({} if epoch is None else {"epoch": epoch}), **({"lap": lap} if lap else {})}
-        self.line = template("step_begin", b',"parent":%d,"step":%d,' + dumps(same)[1:-1].replace(b"%", b"%%"))
-
-
-class LinesOfMetrics(dict[str | None, bytes]):
-    """A split, or None -> a line of its metrics, which takes `step` and the values.
-
-    Args:
-        rest: Of the line.
-
-    """
-
-    def __init__(self, rest: bytes) -> None:
-        self._rest = rest
-
-    def __missing__(self, split: str | None) -> bytes:
-        named = dumps(split or TRAIN).replace(b"%", b"%%")
-        line = self[split] = template("metrics", b',"split":%b,"step":%%d%b,"metrics":%%b' % (named, self._rest))
-        return line
+    from stepspan.journal.writer import Begun, Emit
 
 
 class Scopes:
@@ -334,8 +96,7 @@ class Scopes:
         """Whether the run has ended, and takes nothing more."""
         self.usual = False
         """Whether nothing is so that a scope's beginning or end has to be looked at more closely: `_look_around`."""
-        self.begun = 0
-        """How many steps of loops have begun."""
+        self.loops = OpenLoops(self._close)
         self.steps = StepsInForce()
         self._current: ContextVar[Scope | None] = ContextVar("stepspan.scope", default=None)
         """The innermost scope of a thread or task. Each run has a variable, as several may be open in one context."""
@@ -348,10 +109,6 @@ class Scopes:
         epoch or a step."""
         self._branches: dict[Scope, None] = {}
         """The open spans of all threads, and steps that are detached, in the order of their beginning."""
-        self._adjacent: dict[Scope, AdjacentStep] = {}
-        """The open ones of these steps, by themselves."""
-        self.maybe_left: dict[Scope, None] = {}
-        """Steps of loops that were left, or that something followed: to be ended with the run at the latest."""
         self._last_steps: dict[str, LastStep] = {}
         """Split -> its last step."""
         self._last_step: LastStep | None = None
@@ -391,16 +148,19 @@ class Scopes:
 
     def loop(self, split: str) -> StepLoop:
         """A loop over batches that begins now."""
-        return StepLoop(split, self.begun)
+        return StepLoop(split, self.loops.begun)
 
-    def begin_loop_step(self, loop: StepLoop, number: int | None, waited: int, begun: int) -> Scope:
+    def begin_loop_step(
+        self, loop: StepLoop, number: int | None, waited: int, begun: int, amounts: dict[str, Any] | None
+    ) -> Scope:
         """Open the next step of a loop.
 
         Args:
             loop: It has no open step.
             number: Of the step; None: the one after the last of this split.
             waited: How long the loop waited for its data, ns.
-            begun: How many scopes had begun when it asked for them.
+            begun: How many steps of loops had begun when it asked for them.
+            amounts: Its samples and tokens, as far as these are numbers.
 
         Returns:
             The step.
@@ -409,7 +169,7 @@ class Scopes:
         inner = self._current.get()
         if inner is None or inner.session is None or (inner.more is not None and inner.abandoned_at):
             inner = self.innermost()
-        other = None if inner is None or inner.loop is None else self._find_adjacent(loop, inner, begun)
+        other = None if inner is None or inner.loop is None else self.loops.find_adjacent(loop, inner, begun)
         if number is None:
             number = self.next_step(loop.split)
         if other is None:
@@ -417,11 +177,11 @@ class Scopes:
         else:
             scope = adjacent = AdjacentStep(self, number, loop.split)
             adjacent.adjacent_to, adjacent.parent = other, other.parent
-        scope.loop, scope.waited = loop, waited
+        scope.loop, scope.waited, scope.more = loop, waited, amounts
         loop.maybe_left_at = loop.followed = 0
-        self.begun += 1
+        self.loops.begun = begun = self.loops.begun + 1
         self.begin_step(scope)
-        loop.step, loop.step_order, loop.ts = scope, self.begun, scope.ts
+        loop.step, loop.step_order, loop.ts = scope, begun, scope.ts
         return scope
 
     def begin_step(self, scope: Step) -> None:
@@ -440,7 +200,7 @@ class Scopes:
             self.begin(scope)
             return
         try:
-            scope.thread, scope.task = thread, _current_task() if "asyncio" in sys.modules else 0
+            scope.thread, scope.task = thread, current_task() if "asyncio" in sys.modules else 0
             scope.parent, scope.epoch, scope.lap = here, last.epoch, last.lap
             last.number = self.steps.step = number = scope.step
             scope.started_in = last.split, number
@@ -454,9 +214,9 @@ class Scopes:
         """Open a scope inside the innermost one."""
         try:
             tag, event, session = scope.tag, scope.begin, self._journal.session
-            scope.thread, scope.task = get_ident(), _current_task() if "asyncio" in sys.modules else 0
-            if self._adjacent:
-                self._end_abandoned()
+            scope.thread, scope.task = get_ident(), current_task() if "asyncio" in sys.modules else 0
+            if self.loops.adjacent:
+                self.loops.end_abandoned()
             if not scope.detached:
                 here = self._current.get()
                 if (
@@ -506,7 +266,7 @@ class Scopes:
                     scope.loop.ts = scope.ts
                 self._branches[scope] = None
             elif scope.detached:
-                self._branches[scope], self._adjacent[scope] = None, scope  # type: ignore[assignment] # it is one
+                self._branches[scope], self.loops.adjacent[scope] = None, scope  # type: ignore[assignment] # it is one
             elif scope.thread == self._training_thread or self._is_in_main_thread(scope):
                 self._main = scope
             self._look_around()
@@ -535,7 +295,7 @@ class Scopes:
             error is None
             and line is not None
             and self.usual
-            and scope.more is None
+            and (scope.more is None or not scope.is_special)
             and status is None
             and scope.session is self._journal.session
             and self._current.get() is scope
@@ -558,7 +318,7 @@ class Scopes:
         while scope is not None and (scope.abandoned_at or scope.session is None):
             self.end(scope, None)  # its loop was left, and no exception has come by since
             scope = self._innermost_of_main() if scope.in_main else scope.parent
-        if started_in is not None and scope is not started_in and not _has_begun_here(started_in):
+        if started_in is not None and scope is not started_in and not has_begun_here(started_in):
             self._current.set(started_in)  # what is recorded here still belongs to it
         return scope
 
@@ -640,14 +400,14 @@ class Scopes:
             for key in metrics:
                 if (known(key) == "" and split == loop.split) or loop.has(steps.split_of(key) or split):
                     return loop
-            self._follow(loop, EVALUATION)
+            self.loops.follow(loop, EVALUATION)
         return None
 
     def follow(self) -> None:
         """Something is recorded that is the run's, and not a step's: an artifact, hyperparameters, a milestone."""
         loop = self.open_loop()
         if loop is not None:
-            self._follow(loop, NESTED)
+            self.loops.follow(loop, NESTED)
 
     def open_loop(self) -> StepLoop | None:
         """The loop in whose open step the code here is."""
@@ -724,7 +484,7 @@ class Scopes:
         if thread in self._exits:
             return self._exits[thread]
         # The program's code has come to its end, so no loop of this thread goes on, whoever holds it.
-        left_open = [scope for scope in self.open() if scope.thread != thread or not _is_loop_step(scope)]
+        left_open = [scope for scope in self.open() if scope.thread != thread or not is_loop_step(scope)]
         return "interrupted" if self._is_unfinished(left_open) else "completed", None
 
     def _is_unfinished(self, left_open: list[Scope]) -> bool:
@@ -802,8 +562,7 @@ class Scopes:
         self._run_thread = self._training_thread = 0
         self.usual = False
         self._branches.clear()
-        self._adjacent.clear()
-        self.maybe_left.clear()
+        self.loops.forget()
         self._exits.clear()
         self._current.set(None)
 
@@ -818,8 +577,10 @@ class Scopes:
         self._record_error(error)
 
     def _end_usual(self, scope: Scope, line: bytes, loop: StepLoop | None) -> None:
-        """What `_close` does where nothing is out of the ordinary: no exception, no amounts, no loop that was left."""
+        """What `_close` does where nothing is out of the ordinary: no exception, and no loop that was left."""
         rest = b"" if scope.waited is None else b',"data_wait":%b' % dumps(scope.waited / SECOND_NS)
+        if scope.more is not None:
+            rest += b"," + dumps({name: float(amount) for name, amount in scope.more.items()})[1:-1]
         is_span = scope.tag == "span"
         try:
             self._journal.append_line(line, scope.seq, rest, scope.session, loop if is_span else None)  # type: ignore[arg-type] # it is open
@@ -834,30 +595,14 @@ class Scopes:
                 self._main = scope.parent
             if loop is not None and loop.step is scope:
                 loop.step = None
-                if self.maybe_left:
-                    self.maybe_left.pop(scope, None)
+                if self.loops.maybe_left:
+                    self.loops.maybe_left.pop(scope, None)
 
     def _close(self, scope: Scope, error: BaseException | None, status: str | None = None, rests: bool = False) -> None:
         """Close a scope alone, with the steps that go on side by side within it."""
-        loop, ended = scope.loop, scope.abandoned_at
-        if loop is not None and loop.step is not scope:
-            loop = None
-        if loop is not None and loop.maybe_left_at:
-            if error is not None and loop.followed == EVALUATION and not ended:
-                error = None  # it has come by after the loop
-            if (error is None and not (ended and loop.followed == NESTED)) or not (ended or loop.followed):
-                ended = loop.maybe_left_at if loop.followed else max(loop.maybe_left_at, loop.ts)
-            if error is not None:
-                loop.go_on()  # until this
+        ended, error = self.loops.end_of(scope, error)
         try:
-            if self._adjacent:
-                for step in list(self._adjacent.values()):
-                    if step.parent is scope and _has_begun_here(step):
-                        self._close(step, error)
-            if scope.tag == "run":
-                for left in list(self.maybe_left):  # in threads that nothing was recorded in since
-                    if left.session is not None:
-                        self._close(left, None)
+            self.loops.close_within(scope, error)
             for call in scope.on_exit:
                 call()
             event: Event = {"ts": 0, "seq": 0, "tag": scope.tag + "_end", "begin": 0}
@@ -897,13 +642,9 @@ class Scopes:
                     self._current.set(None if scope.in_main else scope.parent)
             if scope.tag == "span" or scope.detached:
                 self._branches.pop(scope, None)
-                self._adjacent.pop(scope, None)
             elif self._main is scope:
                 self._main = scope.parent
-            if loop is not None:
-                loop.step = None
-                if self.maybe_left:
-                    self.maybe_left.pop(scope, None)
+            self.loops.has_ended(scope)
             if scope.token is not None:
                 token, scope.token = scope.token, None
                 self._propagation.detach(token)
@@ -911,7 +652,7 @@ class Scopes:
 
     def _look_around(self) -> None:
         """See whether what begins or ends next is to be looked at more closely."""
-        self.usual = not (self.closed or self._adjacent or self._exits or self._failed_by) and self._is_straight
+        self.usual = not (self.closed or self.loops.adjacent or self._exits or self._failed_by) and self._is_straight
 
     def _restore_before(self, scope: Scope) -> None:
         """Make current here what was so before the run."""
@@ -930,8 +671,8 @@ class Scopes:
         if inner is scope:  # otherwise this is another thread or task, whose scopes are its own
             for left_open in inside:
                 loop = left_open.loop
-                if loop is not None and loop is not scope.loop and error is None and _is_loop_step(scope):
-                    self._follow(loop, NESTED)  # the loop around it goes on
+                if loop is not None and loop is not scope.loop and error is None and is_loop_step(scope):
+                    self.loops.follow(loop, NESTED)  # the loop around it goes on
                 if left_open.session is not None:
                     self._close(left_open, error)
 
@@ -942,7 +683,8 @@ class Scopes:
             return
         scope.in_main = here is None
         if here is not None and parent.loop is not None:
-            parent = scope.parent = self._follow_step(scope, parent, parent.loop)
+            if self.loops.ends_before(scope, parent, parent.loop):
+                parent = scope.parent = self.innermost()
             if parent is not None and scope.loop is None:
                 scope.loop = parent.loop
         if parent is None or parent.session is not self._journal.session:
@@ -951,65 +693,6 @@ class Scopes:
         scope.started_in = started.started_in
         if scope.tag == "span":
             scope.step, scope.split = started.step, started.split
-
-    def _follow_step(self, scope: Scope, parent: Scope, loop: StepLoop) -> Scope | None:
-        """A scope begins within a loop's step, or after the loop was left. Returns what it lies in."""
-        if scope.tag == "span":
-            if scope.begin.get("name") in EVALUATION_SPANS:
-                self._follow(loop, EVALUATION)
-            return parent
-        step, inner, split = loop.step, parent, scope.split or ""
-        while inner.tag == "epoch" and inner.parent is not None:
-            inner = inner.parent
-        if scope.tag == "step" and split == loop.split and loop.followed == EVALUATION and inner is step:
-            for adjacent in list(self._adjacent.values()):
-                if adjacent.adjacent_to is step:
-                    self._close(adjacent, None)
-            self._close(step, None)
-            return self.innermost()
-        self._follow(loop, NESTED if scope.tag == "epoch" or loop.has(split) else EVALUATION)
-        return parent
-
-    def _follow(self, loop: StepLoop, by: int) -> None:
-        """Something follows the last thing in a loop's step, and in those that go on side by side with it."""
-        if loop.step is None:  # it has ended, and what lies in it goes on
-            return
-        loop.follow(by)
-        self.maybe_left[loop.step] = None
-        for step in list(self._adjacent.values()):
-            if step.adjacent_to is loop.step and step.loop is not None:
-                step.loop.ts = max(step.ts, loop.maybe_left_at)
-                step.loop.follow(by)
-                self.maybe_left[step] = None
-
-    def _find_adjacent(self, loop: StepLoop, inner: Scope | None, begun: int) -> Scope | None:
-        """The step of another loop that the next one of this loop goes on side by side with.
-
-        That is one which is asked by the same instruction, or has begun after this loop: a loop that begins within
-        another one's step is nested in it, and so is one whose data the other's steps are. In an evaluation's split
-        only a step that follows at once goes on side by side: others are an evaluation within it.
-        """
-        found = None
-        while inner is not None and inner.loop is not None:
-            other: StepLoop = inner.loop
-            step: Scope | None = other.step
-            if step is None or other.step_order <= loop.created or other.feeds is loop:
-                break
-            if other.step_order > begun:
-                other.feeds = loop
-                break
-            if not loop.is_asked_with(other) and (
-                other.step_order <= loop.order or (loop.is_evaluation and other.ts != step.ts)
-            ):
-                break
-            found, inner = step, step.parent
-        return found
-
-    def _end_abandoned(self) -> None:
-        """End the detached steps of this thread whose loop was left: no scope around them will notice soon."""
-        for step in list(self._adjacent.values()):
-            if step.abandoned_at and _has_begun_here(step):
-                self._close(step, None)
 
     def _innermost_of_main(self) -> Scope | None:
         """The innermost open scope of the main thread, which alone ends what was left there."""
@@ -1024,7 +707,7 @@ class Scopes:
         if scope is None:
             return self._innermost_of_main()
         while scope is not None and (scope.abandoned_at or scope.session is None):
-            if not _has_begun_here(scope):
+            if not has_begun_here(scope):
                 return scope
             self.end(scope, None)
             scope = self._innermost_of_main() if scope.in_main else scope.parent
@@ -1092,38 +775,5 @@ class NullScopes(Scopes):
         return None
 
 
-_NO_SCOPES = NullScopes()
-
-
-def _closed_scope(
-    tag: str, begin: Event, step: int | None, split: str | None, samples: float | None, tokens: float | None
-) -> Scope:
-    """A copy of a scope, of a run that records nothing."""
-    scope = Scope(_NO_SCOPES, tag, begin, step, split)
-    scope.samples, scope.tokens = samples, tokens
-    return scope
-
-
-_FOUND = frozenset({"cuda", "epoch", "lap"})
-"""Fields of a begin event that are found as a step or span begins."""
 _IN_TRACE = frozenset({"span", "step"})
 """A span that lies in one of these is in its trace."""
-
-
-def _is_loop_step(scope: Scope) -> bool:
-    """Whether a scope is the open step of a loop."""
-    return scope.loop is not None and scope.loop.step is scope
-
-
-def _has_begun_here(scope: Scope) -> bool:
-    """Whether it was this thread and task that began a scope: another one goes on when that has ended."""
-    return scope.thread == get_ident() and scope.task == _current_task()
-
-
-def _current_task() -> int:
-    """The id of the asyncio task that runs here; 0 where none does."""
-    try:
-        event_loop = sys.modules["asyncio"]._get_running_loop()
-    except (KeyError, AttributeError):  # nobody has imported it, or somebody is about to
-        return 0
-    return 0 if event_loop is None else id(sys.modules["asyncio"].current_task(event_loop))

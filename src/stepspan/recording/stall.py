@@ -23,7 +23,7 @@ from stepspan.events import Event
 from stepspan.journal.writer import mostly_idle
 from stepspan.recording.open_runs import OPEN_RUNS
 from stepspan.recording.recorder import Recorder
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scope import Scope
 from stepspan.values import error_text
 
 SLOW_WORK_FACTOR = 6

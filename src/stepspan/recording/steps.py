@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Generic, TypeAlias, TypeVar
 
+from stepspan.recording.scope import is_plain_amount
 from stepspan.recording.scopes import NullScopes, Scopes
 
 T = TypeVar("T")
@@ -56,8 +57,14 @@ class Steps(Generic[T]):
         self._exhausted = False
         self._start = start
         self._accumulate = accumulate
-        self._samples = samples
-        self._tokens = tokens
+        self._amounts = {
+            name: amount for name, amount in (("samples", samples), ("tokens", tokens)) if amount is not None
+        }
+        self._fixed: dict[str, Any] | None = {
+            name: amount for name, amount in self._amounts.items() if is_plain_amount(amount)
+        } or None
+        """What every step has of them as it begins: the others are counted in its batch."""
+        self._counted = {name: amount for name, amount in self._amounts.items() if name not in (self._fixed or ())}
         self._batches = 0
         """How many the open step has, or would have had."""
         self._asked_by = 0
@@ -65,7 +72,7 @@ class Steps(Generic[T]):
 
     def __iter__(self) -> Iterator[T]:
         self._exhausted = False
-        self._loop.order, self._loop.is_new = self._scopes.begun, True
+        self._loop.order, self._loop.is_new = self._scopes.loops.begun, True
         return StepsIterator(self)
 
     def __len__(self) -> int:
@@ -83,7 +90,7 @@ class Steps(Generic[T]):
         elif loop.step is not None:
             loop.go_on()
             loop.step.abandoned_at = 0
-        begun, before = scopes.begun, self._stopwatch()
+        begun, before = scopes.loops.begun, self._stopwatch()
         try:
             if self._iterator is None:
                 if self._exhausted:
@@ -103,15 +110,15 @@ class Steps(Generic[T]):
         if scope is None:
             if loop.is_new or loop.asked_from:
                 loop.asked_from = _calls() if loop.is_new else {}
-            scope = scopes.begin_loop_step(loop, self._start, waited, begun)
+            scope = scopes.begin_loop_step(loop, self._start, waited, begun, self._fixed)
             self._start, loop.is_new = None, False
+            amounts = self._counted
         else:
             scope.waited = (scope.waited or 0) + waited
             loop.ts = self._clock()
-        if self._samples is not None:
-            scope.samples = scopes.amount("samples", self._samples, batch, scope.samples)
-        if self._tokens is not None:
-            scope.tokens = scopes.amount("tokens", self._tokens, batch, scope.tokens)
+            amounts = self._amounts
+        for name, amount in amounts.items():
+            setattr(scope, name, scopes.amount(name, amount, batch, getattr(scope, name)))
         return batch
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,13 +141,13 @@ class Steps(Generic[T]):
             loop.maybe_left_at = loop.maybe_left_at or self._clock()
         else:
             step.abandoned_at = self._clock()  # how, the scope around it will find out
-        self._scopes.maybe_left[step] = None
+        self._scopes.loops.maybe_left[step] = None
 
     def __del__(self) -> None:
         step = self._loop.step
         if step is not None and step.session is not None and not step.abandoned_at:
             step.abandoned_at = self._clock()
-            self._scopes.maybe_left[step] = None
+            self._scopes.loops.maybe_left[step] = None
 
 
 class StepsIterator(Generic[T]):

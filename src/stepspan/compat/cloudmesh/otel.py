@@ -17,7 +17,7 @@ from stepspan.compat.cloudmesh.context import resource
 from stepspan.compat.cloudmesh.records import has_failed, milestone, numbers, span_name
 from stepspan.errors import ConfigError
 from stepspan.recording.open_runs import OPEN_RUNS
-from stepspan.recording.scopes import Scope
+from stepspan.recording.scope import Scope
 from stepspan.run import Run, current_run
 from stepspan.start import start_run
 

@@ -12,7 +12,7 @@ from stepspan.compat.row_writer import RowWriter, to_scalar
 from stepspan.conversion import json_value
 
 if TYPE_CHECKING:
-    from stepspan.recording.scopes import Scope
+    from stepspan.recording.scope import Scope
     from stepspan.run import Run
 
 FLUSH_INTERVAL_S = 5.0
