@@ -118,6 +118,13 @@ def test_the_file_that_is_an_argument_beats_the_one_that_is_a_variable(tmp_path:
     assert load({}, {"STEPSPAN_CONFIG": "no-such-file"}, config=path).name == "argument"
 
 
+def test_a_user_without_a_home_has_a_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's bare user id: neither HOME nor an entry in the password database."""
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it then answers
+    monkeypatch.setattr(Path, "expanduser", None)
+    assert load({}, {"STEPSPAN_DIRECTORY": "~/runs"}).directory == Path("~/runs")
+
+
 def test_the_switch_beats_all(tmp_path: Path) -> None:
     assert load({"enabled": True}, {"STEPSPAN_DISABLED": "1", "STEPSPAN_ENABLED": "1"}).enabled is False
 

@@ -128,9 +128,16 @@ def test_what_counts_as_unset_is_said_once_and_fails_the_doctor(tmp_path: Path) 
 
 def test_deflate_and_quotes_reach_the_receiver(tmp_path: Path) -> None:
     with ScriptedReceiver() as receiver:
-        spelled = {f"{E}ENDPOINT": f'"{receiver.url}"', f"{E}TIMEOUT": "10s", f"{E}HEADERS": '"X-Team: a b"'}
+        spelled = {
+            f"{E}ENDPOINT": f'"{receiver.url}"',
+            f"{E}COMPRESSION": "deflate",
+            f"{E}TIMEOUT": "10s",
+            f"{E}HEADERS": '"X-Team: a b"',
+        }
         trained = python(TRAIN, tmp_path, **spelled)
         assert receiver.points()
+        assert {seen.headers["content-encoding"] for seen in receiver.seen} == {"deflate"}
+        assert {seen.headers["x-team"] for seen in receiver.seen} == {"a b"}
     assert [line for line in trained.stderr.splitlines() if "the journal is in" not in line] == []
 
 

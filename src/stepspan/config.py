@@ -9,6 +9,7 @@ Which process this is (job, rank, attempt) is for `stepspan.identity`, and where
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -47,6 +48,11 @@ def _split_pairs(value: Any) -> Any:
     if not all(key.strip() and equals for key, equals, _ in pairs):
         raise ValueError("give key=value,key=value or a JSON object")
     return {key.strip(): item.strip() for key, _, item in pairs}
+
+
+def _with_home(path: Path) -> Path:
+    """A path without its `~`, where this user has a home: a container's may have none."""
+    return Path(os.path.expanduser(path))
 
 
 def _parse_json(value: Any) -> Any:
@@ -190,7 +196,7 @@ class Settings(_Strict):
     """`service.name` of the Resource; None: OTEL_SERVICE_NAME, else "training"."""
     resource: Annotated[Table, AfterValidator(_plain_values)] = {}
     """Further attributes of the OpenTelemetry Resource."""
-    directory: Annotated[Path, AfterValidator(Path.expanduser)] = Path("stepspan-runs")
+    directory: Annotated[Path, AfterValidator(_with_home)] = Path("stepspan-runs")
     """The directory below which each run keeps its journal; made where it is missing."""
     endpoint: str | None = None
     """OTLP base URL; None: the OTEL_EXPORTER_OTLP_* variables, and without those nothing is sent."""
@@ -342,7 +348,7 @@ class _Unreadable(ConfigError):
 def _read_file(path: str | Path, field: str) -> tuple[str, Any]:
     """What a file holds, and the module that reads it."""
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = _with_home(Path(path)).read_text(encoding="utf-8")
     except (OSError, TypeError, ValueError) as error:  # no file, not a path, not UTF-8
         raise _Unreadable(field, path, f"the file cannot be read: {error}") from None
     try:

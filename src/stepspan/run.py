@@ -798,7 +798,7 @@ class Run:
 def _default_directory() -> Path:
     from stepspan.config import Settings
 
-    return Path(unquoted(os.environ.get("STEPSPAN_DIRECTORY", "")) or Settings().directory).expanduser()
+    return Path(os.path.expanduser(unquoted(os.environ.get("STEPSPAN_DIRECTORY", "")) or Settings().directory))
 
 
 DISABLED = Run(NullRecorder())

@@ -45,7 +45,7 @@ class RowWriter(SharedByCopies):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, write: Callable[[int, bytes], int] = os.write) -> None:
-        self.path = Path(path).expanduser().absolute()
+        self.path = Path(os.path.expanduser(path)).absolute()
         self.lost = 0
         self._write = write
         self._warned: set[int | None] = set()

@@ -17,6 +17,7 @@ from typing import Any
 
 import grpc
 
+from stepspan.environment import unquoted
 from stepspan.otlp import answers
 from stepspan.otlp.answers import Answer, Phrase
 from stepspan.otlp.endpoint import Endpoint
@@ -152,7 +153,7 @@ def _open_channel(endpoint: Endpoint, through_proxy: bool) -> grpc.Channel:
 
 def _usual_authorities() -> bytes | None:
     """What SSL_CERT_FILE names, beside the usual ones, as with HTTP; None: gRPC's own."""
-    path = os.environ.get("SSL_CERT_FILE")
+    path = unquoted(os.environ.get("SSL_CERT_FILE", ""))
     if not path or not os.path.isfile(path):
         return None
     import certifi

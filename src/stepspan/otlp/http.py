@@ -27,6 +27,7 @@ from urllib.parse import quote, urlsplit
 
 import orjson
 
+from stepspan.environment import unquoted
 from stepspan.otlp import answers
 from stepspan.otlp.answers import Answer
 from stepspan.otlp.connection import (
@@ -97,7 +98,7 @@ class HttpTransport:
         host, self._host = parts.hostname or "", parts.netloc.removesuffix(f":{default_port}")
         self._path = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=_IN_PATHS)
         self._files = TlsFiles(
-            endpoint.certificate or os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or "",
+            endpoint.certificate or _variable("REQUESTS_CA_BUNDLE") or _variable("CURL_CA_BUNDLE"),
             endpoint.client_certificate or "",
             endpoint.client_key or "",
         )
@@ -244,3 +245,7 @@ def _error_text(kind: str, content: bytes) -> str:
     if kind == _CONTENT_TYPES["http/protobuf"] and (status := answers.status_details(content)) is not None:
         return status[0]
     return answers.page_title(content)
+
+
+def _variable(name: str) -> str:
+    return unquoted(os.environ.get(name, ""))

@@ -144,7 +144,11 @@ TABLE: tuple[Variables, ...] = (
         True,
         "the span that has started the run: the run's span links to it, or is its child with `STEPSPAN_PROPAGATE=1`",
     ),
-    Variables(("SSL_CERT_FILE",), True, "authorities to trust beside the usual ones, where no `…_CERTIFICATE` is set"),
+    Variables(
+        ("SSL_CERT_FILE", "SSL_CERT_DIR"),
+        True,
+        "authorities to trust beside the usual ones, where no `…_CERTIFICATE` is set; gRPC reads the file",
+    ),
     Variables(
         ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"), True, "over HTTP, all that is trusted where no `…_CERTIFICATE` is set"
     ),

@@ -29,7 +29,7 @@ def file_path(path: object, default: str) -> Path:
     """Where a file is or will be. Raises `ConfigError` for a path that cannot be a file."""
     mode = stat.S_IFREG
     try:
-        found = Path(default if path is None else path).expanduser()  # type: ignore[arg-type]
+        found = Path(os.path.expanduser(default if path is None else path))  # type: ignore[call-overload]
         with suppress(FileNotFoundError, NotADirectoryError):
             mode = found.stat().st_mode
     except (TypeError, ValueError, RuntimeError, OSError) as error:

@@ -68,7 +68,7 @@ class JSONLLogStore(SharedByCopies):
         artifacts_file: str = "artifacts.json",
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.log_dir = Path(log_dir).expanduser().absolute()
+        self.log_dir = Path(os.path.expanduser(log_dir)).absolute()
         self.log_dir.mkdir(parents=True, exist_ok=True)
         self._metrics = RowWriter(self.log_dir / metrics_file)
         self._hyperparams = self.log_dir / hyperparams_file
