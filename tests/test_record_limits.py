@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
+from harness import runs
 from harness.events_of import SessionEvents, mapper
 from harness.receiver import ScriptedReceiver
 from harness.runs import command, python
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from stepspan.exporters.sdk import SdkExporter
 from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
 from stepspan.mapping.records import Signal
 from stepspan.otlp import json as otlp_json
 from stepspan.otlp.endpoint import PROTOCOLS
 from stepspan.otlp.record_variables import NAMES, read_record_variables
+from stepspan.run import Run
+
+start = runs.start
 
 E = "OTEL_EXPORTER_OTLP_"
 
@@ -267,6 +274,27 @@ def test_a_ratio_out_of_range_is_told() -> None:
     found, [ignored] = read_record_variables({"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "50%"})
     assert found == DEFAULT_OPTIONS
     assert ignored.startswith("OTEL_TRACES_SAMPLER_ARG='50%': must be a number from 0 to 1")
+
+
+def test_an_exporter_of_the_sdk_takes_what_the_variables_leave(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "1")
+    spans = InMemorySpanExporter()
+    with start(exporters=[SdkExporter(span=spans)], samplers=[]) as run:
+        with run.span("load", a=1, b=2):
+            pass
+        assert run.flush(20)
+    [span] = [span for span in spans.get_finished_spans() if span.name == "load"]
+    assert dict(span.attributes or {}) == {"a": 1}
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "always_off")
+    nothing = InMemorySpanExporter()
+    with start(exporters=[SdkExporter(span=nothing, destination="other")], samplers=[]) as run:
+        with run.span("load"):
+            pass
+        assert run.flush(20)
+        assert run.stats()["delivery"]["other"]["traces"]["filtered"] >= 1
+    assert nothing.get_finished_spans() == ()
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

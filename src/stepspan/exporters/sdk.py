@@ -7,14 +7,18 @@ stops its signal. `OtlpExporter` has no such limit.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stepspan.errors import ConfigError
-from stepspan.mapping.options import DEFAULT_OPTIONS, MappingOptions
+from stepspan.mapping.options import MappingOptions
 from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.answers import uninstrumented
+from stepspan.otlp.endpoint import read_variables
 from stepspan.otlp.outcome import Outcome, Verdict
+from stepspan.otlp.record_variables import read_record_variables
 from stepspan.processors import Processor
 
 if TYPE_CHECKING:
@@ -60,12 +64,13 @@ class SdkExporter:
 
     @property
     def mapping_options(self) -> MappingOptions:
-        """Deltas, where the SDK's exporter prefers them of counters; of all counters, or of all but observed ones."""
+        """By the variables; deltas as the SDK's exporter prefers them: of all counters, or of all but observed ones."""
         preferred = getattr(self._exporters.get("metrics"), "_preferred_temporality", None) or {}
         deltas = {kind.__name__ for kind, temporality in preferred.items() if temporality.name == "DELTA"}
+        options = read_record_variables(read_variables(os.environ)).options
         if "Counter" not in deltas:
-            return DEFAULT_OPTIONS
-        return MappingOptions(temporality="delta" if "ObservableCounter" in deltas else "lowmemory")
+            return options
+        return replace(options, temporality="delta" if "ObservableCounter" in deltas else "lowmemory")
 
     def export(self, signal: Signal, resource: Attributes, records: Sequence[Record]) -> Outcome:
         """Call the signal's SDK exporter once.
