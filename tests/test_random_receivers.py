@@ -42,7 +42,7 @@ AWAY = (
     Outcome(Verdict.HOLD, "404: path", may_pass=True),
 )
 TOO_LARGE = Outcome(Verdict.HALVE, "larger than the receiver takes")
-SEEDS = int(os.environ.get("STEPSPAN_SEEDS", "8"))
+SEEDS = int(os.environ.get("STEPSPAN_SEEDS", "12"))
 RANKS, STEPS = 3, 60
 HEALTHY_RANK = RANKS - 1
 

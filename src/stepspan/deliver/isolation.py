@@ -34,7 +34,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-from stepspan.deliver.refused import Group, ReceiverMemory
+from stepspan.deliver.refused import CONFIRMATIONS, Group, ReceiverMemory
 from stepspan.mapping.columns import split_past
 from stepspan.mapping.records import PastPoint, Record
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -142,10 +142,10 @@ class Isolation:
         due: list[Group] = []
         if self.memory is not None:
             groups, rest = self.memory.split(self.owner, rest)
-            due = self.memory.to_probe(self.owner, groups)
+            due = self.memory.to_probe(groups)
             for group in groups:
                 while group not in due and group.records:
-                    self._reject_group(group, self.memory.why(group))
+                    self._reject_group(group, self.memory.why(group), probed=False)
         self._is_suspicious = self.failures >= MAX_TRIES
         self.first_request, self.goes_alone = rest, bool(past or due)
         self._steps = self._offer_all(past, due, rest)
@@ -217,8 +217,8 @@ class Isolation:
         if past:
             yield from self._offer_past(past)
         yield from self._offer_with_probes(due, records)
-        for group in self._late:
-            yield from self._offer_late(group)
+        while self._late:  # to which what is offered may add
+            yield from self._offer_late(self._late.pop(0))
         while len(self.rejected) > self._rejected_of_past and not self.accepted and not self._took_again:
             why = "the receiver has accepted nothing yet and refuses this"
             if self._has_known_good:
@@ -286,13 +286,18 @@ class Isolation:
                 continue
             elif took_before and (may_be_down or is_known or self._is_own_fault):
                 strikes += 1
-                if is_known or len(records) > 1 or strikes >= STRIKES:
+                if is_known or len(records) > 1 or strikes >= self._strikes_of(records[0], outcome.message):
                     return outcome._replace(verdict=Verdict.ISOLATE)
                 yield _Stop(outcome._replace(verdict=Verdict.RETRY))
             elif len(records) > 1 and (took_before or (may_be_down and _is_power_of_two(self.failures))):
                 return outcome
             else:
                 yield _Stop(outcome)
+
+    def _strikes_of(self, record: Record, why: str) -> int:
+        """Tries after which a record that fails alone is rejected: fewer where its like was, with the same words."""
+        known = self.memory.refusals_like(self.owner, record, why) if self.memory is not None else 0
+        return STRIKES if not known else 1 if known >= CONFIRMATIONS else STRIKES // 2
 
     def _search_known_good(
         self, records: Sequence[Record], outcome: Outcome
@@ -367,9 +372,9 @@ class Isolation:
     def _why(self, group: Group) -> str:
         return self.memory.why(group) if self.memory is not None else ""
 
-    def _reject_group(self, group: Group, why: str) -> None:
+    def _reject_group(self, group: Group, why: str, *, probed: bool = True) -> None:
         if self.memory is not None:
-            rejected = self.memory.reject(self.owner, group, why)
+            rejected = self.memory.reject(self.owner, group, why, probed=probed)
             self.rejected += [(record, why) for record in rejected]
             self.rejected_again += len(rejected)
             self._again_message = f"{group.name} is refused: {why}"

@@ -61,7 +61,7 @@ class JointRequests:
         """Whether a batch that was prepared just now may travel with others."""
         if not task.reaches_end or task.failing_since is not None or task.goes_alone or not batch.records:
             return False
-        if self._alone_until.get(task.session.path, 0.0) > self._options.clock() and not task.refused_apart:
+        if self._alone_until.get(task.session.path, 0.0) > self._options.clock() and not task.refused_separately:
             return False
         now = int(self._options.wall_clock() * SECOND_NS)
         return _all_within(batch.records, now - FRESH_NS, now + AHEAD_NS)

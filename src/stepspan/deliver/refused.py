@@ -61,6 +61,8 @@ class Group:
     records: list[Record]
     name: str
     """For a person."""
+    shared_trait: Hashable = None
+    """By which they are suspect in every session."""
 
 
 @dataclass(slots=True)
@@ -90,9 +92,15 @@ class ReceiverMemory:
         """Of what is confirmed: the traits by which others are suspect, with when one was probed."""
 
     def why(self, group: Group) -> str:
-        """The receiver's words about a group's trait; "" of one that is only suspect."""
-        refusal = self._refusals.get(group.trait)
-        return refusal.why if refusal and refusal.confirmed else ""
+        """The receiver's words about a group's trait, in another session if need be; "" of what is only suspect."""
+        found = (self._refusals.get(group.trait), self._shared.get(group.shared_trait))
+        return next((refusal.why for refusal in found if refusal is not None and refusal.confirmed), "")
+
+    def refusals_like(self, owner: str, record: Record, why: str) -> int:
+        """How many records that have a trait of this one were refused with these words, in any session."""
+        traits = traits_of(owner, record)
+        found = [*map(self._refusals.get, traits.own), *map(self._shared.get, traits.shared)]
+        return max((each.rejected for each in found if each is not None and each.why == why), default=0)
 
     def refuse(self, owner: str, record: Record, why: str) -> str:
         """A record was refused alone.
@@ -108,17 +116,17 @@ class ReceiverMemory:
         """
         traits = traits_of(owner, record)
         new = [trait for trait in traits.own if self._count(trait, 1, why, confirm=CONFIRMATIONS)]
-        if new:
-            self._suspect(traits, 1)
+        self._suspect(traits.shared if new else traits.shared[:1], 1, why, confirmed=bool(new))
         return traits.name if new else ""
 
-    def reject(self, owner: str, group: Group, why: str) -> list[Record]:
+    def reject(self, owner: str, group: Group, why: str, *, probed: bool) -> list[Record]:
         """The probe of a group was refused, or another one's stands for it.
 
         Args:
             owner: The Resource that its series belongs to.
             group: Loses what is returned.
             why: The receiver's words.
+            probed: Whether its own probe was refused.
 
         Returns:
             Its records that count as refused.
@@ -131,8 +139,9 @@ class ReceiverMemory:
         length = sure_of if sure_of >= SURE_AFTER else 1
         rejected, group.records = group.records[:length], group.records[length:]
         self._count(group.trait, len(rejected), why, confirm=1)
-        self._refusals[group.trait].probed_at = self._clock()
-        self._suspect(traits, len(rejected))
+        if probed:
+            self._refusals[group.trait].probed_at = self._clock()
+            self._suspect(traits.shared, len(rejected), why, confirmed=True)
         return rejected
 
     def note_taken(self, owner: str, records: Sequence[Record]) -> None:
@@ -163,7 +172,8 @@ class ReceiverMemory:
             traits = traits_of(owner, record)
             trait = self._refused_trait(traits)
             if trait is not None:
-                groups.setdefault(trait, Group(trait, [], traits.name)).records.append(record)
+                shared = next(iter(traits.shared), None)
+                groups.setdefault(trait, Group(trait, [], traits.name, shared)).records.append(record)
             return trait is not None
 
         rest: Sequence[Record]
@@ -184,19 +194,22 @@ class ReceiverMemory:
             rest = [record for record in records if not is_separate(record)]
         return list(groups.values()), (rest if groups else records)
 
-    def to_probe(self, owner: str, groups: Iterable[Group]) -> list[Group]:
-        """Those of a batch's groups of which one is sent: the others are refused by what is known."""
-        due = [group for group in groups if self._is_due(owner, group)]
-        suspect = [group for group in due if not self.why(group)]
-        known = sorted((g for g in due if self.why(g)), key=lambda g: self._refusals[g.trait].probed_at)
-        return suspect + known[:MAX_PROBES]
+    def to_probe(self, groups: Iterable[Group]) -> list[Group]:
+        """Those of a batch's groups of which one record is sent: the others are refused by what is known."""
+        due = [group for group in groups if self._is_due(group)]
+        known = sorted((g for g in due if self._is_confirmed(g)), key=lambda g: self._refusals[g.trait].probed_at)
+        return [group for group in due if not self._is_confirmed(group)] + known[:MAX_PROBES]
 
-    def _is_due(self, owner: str, group: Group) -> bool:
+    def _is_confirmed(self, group: Group) -> bool:
+        refusal = self._refusals.get(group.trait)
+        return refusal is not None and refusal.confirmed
+
+    def _is_due(self, group: Group) -> bool:
         refusal, now = self._refusals.get(group.trait), self._clock()
         if refusal is None or not refusal.confirmed or now - refusal.probed_at >= OWN_PROBE_S:
             return True
-        shared = [self._shared.get(trait) for trait in traits_of(owner, group.records[0]).shared[:1]]
-        return not any(s and s.probed_at > refusal.probed_at and now - s.probed_at < SHARED_PROBE_S for s in shared)
+        shared = self._shared.get(group.shared_trait)
+        return shared is None or shared.probed_at <= refusal.probed_at or now - shared.probed_at >= SHARED_PROBE_S
 
     def _refused_trait(self, traits: Traits) -> Hashable | None:
         for trait in traits.own:
@@ -217,13 +230,14 @@ class ReceiverMemory:
         refusal.confirmed |= confirms
         return confirms
 
-    def _suspect(self, traits: Traits, records: int) -> None:
+    def _suspect(self, shared: Sequence[Hashable], records: int, why: str, *, confirmed: bool) -> None:
         now = self._clock()
-        for trait in traits.shared:
+        for trait in shared:
             while len(self._shared) >= MAX_TRAITS:
                 del self._shared[next(iter(self._shared))]
             refusal = self._shared.setdefault(trait, _Refusal(now + MEMORY_S))
             refusal.probed_at, refusal.rejected = now, refusal.rejected + records
+            refusal.why, refusal.confirmed = why, refusal.confirmed or confirmed
 
     def _forget(self) -> None:
         now = self._clock()

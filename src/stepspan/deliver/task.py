@@ -88,7 +88,7 @@ class DeliveryTask:
         """Since when nothing was delivered although something is there, by the options' clock."""
         self.failures = 0
         """Tries in a row of which nothing was taken."""
-        self.refused_apart = False
+        self.refused_separately = False
         """Whether all that was refused of the last batch of which anything was travels apart by now."""
         self.receiver_may_be_away = False
         """Whether the last try says nothing good of the receiver."""
@@ -289,7 +289,7 @@ class DeliveryTask:
         if outcome.verdict is Verdict.DELIVERED:
             batch, self._batch, self._isolation = self._batch, None, None
             if isolation.rejected:
-                self.refused_apart = len(isolation.rejected) == isolation.rejected_again
+                self.refused_separately = len(isolation.rejected) == isolation.rejected_again
                 self._dead_letter(isolation.rejected, isolation.rejected_again)
             self._commit(batch, isolation, outcome.message)
             return True
