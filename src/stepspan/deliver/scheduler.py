@@ -301,7 +301,10 @@ class Scheduler:
             due.update(waiting)
         self.has_news = bool(waiting)
         if is_watched and not due and self._scanned_at is not None:
-            self.rests_until = min(send_at, again_at, self._scanned_at + RESCAN_INTERVAL_S)
+            scan_at = self._scanned_at + RESCAN_INTERVAL_S
+            if send_at < scan_at + RESCAN_INTERVAL_S / 2:  # to wake up costs more than to look
+                scan_at = max(scan_at, send_at)
+            self.rests_until = min(send_at, again_at, scan_at)
         return due
 
     def _prepare(self, task: DeliveryTask, until: int, now: float) -> Batch | None:
@@ -313,6 +316,8 @@ class Scheduler:
         if self._joint is not None:
             tail = task.look(now)
             is_urgent = watch is not None and (tail.urgent_at > watch.looked_at or watch.again_at == AT_ONCE)
+            if watch is not None and not is_urgent and now - tail.grew_at < RESCAN_INTERVAL_S:
+                task.note_alive()
             watch = self._watched[path] = _Watch(max(now, tail.grew_at, tail.urgent_at))
             if tail.grew_at > now - SETTLE_S:  # the last millisecond may have to wait
                 watch.news_at = now

@@ -40,6 +40,10 @@ class SessionEnd:
                 self._closed = self._closed or read_closed(directory)
         return self._closed
 
+    def note_alive(self) -> None:
+        """The session was written just now, and no file of it has come: neither look is needed for a while."""
+        self._read_at = self._probed_at = self._options.clock()
+
     def probe(self) -> Closed | None:
         """The end, written down here if the writer turns out to be dead. OSError, `JournalError`: it is gone."""
         now = self._options.clock()

@@ -189,6 +189,10 @@ class DeliveryTask:
         """How the journal ends, by a look that costs little. `now`: by the options' clock."""
         return self._reader.look(now)
 
+    def note_alive(self) -> None:
+        """The session was written just now, and has not ended."""
+        self._end.note_alive()
+
     def advance(self, until: int) -> bool:
         """Deliver the next batch.
 
