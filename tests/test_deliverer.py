@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
 import time
@@ -204,6 +205,29 @@ def test_whoever_rings_is_heard_and_answered_by_the_holder_of_the_lock(tmp_path:
     assert other.outlook() == Outlook("away", 1.5, rung, rung, 77)
     holder.release()
     assert other.outlook() == UNKNOWN
+
+
+def test_who_rings_wakes_the_holder_at_once(tmp_path: Path) -> None:
+    holder, other = DeliveryLock(tmp_path, "node", "a"), DeliveryLock(tmp_path, "node", "a")
+    other.ring()  # nobody sleeps there
+    assert holder.acquire()
+    bell = holder.bell()
+    assert holder.bell() == bell >= 0
+    assert not select.select([bell], [], [], 0)[0]
+    other.ring()
+    assert select.select([bell], [], [], 0)[0]
+    assert holder.was_rung()
+    holder.release()
+    other.ring()
+    (tmp_path / ".deliverers" / "node-b.bell").write_text("in its place")
+    second = DeliveryLock(tmp_path, "node", "b")
+    assert second.acquire()
+    assert second.bell() == -1
+    other = DeliveryLock(tmp_path, "node", "b")
+    other.ring()
+    assert second.was_rung()
+    assert (tmp_path / ".deliverers" / "node-b.bell").read_text() == "in its place"
+    second.release()
 
 
 def test_one_lock_a_host_and_destination(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import os
+import select
 import signal
 import threading
 import time
@@ -23,8 +24,8 @@ from stepspan.journal.layout import SessionPath
 log = logging.getLogger("stepspan.deliver")
 
 POLL_INTERVAL_S = 0.1
-LISTEN_INTERVAL_S = 0.03
-"""Between looks whether a run wants to be waited for no longer."""
+BELL_INTERVAL_S = 0.2
+"""The same where a bell rings for what is in a hurry."""
 WAKING_INTERVAL_S = 0.01
 """Between looks whether the try that it wants is done."""
 FIRST_ANSWER_TIMEOUT_S = 0.5
@@ -101,27 +102,26 @@ class Deliverer:
         done: Callable[[Deliverer], bool],
         tick: Callable[[], None] = lambda: None,
         listen: Callable[[], None] = lambda: None,
+        bells: Sequence[int] = (),
     ) -> bool:
         """Wait until `done(self)` or `interrupt()`.
 
         Args:
             done: Whether to stop waiting.
             tick: Called about ten times a second meanwhile, and more often after `wake`.
-            listen: Called more often; may `wake`.
+            listen: Called with it, and when a bell rings; may `wake`.
+            bells: Descriptors that can be read when somebody rings.
 
         Returns:
             True: it is done. False: it was interrupted.
 
         """
         self._watches = True
-        look_at, has_tried = 0.0, True
+        has_tried, interval = True, BELL_INTERVAL_S if bells else POLL_INTERVAL_S
         try:
-            while not self._stop.wait(LISTEN_INTERVAL_S if has_tried else WAKING_INTERVAL_S):
+            while not self._sleep(interval if has_tried else WAKING_INTERVAL_S, bells if has_tried else ()):
                 listen()
-                has_tried, had_tried = self._has_tried(), has_tried
-                if has_tried and had_tried and time.monotonic() < look_at:
-                    continue
-                look_at = time.monotonic() + POLL_INTERVAL_S
+                has_tried = self._has_tried()
                 self._watch_journals()
                 if done(self):
                     return True
@@ -129,6 +129,18 @@ class Deliverer:
             return False
         finally:
             self._watches = False
+
+    def _sleep(self, seconds: float, bells: Sequence[int]) -> bool:
+        """Sleep until a bell rings, but no longer than so many seconds. Whether `interrupt` was called."""
+        if not bells:
+            return self._stop.wait(seconds)
+        poll = select.poll()
+        for bell in bells:
+            poll.register(bell, select.POLLIN)
+        for bell, _ in poll.poll(0 if self._stop.is_set() else seconds * 1000):
+            with contextlib.suppress(OSError):
+                os.read(bell, 4096)
+        return self._stop.is_set()
 
     def _watch_journals(self) -> None:
         """Look for all signals whether any journal grows: threads that nobody needs to wake cost nothing."""

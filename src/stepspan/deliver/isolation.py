@@ -138,6 +138,9 @@ class Isolation:
 
     def begin(self, records: Sequence[Record]) -> None:
         """Take a batch apart; nothing is sent. `records` are of one session, in time order."""
+        if not records:
+            self.first_request, self.goes_alone, self._steps = records, False, self._offer_all((), [], ())
+            return
         past, rest = split_past(records, self.wrong_before)
         due: list[Group] = []
         if self.memory is not None:

@@ -1,6 +1,7 @@
 """The right to deliver: one lock for each host and route, and the directory where deliverers keep their files.
 
     <directory>/.deliverers/<host>-<route>.lock   flock'ed by the one deliverer at work, whose `Outlook` it holds
+    <directory>/.deliverers/<host>-<route>.bell   a FIFO on which its holder sleeps: who rings wakes it at once
     <directory>/.deliverers/<host>.log            what the deliverers of that host log
 
 A route is a destination, and how it is reached (`stepspan.deliver.routes`). Only the holder of its lock sends by it. Of
@@ -12,8 +13,10 @@ a deliverer takes the lock first, and the deliverer inherits it: nobody else sta
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import time
 from contextlib import suppress
 from hashlib import blake2b
@@ -68,7 +71,8 @@ class DeliveryLock:
     def __init__(self, directory: Path, host: str, route: str) -> None:
         self._directory = directory
         self._name = f"{slug(host)}-{route}.lock"
-        self._fd = -1
+        self._fd = self._bell = -1
+        self._bell_path = directory / DELIVERERS_DIRECTORY / (self._name.removesuffix("lock") + "bell")
         self.reported: Outlook | None = None
         """What this object has said since it has the lock."""
         self._heard = b""
@@ -157,7 +161,29 @@ class DeliveryLock:
             os.pwrite(fd, (b"%.6f %s" % (now, os.urandom(4).hex().encode())).ljust(RING_BYTES), RING_OFFSET)
         finally:
             os.close(fd)
+        with suppress(OSError):  # nobody sleeps on it, or there can be none: the holder looks by itself
+            bell = self._open_bell(os.O_WRONLY)
+            try:
+                os.write(bell, b"!")
+            finally:
+                os.close(bell)
         return now
+
+    def bell(self) -> int:
+        """A descriptor that can be read when somebody rings; -1 where there is none. Only the holder may ask."""
+        if self._bell < 0:
+            with suppress(OSError):  # a file system without FIFOs
+                with suppress(FileExistsError):
+                    os.mkfifo(self._bell_path, 0o600)
+                self._bell = self._open_bell(os.O_RDWR)  # also for writing: without a writer it could always be read
+        return self._bell
+
+    def _open_bell(self, flags: int) -> int:
+        fd = os.open(self._bell_path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise OSError(errno.EINVAL, "not a FIFO", str(self._bell_path))
+        return fd
 
     def claim(self, word: str, seconds: float) -> bool:
         """Take on what one process of this host is to do.
@@ -213,6 +239,9 @@ class DeliveryLock:
 
     def release(self) -> None:
         """Let go of the lock, if it is held; a process that has inherited it keeps it."""
+        if self._bell >= 0:
+            os.close(self._bell)
+            self._bell = -1
         if self._fd >= 0:
             _held.discard(self._fd)
             os.close(self._fd)

@@ -76,7 +76,9 @@ def serve(
         deliverer = Deliverer(exporters, sessions, options, health=host if health else None)
         interrupt_on_signal(deliverer)
         deliverer.start()
-        over = deliverer.wait(run_is_over, partial(_report, deliverer, locks), partial(_listen, deliverer, locks))
+        bells = [bell for lock in locks.values() if lock.is_held and (bell := lock.bell()) >= 0]
+        report, listen = partial(_report, deliverer, locks), partial(_listen, deliverer, locks)
+        over = deliverer.wait(run_is_over, report, listen, bells)
         _report(deliverer, locks)
         deliverer.stop()
         # A run that came and went just now found the locks held, and relied on this process.

@@ -6,7 +6,6 @@ A look costs two `fstat` calls a session, however many signals ask. The director
 
 from __future__ import annotations
 
-import re
 import threading
 from typing import NamedTuple
 
@@ -14,7 +13,7 @@ from stepspan.journal.reader import JournalReader
 
 LOOK_INTERVAL_S = 0.05
 """Within which what was seen is not looked at again."""
-URGENT = re.compile(rb'"tag":"(?:error|run_end)"|"NaN"|Infinity"')
+URGENT = (b'"tag":"error"', b'"tag":"run_end"', b'"NaN"', b'Infinity"')
 """In lines that must not wait for others."""
 URGENT_INTERVAL_S = 1.0
 """Between urgent lines of one session that count: a value that stays NaN is news once."""
@@ -81,6 +80,8 @@ class TailWatch:
         if (number, size) != before[:2]:
             grew_at = now
             start = max(before.size if number == before.number else 0, size - MAX_URGENT_BYTES)
-            if now - self._urgent_line_at >= URGENT_INTERVAL_S and URGENT.search(reader.peek(number, start, size)):
-                urgent_at = self._urgent_line_at = now
+            if now - self._urgent_line_at >= URGENT_INTERVAL_S:
+                appended = reader.peek(number, start, size)
+                if any(words in appended for words in URGENT):
+                    urgent_at = self._urgent_line_at = now
         return Tail(number, size, grew_at, urgent_at)
