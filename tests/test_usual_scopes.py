@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import runs
@@ -74,7 +75,9 @@ class Training:
                 step.tokens = 5.0
 
     def _span(self, depth: int) -> None:
-        with self._run.span(self._chance.choice(["forward", "validation", "checkpoint"])):
+        name = self._chance.choice(["forward", "validation", "checkpoint", "100%", "é", "\ud800", "password=hunter2"])
+        attributes: dict[str, Any] = self._chance.choice([{}, {}, {"layer": 3}])
+        with self._run.span(name, **attributes):
             self.work(depth + 1)
 
     def _epoch(self, depth: int) -> None:

@@ -19,6 +19,7 @@ from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.journal.journal import Journal
 from stepspan.journal.writer import Begun, Emit
 from stepspan.processors import Processor, apply
+from stepspan.processors.registry import NAMED
 
 FOLLOWER_ATTRIBUTES = ("destination", "signals", "processors", "export", "close")
 
@@ -97,6 +98,19 @@ class Pipeline:
             message = f"{event['tag']}: more than redaction looks at was logged at once, and the rest was left out"
             self._warn("cut", message, key=event["tag"])
         return event
+
+    def leaves_alone(self, event: Event) -> bool:
+        """Whether an event of these fields is written as it is, whenever it comes.
+
+        Args:
+            event: As it would be emitted.
+
+        Returns:
+            False where a processor changes or drops it, or where one of the program's own wants it, which may change.
+
+        """
+        is_ours = all(type(processor) in NAMED.values() for processor in self._stages[event["tag"]])
+        return is_ours and self.process({**event}) == event
 
     def close(self, status: str) -> None:
         """End the journal. Events that come later are lost, with a warning."""

@@ -260,6 +260,7 @@ def open_run(
             journal,
             pipeline.emitters,
             pipeline.process,
+            leaves_alone=pipeline.leaves_alone,
             warnings=warnings,
             boot_id=facts.boot_id,
             left_out=_left_out(settings, identity),

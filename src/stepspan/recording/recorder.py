@@ -114,6 +114,7 @@ class JournalRecorder:
         journal: Where the events end up.
         emitters: What takes the events of a tag there, through the processors.
         process: Takes a header through the processors; None where one dropped it.
+        leaves_alone: Whether the processors write an event as it is, whenever it comes.
         warnings: Counts what goes wrong.
         boot_id: Of the host's kernel.
         destinations: The names of those that the run is delivered to.
@@ -137,6 +138,7 @@ class JournalRecorder:
         emitters: Mapping[str, Emit],
         process: Callable[[Event], Event | None],
         *,
+        leaves_alone: Callable[[Event], bool] = lambda event: False,
         warnings: WarningSink,
         boot_id: str,
         destinations: Iterable[str] = (),
@@ -166,6 +168,7 @@ class JournalRecorder:
             identity,
             journal,
             emitters,
+            leaves_alone=leaves_alone,
             warn=self.warn_once,
             record_error=self.record_error,
             outcomes=outcomes or Outcomes(),

@@ -38,6 +38,9 @@ class ScopeOwner(Protocol):
     def begin_step(self, scope: Step) -> None:
         """Open a step."""
 
+    def begin_span(self, scope: Span) -> None:
+        """Open a span."""
+
     def end(self, scope: Scope, error: BaseException | None) -> None:
         """Close a scope and whatever is still open inside it."""
 
@@ -52,6 +55,9 @@ class Nobody:
         """Leave the scope closed, so that there is nothing to end."""
 
     def begin_step(self, scope: Step) -> None:
+        """Leave it closed, too."""
+
+    def begin_span(self, scope: Span) -> None:
         """Leave it closed, too."""
 
     def end(self, scope: Scope, error: BaseException | None) -> None:
@@ -253,6 +259,41 @@ class Step(Scope):
         step = Step(self.owner, self.step, self.split)
         step.more = self.more and {name: self.more[name] for name in ("samples", "tokens") if name in self.more}
         return step
+
+
+class Span(Scope):
+    """A span with a name and nothing more; its begin event, too, is made when somebody asks for it.
+
+    Attributes:
+        name: Of the phase.
+        line: The line that begins it: takes `parent`, and nothing.
+
+    """
+
+    __slots__ = ("line", "name")
+
+    def __init__(self, owner: ScopeOwner, name: str, line: bytes) -> None:
+        self.owner = owner
+        self.tag = "span"
+        self.name = name
+        self.line = line
+        self.seq = self.ts = self.lap = 0
+        self.step = self.split = self.epoch = None
+        self.loop = self.session = self.parent = self.started_in = self.waited = self.more = None
+
+    @property
+    def begin(self) -> Event:  # type: ignore[override] # nobody sets it
+        """The event that is written as it begins."""
+        parent = self.parent.seq if self.parent is not None and self.parent.session is self.session else 0
+        return {"ts": 0, "seq": 0, "tag": "span_begin", "parent": parent, "name": self.name}
+
+    def __enter__(self) -> Self:
+        self.owner.begin_span(self)
+        return self
+
+    def renewed(self) -> Scope:
+        """A span like this one, not open yet."""
+        return Span(self.owner, self.name, self.line)
 
 
 class AdjacentStep(Step):
