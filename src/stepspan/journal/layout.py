@@ -14,6 +14,7 @@ import re
 import stat
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -253,30 +254,37 @@ def find_sessions(
     if start:
         yield start
         return
-    yield from _descend(root, DIRECTORY_LEVELS, slug(host) if host else None, refused)
+    yield from _descend(os.fspath(root), DIRECTORY_LEVELS, slug(host) if host else None, refused)
 
 
-def _descend(path: Path, levels: int, host: str | None, refused: Callable[[Path], None]) -> Iterator[SessionPath]:
-    if host is not None and path.name != host:  # a job's folder: of a thousand hosts' folders, look into one
-        mine = list(_descend(path / host, 1, host, refused))
+def _descend(directory: str, levels: int, host: str | None, refused: Callable[[Path], None]) -> Iterator[SessionPath]:
+    """In plain strings: a deliverer lists its journals every second."""
+    is_of_host = host is None or os.path.basename(directory) == host
+    if host is not None and not is_of_host:  # a job's folder: of a thousand hosts' folders, look into one
+        mine = list(_descend(os.path.join(directory, host), 1, host, refused))
         if mine:
             yield from mine
             return
     try:
-        with os.scandir(path) as entries:
+        with os.scandir(directory) as entries:
             names = sorted(e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False))
     except PermissionError:
-        refused(path)
+        refused(Path(directory))
         return
     except OSError:
         return
     for name in names:
-        found = SessionPath.of(path / name)
+        found = _session_at(directory, name)
         if found:
-            if host is None or path.name == host:
+            if is_of_host:
                 yield found
         elif levels > 1:
-            yield from _descend(path / name, levels - 1, host, refused)
+            yield from _descend(os.path.join(directory, name), levels - 1, host, refused)
+
+
+@lru_cache(maxsize=4096)
+def _session_at(directory: str, name: str) -> SessionPath | None:
+    return SessionPath.of(Path(directory, name))
 
 
 def sessions_of_rank(directory: Path, job_id: str, rank: int) -> list[SessionPath]:
