@@ -113,7 +113,7 @@ def test_an_exporter_in_memory_gets_a_worker_s_values_in_the_parent(tmp_path: Pa
 
 @pytest.mark.parametrize("how", ["thread", "process"])
 def test_a_worker_that_outlives_its_run_says_what_waits(tmp_path: Path, how: str) -> None:
-    code = CHILD_OUTLIVES_PARENT.replace("run.flush(20)", "True")
+    code = CHILD_OUTLIVES_PARENT.replace("run.flush(20)", "True").replace("os._exit(0)", "raise SystemExit")
     with ScriptedReceiver() as receiver:
         receiver.script(
             "all", lambda request: Answer(503, text="busy") if b"worker" in request.SerializeToString() else Answer()

@@ -237,19 +237,25 @@ class Delivery:
             return
         from stepspan.deliver.undelivered import find_undelivered, launch_of, undelivered_text
 
-        run_key, sessions = launch_of(own)
+        launch = launch_of(own)
+        if launch.leader is not None and launch.leader != own and is_alive_here(launch.leader.path):
+            return  # which says it as it ends
         texts = []
-        for found in find_undelivered(sessions, self.targets, self._urls(), self._why_untried):
+        for found in find_undelivered(launch.sessions, self.targets, self._urls(), self._why_untried):
             where, command = self._remedy(own, found.destination)
             goes_on = "" if found.needs_a_person else self._goes_on(found.destination)
             text = undelivered_text(found, where, goes_on, command)
-            if self._may_report(session, found.destination, run_key) and UNDELIVERED.is_first(found.destination, text):
+            if self._may_report(session, found.destination, launch.run_key) and UNDELIVERED.is_first(
+                found.destination, text
+            ):
                 texts.append(text)
         if texts:
             self._conclude("; ".join(texts))
 
     def _may_report(self, session: Path, destination: str, run_key: str) -> bool:
-        """Whether no other rank of this host has said it."""
+        """Whether no other rank of this host has said it, and what this one says is heard."""
+        if not log.isEnabledFor(logging.WARNING):
+            return False
         try:
             return self._lock_for(session, destination).claim(run_key, REPEAT_INTERVAL_S)
         except OSError:

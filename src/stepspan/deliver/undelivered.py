@@ -1,7 +1,7 @@
 """What a run says as it ends of what was not delivered: what waits, why, who goes on, and the command that sends it.
 
-One line for each run and host. The ranks of a run share what they wait for, so whoever comes first to know says it for
-all of them; `DeliveryLock.claim` keeps the others silent.
+One line for each run and host. The ranks of a run share what they wait for, so one says it for all of them: local rank
+0 or, once that has ended, whoever comes first to know. `DeliveryLock.claim` keeps the others silent.
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from stepspan.deliver import ledgers
 from stepspan.errors import JournalError
+from stepspan.events import Event
 from stepspan.journal.cursor import CursorState
 from stepspan.journal.layout import SessionPath, find_sessions
-from stepspan.journal.liveness import read_closed
+from stepspan.journal.liveness import quiet_for, read_closed
 from stepspan.journal.reader import JournalReader, last_event
 from stepspan.mapping.records import SIGNALS
 from stepspan.values import format_seconds
 
 if TYPE_CHECKING:
     from stepspan.exporters.otlp import OtlpExporter
+
+
+MAX_SESSIONS = 256
+"""Of a host's folder, that are looked at for those of one run."""
 
 
 class Undelivered(NamedTuple):
@@ -45,18 +50,42 @@ class Undelivered(NamedTuple):
     needs_a_person: bool
 
 
-def launch_of(own: SessionPath) -> tuple[str, list[SessionPath]]:
-    """The run that a session belongs to, and its sessions on this host: of all ranks and workers, this one first."""
-    run_key = _run_key(own)
-    if run_key is None:
-        return own.session, [own]
-    others = (found for found in find_sessions(own.path.parent) if found.path != own.path)
-    return run_key, [own, *(found for found in others if _run_key(found) == run_key)]
+class Launch(NamedTuple):
+    """A run on this host.
+
+    Attributes:
+        run_key: What its ranks have in common, and no other run has.
+        sessions: Of all ranks and workers, the one that was asked for first.
+        leader: The session of local rank 0; None where there is none.
+
+    """
+
+    run_key: str
+    sessions: list[SessionPath]
+    leader: SessionPath | None
 
 
-def _run_key(session: SessionPath) -> str | None:
+def launch_of(own: SessionPath) -> Launch:
+    """The run that a session belongs to. Of many sessions only those that were changed last are looked at."""
+    header = _header(own)
+    if header is None:
+        return Launch(own.session, [own], None)
+    found = sorted((quiet_for(s.path), s.path, s) for s in find_sessions(own.path.parent) if s.path != own.path)
+    launch = Launch(str(header.get("run_key")), [own], None)
+    for session in (own, *(session for _, _, session in found[:MAX_SESSIONS])):
+        about = header if session is own else _header(session)
+        if about is None or str(about.get("run_key")) != launch.run_key:
+            continue
+        if session is not own:
+            launch.sessions.append(session)
+        if about.get("local_rank") == 0 and not about.get("role"):
+            launch = launch._replace(leader=session)
+    return launch
+
+
+def _header(session: SessionPath) -> Event | None:
     with suppress(OSError, JournalError), closing(JournalReader(session)) as reader:
-        return str(reader.header.get("run_key"))
+        return reader.header
     return None
 
 
