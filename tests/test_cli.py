@@ -8,12 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.receiver import Answer, ScriptedReceiver
 from harness.runs import command as run
 
 import stepspan
+from stepspan.cli.sync import Sync
 from stepspan.exporters.jsonl import JsonlExporter
 from stepspan.testing import FixedClock
 
@@ -67,6 +69,61 @@ def test_what_was_thinned_is_in_every_summary(tmp_path: Path) -> None:
     (signals,) = session["destinations"].values()
     assert signals["metrics"]["thinned"] == 101
     assert "thinned" in run("report", tmp_path / "runs").stdout
+
+
+def test_sync_says_of_everything_that_did_not_go_out_why_and_what_can_be_done(journal: Path) -> None:
+    for session in journal.glob("second/*/rank-*"):
+        segment = session / "000001.jsonl"
+        lines = segment.read_bytes().splitlines(keepends=True)
+        lines[-2] = b"x" * (len(lines[-2]) - 1) + b"\n"
+        segment.write_bytes(b"".join(lines))
+
+    def partly(request: Any) -> Answer:
+        is_first = not any(seen.signal == "metrics" for seen in receiver.seen)
+        return Answer(rejected=2, text="too many series") if is_first else Answer()
+
+    with ScriptedReceiver() as receiver:
+        receiver.script("metrics", partly)
+        receiver.script("traces", lambda _: Answer(404))
+        for _ in range(2):  # it does not depend on which call it was
+            done = run("sync", journal, "--endpoint", receiver.url)
+            assert done.returncode == 1, "traces are held"
+            text = done.stdout
+            assert "did not go out, of these journals in all: " in text
+            assert "2 rejected in part of a request" in text
+            assert "1 lines damaged in the journal" in text
+            assert "traces: hold: 404" in text
+            assert " lines in 2 sessions wait)" in text
+        receiver.script("traces", [])
+        done = run("sync", journal, "--endpoint", receiver.url)
+        assert done.returncode == 0, "nothing waits"
+        assert "2 rejected in part of a request" in done.stdout
+        assert "wait)" not in done.stdout
+
+
+def test_sync_says_what_this_user_may_not_read_and_leaves_to_other_hosts(
+    journal: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scandir = os.scandir
+
+    def guarded(path: Any) -> Any:
+        if "/second" in str(path):
+            raise PermissionError(13, "not yours")
+        return scandir(path)
+
+    with ScriptedReceiver() as receiver:
+        monkeypatch.setattr(os, "scandir", guarded)
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.url)
+        (journal / "first" / "elsewhere").mkdir()
+        (mine,) = journal.glob("first/*/rank-*")
+        shutil.copytree(mine, journal / "first" / "elsewhere" / "rank-00000-00000000000000ee")
+        about: dict[str, Any] = {"endpoint": None, "protocol": None, "destination": None, "state_directory": None}
+        command = Sync([journal], **about, this_host=True, dead_after=900.0)
+        assert command.run(follow=False) == 1
+        assert {point.job for point in receiver.points("training.loss")} == {"first"}
+    out = capsys.readouterr().out
+    assert f"{journal / 'second'}: passed over: this user may not read it" in out
+    assert "sessions of other hosts, left alone (--this-host): 1" in out
 
 
 def test_sync_of_one_job_leaves_the_others(journal: Path) -> None:

@@ -134,7 +134,7 @@ class Sync:
         problems = self._failing()
         problems += delivery_failures(deliverer)
         problems += self._left_to_others()
-        problems += [f"{path}: passed over: this user may not read it" for path in sorted(self._refused)]
+        problems += [f"{path}: passed over: this user may not read it" for path in self._passed_over()]
         for fault, signals in self._exporter.faults.items():
             problems += [f"{signal}: nothing is sent: {fault}" for signal in signals if fault not in str(problems)]
         for problem in problems:
@@ -179,8 +179,8 @@ class Sync:
                 pending = journaled - position.seq
                 print(f"{session.path}  {signal}: {pending} lines wait, the oldest for {format_seconds(ages[-1])}")
         print(f"the oldest pending point is {format_seconds(max(ages))} old" if ages else "nothing waits")
-        for path in sorted(self._refused):
-            print(f"{path}: this user may not read it")
+        for path in self._passed_over():
+            print(f"{path}: passed over: this user may not read it")
         return 0
 
     def _require_endpoint(self) -> None:
@@ -286,6 +286,9 @@ class Sync:
         """By signal, what there is of the destination, or of its address where that has got the name here."""
         names = (self._exporter.address, self._exporter.destination)
         return {signal: found for name in names for signal, found in by_destination.get(name, {}).items()}
+
+    def _passed_over(self) -> list[Path]:
+        return sorted(path for path in self._refused if path.parent not in self._refused)
 
     def _ledger(self, session: SessionPath) -> dict[str, Any]:
         return session_ledger(session, state_path(session, self._state_directory))
