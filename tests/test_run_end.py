@@ -263,6 +263,11 @@ def test_what_holds_credentials_is_in_no_command(tmp_path: Path) -> None:
     assert " --destination " in line
 
 
+def test_a_variable_that_is_wrong_is_in_no_command(tmp_path: Path) -> None:
+    (line,) = said(program(SHORT, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT="http://:4318").stderr)
+    assert line.endswith(f"nobody goes on: `stepspan sync {tmp_path}/stepspan-runs/j`, once that is right, sends it")
+
+
 def test_a_claim_is_one_process_s_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (DeliveryLock(tmp_path, "node", "there") for _ in range(2))
     assert first.claim("run", 60.0)

@@ -202,6 +202,8 @@ def sync_command(session: SessionPath, exporter: OtlpExporter, env: Mapping[str,
 
     words = ["stepspan", "sync", str(session.path.parents[1])]
     endpoint = exporter.settings["endpoint"] or env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "").strip("\"' ")
+    if exporter.faults:  # a variable is wrong, and the address with it
+        return f"`{shlex.join(words)}`, once that is right,"
     shows_all = bool(endpoint) and not any(mark in endpoint for mark in "@?")  # these may hold credentials
     protocol = exporter.settings["protocol"] or env.get("OTEL_EXPORTER_OTLP_PROTOCOL", "").strip("\"' ")
     name = ""
