@@ -512,6 +512,18 @@ def test_what_may_not_pass_holds_at_once(tmp_path: Path) -> None:
     task.close()
 
 
+def test_one_replica_of_two_that_refuses_every_other_request_stops_nothing(tmp_path: Path) -> None:
+    time = Time()
+    exporter = Scripted(lambda _: PASSING if len(exporter.requests) % 2 else OK)
+    task = DeliveryTask(trained(tmp_path, 60), "metrics", exporter, options(time, batch_bytes=TINY))
+    while not task.finished:
+        task.advance(ALL)
+        time.now = max(time.now, task.not_before)
+        assert len(exporter.requests) < 500
+    assert task.state.ledger.rejected == 0
+    task.close()
+
+
 def test_a_restarted_deliverer_knows_that_the_receiver_has_answered(tmp_path: Path) -> None:
     session = trained(tmp_path, 60)
     task = DeliveryTask(session, "metrics", Scripted(), options(batch_bytes=TINY))

@@ -33,6 +33,12 @@ class ReceiverHistory:
         """It has taken something."""
         self.has_answered, self.failing_since = True, None
 
+    def judge(self, outcome: Outcome) -> Outcome:
+        """An outcome in the light of all that: a hold that may pass is a retry where it has answered well before."""
+        if outcome.verdict is Verdict.HOLD and outcome.may_pass and self.has_answered:
+            return outcome._replace(verdict=Verdict.RETRY)
+        return outcome
+
 
 class Backoff:
     """The failures of one signal of one session since something was delivered.
@@ -69,7 +75,7 @@ class Backoff:
         if not outcome.may_pass:
             self._passing_since = self._history.failing_since = None
         held = self._server_errors >= MAX_SERVER_ERRORS
-        if outcome.verdict is Verdict.HOLD:
+        if outcome.verdict is Verdict.HOLD or outcome.may_pass:
             held = not self._may_pass(outcome, now)
         state = "hold" if held else "retry"
         self._failures = self._failures + 1 if state == self._state else 1

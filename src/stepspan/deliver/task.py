@@ -264,7 +264,8 @@ class DeliveryTask:
         isolation = self._isolation
         if self._batch is None or isolation is None:
             raise ValueError("deliver() was called without prepare()")
-        isolation.send = lambda records: send(records) if send and records is batch.records else self._send(records)
+        judge = self._memory.history.judge
+        isolation.send = lambda records: judge((send if send and records is batch.records else self._send)(records))
         outcome = isolation.run(goes_on=self._budget())
         if (
             outcome is not None
