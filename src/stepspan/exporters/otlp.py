@@ -142,7 +142,13 @@ class OtlpExporter:
         return not callable(self.settings["headers"]) and all(each is None or each.is_portable for each in credentials)
 
     def route_digest(self, salt: bytes, *, with_address: bool) -> str:
-        """How the receiver is reached: arguments and result as of `stepspan.otlp.endpoint.route_digest`."""
+        """How the receiver is reached, and what of all there is it gets: "" where there is nothing to tell apart.
+
+        Args:
+            salt: Random bytes of the journals' directory.
+            with_address: Whether the address counts, too: where it is no part of the destination's name.
+
+        """
         options = self.mapping_options.key()
         if off := sorted(self._configured.keys() - self.endpoints.keys()):
             options["off"] = off
