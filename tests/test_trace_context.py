@@ -12,6 +12,7 @@ from harness import runs
 from harness.events_of import SessionEvents
 from harness.receiver import ScriptedReceiver
 from harness.runs import command, events, python, spans
+from opentelemetry.sdk.trace import TracerProvider
 
 from stepspan.otlp.endpoint import PROTOCOLS
 from stepspan.otlp.json import encode
@@ -94,6 +95,24 @@ def test_what_is_recorded_in_a_joined_run_has_the_ids_that_are_sent(
     sent = {name: (span.trace_id, span.span_id) for name, span in spans(run).items()}
     assert sent == recorded
     assert spans(run)["eval"].links[0].trace_id.hex() == TRACE
+
+
+def test_the_program_s_current_span_goes_before_the_variable_and_a_scope_of_ours_is_none(
+    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRACEPARENT", PARENT)
+    with TracerProvider().get_tracer("orchestrator").start_as_current_span("task") as task:
+        context = task.get_span_context()
+        with start(job_id="a") as outer, outer.step(0), start(job_id="b") as inner:
+            pass
+    assert context is not None
+    [link] = spans(outer)["training.run"].links
+    assert (int.from_bytes(link.trace_id, "big"), int.from_bytes(link.span_id, "big")) == (
+        context.trace_id,
+        context.span_id,
+    )
+    assert events(inner, "run_begin")[0]["traceparent"] == PARENT
+    assert "tracestate" not in events(outer, "run_begin")[0]
 
 
 @pytest.mark.parametrize(

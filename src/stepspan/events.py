@@ -100,7 +100,11 @@ class RunBegin(Begin):
     group: NotRequired[Annotated[str | None, "what the job belongs to"]]
     tags: NotRequired[Annotated[list[Any], "words to find it by"]]
     attempt: NotRequired[Annotated[list[int], "as in the header"]]
-    traceparent: NotRequired[Annotated[str, "the span that has started the run, as W3C Trace Context writes it"]]
+    traceparent: NotRequired[
+        Annotated[
+            str, "the span that has started the run, by the context or by TRACEPARENT, as W3C Trace Context writes it"
+        ]
+    ]
     tracestate: NotRequired[Annotated[str, "what belongs to it"]]
     joins: NotRequired[Annotated[bool, "the run's span is a child of that one, not only linked to it"]]
 

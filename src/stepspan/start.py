@@ -272,7 +272,7 @@ def open_run(
         )
         at_once = label is not None or not _replaces_its_own(identity, journal.directory)
         recorder.open(at_once=at_once)
-        caller, caller_warning = ({}, "") if label else variable_fields(os.environ, joins=settings.propagate is True)
+        caller, caller_warning = ({}, "") if label else _caller(joins=settings.propagate is True)
     delivery = _delivery(settings, recorder, pipeline, facts.boot_id)
     delivery.start()
     run = Run(
@@ -300,6 +300,17 @@ def _left_out(settings: Settings, identity: Identity) -> dict[str, Any]:
         return {}
     has_roots = identity.rank == 0 and "traces" in left_out and smallest(ranks["traces"]) < identity.world_size
     return {"left_out": left_out, **({"step_roots": True} if has_roots else {})}
+
+
+def _caller(*, joins: bool) -> tuple[dict[str, Any], str]:
+    """Which span has started a run: the current one of the program's own, else that of the variables."""
+    carrier: dict[str, str] = {}
+    if "opentelemetry.trace" in sys.modules:
+        with suppress(Exception):  # somebody else's span
+            from stepspan.recording.propagation import current_carrier
+
+            carrier = current_carrier()
+    return variable_fields(carrier or os.environ, joins=joins)
 
 
 def _entries_or_objects(field: str, value: Any) -> tuple[list[Mapping[str, Any]] | None, list[Any] | None]:

@@ -38,7 +38,7 @@ def variable_fields(env: Mapping[str, str], *, joins: bool) -> tuple[dict[str, A
     """The fields of a `run_begin` event that say which span has started the run.
 
     Args:
-        env: The environment.
+        env: The environment, or what else carries the context by the same names.
         joins: Whether the run's span is that span's child, and not only linked to it.
 
     Returns:

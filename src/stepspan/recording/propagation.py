@@ -13,6 +13,8 @@ from opentelemetry.context import _RUNTIME_CONTEXT, Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags
 from opentelemetry.trace.propagation import _SPAN_KEY
 
+from stepspan.mapping.trace_context import PARENT, STATE
+
 _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 
 KEEPS_ALL = ("AlwaysOnSampler", "ParentBased{root:AlwaysOnSampler,remoteParentSampled:AlwaysOnSampler,")
@@ -97,3 +99,13 @@ def detach(span: ScopeSpan) -> None:
             context = restored.previous
             restored = context.get(_SPAN_KEY)
         _RUNTIME_CONTEXT.attach(context)
+
+
+def current_carrier() -> dict[str, str]:
+    """The program's own current span as the variables would hand it over; empty where there is none but ours."""
+    span = trace.get_current_span()
+    context = span.get_span_context()
+    if isinstance(span, ScopeSpan) or not context.is_valid:
+        return {}
+    parent = f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+    return {PARENT: parent, STATE: context.trace_state.to_header()}
