@@ -142,8 +142,8 @@ TABLE: tuple[Variables, ...] = (
     Variables(
         ("TRACEPARENT", "TRACESTATE"),
         True,
-        "the span that has started the run (the program's current span goes before it): the run's span links to it, or is"
-        " its child with `STEPSPAN_PROPAGATE=1`",
+        "the span that has started the run (the program's current one goes before it): the run's span links to it, or"
+        " is its child with `STEPSPAN_PROPAGATE=1`",
     ),
     Variables(
         ("SSL_CERT_FILE", "SSL_CERT_DIR"),
