@@ -240,6 +240,7 @@ def test_who_waits_is_sent_to_at_once(tmp_path: Path) -> None:
     for rank in ranks.ranks:
         rank.steps(1, every=0.0)
     ranks.schedulers[0].wake(1.0)
+    ranks.wait()  # just after the last look, when nothing had been written
     ranks.wait(0.4)
     assert all(ranks.state(number).position.seq == rank.writer.seq for number, rank in enumerate(ranks.ranks))
     assert len(exporter.joint) <= 4

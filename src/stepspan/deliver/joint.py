@@ -116,15 +116,17 @@ class JointRequests:
             yield from self._send(parts[: len(parts) // 2])
             yield from self._send(parts[len(parts) // 2 :])
         elif outcome.verdict in (Verdict.ISOLATE, Verdict.HOLD):
-            found = False
+            refused: list[DeliveryTask] = []
             for (task, batch), _ in parts:
                 rejected = task.state.ledger.rejected
                 yield [(task, batch, None)]
                 if task.held or task.state.ledger.rejected > rejected:
-                    found = True
-                    self._alone_until[task.session.path] = self._options.clock() + ALONE_S
-            if not found:  # so it was that they went together
-                self._max_bytes, self._max_bytes_until = size // 2, self._options.clock() + ALONE_S
+                    refused.append(task)
+            until = self._options.clock() + ALONE_S
+            if not refused:  # so it was that they went together
+                self._max_bytes, self._max_bytes_until = size // 2, until
+            elif not all(task.held for (task, _), _ in parts):  # all: it is not of any of them
+                self._alone_until |= {task.session.path: until for task in refused}
         else:
             counts = [len(batch.records) for (_, batch), _ in parts]
             shares = _shares(outcome.rejected, counts)

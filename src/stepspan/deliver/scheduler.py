@@ -314,7 +314,7 @@ class Scheduler:
             self.asked_at = self.asking_since
         path, tail, watch = task.session.path, None, self._watched.get(task.session.path)
         if self._joint is not None:
-            tail = task.look(now)
+            tail = task.look(now, 0.0)  # what is read then was seen, or has grown since
             is_urgent = watch is not None and (tail.urgent_at > watch.looked_at or watch.again_at == AT_ONCE)
             if watch is not None and not is_urgent and now - tail.grew_at < RESCAN_INTERVAL_S:
                 task.note_alive()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from stepspan.journal.reader import JournalReader
 
 LOOK_INTERVAL_S = 0.05
-"""Within which what was seen is not looked at again."""
+"""Within which what was seen is usually not looked at again."""
 URGENT = (b'"tag":"error"', b'"tag":"run_end"', b'"NaN"', b'Infinity"')
 """In lines that must not wait for others."""
 URGENT_INTERVAL_S = 1.0
@@ -50,15 +50,16 @@ class TailWatch:
         self._directory_ns = -1
         self._tail: Tail | None = None
 
-    def look(self, now: float) -> Tail:
+    def look(self, now: float, max_age: float = LOOK_INTERVAL_S) -> Tail:
         """How the journal ends.
 
         Args:
             now: Monotonic seconds; the same clock for all who look.
+            max_age: For how many seconds an earlier look counts.
 
         """
         tail = self._tail
-        if tail is not None and now - self._looked_at < LOOK_INTERVAL_S:
+        if tail is not None and now - self._looked_at < max_age:
             return tail
         with self._lock:
             self._looked_at = now

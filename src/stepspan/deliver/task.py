@@ -33,7 +33,7 @@ from stepspan.deliver.open_sessions import SharedReader
 from stepspan.deliver.options import Options
 from stepspan.deliver.refused import ReceiverMemory
 from stepspan.deliver.session_end import SessionEnd
-from stepspan.deliver.tails import Tail
+from stepspan.deliver.tails import LOOK_INTERVAL_S, Tail
 from stepspan.errors import JournalError
 from stepspan.events import Event
 from stepspan.exporters import Exporter
@@ -185,9 +185,9 @@ class DeliveryTask:
         """Whether more may come: the session has no end yet, and its writer is not dead. OSError, `JournalError`."""
         return self._end.read() is None and self._end.probe() is None
 
-    def look(self, now: float) -> Tail:
-        """How the journal ends, by a look that costs little. `now`: by the options' clock."""
-        return self._reader.look(now)
+    def look(self, now: float, max_age: float = LOOK_INTERVAL_S) -> Tail:
+        """How the journal ends, by a look that costs little. Arguments as of `TailWatch.look`."""
+        return self._reader.look(now, max_age)
 
     def note_alive(self) -> None:
         """The session was written just now, and has not ended."""
