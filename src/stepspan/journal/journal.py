@@ -196,14 +196,15 @@ class Journal:
                         if error.errno is None:  # of a signal handler, which may raise any exception of its own
                             raise
                         written = -1
-                    if written == len(data) or session.complete(data, max(written, 0)):
+                    if written == len(data):
                         session.seq = seq  # not before the line has its place: `settle` can tell
-                        session.room -= len(data)
-                        if session.room <= 0:
+                        session.room = room = session.room - written
+                        if room <= 0:
                             session.rotate()
                             self._next_check = 0
                     else:
                         self._next_check = 0
+                        session.complete(data, max(written, 0), seq)
             except BaseException:
                 self._next_check = 0
                 self._recover(event or from_template(line, 0, seq, first, second), begun, session)

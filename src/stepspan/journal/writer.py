@@ -247,9 +247,14 @@ class SessionWriter:
             if error.errno is None:  # of a signal handler, which may raise any exception of its own
                 raise
             written = -1
-        if written != length and not self.complete(line, max(written, 0)):
-            return
-        self.seq = seq  # not before the line has its place: `settle` can tell
+        if written == length:
+            self._place(seq, length)
+        else:
+            self.complete(line, max(written, 0), seq)
+
+    def _place(self, seq: int, length: int) -> None:
+        """The next line is in the file."""
+        self.seq = seq  # not before that: `settle` can tell
         self.room -= length
         if self.room <= 0:
             self.rotate()
@@ -401,15 +406,13 @@ class SessionWriter:
         """Where the session lies until it can be read."""
         return self.path.with_name(f".{self.path.name}")
 
-    def complete(self, line: bytes, written: int) -> bool:
-        """After a short or failed write: the rest of the line or, failing that, a memory of the whole.
+    def complete(self, line: bytes, written: int, seq: int) -> None:
+        """After a short or failed write: write the rest of the line or, failing that, have the whole of it wait.
 
         Args:
             line: The next one.
             written: How many bytes of it are in the file.
-
-        Returns:
-            Whether it is there now.
+            seq: Its number.
 
         """
         try:
@@ -422,8 +425,8 @@ class SessionWriter:
             if written:
                 self.hindrances |= TORN
             self._enqueue(line)
-            return False
-        return True
+        else:
+            self._place(seq, len(line))
 
     def _mark(self, hindrance: int, is_so: bool) -> None:
         self.hindrances = self.hindrances | hindrance if is_so else self.hindrances & ~hindrance

@@ -6,9 +6,9 @@ scope that exits ends what is still open inside it, with its own outcome: that i
 left by `break` or by an exception, which the loop's iterator never hears of. `open_loops` has the rules of loops,
 `steps_in_force` the step that a value belongs to.
 
-What begins, ends and is logged as nearly always goes a short way: `begin_step`, `write_metrics` and `_end_usual` go by
-what the call before has found, and write a line from a template (`lines`). What is in any way out of the ordinary goes
-the long one, as an event. Both write the same lines (`tests/test_usual_scopes.py`).
+What begins, ends and is logged as nearly always goes a short way: `begin_step`, `begin_span`, `write_metrics` and `end`
+go by what the call before has found, and write a line from a template (`lines`). What is in any way out of the ordinary
+goes the long one, as an event. Both write the same lines (`tests/test_usual_scopes.py`).
 """
 
 from __future__ import annotations
@@ -331,7 +331,7 @@ class Scopes:
             self._warn("begin", f"a {scope.tag} could not be begun: {error_text(error)}", key=scope.tag)
 
     def end(self, scope: Scope, error: BaseException | None, status: str | None = None, *, rests: bool = False) -> None:
-        """Close a scope and whatever is still open inside it.
+        """Close a scope and whatever is still open inside it, the short way where nothing is out of the ordinary.
 
         Args:
             scope: What ends; nothing is done where it is not open.
@@ -347,12 +347,31 @@ class Scopes:
             and self.usual
             and (scope.more is None or not scope.is_special)
             and status is None
+            and scope.session is not None
             and scope.session is self._journal.session
             and self._current.get() is scope
             and scope.seq
             and (loop is None or not loop.maybe_left_at or loop.step is not scope)
         ):
-            self._end_usual(scope, line, loop)
+            rest = b"" if scope.waited is None else b',"data_wait":%b' % dumps(scope.waited / SECOND_NS)
+            if scope.more is not None:
+                rest += b"," + dumps({name: float(amount) for name, amount in scope.more.items()})[1:-1]
+            is_span = scope.tag == "span"
+            try:
+                self._journal.append_line(line, scope.seq, rest, scope.session, loop if is_span else None)
+            except Exception as failure:
+                self._warn("end", f"a {scope.tag} could not be ended: {failure!r}", key=scope.tag)
+            finally:
+                scope.session = None
+                self._current.set(scope.parent)
+                if is_span:
+                    self._branches.pop(scope, None)
+                elif self._main is scope:
+                    self._main = scope.parent
+                if loop is not None and loop.step is scope:
+                    loop.step = None
+                    if self.loops.maybe_left:
+                        self.loops.maybe_left.pop(scope, None)
         elif scope.session is not None:
             if self._current.get() is not scope:
                 self._end_inside(scope, error)
@@ -625,28 +644,6 @@ class Scopes:
             if error._stepspan_recorded == self._recorded_token:  # type: ignore[attr-defined]
                 return
         self._record_error(error)
-
-    def _end_usual(self, scope: Scope, line: bytes, loop: StepLoop | None) -> None:
-        """What `_close` does where nothing is out of the ordinary: no exception, and no loop that was left."""
-        rest = b"" if scope.waited is None else b',"data_wait":%b' % dumps(scope.waited / SECOND_NS)
-        if scope.more is not None:
-            rest += b"," + dumps({name: float(amount) for name, amount in scope.more.items()})[1:-1]
-        is_span = scope.tag == "span"
-        try:
-            self._journal.append_line(line, scope.seq, rest, scope.session, loop if is_span else None)  # type: ignore[arg-type] # it is open
-        except Exception as failure:
-            self._warn("end", f"a {scope.tag} could not be ended: {failure!r}", key=scope.tag)
-        finally:
-            scope.session = None
-            self._current.set(scope.parent)
-            if is_span:
-                self._branches.pop(scope, None)
-            elif self._main is scope:
-                self._main = scope.parent
-            if loop is not None and loop.step is scope:
-                loop.step = None
-                if self.loops.maybe_left:
-                    self.loops.maybe_left.pop(scope, None)
 
     def _close(self, scope: Scope, error: BaseException | None, status: str | None = None, rests: bool = False) -> None:
         """Close a scope alone, with the steps that go on side by side within it."""
