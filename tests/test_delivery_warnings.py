@@ -286,9 +286,13 @@ def test_a_training_process_imports_what_starts_a_deliverer_and_nothing_that_del
     assert {name for name in below if name.startswith("mapping.")} <= {
         "mapping.clock",
         "mapping.ids",
+        "mapping.limits",
         "mapping.names",
+        "mapping.options",
         "mapping.records",
-    }
+        "mapping.sampling",
+        "mapping.trace_context",
+    }, "settings and names, and nothing that maps"
     assert not {"otlp.grpc", "otlp.http", "otlp.json", "otlp.protobuf"} & set(below)
 
 

@@ -109,8 +109,8 @@ class Pipeline:
             False where a processor changes or drops it, or where one of the program's own wants it, which may change.
 
         """
-        is_ours = all(type(processor) in NAMED.values() for processor in self._stages[event["tag"]])
-        return is_ours and self.process({**event}) == event
+        is_own = all(type(processor) in NAMED.values() for processor in self._stages[event["tag"]])
+        return is_own and self.process({**event}) == event
 
     def close(self, status: str) -> None:
         """End the journal. Events that come later are lost, with a warning."""
