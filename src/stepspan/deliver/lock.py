@@ -1,7 +1,6 @@
 """The right to deliver: one lock for each host and route, and the directory where deliverers keep their files.
 
     <directory>/.deliverers/<host>-<route>.lock   flock'ed by the one deliverer at work, whose `Outlook` it holds
-    <directory>/.deliverers/<host>-<route>.bell   a FIFO on which its holder sleeps: who rings wakes it at once
     <directory>/.deliverers/<host>.log            what the deliverers of that host log
 
 A route is a destination, and how it is reached (`stepspan.deliver.routes`). Only the holder of its lock sends by it. Of
@@ -13,10 +12,10 @@ a deliverer takes the lock first, and the deliverer inherits it: nobody else sta
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
-import stat
+import socket
+import sys
 import time
 from contextlib import suppress
 from hashlib import blake2b
@@ -71,8 +70,8 @@ class DeliveryLock:
     def __init__(self, directory: Path, host: str, route: str) -> None:
         self._directory = directory
         self._name = f"{slug(host)}-{route}.lock"
-        self._fd = self._bell = -1
-        self._bell_path = directory / DELIVERERS_DIRECTORY / (self._name.removesuffix("lock") + "bell")
+        self._fd = -1
+        self._bell: socket.socket | None = None
         self.reported: Outlook | None = None
         """What this object has said since it has the lock."""
         self._heard = b""
@@ -159,31 +158,24 @@ class DeliveryLock:
         fd = open_deliverers_file(self._directory, self._name, os.O_WRONLY | os.O_CREAT)
         try:
             os.pwrite(fd, (b"%.6f %s" % (now, os.urandom(4).hex().encode())).ljust(RING_BYTES), RING_OFFSET)
+            with suppress(OSError), _datagrams() as caller:  # nobody sleeps on it: the holder looks by itself
+                caller.sendto(b"!", _bell_address(fd))
         finally:
             os.close(fd)
-        with suppress(OSError):  # nobody sleeps on it, or there can be none: the holder looks by itself
-            bell = self._open_bell(os.O_WRONLY)
-            try:
-                os.write(bell, b"!")
-            finally:
-                os.close(bell)
         return now
 
     def bell(self) -> int:
         """A descriptor that can be read when somebody rings; -1 where there is none. Only the holder may ask."""
-        if self._bell < 0:
-            with suppress(OSError):  # a file system without FIFOs
-                with suppress(FileExistsError):
-                    os.mkfifo(self._bell_path, 0o600)
-                self._bell = self._open_bell(os.O_RDWR)  # also for writing: without a writer it could always be read
-        return self._bell
-
-    def _open_bell(self, flags: int) -> int:
-        fd = os.open(self._bell_path, flags | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.close(fd)
-            raise OSError(errno.EINVAL, "not a FIFO", str(self._bell_path))
-        return fd
+        if self._bell is None:
+            with suppress(OSError):
+                bell = _datagrams()
+                try:
+                    bell.bind(_bell_address(self._fd))
+                except OSError:
+                    bell.close()
+                    raise
+                self._bell = bell
+        return self._bell.fileno() if self._bell is not None else -1
 
     def claim(self, word: str, seconds: float) -> bool:
         """Take on what one process of this host is to do.
@@ -239,13 +231,28 @@ class DeliveryLock:
 
     def release(self) -> None:
         """Let go of the lock, if it is held; a process that has inherited it keeps it."""
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
+        if self._bell is not None:
+            self._bell.close()
+            self._bell = None
         if self._fd >= 0:
             _held.discard(self._fd)
             os.close(self._fd)
             self._fd = -1
+
+
+def _datagrams() -> socket.socket:
+    """A socket of this host that never blocks. OSError."""
+    if sys.platform != "linux":
+        raise OSError("names without files are Linux's")
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    found.setblocking(False)
+    return found
+
+
+def _bell_address(fd: int) -> bytes:
+    """The name of a lock's bell. It is no file: whoever reads all files of a directory would hang at a FIFO."""
+    lock = os.fstat(fd)
+    return b"\0stepspan-%x-%x-%d" % (lock.st_dev, lock.st_ino, os.geteuid())
 
 
 def open_deliverers_file(directory: Path, name: str, flags: int) -> int:
