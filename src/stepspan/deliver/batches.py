@@ -74,6 +74,9 @@ class BatchReader:
         self._batch_bytes = options.batch_bytes
         self._wall_clock = options.wall_clock
         self._choose = chooser(reader.header, signal, all_ranks=options.all_ranks)
+        self._skips_events = signal != "metrics" and all(hasattr(each, "spec") for each in self._processors)
+        """Whether what the mapper passes over need not be processed: to points every event says the time, and only
+        stepspan's own processors are known to make no event another one."""
         self._mapper: Mapper | None = None
         self._since_checkpoint = 0
         self._failed_processors: set[str] = set()
@@ -100,7 +103,7 @@ class BatchReader:
         if not batch.events and not finishing:
             return self._release(fold, position)
         filtered, thinned = fold.filtered, fold.thinned
-        records = fold.map(self._process(batch.events))
+        records = fold.map(self._process(batch.events, fold))
         counts, position = batch.counts, replace(batch.position, held_until=fold.held_until)
         if finishing and closed is not None:
             records = [*records, *fold.finish(closed)]
@@ -170,7 +173,7 @@ class BatchReader:
             batch = self._reader.read(position, size=BATCH_BYTES, closed=Closed(target.seq, target.ts, ""))
             if not batch.events:
                 break
-            fold.map(self._process(batch.events))
+            fold.map(self._process(batch.events, fold))
             position = batch.position
         if target.released:
             fold.release(target.released)
@@ -182,11 +185,13 @@ class BatchReader:
         key = {"version": VERSION, "session": self._reader.session.session, "processors": processors}
         return {**key, "options": self._mapping_options.key()}
 
-    def _process(self, events: list[Event]) -> list[Event]:
+    def _process(self, events: list[Event], fold: Mapper) -> list[Event]:
         """The events after the exporter's own processors, which get copies: others have the same events."""
         if not self._processors:
             return events
         tags = frozenset[str]().union(*(processor.tags for processor in self._processors))
+        if self._skips_events:
+            events = [event for event in events if event["tag"] in fold.tags]
         events = [orjson.loads(orjson.dumps(event)) if event["tag"] in tags else event for event in events]
         for processor in self._processors:
             kept: list[Event] = []

@@ -57,6 +57,7 @@ class LogMapper(NothingAhead):
             "step_begin": self._scopes.begin_step,
             **dict.fromkeys(("run_end", "epoch_end", "step_end", "span_end"), self._scopes.close),
         }
+        self.tags = self._handlers.keys()
 
     def map(self, events: Sequence[Event]) -> list[Record]:
         """The log records of the next events."""

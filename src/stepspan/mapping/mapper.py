@@ -12,7 +12,7 @@ once, after the last one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from stepspan.events import Event
@@ -29,6 +29,10 @@ VERSION = 4
 
 class Mapper(Protocol):
     """One session's events as one signal's records."""
+
+    @property
+    def tags(self) -> Collection[str]:
+        """The tags of the events that it makes anything of."""
 
     @property
     def filtered(self) -> int:

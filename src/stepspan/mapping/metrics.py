@@ -147,6 +147,7 @@ class MetricMapper:
             "otel": self._otel,
             "clock": lambda event: self._progress.shift(self._steps.time.set(event)),
         }
+        self.tags = self._handlers.keys()
 
     @property
     def filtered(self) -> int:

@@ -73,6 +73,7 @@ class TraceMapper(NothingAhead):
             "otel": self._otel,
             "clock": self._steps.time.set,
         }
+        self.tags = self._handlers.keys()
 
     def map(self, events: Sequence[Event]) -> list[Record]:
         """The spans that the next events complete."""
