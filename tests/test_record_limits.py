@@ -12,6 +12,7 @@ import orjson
 import pytest
 from harness import runs
 from harness.events_of import SessionEvents, mapper
+from harness.processes import until
 from harness.receiver import ScriptedReceiver
 from harness.runs import command, python
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -315,8 +316,7 @@ def test_a_run_sends_what_the_variables_leave_and_keeps_the_rest(tmp_path: Path,
             "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": '"8"',
         }
         assert python(code, tmp_path, **variables).stdout.strip() == "True"
-        assert command("sync", tmp_path / "stepspan-runs", **variables).returncode == 0
-        [run] = [span for span in messages(receiver, "traces") if span.name == "training.run"]
+        [run] = until(lambda: [span for span in messages(receiver, "traces") if span.name == "training.run"])
         assert len(run.attributes) == 10
         assert run.dropped_attributes_count >= 16
         assert len(run.links) == 0
@@ -324,18 +324,27 @@ def test_a_run_sends_what_the_variables_leave_and_keeps_the_rest(tmp_path: Path,
         assert len(log["attributes"]) == 20
         assert "x" * 9 not in json.dumps(log["attributes"])
     assert "x" * 40 in next((tmp_path / "stepspan-runs").rglob("000001.jsonl")).read_text()
+
+
+def test_sync_and_export_keep_to_the_variables_and_say_what_they_leave_out(tmp_path: Path) -> None:
+    code = """
+    import stepspan
+    with stepspan.start_run(job_id="job", directory="stepspan-runs") as run:
+        run.log_hyperparams({"p": "x" * 40})
+    """
+    assert python(code, tmp_path).returncode == 0
+    journal = tmp_path / "stepspan-runs"
     with ScriptedReceiver() as receiver:
         off = {f"{E}ENDPOINT": receiver.url, "OTEL_TRACES_SAMPLER": "always_off"}
-        synced = command("sync", tmp_path / "stepspan-runs", **off)
+        synced = command("sync", journal, **off)
         assert synced.returncode == 0, synced.stdout
         assert receiver.points()
         assert not receiver.spans()
-        exported = command("export", tmp_path / "stepspan-runs", "--signal", "traces", **variables).stdout
-        assert "x" * 8 in exported
-        assert "x" * 9 not in exported
-        status = json.loads(command("status", tmp_path / "stepspan-runs", "--json").stdout)
-    filtered = [value for value in find(status, "filtered") if value]
-    assert filtered
+    status = json.loads(command("status", journal, "--json").stdout)
+    assert [value for value in find(status, "filtered") if value] == [1], "the run's span"
+    exported = command("export", journal, "--signal", "traces", OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT="8").stdout
+    assert "x" * 8 in exported
+    assert "x" * 9 not in exported
 
 
 def messages(receiver: ScriptedReceiver, signal: Signal) -> list[Any]:

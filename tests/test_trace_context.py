@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from harness import runs
 from harness.events_of import SessionEvents
+from harness.processes import until
 from harness.receiver import ScriptedReceiver
-from harness.runs import command, events, python, spans
+from harness.runs import events, python, spans
 from opentelemetry.sdk.trace import TracerProvider
 
 from stepspan.otlp.endpoint import PROTOCOLS
@@ -43,8 +44,7 @@ def test_a_run_links_to_the_span_that_started_it(tmp_path: Path, protocol: str) 
             "OTEL_PROPAGATORS": "tracecontext,baggage",
         }
         trained = python(TRAIN, tmp_path, **variables)
-        assert command("sync", tmp_path / "stepspan-runs", **variables).returncode == 0
-        [run] = messages(receiver, "training.run")
+        [run] = until(lambda: messages(receiver, "training.run"))
     assert run.trace_id.hex() == trained.stdout.strip() != TRACE
     assert run.parent_span_id == b""
     [link] = run.links
@@ -63,8 +63,7 @@ def test_with_propagation_that_span_is_the_parent(tmp_path: Path, protocol: str)
             "STEPSPAN_PROPAGATE": "1",
         }
         trained = python(TRAIN, tmp_path, **variables)
-        assert command("sync", tmp_path / "stepspan-runs", **variables).returncode == 0
-        [run] = messages(receiver, "training.run")
+        [run] = until(lambda: messages(receiver, "training.run"))
         steps = messages(receiver, "training.step")
     assert trained.stdout.strip() == run.trace_id.hex() == TRACE
     assert (run.parent_span_id.hex(), run.trace_state, list(run.links)) == (SPAN, "vendor=1", [])
