@@ -114,6 +114,16 @@ def test_what_was_left_out_can_be_sent_later_once(start: Callable[..., Run], tmp
         assert "left out" not in done.stdout
 
 
+def test_an_export_leaves_out_what_a_sync_does_and_says_so(start: Callable[..., Run], tmp_path: Path) -> None:
+    train(tmp_path / "runs", metrics_ranks="rank0", logs_ranks="rank1")
+    some = command("export", tmp_path / "runs", "--output", tmp_path / "some.jsonl")
+    assert "; left out by rank " in some.stderr
+    every = command("export", tmp_path / "runs", "--output", tmp_path / "every.jsonl", "--all-ranks")
+    assert "left out" not in every.stderr
+    values = [(tmp_path / f"{name}.jsonl").read_text().count('"name":"training.loss"') for name in ("some", "every")]
+    assert 0 < values[0] < values[1]
+
+
 def test_no_roots_are_sent_for_ranks_that_the_run_has_not(start: Callable[..., Run], tmp_path: Path) -> None:
     with start(
         directory=tmp_path / "runs", job_id="job", rank=0, world_size=2, traces_ranks="5", delivery="off"

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stepspan.cli.options import (
+    AllRanks,
     AsJson,
     DeadAfter,
     Directory,
@@ -75,10 +76,7 @@ def sync(
         ),
     ] = None,
     rejected: Annotated[bool, typer.Option("--rejected", help="Send only the rejected records, once more.")] = False,
-    all_ranks: Annotated[
-        bool,
-        typer.Option("--all-ranks", help="Also what is left out by rank: metrics_ranks, traces_ranks, logs_ranks."),
-    ] = False,
+    all_ranks: AllRanks = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what is pending, and how old it is.")] = False,
     state_directory: StateDirectory = None,
     dead_after: DeadAfter = DEAD_AFTER_S,
@@ -161,6 +159,7 @@ def export(
     signal: Annotated[list[str] | None, typer.Option(help="metrics, traces or logs. Repeatable; by default all.")] = (
         None
     ),
+    all_ranks: AllRanks = False,
     dead_after: DeadAfter = DEAD_AFTER_S,
 ) -> None:
     """Write journals as files: exactly what `stepspan sync` would send, whether it has been sent or not.
@@ -174,7 +173,7 @@ def export(
     """
     from stepspan.cli.export import export_journals
 
-    raise typer.Exit(export_journals(paths, to, output, signal or (), dead_after))
+    raise typer.Exit(export_journals(paths, to, output, signal or (), dead_after, all_ranks=all_ranks))
 
 
 @app.command("import")

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from stepspan.cli.delivering import deliver_until, delivery_failures, thinned_text
 from stepspan.cli.options import require_directories, require_sessions
 from stepspan.deliver.deliverer import Deliverer, caught_up
-from stepspan.deliver.ledgers import session_ledger
+from stepspan.deliver.ledgers import cursors, session_ledger
 from stepspan.deliver.options import Options
 from stepspan.errors import ConfigError, JournalError
 from stepspan.exporters.otlp import OtlpExporter
@@ -24,6 +24,7 @@ from stepspan.mapping.records import SIGNALS, Attributes, Record, Signal
 from stepspan.otlp.json import encode
 from stepspan.otlp.outcome import Outcome, Verdict
 from stepspan.processors import Processor
+from stepspan.reading.sessions import state_path
 
 FORMATS = ("otlp-json",)
 MAX_LINE_BYTES = (1 << 20) - 1
@@ -74,7 +75,13 @@ class JsonLinesExporter:
 
 
 def export_journals(
-    paths: Sequence[Path], to: str, output: str | None, signals: Sequence[str], dead_after: float
+    paths: Sequence[Path],
+    to: str,
+    output: str | None,
+    signals: Sequence[str],
+    dead_after: float,
+    *,
+    all_ranks: bool = False,
 ) -> int:
     """Write what journals hold; the arguments are those of the command. The exit code. Raises `ConfigError`."""
     if to not in FORMATS:
@@ -86,7 +93,8 @@ def export_journals(
     selected = [signal for signal in SIGNALS if not signals or signal in signals]
     try:
         with _open_output(output, selected) as files, tempfile.TemporaryDirectory(prefix="stepspan-export-") as state:
-            return _export(paths, JsonLinesExporter(files), Path(state), dead_after)
+            options = Options(host_facts().boot_id, dead_after, Path(state), all_ranks=all_ranks)
+            return _export(paths, JsonLinesExporter(files), options)
     except BrokenPipeError:  # the next program has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -95,14 +103,13 @@ def export_journals(
         return 1
 
 
-def _export(paths: Sequence[Path], exporter: JsonLinesExporter, state_directory: Path, dead_after: float) -> int:
-    """Deliver to the files, with cursors in a temporary `state_directory`: the journals stay as they are.
+def _export(paths: Sequence[Path], exporter: JsonLinesExporter, options: Options) -> int:
+    """Deliver to the files, with cursors in the options' temporary `state_directory`: the journals stay as they are.
 
     A deliverer merges the sessions by event time. Whoever reads the lines in their order can send them to a receiver
     that refuses points much older than the newest it has.
     """
     sessions = require_sessions(*(path.absolute() for path in paths))
-    options = Options(boot_id=host_facts().boot_id, dead_after=dead_after, state_directory=state_directory)
     deliverer = Deliverer([exporter], lambda _: sessions, options)
     lines = sum(session_ledger(session)["journaled"] for session in sessions)
     done = lambda deliverer: caught_up(deliverer) or exporter.error is not None  # noqa: E731
@@ -121,7 +128,10 @@ def _export(paths: Sequence[Path], exporter: JsonLinesExporter, state_directory:
         )
     written = ", ".join(f"{exporter.written[s]:,} {s}" for s in exporter.signals)
     thinned = sum(progress.ledger.thinned for s in deliverer.schedulers for progress in s.progress.values())
-    print(f"stepspan: exported {written}{thinned_text(thinned)}", file=sys.stderr)
+    found = [cursors(state_path(session, options.state_directory)).values() for session in sessions]
+    left_out = sum(state.left_out for destinations in found for of in destinations for state in of.values())
+    of_ranks = f"; left out by rank {left_out:,} (`--all-ranks` exports them)" if left_out else ""
+    print(f"stepspan: exported {written}{thinned_text(thinned)}{of_ranks}", file=sys.stderr)
     return 1 if failures else 0
 
 

@@ -35,6 +35,9 @@ Directory = Annotated[
     Path,
     typer.Option(default_factory=journal_directory, show_default=DEFAULT_DIRECTORY, help="Where to write journals."),
 ]
+AllRanks = Annotated[
+    bool, typer.Option("--all-ranks", help="Also what is left out by rank: metrics_ranks, traces_ranks, logs_ranks.")
+]
 Endpoint = Annotated[
     str | None,
     typer.Option(help="OTLP endpoint, such as http://localhost:4318. By default the OTEL_EXPORTER_OTLP_* variables."),
