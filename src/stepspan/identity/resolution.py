@@ -213,7 +213,7 @@ def _drop_contradicted(given: dict[str, FoundCount | None], row: Launcher, env: 
     rank = given["rank"] or launched
     limit = f"{size.source}={size.value}" if size else ""
     contradicted: dict[str, str] = {}
-    if rank and size and rank.value >= size.value and rank.source != size.source:
+    if rank and size and rank.value >= size.value:
         if _is_variable(given["world_size"]) and rank is launched:
             contradicted["world_size"] = f"it is not above {rank.source}={rank.value}"
         elif _is_variable(given["rank"]) and size is not given["world_size"]:
