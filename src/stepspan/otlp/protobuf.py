@@ -200,9 +200,9 @@ def _span(span: Span) -> bytes:
         _two_fixed64(0x39, span.start, 0x41, span.end),
         _key_values(b"\x4a", span.attributes),
         _SPAN_FLAGS,
-        _count(b"\x50", span.dropped_attributes),
-        _count(b"\x60", span.dropped_events),
     ]
+    if span.dropped_attributes or span.dropped_events:
+        encoded += _count(b"\x50", span.dropped_attributes), _count(b"\x60", span.dropped_events)
     if span.parent_id is not None:
         encoded += b"\x22\x08", span.parent_id
     for event in span.events:
@@ -359,8 +359,8 @@ def _count(tag: bytes, number: int) -> bytes:
 
 def _varint(number: int) -> bytes:
     """Seven bits a byte, lowest first; a negative number in two's complement of 64 bits."""
-    if 0 <= number < 0x80:
-        return _ONE_BYTE[number]
+    if 0 <= number < 0x4000:
+        return _ONE_BYTE[number] if number < 0x80 else bytes((number & 0x7F | 0x80, number >> 7))
     number &= _UINT64
     encoded = bytearray()
     while number >= 0x80:
