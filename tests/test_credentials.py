@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -98,25 +99,44 @@ def test_two_runs_at_a_time_send_each_with_its_own_key(start: Start, tmp_path: P
     assert b"key-of-" not in written(tmp_path / "stepspan-runs")
 
 
-def test_ranks_of_one_job_and_host_may_have_tokens_of_their_own(start: Start) -> None:
+RANK = """
+import os, sys, stepspan
+with stepspan.start_run(job_id="job") as run:
+    run.log_metrics({"loss": float(os.environ["RANK"])})
+    assert run.flush(30)
+    sys.stdin.readline()
+"""
+
+
+def test_ranks_of_one_job_and_host_may_have_tokens_of_their_own(tmp_path: Path) -> None:
+    inherited = {name: value for name, value in os.environ.items() if not runs.is_ours(name)}
     with ScriptedReceiver() as receiver:
-        with start(job_id="job", rank=0, world_size=2, exporters=[exporter(receiver, "zero")]) as first:
-            first.log_metrics({"loss": 0.0})
-            assert first.flush(20)
-            with start(job_id="job", rank=1, world_size=2, exporters=[exporter(receiver, "one")]) as second:
-                second.log_metrics({"loss": 1.0})
-                assert second.flush(20)
-                assert first.flush(20)
-        until(lambda: losses(receiver) == {"job": {0.0, 1.0}})
-        by_key = {
-            (seen.headers["authorization"], attribute.value.string_value or attribute.value.int_value)
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK],
+                env={
+                    **inherited,
+                    **dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+                    "WORLD_SIZE": "2",
+                    "OTEL_EXPORTER_OTLP_ENDPOINT": receiver.url,
+                    "OTEL_EXPORTER_OTLP_HEADERS": f"authorization=of-{rank}",
+                },
+                cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )
+            for rank in (0, 1)
+        ]  # fmt: skip
+        until(lambda: losses(receiver) == {"job": {0.0, 1.0}}, 30)
+        for rank in reversed(ranks):
+            rank.communicate("\n", timeout=60)
+        instances = {
+            (seen.headers["authorization"], attribute.value.string_value)
             for seen in receiver.seen
             if seen.signal == "metrics"
             for part in seen.request.resource_metrics
             for attribute in part.resource.attributes
             if attribute.key == "service.instance.id"
         }
-        assert by_key == {("zero", "job-0"), ("one", "job-1")}
+        assert instances == {("of-0", "job-0"), ("of-1", "job-1")}
 
 
 def test_what_sets_of_credentials_are_the_same(tmp_path: Path) -> None:

@@ -169,7 +169,14 @@ class Host:
         self.locks: list[DeliveryLock] = []
 
     def session(
-        self, job: str, *routes: tuple[str, str], alive: bool = False, denied: str = "", cursor: str = "", rank: int = 0
+        self,
+        job: str,
+        *routes: tuple[str, str],
+        alive: bool = False,
+        denied: str = "",
+        cursor: str = "",
+        rank: int = 0,
+        run_key: str = "",
     ) -> str:
         self.count += 1
         name = f"{0xA0 + self.count:016x}"
@@ -179,6 +186,7 @@ class Host:
             session=name,
             rank=rank,
             started=self.count,
+            run_key=run_key or name,
             boot_id="another",
             destinations=[destination for destination, _ in routes],
             routes=[{"destination": d, "digest": k, "address": d.partition("@")[2] or d} for d, k in routes],
@@ -245,6 +253,19 @@ def test_a_live_session_stays_with_its_own_credentials_unless_they_are_refused(h
     host.stop()
     assert host.sent("there", "k1") == [live, refused]
     assert host.sent("there", "k2") == [refused, later]
+
+
+def test_ranks_of_one_attempt_serve_one_another_only_where_nobody_else_does(host: Host) -> None:
+    dead = host.session("job", ("there", "k1"), run_key="a")
+    refused = host.session("job", ("there", "k1"), run_key="a", denied="there", rank=1)
+    other = host.session("job", ("there", "k2"), run_key="a", alive=True, rank=2)
+    host.at_work("there-k1")
+    assert host.sent("there", "k2") == [refused, other]
+    host.stop()
+    assert host.sent("there", "k2") == [dead, refused, other]
+    host.at_work("there-k2")
+    assert host.sent("there", "k1") == [dead]
+    host.stop()
 
 
 def test_earlier_credentials_serve_no_later_session(host: Host) -> None:

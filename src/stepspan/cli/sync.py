@@ -92,7 +92,9 @@ class Sync:
         self._left: set[Path] = set()
         """The sessions that their runs' own deliverers send, by another route than this one."""
         self._exporter = self._exporter_of(settings)
-        if destination is not None:  # a person who names other cursors wants everything sent that these don't know
+        if (
+            destination is not None and self._exporter.is_named
+        ):  # a person who names other cursors wants everything sent that these don't know
             self._exporter.address = self._exporter.destination
         self._options = Options(
             boot_id=facts.boot_id, dead_after=dead_after, state_directory=state_directory, all_ranks=all_ranks

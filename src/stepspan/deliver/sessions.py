@@ -14,9 +14,9 @@ Everything else in the directory is other people's, or was to stay offline.
 
 Each session goes by its own route while its writer lives. Later credentials serve an older session
 
-- of the same job, once its writer is dead: a token was changed before the job was queued again;
-- of another job only where the destination has a name, and nobody sends by the session's own route any more;
-- that is held because the receiver refused its credentials, of the same job or named destination, at any time.
+- of an earlier attempt of the job, once its writer is dead: a token was changed before the job was queued again;
+- of another rank or, where the destination has a name, of another job, once it is dead and nobody sends by its own route;
+- that was refused for its credentials, of the same job or named destination, at any time.
 
 The deliverer of the older route comes to the same conclusion, for the later one holds its lock, and lets go of the
 cursors.
@@ -186,7 +186,9 @@ class LiveSessions:
             log.warning("stepspan: %s", new_text(new, route, self._directory))
         if left := len(here) - len(chosen) - new:
             log.info(
-                "stepspan: %d sessions of other jobs were not begun for %s: `stepspan sync`", left, route.destination
+                "stepspan: %d sessions of others were not begun for %s, or by another route: `stepspan sync`",
+                left,
+                route.destination,
             )
 
 
@@ -203,14 +205,14 @@ class _Senders:
     def __init__(self, sessions: LiveSessions, route: Route, listing: Mapping[Path, Begun]) -> None:
         self._sessions, self._route, self._listing = sessions, route, listing
         self._at_work = {route.lock_name: True}
-        self._latest: dict[Path, dict[str, int]] = {}
-        """Job -> lock of a route -> when the last session began that was begun by it; empty where all go by one."""
+        self._latest: dict[Path, dict[tuple[str, str], int]] = {}
+        """Job -> lock of a route and run -> when the last session of both began; empty where all go by one route."""
         if not all(begun.goes_by(route) for begun in listing.values()):
             for path, begun in listing.items():
                 lock = begun.lock_names.get(begun.name_for(route) or "")
                 if lock is not None:
-                    of_job = self._latest.setdefault(path.parents[1], {})
-                    of_job[lock] = max(begun.started, of_job.get(lock, 0))
+                    of_job, key = self._latest.setdefault(path.parents[1], {}), (lock, begun.run_key)
+                    of_job[key] = max(begun.started, of_job.get(key, 0))
 
     def sender(self, session: SessionPath, begun: Begun) -> str:
         """The name of the lock of whoever sends a session."""
@@ -242,25 +244,32 @@ class _Senders:
         return own
 
     def _successors(self, session: SessionPath, begun: Begun, own: str, *, named: bool) -> tuple[list[str], list[str]]:
-        """The locks of other routes by which later sessions were begun, the latest first: of the job, and of others."""
+        """The locks of other routes by which later sessions were begun, the latest first.
+
+        Returns:
+            Those of later attempts of the job; and those of other ranks of the attempt and, where the destination is
+            `named`, of other jobs.
+
+        """
         job = session.path.parents[1]
+        attempts: dict[str, int] = {}
         others: dict[str, int] = {}
-        for path, locks in self._latest.items() if named else ():
-            for lock, started in locks.items():
-                if path != job:
-                    others[lock] = max(started, others.get(lock, 0))
-        found = (
-            sorted(((at, lock) for lock, at in locks.items() if lock != own and at > begun.started), reverse=True)
-            for locks in (self._latest.get(job, {}), others)
-        )
-        of_job, of_others = ([lock for _, lock in each] for each in found)
-        return of_job, of_others
+        for path, routes in self._latest.items():
+            for (lock, run_key), started in routes.items():
+                if lock != own and started > begun.started and (named or path == job):
+                    found = attempts if path == job and run_key != begun.run_key else others
+                    found[lock] = max(started, found.get(lock, 0))
+        return _latest_first(attempts), _latest_first(others)
 
     def _is_at_work(self, name: str) -> bool:
         """Whether somebody holds a lock of this host."""
         if name not in self._at_work:
             self._at_work[name] = self._sessions.is_at_work(name)
         return self._at_work[name]
+
+
+def _latest_first(times: Mapping[str, int]) -> list[str]:
+    return sorted(times, key=lambda name: times[name], reverse=True)
 
 
 def is_denied(session: SessionPath, destination: str) -> bool:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_SESSIONS = 256
 """Of a host's folder, that are looked at for those of one run."""
+RUNS_VARIABLES = ", with this run's variables,"
 
 
 class Undelivered(NamedTuple):
@@ -40,6 +41,7 @@ class Undelivered(NamedTuple):
         sessions: How many sessions they lie in: of all the run's ranks on this host.
         reasons: Why -> the signals that wait for that.
         needs_a_person: Whether all of them are held.
+        denied: Whether the receiver has refused the credentials.
 
     """
 
@@ -48,6 +50,7 @@ class Undelivered(NamedTuple):
     sessions: int
     reasons: Mapping[str, list[str]]
     needs_a_person: bool
+    denied: bool = False
 
 
 class Launch(NamedTuple):
@@ -118,7 +121,8 @@ def find_undelivered(
             lines = [_pending(session, known, signals) for session, known in of_all.items()]
             count = max(1, sum(number > 0 for number in lines))
             reasons, needs_a_person = _reasons(destination, signals, of_all.values(), urls, otherwise)
-            found.append(Undelivered(destination, sum(lines), count, reasons, needs_a_person))
+            denied = any(state.denied for each in of_all.values() for state in each.values())
+            found.append(Undelivered(destination, sum(lines), count, reasons, needs_a_person, denied))
     return found
 
 
@@ -179,6 +183,8 @@ def undelivered_text(found: Undelivered, where: str, goes_on: str, command: str)
     of = f" of {found.sessions} sessions" if found.sessions > 1 else ""
     wait = "waits" if found.lines == 1 else "wait"
     why = "; ".join(f"{', '.join(signals)}: {reason}" for reason, signals in found.reasons.items())
+    if found.denied:
+        command = f"{command.removesuffix(RUNS_VARIABLES)}, with credentials that are taken,"
     after = f"{goes_on}; what it leaves, {command} sends" if goes_on else f"nobody goes on: {command} sends it"
     return f"{lines}{of} {wait} for {where}: {why}; {after}"
 
@@ -213,8 +219,8 @@ def sync_command(session: SessionPath, exporter: OtlpExporter, env: Mapping[str,
             name = OtlpExporter(endpoint, protocol=protocol or None, env={}).destination
     if name != exporter.destination:
         words += ["--destination", exporter.destination]
-    has_more = any(each.headers or each.certificate for each in exporter.endpoints.values())
-    return f"`{shlex.join(words)}`" + ("" if shows_all and not has_more else ", with this run's variables,")
+    has_more = any(each.headers or each.certificate or each.credentials for each in exporter.endpoints.values())
+    return f"`{shlex.join(words)}`" + ("" if shows_all and not has_more else RUNS_VARIABLES)
 
 
 def is_in_container() -> bool:

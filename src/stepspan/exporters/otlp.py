@@ -103,7 +103,7 @@ class OtlpExporter:
             if each.fault:
                 self.faults.setdefault(each.fault, []).append(signal)
         self.ignored, self.warnings = (*resolved.ignored, *ignored), resolved.warnings
-        self.address, self.is_named = resolved.name, bool(destination)
+        self.address, self.is_named = resolved.name, destination not in (None, "", resolved.name)
         self.destination = destination or resolved.name
         self.digest = ""
         self._configured = resolved.configured

@@ -55,7 +55,10 @@ class Answer(NamedTuple):
     denied: bool = False
 
 
-_SET_HEADERS = "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...)"
+_SET_HEADERS = (
+    "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...), "
+    "or STEPSPAN_HEADERS_FILE for a token that expires"
+)
 _NOT_ALLOWED = "the credentials in OTEL_EXPORTER_OTLP_HEADERS may not write {signal} there"
 _BUSY = "the receiver is busy or away"
 _REFUSED = "the receiver refuses something in the request"
