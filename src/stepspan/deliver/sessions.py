@@ -15,7 +15,7 @@ Everything else in the directory is other people's, or was to stay offline.
 Each session goes by its own route while its writer lives. Later credentials serve an older session
 
 - of an earlier attempt of the job, once its writer is dead: a token was changed before the job was queued again;
-- of another rank or, where the destination has a name, of another job, once it is dead and nobody sends by its own route;
+- of another rank or, where the destination has a name, of another job, once it is dead, and nobody sends by its own;
 - that was refused for its credentials, of the same job or named destination, at any time.
 
 The deliverer of the older route comes to the same conclusion, for the later one holds its lock, and lets go of the
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -109,7 +110,7 @@ class LiveSessions:
         if begun is None or begun.name_for(route) is None:
             latest = max(job.values(), key=lambda other: other.started)
             return latest.goes_by(route) and (begun is None or not self._is_new(session, begun, route))
-        return not self._has_moved(session, begun, route) and senders.sender(session, begun) == route.lock_name
+        return senders.sender(session, begun) == route.lock_name and not self._has_moved(session, begun, route)
 
     def _look_elsewhere(self, job: Path, first: Begun, path: Path, route: Route) -> list[SessionPath]:
         """What earlier launches of a job have left on other hosts: looked for once, and again while its rank 0 lives.
@@ -170,7 +171,7 @@ class LiveSessions:
 
     def _has_moved(self, session: SessionPath, begun: Begun, route: Route) -> bool:
         """Whether a session that was begun for an address goes on under a name that this has got."""
-        return not route.is_named and (session.path / "cursors" / f"{begun.name_for(route)}{NAMED}").exists()
+        return not route.is_named and os.path.exists(f"{session.path}/cursors/{begun.name_for(route)}{NAMED}")
 
     def _log_left(self, route: Route, here: Sequence[SessionPath], chosen: Sequence[SessionPath]) -> None:
         """Say once how many sessions a destination does not get."""
@@ -207,12 +208,15 @@ class _Senders:
         self._at_work = {route.lock_name: True}
         self._latest: dict[Path, dict[tuple[str, str], int]] = {}
         """Job -> lock of a route and run -> when the last session of both began; empty where all go by one route."""
+        self._of_all: dict[str, int] = {}
+        """Of all jobs: lock of a route -> the same."""
         if not all(begun.goes_by(route) for begun in listing.values()):
             for path, begun in listing.items():
                 lock = begun.lock_names.get(begun.name_for(route) or "")
                 if lock is not None:
                     of_job, key = self._latest.setdefault(path.parents[1], {}), (lock, begun.run_key)
                     of_job[key] = max(begun.started, of_job.get(key, 0))
+                    self._of_all[lock] = max(begun.started, self._of_all.get(lock, 0))
 
     def sender(self, session: SessionPath, begun: Begun) -> str:
         """The name of the lock of whoever sends a session."""
@@ -251,14 +255,15 @@ class _Senders:
             `named`, of other jobs.
 
         """
-        job = session.path.parents[1]
         attempts: dict[str, int] = {}
         others: dict[str, int] = {}
-        for path, routes in self._latest.items():
-            for (lock, run_key), started in routes.items():
-                if lock != own and started > begun.started and (named or path == job):
-                    found = attempts if path == job and run_key != begun.run_key else others
-                    found[lock] = max(started, found.get(lock, 0))
+        of_job = self._latest.get(session.path.parents[1], {})
+        for (lock, run_key), started in of_job.items():
+            if lock != own and started > begun.started:
+                found = others if run_key == begun.run_key else attempts
+                found[lock] = max(started, found.get(lock, 0))
+        if named:
+            others |= {lock: at for lock, at in self._of_all.items() if lock != own and at > begun.started}
         return _latest_first(attempts), _latest_first(others)
 
     def _is_at_work(self, name: str) -> bool:
