@@ -320,12 +320,18 @@ def has_begun_here(scope: Scope) -> bool:
     return scope.thread == get_ident() and scope.task == current_task()
 
 
+_get_running_loop: Callable[[], Any] | None = None
+"""Of asyncio, once that is imported."""
+
+
 def current_task() -> int:
     """The id of the asyncio task that runs here; 0 where none does."""
-    try:
-        event_loop = sys.modules["asyncio"]._get_running_loop()
-    except (KeyError, AttributeError):  # nobody has imported it, or somebody is about to
-        return 0
+    global _get_running_loop  # found once: it is called for each scope
+    if _get_running_loop is None:
+        _get_running_loop = getattr(sys.modules.get("asyncio"), "_get_running_loop", None)
+        if _get_running_loop is None:  # nobody has imported it, or somebody is about to
+            return 0
+    event_loop = _get_running_loop()
     return 0 if event_loop is None else id(sys.modules["asyncio"].current_task(event_loop))
 
 
