@@ -23,6 +23,7 @@ from stepspan.deliver.deliverer import SILENCE_LIMIT_S
 from stepspan.deliver.lock import DeliveryLock
 from stepspan.deliver.scheduler import Scheduler
 from stepspan.deliver.threads import ThreadDelivery
+from stepspan.journal.cursor import CursorState
 from stepspan.journal.layout import find_sessions
 from stepspan.mapping.records import SIGNALS
 from stepspan.otlp.outcome import Outcome, Verdict
@@ -251,6 +252,14 @@ def test_how_long_it_waits_at_most_is_a_setting(tmp_path: Path, seconds: str, le
     assert least <= took < under_load(most) + ThreadDelivery.STOP_TIMEOUT_S
     (line,) = said(ran.stderr)
     assert "nobody goes on" in line
+
+
+@pytest.mark.parametrize(("state", "timeout", "waits"), [("ok", 5, False), ("ok", 30, True), ("retry", 30, False)])
+def test_one_that_answers_slowly_is_waited_for_where_the_setting_allows_it(
+    state: str, timeout: float, waits: bool
+) -> None:
+    last = CursorState(state=state, answered=time.time() - 8)
+    assert delivery._any_answers([last], timeout) == waits
 
 
 def test_what_holds_credentials_is_in_no_command(tmp_path: Path) -> None:

@@ -42,6 +42,8 @@ CLOSING_CHECK_INTERVAL_S = 0.25
 """The same while a run waits for its end to be delivered."""
 ANSWER_TIMEOUT_S = 5.0
 """A receiver that took something this recently counts as answering."""
+SLOW_ANSWER_TIMEOUT_S = 12.0
+"""The same where `close_timeout` is longer: a request may take 10 s."""
 FIRST_ANSWER_TIMEOUT_S = 0.5
 """For which the end of a run waits for the answer to a first request."""
 NOTICE_TIMEOUT_S = 0.3
@@ -178,7 +180,7 @@ class Delivery:
         targets = {target for target in self.targets if target[0] == destination}
         waiting = {target for target in targets if target not in states or not _is_finished(states[target])}
         known = [states[target] for target in (waiting if targets <= states.keys() else targets & states.keys())]
-        if waiting and _any_answers(known):
+        if waiting and _any_answers(known, closing.deadline - closing.begun):
             return True
         failing = {target: states[target] for target in waiting if target in states and states[target].failing}
         if waiting and self._may_be_tried(closing, destination, failing):
@@ -238,8 +240,8 @@ class Delivery:
         from stepspan.deliver.undelivered import find_undelivered, launch_of, undelivered_text
 
         launch = launch_of(own)
-        if launch.leader is not None and launch.leader != own and is_alive_here(launch.leader.path):
-            return  # which says it as it ends
+        if launch.leader is not None and launch.leader != own and self._will_report(launch.leader.path, session):
+            return
         texts = []
         for found in find_undelivered(launch.sessions, self.targets, self._urls(), self._why_untried):
             where, command = self._remedy(own, found.destination)
@@ -251,6 +253,12 @@ class Delivery:
                 texts.append(text)
         if texts:
             self._conclude("; ".join(texts))
+
+    def _will_report(self, leader: Path, session: Path) -> bool:
+        """Whether local rank 0 still lives, and waits for all that another session waits for."""
+        own, others = self._states(session), self._states(leader)
+        waiting = [target for target in self.targets if target not in own or not _is_finished(own[target])]
+        return is_alive_here(leader) and all(others[target].failing for target in waiting if target in others)
 
     def _may_report(self, session: Path, destination: str, run_key: str) -> bool:
         """Whether no other rank of this host has said it, and what this one says is heard."""
@@ -307,10 +315,17 @@ def _has_all(state: CursorState, seq: int) -> bool:
     return state.position.seq >= seq and not state.position.held_until
 
 
-def _any_answers(states: Iterable[CursorState]) -> bool:
-    """Whether a receiver took something just now, for a signal that is not held."""
-    answered = max((state.answered for state in states if state.state != "hold"), default=0.0)
-    return time.time() - answered <= ANSWER_TIMEOUT_S
+def _any_answers(states: Iterable[CursorState], timeout: float) -> bool:
+    """Whether a receiver took something just now, for a signal that is not held.
+
+    Where a run may wait for long, one that answers slowly may take as long as a request, unless it has failed since.
+    """
+    slow, now = max(ANSWER_TIMEOUT_S, min(timeout, SLOW_ANSWER_TIMEOUT_S)), time.time()
+    return any(
+        now - state.answered <= (ANSWER_TIMEOUT_S if state.failing else slow)
+        for state in states
+        if state.state != "hold"
+    )
 
 
 class ProcessDelivery(Delivery):
