@@ -239,6 +239,20 @@ def test_nothing_is_rejected_while_the_receiver_takes_nothing(refusal: Outcome, 
     assert isolation.delivered == 1000
 
 
+def test_a_receiver_that_asks_to_wait_is_asked_nothing_at_once() -> None:
+    receiver = Receiver(lambda record: record == 700, BUSY._replace(retry_after=30.0))
+    known_good: Any = -1
+    isolation = Isolation(receiver, known_good)
+    for _ in range(100):
+        before = len(receiver.requests)
+        outcome = isolation.run(range(1000))  # type: ignore[arg-type]
+        sent = receiver.requests[before:]
+        assert not any(700 in request for request in sent[:-1]), "after a 429 nothing follows in the same round"
+        if outcome is not None and outcome.verdict is Verdict.DELIVERED:
+            break
+    assert [*map(list, isolation.rejected)] == [[700, BUSY.message]]
+
+
 def test_a_receiver_that_dies_of_one_record_is_asked_for_another_before_it() -> None:
     receiver = Receiver(lambda record: record == 5, BUSY)
 
@@ -271,3 +285,32 @@ def test_a_round_is_bounded_and_the_next_one_goes_on_where_it_was() -> None:
     assert outcome.verdict is Verdict.DELIVERED
     assert [record for record, _ in isolation.rejected] == [*range(0, 1000, 10)]
     assert len({tuple(request) for request in receiver.requests}) == len(receiver.requests), "nothing twice"
+
+
+def test_a_receiver_that_refuses_everything_for_a_while_teaches_nothing() -> None:
+    clock = Time()
+    receiver = Receiver(lambda record: False)
+    session = Session(receiver, ReceiverMemory(clock))
+    series = [Series(f"s{number}", {}) for number in range(30)]
+    session.deliver(points(0, 10, *series))
+    receiver.bad = lambda record: True
+    isolation = Isolation(receiver, session.known_good, memory=session.memory, owner=session.owner)
+    outcome = isolation.run(points(10, 10, *series))
+    assert outcome is not None
+    assert outcome.verdict is Verdict.HOLD
+    receiver.bad = lambda record: False
+    assert session.deliver(points(10, 10, *series)) == 1
+    assert not session.rejected
+
+
+def test_where_one_of_several_series_is_taken_again_all_are_probed() -> None:
+    receiver = Receiver(lambda record: record[0].name != GOOD.name)
+    session = Session(receiver, ReceiverMemory(Time()))
+    series = [Series(f"s{number}", {}) for number in range(20)]
+    for begin in range(0, 100, 10):
+        session.deliver(points(begin, 10, GOOD, *series))
+    receiver.bad = lambda record: False
+    session.deliver(points(100, 10, GOOD, *series))
+    rejected = len(session.rejected)
+    session.deliver(points(110, 10, GOOD, *series))
+    assert len(session.rejected) == rejected, "from the next batch on"

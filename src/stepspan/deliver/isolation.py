@@ -210,6 +210,11 @@ class Isolation:
         """Whether a hold that a witness does not meet is about these records, and not about their session."""
         return self.known_good_record is not None or self.failures > MAX_TRIES
 
+    def _forget_refusals(self) -> None:
+        """It is the receiver that refuses everything, and no trait."""
+        if self.memory is not None:
+            self.memory.forget()
+
     def _forget_known_good(self) -> None:
         if self.known_good_record is not None:
             self.known_good_record = None
@@ -228,6 +233,7 @@ class Isolation:
                 if (yield ASK_AGAIN).verdict is Verdict.DELIVERED:
                     return
                 why = "the receiver refuses a record that it accepted before"
+            self._forget_refusals()
             yield _Stop(Outcome(Verdict.HOLD, f"{why}: {self._first_message()}"))
 
     def _offer(self, records: Sequence[Record]) -> _Steps:
@@ -280,18 +286,18 @@ class Isolation:
             may_be_down, is_known = outcome.verdict in _MAY_BE_DOWN, known != "" and outcome.message == known
             if not self._is_suspicious and (is_known or not may_be_down or self.failures >= MAX_TRIES):
                 self._is_suspicious = True
-                if self._has_known_good:
-                    self._last_was_taken = False
-                    continue
-            if not self._is_suspicious:
+                took_before = self._last_was_taken = False
+            if not self._is_suspicious or (outcome.retry_after and not took_before):
                 yield _Stop(outcome)
             elif self._has_known_good and not took_before:
                 continue
             elif took_before and (may_be_down or is_known or self._is_own_fault):
                 strikes += 1
-                if is_known or len(records) > 1 or strikes >= self._strikes_of(records[0], outcome.message):
+                is_found = is_known or len(records) > 1 or strikes >= self._strikes_of(records[0], outcome.message)
+                if not is_found or outcome.retry_after:
+                    yield _Stop(outcome._replace(verdict=Verdict.RETRY))
+                if is_found:
                     return outcome._replace(verdict=Verdict.ISOLATE)
-                yield _Stop(outcome._replace(verdict=Verdict.RETRY))
             elif len(records) > 1 and (took_before or (may_be_down and _is_power_of_two(self.failures))):
                 return outcome
             else:
@@ -315,7 +321,8 @@ class Isolation:
         """
         parts = [(0, len(records) // 2), *((n, n + 1) for n in range(min(MAX_SINGLE_SEARCH, len(records))))]
         for begin, end in parts:
-            if not self._goes_on() or (outcome.verdict is Verdict.RETRY and not self._took_again):
+            is_busy = outcome.verdict is Verdict.RETRY and not self._took_again
+            if is_busy or outcome.retry_after or not self._goes_on():
                 yield _Stop(outcome)
             answer = yield records[begin:end]
             if answer.verdict is Verdict.DELIVERED:
@@ -330,7 +337,7 @@ class Isolation:
     def _refuse(self, record: Record, outcome: Outcome) -> _Steps:
         """A record was refused alone."""
         self.rejected.append((record, outcome.message))
-        if self.memory is not None:
+        if self.memory is not None and (self.accepted or self._has_known_good):
             name = self.memory.refuse(self.owner, record, outcome.message)
             self.refused_traits += [name] if name else []
         self._refusals += outcome.verdict is not Verdict.HALVE  # which is too large, whatever else is refused
@@ -338,6 +345,7 @@ class Isolation:
             if self.known_good_record is not None and (yield ASK_AGAIN).verdict is Verdict.DELIVERED:
                 self._refusals = 0
             else:
+                self._forget_refusals()
                 message = f"{MAX_REFUSALS} records in a row were refused one by one: {outcome.message}"
                 yield _Stop(Outcome(Verdict.HOLD, message))
 

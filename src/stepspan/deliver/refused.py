@@ -9,8 +9,9 @@ is sent alone; while it is refused, the records that follow it are rejected with
 
 - A series belongs to its session's Resource. Its name and attributes alone, and the kind of a histogram or sum, only
   make it *suspect* in other sessions: its first probe then decides, where it would have taken a dozen requests.
-- Of several refused traits in one batch `MAX_PROBES` are probed, those that have waited longest. A probe of the same
-  name and attributes in another session counts for `SHARED_PROBE_S`: eight ranks with one bad series are one probe.
+- Of several refused traits in one batch `MAX_PROBES` are probed, those that have waited longest, and whichever was
+  probed `OWN_PROBE_S` ago. A probe of the same name and attributes in another session counts for `SHARED_PROBE_S`:
+  eight ranks with one bad series are one probe. Where a probe is taken, all that was refused with its words is probed.
 - Nothing is remembered for longer than `MEMORY_S`, nor more than `MAX_TRAITS`; nothing of it is on disk.
 
 Belongs to the thread of one scheduler.
@@ -34,7 +35,7 @@ SURE_AFTER = 8
 MAX_PROBES = 4
 SHARED_PROBE_S = 1.0
 OWN_PROBE_S = 30.0
-"""A trait's own probe is never older than this where another session's stands for it."""
+"""A trait's own probe is never older than this where another one's stands for it."""
 _SERIES_KEY = "series key"
 
 
@@ -146,12 +147,14 @@ class ReceiverMemory:
 
     def note_taken(self, owner: str, records: Sequence[Record]) -> None:
         """Records were taken: what they have in common is not refused."""
-        if not self._refusals:
+        if not self._refusals and not self._shared:
             return
         for record in _representatives(records):
             traits = traits_of(owner, record)
             for trait in traits.own:
-                self._refusals.pop(trait, None)
+                refusal = self._refusals.pop(trait, None)
+                if refusal is not None and refusal.confirmed:
+                    self._doubt(refusal.why)
             for trait in traits.shared:
                 self._shared.pop(trait, None)
 
@@ -163,7 +166,7 @@ class ReceiverMemory:
             records: Of one session, in time order.
 
         """
-        self._forget()
+        self._forget_old()
         if not self._shared and not any(refusal.confirmed for refusal in self._refusals.values()):
             return [], records
         groups: dict[Hashable, Group] = {}
@@ -198,7 +201,19 @@ class ReceiverMemory:
         """Those of a batch's groups of which one record is sent: the others are refused by what is known."""
         due = [group for group in groups if self._is_due(group)]
         known = sorted((g for g in due if self._is_confirmed(g)), key=lambda g: self._refusals[g.trait].probed_at)
-        return [group for group in due if not self._is_confirmed(group)] + known[:MAX_PROBES]
+        overdue = [g for g in known[MAX_PROBES:] if self._clock() - self._refusals[g.trait].probed_at >= OWN_PROBE_S]
+        return [group for group in due if not self._is_confirmed(group)] + known[:MAX_PROBES] + overdue
+
+    def forget(self) -> None:
+        """The receiver refuses everything: nothing is known of what it refuses again and again."""
+        self._refusals.clear()
+        self._shared.clear()
+
+    def _doubt(self, why: str) -> None:
+        """What was refused with these words is taken: what else was is asked for as soon as it comes."""
+        for refusal in self._refusals.values():
+            if refusal.why == why:
+                refusal.probed_at = -math.inf
 
     def _is_confirmed(self, group: Group) -> bool:
         refusal = self._refusals.get(group.trait)
@@ -239,7 +254,7 @@ class ReceiverMemory:
             refusal.probed_at, refusal.rejected = now, refusal.rejected + records
             refusal.why, refusal.confirmed = why, refusal.confirmed or confirmed
 
-    def _forget(self) -> None:
+    def _forget_old(self) -> None:
         now = self._clock()
         for known in (self._refusals, self._shared):
             for trait in [trait for trait, refusal in known.items() if refusal.until <= now]:
