@@ -79,8 +79,8 @@ def test_a_new_address_gets_what_is_begun_for_it_and_the_run_says_what_waits(
         assert sent(new) == {"third": 1}
         said = [record.getMessage() for record in caplog.records if "new to" in record.getMessage()]
         assert len(said) == 1
-        assert f"2 finished sessions are new to {new.url}/v1/metrics" in said[0]
-        assert f"`stepspan sync {tmp_path / 'stepspan-runs'}` sends them" in said[0]
+        assert f"2 finished sessions are new to {new.url} " in said[0]
+        assert f"`stepspan sync {tmp_path / 'stepspan-runs'} --endpoint {new.url}` sends them" in said[0]
         assert "STEPSPAN_DESTINATION" in said[0]
         assert command("sync", tmp_path / "stepspan-runs", "--endpoint", new.url).returncode == 0
         assert sent(new) == {"first": 1, "second": 1, "third": 1}

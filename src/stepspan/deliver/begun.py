@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -121,8 +122,12 @@ def cursor_destinations(session: SessionPath) -> set[str]:
 def new_text(count: int, route: Route, directory: Path) -> str:
     """What is to be said of finished sessions that are new to an address."""
     sessions, them = ("1 finished session is", "it") if count == 1 else (f"{count:,} finished sessions are", "them")
-    destination = f" --destination {route.destination}" if route.is_named else ""
+    command = ["stepspan", "sync", str(directory)]
+    if not {" ", ","}.intersection(route.url):
+        command += ["--endpoint", route.url]
+    if route.is_named:
+        command += ["--destination", route.destination]
+    hint = "" if route.is_named else "; a receiver that moves needs a name: STEPSPAN_DESTINATION"
     return (
-        f"{sessions} new to {route.url} (destination {route.destination}): `stepspan sync {directory}{destination}` "
-        f"sends {them}; where it is the receiver of before at another address, give it a name: STEPSPAN_DESTINATION"
+        f"{sessions} new to {route.url} (destination {route.destination}): `{shlex.join(command)}` sends {them}{hint}"
     )

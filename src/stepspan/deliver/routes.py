@@ -90,13 +90,13 @@ def route_of(exporter: Exporter, directory: Path) -> Route:
         return Route(exporter.destination)
     known: Any = exporter
     salt = read_salt(directory)
-    url = next((endpoint.display_url for endpoint in known.endpoints.values()), "")
+    urls = {endpoint.display_url.removesuffix(f"/v1/{signal}") for signal, endpoint in known.endpoints.items()}
     return Route(
         exporter.destination,
         digest(salt, with_address=known.is_named),
         known.address,
         digest(salt, with_address=False),
-        url,
+        ", ".join(sorted(urls)),
     )
 
 
