@@ -1,8 +1,9 @@
 """Any exporter of the OpenTelemetry SDK as an exporter of stepspan.
 
 Runs on a thread of the training process, because an object can't be handed to another one. The SDK's exporters say of a
-request that it succeeded or not, and no more. So a failure is retried and then held, never isolated: one bad record
-stops its signal. `OtlpExporter` has no such limit.
+request that it succeeded or not, and no more. So a failure is retried, and what keeps failing while other records
+succeed is halved until the bad record stands alone (`stepspan.deliver.isolation`). `OtlpExporter` learns that from the
+answer.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ class Verdict(enum.Enum):
     RETRY = "retry"
     """A passing failure. The same request goes out again, with exponential backoff or after `Outcome.retry_after`."""
     RETRY_THEN_HOLD = "retry, then hold"
-    """The receiver failed. As RETRY, but after some attempts the signal is held. Its records are never rejected: the
-    reason may be the receiver's disk."""
+    """The receiver failed. As RETRY, but after some attempts the signal is held."""
     HALVE = "halve"
     """The request is larger than the receiver accepts. It goes out in halves."""
     ISOLATE = "isolate"
     """Something in the request is refused. It is halved until the refused record stands alone, which is then rejected
-    (kept as a dead letter) if the receiver has accepted another one."""
+    (kept as a dead letter) if the receiver has accepted another one. What fails under any other verdict is isolated,
+    too, once a record that was accepted before is accepted again and it is not."""
     HOLD = "hold"
     """Only a person can fix it. The signal is retried slowly, and the run warns once."""
 
