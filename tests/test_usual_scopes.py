@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import zip_longest
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 from harness import runs
-from harness.journals import lines
+from harness.journals import ROOMY, HandClock, lines
 from harness.runs import path_of
 
+from stepspan import JsonlExporter
 from stepspan.events import Event
+from stepspan.journal.disk import Disk
 from stepspan.recording.scopes import Scopes
 from stepspan.run import Run
 
@@ -135,3 +138,57 @@ def test_the_short_way_writes_what_the_long_way_does(
     for ours, theirs in zip(short, long, strict=True):
         assert differing(ours, theirs) == []
     assert sum(map(len, short)) > 500
+
+
+class Counted:
+    """A processor of a program, which may change its mind."""
+
+    tags = frozenset({"span_begin"})
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def __call__(self, event: Event) -> Event:
+        self.seen += 1
+        return {**event, "name": f"{event['name']}-{self.seen}"}
+
+
+def test_a_programs_own_processor_sees_every_span(start: Start) -> None:
+    counted = Counted()
+    with start(processors=[counted]) as run:
+        for _ in range(3):
+            with run.span("forward"):
+                run.log_metrics({"loss": 0.5})
+    names = [line["name"] for line in lines(path_of(run)) if line["tag"] == "span_begin"]
+    assert names == ["forward-1", "forward-2", "forward-3"]
+
+
+def test_a_secret_in_a_spans_name_is_redacted_each_time(start: Start) -> None:
+    with start() as run:
+        for _ in range(3):
+            with run.span("password=hunter2"):
+                pass
+    begins = [line for line in lines(path_of(run)) if line["tag"] == "span_begin"]
+    assert len(begins) == 3
+    assert not any("hunter2" in line["name"] for line in begins)
+
+
+def test_lines_keep_the_gil_from_the_moment_that_a_thread_starts(start: Start, tmp_path: Path) -> None:
+    disk, kept, done = Disk(), list[int](), threading.Event()
+    keep = disk.write_keeping_gil
+    disk.write_keeping_gil = lambda fd, data, length: kept.append(length) or keep(fd, data, length)  # type: ignore[assignment, func-returns-value]
+    run = start(exporters=[JsonlExporter(tmp_path / "runs", limits=ROOMY, clock=HandClock(), disk=disk)])
+    for number in range(3):
+        with run.step(number):
+            run.log_metrics({"loss": 0.5})
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    try:
+        before = len(kept)
+        with run.step(3):
+            run.log_metrics({"loss": 0.5})
+        assert len(kept) == before + 3
+    finally:
+        done.set()
+        thread.join()
+    run.close()
