@@ -195,6 +195,23 @@ def test_the_first_line_after_a_pause_goes_as_soon_as_it_has_settled(tmp_path: P
     assert [name for name, *_ in exporter.sent[-1]].count("training.loss") == 1
 
 
+def test_what_is_shown_is_at_most_a_second_and_a_half_old(tmp_path: Path) -> None:
+    ranks = Host(tmp_path, exporter := Joining(), 8)
+    ages: list[float] = []
+
+    def answer(records: Sequence[Any]) -> Outcome:
+        ages.extend(ranks.time.now - at / SECOND for series, at, _ in records if series.name == "training.loss")
+        return OK
+
+    ranks.steps(1)
+    exporter.answer = answer
+    for number in range(100):  # each rank has its own moment in a second
+        ranks.ranks[number % 8].steps(1, every=0.0)
+        ranks.wait(0.1)
+    assert len(ages) > 80
+    assert max(ages) <= 1.5
+
+
 def test_the_end_goes_at_once(tmp_path: Path) -> None:
     ranks = Host(tmp_path, exporter := Joining(), send_interval=30.0)
     ranks.steps(2)
