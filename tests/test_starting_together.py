@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,40 +71,52 @@ def test_no_two_have_one_instance(tmp_path: Path, hosts: list[str], locks: str) 
     assert sorted(found) == sorted({"job-3", *duplicates})
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(liveness, "EXCLUSIVE_TIMEOUT_S", 0.2)
-
-
-def held_in_child(path: Path, work: Callable[[], None]) -> int:
-    """The pid of a process that has the file to itself."""
-    ready, done = os.pipe()
+def held_in_child(path: Path) -> tuple[int, int]:
+    """The pid of a process that has the file to itself, and the descriptor that ends it once it is closed."""
+    is_held, held = os.pipe()
+    may_end, end = os.pipe()
     if (child := os.fork()) == 0:
         try:
+            os.close(end)
             with exclusive(path):
-                os.write(done, b".")
-                work()
+                os.write(held, b".")
+                os.read(may_end, 1)
         finally:
             os._exit(0)
-    os.close(done)
-    os.read(ready, 1)
-    os.close(ready)
-    return child
+    os.close(held)
+    os.close(may_end)
+    os.read(is_held, 1)
+    os.close(is_held)
+    return child, end
 
 
-def test_one_holder_that_hangs_is_not_waited_for_and_many_that_take_turns_are(tmp_path: Path, impatient: None) -> None:
-    child = held_in_child(tmp_path / "claim", lambda: time.sleep(0.9))
+def test_what_fails_within_a_claim_fails(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="full"), exclusive(tmp_path / "claim"):
+        raise OSError("full")
+    with exclusive(tmp_path / "claim"):
+        pass
+
+
+def test_one_holder_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "EXCLUSIVE_TIMEOUT_S", 0.2)
+    child, end = held_in_child(tmp_path / "claim")
     begun = time.monotonic()
     with exclusive(tmp_path / "claim"):
-        assert 0.2 <= time.monotonic() - begun < 0.9
+        assert time.monotonic() - begun >= 0.2
+        assert os.waitpid(child, os.WNOHANG) == (0, 0), "it still has it"
+    os.close(end)
     os.waitpid(child, 0)
+
+
+def test_many_that_take_turns_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "EXCLUSIVE_TIMEOUT_S", 1.0)
     read_end, write_end = os.pipe()
     waiting = []
     for _ in range(6):
         if (pid := os.fork()) == 0:
             with exclusive(tmp_path / "claim"):
                 os.write(write_end, b"(")
-                time.sleep(0.1)
+                time.sleep(0.25)
                 os.write(write_end, b")")
             os._exit(0)
         waiting.append(pid)

@@ -98,9 +98,14 @@ def exclusive(path: Path) -> Iterator[None]:
 def _open_claim(path: Path, files: contextlib.ExitStack) -> int:
     fd = open_path(path, os.O_RDWR | os.O_CREAT)
     files.callback(os.close, fd)
-    files.enter_context(contextlib.suppress(OSError))
-    files.callback(fcntl.flock, fd, fcntl.LOCK_UN)  # also of the copy that another thread's forked child may have
+    files.callback(_unlock, fd)
     return fd
+
+
+def _unlock(fd: int) -> None:
+    """Unlock a file, also of the copy that another thread's forked child may have."""
+    with contextlib.suppress(OSError):  # the file system has no locks
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _wait_for_lock(fd: int) -> bool | None:

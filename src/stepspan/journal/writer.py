@@ -248,11 +248,11 @@ class SessionWriter:
                 raise
             written = -1
         if written == length:
-            self._place(seq, length)
+            self._advance(seq, length)
         else:
             self.complete(line, max(written, 0), seq)
 
-    def _place(self, seq: int, length: int) -> None:
+    def _advance(self, seq: int, length: int) -> None:
         """The next line is in the file."""
         self.seq = seq  # not before that: `settle` can tell
         self.room -= length
@@ -426,7 +426,7 @@ class SessionWriter:
                 self.hindrances |= TORN
             self._enqueue(line)
         else:
-            self._place(seq, len(line))
+            self._advance(seq, len(line))
 
     def _mark(self, hindrance: int, is_so: bool) -> None:
         self.hindrances = self.hindrances | hindrance if is_so else self.hindrances & ~hindrance
