@@ -40,7 +40,7 @@ from stepspan.mapping.records import PastPoint, Record
 from stepspan.otlp.outcome import Outcome, Verdict
 
 MAX_REFUSALS = 16
-MAX_TRIES = 4
+MAX_TRIES = 3
 """Tries of what fails as a whole, before a witness is asked."""
 STRIKES = 5
 """Tries of a record that fails alone while the witness is taken, before it is rejected."""
