@@ -121,3 +121,26 @@ def test_a_worker_that_outlives_its_run_says_what_waits(tmp_path: Path, how: str
         ran = program(code, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, STEPSPAN_DELIVERY=how)
     (line,) = [line for line in ran.stderr.splitlines() if " wait for " in line]
     assert "busy" in line
+
+
+@pytest.mark.parametrize("how", ["thread", "process"])
+def test_a_run_says_what_waits_of_a_worker_that_has_ended(tmp_path: Path, how: str) -> None:
+    code = """
+    import os, stepspan
+    with stepspan.start_run(job_id="j") as run:
+        run.log_metrics({"loss": 0})
+        child = os.fork()
+        if child == 0:
+            run.log_metrics({"loss": 1})
+            raise SystemExit
+        os.waitpid(child, 0)
+        run.flush(10)
+    """
+    busy = Answer(503, text="busy")
+    with ScriptedReceiver() as receiver:
+        receiver.script("all", lambda request: busy if b"worker" in request.SerializeToString() else Answer())
+        settings = {"STEPSPAN_DELIVERY": how, "STEPSPAN_SEND_INTERVAL": "0", "STEPSPAN_CLOSE_TIMEOUT": "1"}
+        ran = program(code, tmp_path, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.url, **settings)
+    assert ran.returncode == 0, ran.stderr
+    (line,) = [line for line in ran.stderr.splitlines() if " wait for " in line]
+    assert "busy" in line

@@ -455,7 +455,7 @@ class ProcessDelivery(Delivery):
             for each in waiting:
                 _await_at_exit(self, each, timeout)
         else:
-            self.report_undelivered(session)
+            self.report_undelivered(waiting[0])
         self._leave_process()
 
     def _may_be_found(self, session: Path) -> bool:

@@ -101,8 +101,9 @@ class ThreadDelivery(Delivery):
         self._conclude_run(session)
 
     def _conclude_run(self, session: Path | None) -> None:
-        if session is not None and not all(map(self._is_delivered, with_ended_workers(session))):
-            self.report_undelivered(session)
+        waiting = next((each for each in with_ended_workers(session) if not self._is_delivered(each)), None)
+        if waiting is not None:
+            self.report_undelivered(waiting)
         else:
             UNDELIVERED.forget(destination for destination, _ in self.targets)
 
