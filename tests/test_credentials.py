@@ -326,9 +326,12 @@ def test_a_token_that_is_renewed_in_its_file_never_holds_delivery(
     assert b"token-" not in written(tmp_path / "stepspan-runs")
 
 
-def test_a_headers_file_that_is_not_there_holds_and_says_so_until_it_is(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("delivery", ["process", "thread"])
+def test_a_headers_file_that_is_not_there_holds_and_says_so_until_it_is(
+    start: Start, tmp_path: Path, delivery: str
+) -> None:
     with ScriptedReceiver() as receiver:
-        with start(job_id="job", endpoint=receiver.url, headers_file=tmp_path / "token") as run:
+        with start(job_id="job", endpoint=receiver.url, headers_file=tmp_path / "token", delivery=delivery) as run:
             run.log_metrics({"loss": 1.0})
             until(lambda: "hold" in states(path_of(run)))
             shown = command("status", tmp_path / "stepspan-runs").stdout

@@ -33,6 +33,7 @@ from stepspan.deliver.isolation import Send
 from stepspan.deliver.joint import JointRequests, Prepared
 from stepspan.deliver.options import Options
 from stepspan.deliver.refused import ReceiverMemory
+from stepspan.deliver.shared_exporter import SharedExporter
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import JournalError
 from stepspan.exporters import Exporter
@@ -394,7 +395,7 @@ class Scheduler:
                 self._retire(self.tasks[path])
                 del self.progress[path]
         if (
-            isinstance(self.exporter, OtlpExporter)
+            isinstance(self.exporter, (OtlpExporter, SharedExporter))
             and any(task.state.denied for task in self.tasks.values())
             and self.exporter.has_new_credentials(self.signal)
         ):

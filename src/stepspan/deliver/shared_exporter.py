@@ -74,6 +74,11 @@ class SharedExporter:
         with self._uses.locks[signal]:
             return self._exporter.export(signal, resource, records)
 
+    def has_new_credentials(self, signal: Signal) -> bool:
+        """Whether the exporter would send with other credentials now; most have none that are known."""
+        check = getattr(self._exporter, "has_new_credentials", None)
+        return check is not None and bool(check(signal))
+
     def close(self) -> None:
         """Close the exporter, if no other run uses it."""
         with _lock:
