@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from stepspan.deliver.options import Options
@@ -30,6 +31,10 @@ class SessionEnd:
         self._options = options
         self._closed: Closed | None = None
         self._read_at = self._probed_at = -LIVENESS_INTERVAL_S
+
+    def look_again(self) -> None:
+        """Let the next `read` and `probe` look, however short a time has passed: a run has just ended, perhaps."""
+        self._read_at = self._probed_at = -math.inf
 
     def read(self) -> Closed | None:
         """The end, if it is written down."""

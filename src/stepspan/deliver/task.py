@@ -309,6 +309,7 @@ class DeliveryTask:
     def wake(self) -> None:
         """Let the next try be as soon as the receiver allows it."""
         self.not_before = min(self.not_before, self.asked_until)
+        self._end.look_again()
 
     def close(self) -> None:
         """Close the journal's and the cursor's files; the next task goes on from the cursor."""
