@@ -17,7 +17,7 @@ from harness.runs import command, path_of
 
 from stepspan.deliver.ledgers import cursors
 from stepspan.deliver.lock import DeliveryLock
-from stepspan.deliver.routes import Route
+from stepspan.deliver.routes import Route, route_of
 from stepspan.deliver.sessions import LiveSessions
 from stepspan.deliver.task import DeliveryTask
 from stepspan.errors import ConfigError
@@ -177,6 +177,7 @@ class Host:
         cursor: str = "",
         rank: int = 0,
         run_key: str = "",
+        tenant: str = "",
     ) -> str:
         self.count += 1
         name = f"{0xA0 + self.count:016x}"
@@ -189,7 +190,7 @@ class Host:
             run_key=run_key or name,
             boot_id="another",
             destinations=[destination for destination, _ in routes],
-            routes=[{"destination": d, "digest": k, "address": d.partition("@")[2] or d} for d, k in routes],
+            routes=[{"destination": d, "digest": k, "address": d, "tenant": tenant} for d, k in routes],
         )
         place = self.directory / "runs" / job / "here"
         place.mkdir(parents=True, exist_ok=True)
@@ -289,6 +290,19 @@ def test_under_a_name_credentials_of_a_later_job_serve_what_nobody_sends(host: H
     assert host.sent("ours", "k1", address="where") == [dead, live], "it is at work itself"
     host.stop()
     assert host.sent("ours", "k2") == [other], "without a name an address is all there is"
+
+
+def test_no_tenants_data_goes_out_with_the_credentials_of_another_one(host: Host, tmp_path: Path) -> None:
+    host.session("one", ("ours", "k1"), tenant="a")
+    host.session("one", ("ours", "k1"), tenant="a", denied="ours")
+    own = host.session("two", ("ours", "k2"), tenant="b", alive=True)
+    assert host.sent("ours", "k2", address="where") == [own]
+
+    def tenant(value: str) -> str:
+        return route_of(OtlpExporter("http://c", headers={"X-Scope-OrgID": value}, env={}), tmp_path).tenant
+
+    assert tenant("a") != tenant("b")
+    assert route_of(OtlpExporter("http://c", headers={"authorization": "Bearer x"}, env={}), tmp_path).tenant == ""
 
 
 def test_a_name_gets_what_was_begun_for_its_address_with_the_same_credentials(host: Host) -> None:

@@ -28,6 +28,8 @@ class Begun(NamedTuple):
     """Of the destinations' routes; earlier versions give none."""
     addresses: Mapping[str, str]
     """Of the destinations: the name that each one's address stands for."""
+    tenants: Mapping[str, str]
+    """Of the destinations: a digest of whose data it is, where that is known."""
     run_key: str
     started: int
     is_first_rank: bool
@@ -61,6 +63,7 @@ def read_begun(session: SessionPath) -> Begun | None:
             else frozenset(),
             digests=_routes(header, "digest"),
             addresses=_routes(header, "address"),
+            tenants=_routes(header, "tenant"),
             run_key=str(header["run_key"]),
             started=int(header["started"]),
             is_first_rank=header["rank"] == 0 and not header["role"],

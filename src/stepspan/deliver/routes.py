@@ -42,6 +42,7 @@ class Route(NamedTuple):
         address: The name that the address stands for; the destination's, if nobody has given it one.
         address_digest: The digest of the credentials alone.
         url: The address, for messages.
+        tenant: A digest of whose data it is, where headers say so.
 
     """
 
@@ -50,6 +51,7 @@ class Route(NamedTuple):
     address: str = ""
     address_digest: str = ""
     url: str = ""
+    tenant: str = ""
 
     @property
     def is_named(self) -> bool:
@@ -69,7 +71,8 @@ class Route(NamedTuple):
     @property
     def header(self) -> dict[str, str]:
         """What the header of a session says of it."""
-        return {"destination": self.destination, "address": self.address, "digest": self.digest}
+        found = {"destination": self.destination, "address": self.address, "digest": self.digest}
+        return {**found, "tenant": self.tenant} if self.tenant else found
 
 
 def lock_name(destination: str, digest: str) -> str:
@@ -97,6 +100,7 @@ def route_of(exporter: Exporter, directory: Path) -> Route:
         known.address,
         digest(salt, with_address=False),
         ", ".join(sorted(urls)),
+        known.tenant_digest(salt),
     )
 
 

@@ -208,15 +208,16 @@ class _Senders:
         self._at_work = {route.lock_name: True}
         self._latest: dict[Path, dict[tuple[str, str], int]] = {}
         """Job -> lock of a route and run -> when the last session of both began; empty where all go by one route."""
-        self._of_all: dict[str, int] = {}
-        """Of all jobs: lock of a route -> the same."""
+        self._of_all: dict[str, dict[str, int]] = {}
+        """Of all jobs of a tenant: lock of a route -> the same."""
         if not all(begun.goes_by(route) for begun in listing.values()):
             for path, begun in listing.items():
                 lock = begun.lock_names.get(begun.name_for(route) or "")
                 if lock is not None:
                     of_job, key = self._latest.setdefault(path.parents[1], {}), (lock, begun.run_key)
                     of_job[key] = max(begun.started, of_job.get(key, 0))
-                    self._of_all[lock] = max(begun.started, self._of_all.get(lock, 0))
+                    of_all = self._of_all.setdefault(self._tenant(begun), {})
+                    of_all[lock] = max(begun.started, of_all.get(lock, 0))
 
     def sender(self, session: SessionPath, begun: Begun) -> str:
         """The name of the lock of whoever sends a session."""
@@ -263,8 +264,13 @@ class _Senders:
                 found = others if run_key == begun.run_key else attempts
                 found[lock] = max(started, found.get(lock, 0))
         if named:
-            others |= {lock: at for lock, at in self._of_all.items() if lock != own and at > begun.started}
+            of_all = self._of_all.get(self._tenant(begun), {})
+            others |= {lock: at for lock, at in of_all.items() if lock != own and at > begun.started}
         return _latest_first(attempts), _latest_first(others)
+
+    def _tenant(self, begun: Begun) -> str:
+        """Whose data a session is, as far as headers of requests say: nobody sends that of others."""
+        return begun.tenants.get(begun.name_for(self._route) or "", "")
 
     def _is_at_work(self, name: str) -> bool:
         """Whether somebody holds a lock of this host."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from stepspan.mapping.records import Attributes, Record, Signal
 from stepspan.otlp.credentials import absolute_path
-from stepspan.otlp.endpoint import read_variables, resolve_destination, route_digest
+from stepspan.otlp.endpoint import read_variables, resolve_destination, route_digest, tenant_digest
 from stepspan.otlp.outcome import Outcome, Transport, Verdict
 from stepspan.otlp.record_variables import read_record_variables
 from stepspan.otlp.request_sizes import RequestSizes
@@ -153,6 +153,10 @@ class OtlpExporter:
         if off := sorted(self._configured.keys() - self.endpoints.keys()):
             options["off"] = off
         return route_digest(self._configured, salt, with_address=with_address, options=options)
+
+    def tenant_digest(self, salt: bytes) -> str:
+        """Whose data it is: as of `stepspan.otlp.endpoint.tenant_digest`."""
+        return tenant_digest(self._configured, salt)
 
     def has_new_credentials(self, signal: Signal) -> bool:
         """Whether a request would go out with other headers now than the last one did.
