@@ -72,7 +72,7 @@ class Header(Line):
     routes: NotRequired[
         Annotated[
             list[Any],
-            "of each of those its name, the one of its address, and salted digests of how it is reached and of the tenant",
+            "of each of those its name, that of its address, and salted digests of how it is reached and of the tenant",
         ]
     ]
     resource: Annotated[Json, "the attributes of the OpenTelemetry Resource"]
