@@ -130,6 +130,18 @@ def test_that_values_are_thinned_is_told_once(host: Host) -> None:
     assert "faster than one a millisecond" in host.told[0][1]
 
 
+def test_what_is_refused_for_good_is_told_once_a_signal(host: Host, tmp_path: Path) -> None:
+    for rejected in 3, 4:
+        host.cursor(
+            "metrics", state="ok", message="label too long", ledger=Ledger(mapped=9, delivered=5, rejected=rejected)
+        )
+        host.watch(30)
+    ((kind, message),) = host.told
+    assert kind == "rejected"
+    assert "there: refused for good, of metrics: 3 so far: label too long" in message
+    assert f"`stepspan sync --rejected {tmp_path}`" in message
+
+
 def test_a_training_process_says_that_its_receiver_refuses_it(ranks: processes.Ranks) -> None:
     with ScriptedReceiver() as receiver:
         receiver.script("all", lambda _: Answer(401, text="no token"))

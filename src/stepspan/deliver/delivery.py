@@ -384,6 +384,8 @@ class ProcessDelivery(Delivery):
         self._failing_since: dict[tuple[str, str], float] = {}
         self._next_check = 0.0
         self._warned_of_thinned = False
+        self._rejected: set[tuple[str, str]] = set()
+        """The targets of which it was told that they refuse records."""
 
     def start(self) -> None:
         """Start the deliverer process where none is at work; a rank that is not its host's first leaves it time to."""
@@ -544,6 +546,10 @@ class ProcessDelivery(Delivery):
             if state is not None and state.ledger.thinned and not self._warned_of_thinned:
                 self._warned_of_thinned = True
                 self._warn("thinned", ledgers.THINNED)
+            if state is not None and state.ledger.rejected and state.state == "ok" and target not in self._rejected:
+                self._rejected.add(target)
+                refused = f"{destination}: refused for good, of {signal}: {state.ledger.rejected} so far"
+                self._warn("rejected", f"{refused}: {state.message}; {self._advice_on_rejected()}", key=state.message)
             if state is None or not state.failing or target in self._faulty:
                 self._failing_since.pop(target, None)
                 continue
@@ -573,6 +579,10 @@ class ProcessDelivery(Delivery):
     def _advice(self) -> str:
         where = self._directory
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
+
+    def _advice_on_rejected(self) -> str:
+        where = self._directory
+        return f"what was refused is kept: once its cause is gone `stepspan sync --rejected {where}` sends it again"
 
     @contextmanager
     def _free_locks(self) -> Iterator[dict[str, DeliveryLock]]:

@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 
 
 _SET_HEADERS = (
-    "the receiver wants credentials: set OTEL_EXPORTER_OTLP_HEADERS (authorization=...), "
+    "the receiver wants credentials, in OTEL_EXPORTER_OTLP_HEADERS (authorization and what it asks for), "
     "or STEPSPAN_HEADERS_FILE for a token that expires"
 )
 _NOT_ALLOWED = "the credentials in OTEL_EXPORTER_OTLP_HEADERS may not write {signal} there"
