@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import site
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,7 +74,7 @@ class Host:
 
     def _spawn(self, *_: object, env: dict[str, str], **__: object) -> SimpleNamespace:
         self.started.append(env)
-        return SimpleNamespace(poll=lambda: self.exit_status, returncode=None)
+        return SimpleNamespace(poll=lambda: self.exit_status, returncode=None, pid=1 << 30)
 
 
 @pytest.fixture
@@ -192,6 +194,19 @@ def test_one_that_ended_well_is_not_told(host: Host) -> None:
 
 
 # ---------------------------------------------------------------- its variables
+
+
+def test_deliverers_that_have_ended_do_not_stay_as_zombies() -> None:
+    first = subprocess.Popen([sys.executable, "-c", ""])
+    second = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    spawn.leave(first)
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
+    spawn.leave(second)
+    with pytest.raises(ChildProcessError):
+        os.waitpid(first.pid, 0)
+    assert second.stdin is not None
+    second.stdin.close()
+    os.waitpid(second.pid, 0)
 
 
 def test_a_deliverer_that_is_started_again_goes_where_the_first_one_went(

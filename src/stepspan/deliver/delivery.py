@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from stepspan.deliver import ledgers
 from stepspan.deliver.lock import UNKNOWN, DeliveryLock, Outlook
 from stepspan.deliver.routes import route_of
-from stepspan.deliver.spawn import SEND_INTERVAL_VARIABLE, log_path, spawn, with_absolute_paths
+from stepspan.deliver.spawn import SEND_INTERVAL_VARIABLE, leave, log_path, spawn, with_absolute_paths
 from stepspan.errors import Warn
 from stepspan.journal.cursor import CursorState, cursor_is_open, cursor_name
 from stepspan.journal.layout import SessionPath, find_sessions
@@ -458,7 +458,8 @@ class ProcessDelivery(Delivery):
                 _await_at_exit(self, each, timeout)
         else:
             self.report_undelivered(waiting[0])
-        self._leave_process()
+        if self._process is not None:
+            leave(self._process)
 
     def _may_be_found(self, session: Path) -> bool:
         """Whether a deliverer, at work or about to be, may not have come to a session yet: nothing is against it."""
@@ -516,16 +517,12 @@ class ProcessDelivery(Delivery):
         A child that outlives its parent's run goes on as a rank of its own.
         """
         child = copy(self)
-        self._leave_process()
+        if self._process is not None:
+            self._process.returncode = 0  # it is no child of this process
         child._process, child._leaves_it_to_first_rank = None, True
         child._parent = self._parent or self._session()
         child._failing_since = {}
         return child
-
-    def _leave_process(self) -> None:
-        """The deliverer is no child of this process, or outlives it."""
-        if self._process is not None:
-            self._process.returncode = 0  # keeps Popen from waiting for it
 
     def _check(self) -> None:
         now = time.monotonic()

@@ -49,6 +49,10 @@ PATH_VARIABLES = frozenset(
     }
 )
 
+_left: set[int] = set()
+"""The pids of deliverers that outlive their runs: until somebody asks for it, one that has ended is a zombie."""
+os.register_at_fork(after_in_child=_left.clear)
+
 
 def spawn(
     directory: Path,
@@ -106,6 +110,20 @@ def spawn(
             start_new_session=True,
             pass_fds=list(descriptors.values()),
         )
+
+
+def leave(process: subprocess.Popen[bytes]) -> None:
+    """Look after a deliverer no more: it outlives its run. Once it has ended, a later call clears it away."""
+    if process.returncode is None:
+        process.returncode = 0  # keeps Popen from waiting for it, and from complaining
+        _left.add(process.pid)
+    for pid in list(_left):
+        try:
+            has_ended = os.waitpid(pid, os.WNOHANG) != (0, 0)
+        except ChildProcessError:  # somebody else has cleared it away
+            has_ended = True
+        if has_ended:
+            _left.discard(pid)
 
 
 def with_absolute_paths(env: Mapping[str, str]) -> dict[str, str]:
