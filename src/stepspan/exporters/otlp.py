@@ -155,7 +155,12 @@ class OtlpExporter:
         return route_digest(self._configured, salt, with_address=with_address, options=options)
 
     def tenant_digest(self, salt: bytes) -> str:
-        """Whose data it is: as of `stepspan.otlp.endpoint.tenant_digest`."""
+        """Whose data it is: as of `stepspan.otlp.endpoint.tenant_digest`.
+
+        Args:
+            salt: Random bytes of the journals' directory.
+
+        """
         return tenant_digest(self._configured, salt)
 
     def has_new_credentials(self, signal: Signal) -> bool:
