@@ -13,7 +13,7 @@ demo: $(VENV)/.demo  ## Train a small classifier in two ranks, and see what beca
 	@$(VENV)/bin/stepspan demo
 
 test: $(VENV)/.dev  ## Run the tests; those against real servers need `make stack` before
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 test-frameworks: .venv-frameworks/.installed  ## Train with torch, Lightning and Hugging Face (some GB) before the real stack
 	OMP_NUM_THREADS=1 .venv-frameworks/bin/python -m pytest tests/frameworks tests/test_torch.py tests/test_ddp.py

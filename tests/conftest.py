@@ -8,7 +8,7 @@ settings starts its own, `with Prometheus(tmp_path / "p", out_of_order_time_wind
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,14 @@ def pytest_timeout_set_timer(item: pytest.Item, settings: pytest_timeout.Setting
     """A test may take `timeout` seconds (pyproject.toml, or its mark), and more where the machine is busy."""
     found: bool = pytest_timeout.pytest_timeout_set_timer(item, settings._replace(timeout=under_load(settings.timeout)))
     return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What a test has printed reaches the process that reports it, also where it is no UTF-8."""
+    report = yield
+    report.sections = [(name, text.encode("utf-8", "backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(autouse=True)

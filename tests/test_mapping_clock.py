@@ -56,6 +56,13 @@ def test_a_clock_that_is_set_again_before_it_was_right() -> None:
     assert len(time.corrections) <= 64
 
 
+def test_jumps_that_overlap_count_once() -> None:
+    time = EventTime()
+    for ts, forward in (4, 3600), (6, 1), (7, 3600):  # more than has passed: no clock of ours, but a line that says so
+        time.set({"ts": ts, "forward": forward})
+    assert time.elapsed(2, 7) == 0
+
+
 def test_steps_spans_and_the_run_do_not_count_a_jump() -> None:
     s = SessionEvents()
     run = s.run()

@@ -41,7 +41,8 @@ class EventTime:
         if self.corrections:
             last = self.corrections[-1]
             left = max(0, last[1] - begin) if last[2] > 0 else 0
-            last[1] = min(last[1], begin)  # what was to be made up is what this event says
+        for each in self.corrections:
+            each[1] = min(each[1], begin)  # what was to be made up is what this event says
         self.corrections = [*self.corrections[1 - MAX_CORRECTIONS :], [begin, end, weight]]
         return left - weight * (end - begin)
 
