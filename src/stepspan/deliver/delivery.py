@@ -578,8 +578,8 @@ class ProcessDelivery(Delivery):
         return f"the journal keeps everything: see `stepspan status {where}`; `stepspan sync {where}` sends it later"
 
     def _advice_on_rejected(self) -> str:
-        where = self._directory
-        return f"what was refused is kept: once its cause is gone `stepspan sync --rejected {where}` sends it again"
+        sends = f"`stepspan sync --rejected {self._directory}` sends it again once the cause is gone"
+        return f"what was refused record by record is kept, and {sends}"
 
     @contextmanager
     def _free_locks(self) -> Iterator[dict[str, DeliveryLock]]:
