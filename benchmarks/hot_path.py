@@ -383,7 +383,6 @@ def main() -> None:
     options.add_argument("--worker", help=argparse.SUPPRESS)
     given = options.parse_args()
     measuring.clean_environment()
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     if given.worker:
         work(json.loads(given.worker))
         return

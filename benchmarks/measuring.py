@@ -180,10 +180,11 @@ def write_journal(directory: Path, steps: int, *, rank: int = 0, world_size: int
 
 
 def clean_environment() -> None:
-    """Nothing that is set where this runs may change what is measured."""
+    """Nothing that is set where this runs may change what is measured, and no library takes a core for itself."""
     for name in list(os.environ):
         if name.startswith(("OTEL_", "STEPSPAN_")):
             del os.environ[name]
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 
 
 def orders() -> Iterator[dict[str, object]]:

@@ -14,7 +14,7 @@ import pytest
 from harness import runs
 from harness.processes import until
 from harness.received import attributes
-from harness.receiver import ScriptedReceiver, Seen
+from harness.receiver import ScriptedReceiver, Seen, losses
 from harness.runs import command, path_of
 
 from stepspan.deliver.ledgers import cursors
@@ -51,14 +51,6 @@ def _jobs(seen: Seen) -> set[str]:
     parts = {"metrics": "resource_metrics", "traces": "resource_spans", "logs": "resource_logs"}[seen.signal]
     resources = [part.resource for part in getattr(seen.request, parts)]
     return {a.value.string_value for r in resources for a in r.attributes if a.key == "job_id"}
-
-
-def losses(receiver: ScriptedReceiver) -> dict[Any, set[float]]:
-    found: dict[Any, set[float]] = {}
-    for point in receiver.points("training.loss"):
-        if point.value is not None:
-            found.setdefault(point.job, set()).add(point.number)
-    return found
 
 
 def about_itself(report: Any) -> Any:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import get_args, get_type_hints
+
+from harness.tools import tool_named
 
 from stepspan.events import BY_TAG
 
-TOOL = Path(__file__).parents[1] / "tools" / "event_table.py"
-
 
 def test_the_page_of_events_is_made_from_their_classes() -> None:
-    spec = importlib.util.spec_from_file_location("event_table", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = tool_named("event_table")
     assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run `python tools/event_table.py`"
 
 

@@ -13,7 +13,7 @@ import pytest
 from harness import runs
 from harness.delivery import Scripted, options, run_to_end, trained
 from harness.processes import until
-from harness.receiver import ScriptedReceiver
+from harness.receiver import ScriptedReceiver, losses
 from harness.runs import command, python
 
 from stepspan.deliver.ledgers import cursors
@@ -56,15 +56,6 @@ def run(
 def _finished(where: Path, destination: str) -> bool:
     signals = [cursors(session.path).get(destination, {}) for session in find_sessions(where)]
     return any(states and all(state.position.finished for state in states.values()) for states in signals)
-
-
-def losses(receiver: ScriptedReceiver) -> dict[Any, set[float]]:
-    """Job -> the values that arrived."""
-    found: dict[Any, set[float]] = {}
-    for point in receiver.points("training.loss"):
-        if point.value is not None:
-            found.setdefault(point.job, set()).add(point.number)
-    return found
 
 
 def test_what_was_recorded_offline_stays_offline_until_a_sync(tmp_path: Path) -> None:

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import opentelemetry.environment_variables as of_the_api
 import opentelemetry.sdk.environment_variables as of_the_sdk
 import pytest
 from harness.runs import command
+from harness.tools import tool_named
 
 from stepspan.otlp.endpoint import read_variables
 from stepspan.otlp.variable_table import TABLE, known_names, row_of, without_effect
 
-TOOL = Path(__file__).parents[1] / "tools" / "variable_table.py"
-
 
 def test_the_page_of_variables_is_made_from_the_table() -> None:
-    spec = importlib.util.spec_from_file_location("variable_table", TOOL)
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = tool_named("variable_table")
     assert tool.PAGE.read_text(encoding="utf-8") == tool.page(), "run `python tools/variable_table.py`"
 
 

@@ -469,3 +469,12 @@ def _free_port() -> int:
 def _in_order(answers: tuple[Answer, ...]) -> Callable[[Any], Answer]:
     left = iter(answers)
     return lambda _: next(left, OK)
+
+
+def losses(receiver: ScriptedReceiver) -> dict[Any, set[float]]:
+    """Job -> the values of `training.loss` that arrived."""
+    found: dict[Any, set[float]] = {}
+    for point in receiver.points("training.loss"):
+        if point.value is not None:
+            found.setdefault(point.job, set()).add(point.number)
+    return found

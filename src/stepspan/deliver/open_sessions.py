@@ -133,7 +133,7 @@ class SharedReader:
         return self._sessions.shared_end(self._opened, make)
 
     def close(self) -> None:
-        """Read no more."""
+        """Leave the session; the last task that has it open closes its files."""
         follower, self._follower = self._follower, None
         if follower is not None:
             self._sessions.leave(self._opened, follower)

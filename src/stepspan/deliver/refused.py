@@ -61,7 +61,7 @@ class Group:
     trait: Hashable
     records: list[Record]
     name: str
-    """For a person."""
+    """What logs and the cursor's message call the trait."""
     shared_trait: Hashable = None
     """By which they are suspect in every session."""
 

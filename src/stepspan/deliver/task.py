@@ -100,7 +100,7 @@ class DeliveryTask:
         self._batch: Batch | None = None
         """The one that was prepared, and is not delivered yet."""
         self._isolation: Isolation | None = None
-        """Its delivery."""
+        """How far the delivery of `_batch` has come, over rounds."""
         self._delivered = 0
         """How many of its records have been taken."""
         self._named = 0

@@ -74,7 +74,7 @@ class JournalReader:
     ) -> None:
         self.session = session
         self.lines = SharedLines()
-        """Of its followers."""
+        """The chunks of lines that its followers share."""
         self._clock = clock
         self._cache = cache
         self._lock = threading.Lock()

@@ -60,7 +60,7 @@ class IdleThreads(set[int]):
         self.count_others()
 
     def discard(self, ident: object) -> None:
-        """Count it no more."""
+        """Count a thread as one that may be awake, as it ends or wakes up."""
         with self._lock:
             super().discard(ident)
         self.count_others()

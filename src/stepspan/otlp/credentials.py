@@ -74,7 +74,7 @@ class HeadersFile:
 
     @property
     def identity(self) -> str:
-        """The path."""
+        """Where the headers come from, as a route and messages have it: the file's path."""
         return f"file {self.path}"
 
     def headers(self, url: str = "", body: bytes = b"") -> Mapping[str, str]:
@@ -119,7 +119,7 @@ class HeadersFunction:
 
     @property
     def identity(self) -> str:
-        """The function's name."""
+        """Where the headers come from, as a route and messages have it: the function's name."""
         name = getattr(self.function, "__qualname__", type(self.function).__qualname__)
         return f"function {getattr(self.function, '__module__', '')}.{name}"
 
@@ -131,7 +131,7 @@ class HeadersFunction:
             raise CredentialsError(f"headers={self.identity} failed: {_cause(error)}") from None
 
     def renew(self) -> bool:
-        """Nothing is kept."""
+        """Say that the next request may have other headers: the function is called for each."""
         return True
 
 
@@ -191,7 +191,7 @@ class ChannelProvider:
         return f"provider {provider_path(self.name)}"
 
     def headers(self, url: str, body: bytes) -> Mapping[str, str]:
-        """None."""
+        """No headers: gRPC asks the provider itself, for each call."""
         return {}
 
     def renew(self) -> bool:

@@ -17,7 +17,7 @@ class _Recorder(BaseAdapter):
         self.request: requests.PreparedRequest | None = None
 
     def send(self, request: requests.PreparedRequest, *_: Any, **__: Any) -> requests.Response:
-        """Answer 200."""
+        """Keep the request as it would have been sent, and answer 200 without sending it."""
         self.request = request
         response = requests.Response()
         response.status_code, response.url, response.request = 200, request.url or "", request
@@ -25,7 +25,7 @@ class _Recorder(BaseAdapter):
         return response
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection."""
 
 
 def session_of(provider: Callable[[], Any]) -> requests.Session:

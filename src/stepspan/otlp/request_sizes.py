@@ -18,7 +18,7 @@ class RequestSizes:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._max_bytes = 0
-        """0: not known."""
+        """The largest request that the receiver is known to take; 0: none was refused for its size."""
         self._until = 0.0
         """When it is forgotten."""
         self._means_nothing_until = 0.0

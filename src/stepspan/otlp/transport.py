@@ -41,7 +41,7 @@ class HeldTransport:
         return Outcome(Verdict.HOLD, self._fault)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: a transport that only holds has no connection."""
 
 
 class RenewingTransport:
